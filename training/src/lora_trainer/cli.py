@@ -1,0 +1,158 @@
+"""The command line: train | check | chat | evaluate | merge | export | schema."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import ConfigError, InternalError, TrainerError
+
+DEBUG = "LORA_TRAINER_DEBUG"
+QUIET = {
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+INTERRUPTED = 128 + signal.SIGINT
+EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app = typer.Typer(
+    help="Turn a base model, a dataset and one config file into a LoRA adapter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", "-c", help="Config file, JSON or YAML.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+@app.command(context_settings=EXTRA)
+def train(context: typer.Context, config: ConfigFile = None, debug: Debug = False) -> None:
+    """Train. Every key of the config is an option too: --learning_rate 1e-4."""
+    from .display import Display
+    from .sources import resolve
+    from .supervisor import Supervisor
+
+    if debug:
+        os.environ[DEBUG] = "1"
+    settings = resolve(config, os.environ, context.args)
+    from .check import preflight
+
+    preflight(settings)
+    with Display(logging_steps=settings.config.monitoring.logging_steps) as display:
+        supervisor = Supervisor(settings, display.show)
+        if (supervisor.output_dir / "DONE").exists():
+            display.note(f"a finished run is in {supervisor.output_dir}")
+        supervisor.run()
+
+
+@app.command(context_settings=EXTRA)
+def check(
+    context: typer.Context,
+    config: ConfigFile = None,
+    show_sample: Annotated[
+        bool, typer.Option("--show-sample", help="Print rows, trained and untrained tokens apart.")
+    ] = False,
+    rows: Annotated[int, typer.Option(help="How many rows --show-sample prints.")] = 3,
+    debug: Debug = False,
+) -> None:
+    """Run every check that needs no training; list all problems at once."""
+    if debug:
+        os.environ[DEBUG] = "1"
+    from .check import check_all
+    from .sources import resolve
+
+    settings = resolve(config, os.environ, context.args)
+    check_all(settings, sample_rows=rows if show_sample else 0)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a config file."""
+    import json
+
+    from .config import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def keys() -> None:
+    """Print every key with its default, limits and aliases."""
+    from .sources import help_text
+
+    typer.echo(help_text())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; print every fault as one last block; return the exit code."""
+    # Progress bars that libraries draw by themselves spoil every log; the worker inherits this.
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        result = app(
+            args=list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False
+        )
+        # Ctrl-C: this exit code from some versions of typer, an Abort from others.
+        if result == INTERRUPTED:
+            return _interrupted()
+        return result if isinstance(result, int) else 0
+    except TrainerError as error:
+        return _end(error)
+    except typer.Exit as error:
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return _interrupted()
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 74
+    except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help is its message
+            typer.echo(str(error))
+            return 0
+        if "click" in type(error).__module__:  # typer carries a click of its own
+            return _end(_usage(error))
+        from .worker import disk_fault
+
+        if (fault := disk_fault(error)) is not None:
+            return _end(fault)
+        return _end(
+            InternalError.of(
+                f"a fault of the program: {type(error).__name__}",
+                where=str(traceback.extract_tb(error.__traceback__)[-1]).strip("<>"),
+                why=str(error)[:300],
+                remedy="run it again with --debug and report the traceback",
+            )
+        )
+
+
+def _interrupted() -> int:
+    typer.echo("stopped before the run began; nothing was changed", err=True)
+    return INTERRUPTED
+
+
+def _usage(error: Exception) -> TrainerError:
+    message = getattr(error, "message", None) or str(error) or type(error).__name__
+    return ConfigError.of(message, where="command line", remedy="lora-trainer --help")
+
+
+def _end(error: TrainerError) -> int:
+    if os.environ.get(DEBUG):
+        traceback.print_exc()
+    typer.echo(f"\n{error.block()}", err=True)
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""What differs between the supported versions of the libraries, and why; nothing else does.
+
+The `cu121` stack has transformers 4.50.3, the others 5.x (DESIGN section 5).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import transformers
+
+# PEFT 0.21 asks transformers 5.23 for an attribute by its old name; users can do nothing.
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+
+MAJOR = int(transformers.__version__.split(".")[0])
+
+
+def dtype_argument(dtype: Any) -> dict[str, Any]:
+    """Return `from_pretrained`'s argument for the weights' type: renamed in transformers 5."""
+    return {"dtype" if MAJOR >= 5 else "torch_dtype": dtype}
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass: the method was renamed in transformers 5."""
+    how = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    # Frozen embeddings give no gradient that the first block's recomputation could start from.
+    model.enable_input_require_grads()

@@ -1,0 +1,394 @@
+"""What the user asked for: the schema of every key, its default, its limits and its aliases.
+
+Leaf names are unique over all sections and spelled as in Hugging Face's
+TrainingArguments and PEFT, so a config may be flat or sectioned. Reading files,
+environment and command line, and telling where a value came from, is `sources`'
+work; what the values mean on this machine is `plan`'s. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+EMBEDDED_MODEL = "embedded/SmolLM2-135M-Instruct"
+
+Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
+Share = Annotated[float, Field(ge=0, le=1)]
+INITS = ("gaussian", "orthogonal", "pissa", "olora")
+Init = Annotated[
+    str,
+    Field(
+        pattern=rf"^({'|'.join(INITS)}|pissa_niter_[1-9][0-9]{{0,2}})$",
+        examples=[*INITS, "pissa_niter_4"],
+    ),
+]
+
+
+class Section(BaseModel):
+    """A frozen group of keys; unknown keys and silent conversions are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which base model, and how it is loaded."""
+
+    model_name_or_path: str = Field(
+        EMBEDDED_MODEL,
+        min_length=1,
+        description="Base model: the embedded one, a local folder, or a Hugging Face hub id",
+    )
+    model_revision: str | None = Field(None, description="Branch, tag or commit on the hub")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that a model repository ships"
+    )
+    hf_token: str | None = Field(
+        None,
+        min_length=1,
+        repr=False,
+        description="Hugging Face token; better given as HF_TOKEN or HF_TOKEN_FILE",
+    )
+    use_4bit: bool = Field(False, description="Load the base model in 4 bits (QLoRA)")
+    use_8bit: bool = Field(False, description="Load the base model in 8 bits")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit number format")
+    bnb_4bit_use_double_quant: bool = Field(
+        True, description="Quantize the quantization constants too; saves 0.4 bits a weight"
+    )
+    use_flash_attention: bool | Auto = Field(
+        "auto", description="flash-attn where installed and the GPU can; true insists on it"
+    )
+    bf16: bool | Auto = Field(
+        "auto", description="Compute in bfloat16; measured first, never assumed"
+    )
+    gradient_checkpointing: bool | Auto = Field(
+        "auto", description="Recompute activations in the backward pass: less memory, ~30% slower"
+    )
+    model_cache_dir: str | None = Field(
+        None, description="Where prepared models are kept; default: HF_HOME's or the user's cache"
+    )
+
+
+class LoraSection(Section):
+    """The adapter, in PEFT's terms."""
+
+    lora_r: int = Field(16, ge=1, le=4096, description="Rank of the adapter")
+    lora_alpha: float = Field(
+        32.0, gt=0, le=1e6, description="Scale: the update is multiplied by alpha / r"
+    )
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input")
+    lora_target_modules: str | list[str] = Field(
+        "all-linear",
+        min_length=1,
+        description="Adapted modules: all-linear, names such as q_proj, or a regular expression",
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead")
+    use_dora: bool = Field(False, description="Weight-decomposed LoRA; vLLM cannot serve it")
+    init_lora_weights: bool | Init = Field(
+        True, description="true, gaussian, orthogonal, pissa, pissa_niter_N or olora"
+    )
+    modules_to_save: list[str] = Field(
+        default_factory=list, description="Modules trained in full; vLLM cannot serve such adapters"
+    )
+    loraplus_lr_ratio: float | None = Field(
+        None, ge=1, description="LoRA+: learning rate of B divided by that of A"
+    )
+
+
+class DatasetSource(Section):
+    """One dataset of several."""
+
+    path: str = Field(min_length=1, description="Local file or folder, or a hub id")
+    weight: float = Field(1.0, gt=0, le=1e4, description="How often its rows are seen in an epoch")
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "completion", "text"] | None = Field(
+        None, description="Overrides dataset_format"
+    )
+    split: str | None = Field(None, description="Split of a hub dataset")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub")
+
+
+class DataSection(Section):
+    """What is learnt: rows, their format, and which of their tokens are trained."""
+
+    dataset: str | list[str | DatasetSource] = Field(
+        "demo/train.jsonl",
+        min_length=1,
+        description="Training data: file, folder, hub id, or a list of them with weights",
+    )
+    eval_dataset: str | list[str | DatasetSource] | None = Field(None, description="Held-out data")
+    eval_fraction: float = Field(
+        0.0, ge=0, lt=1, description="Held-out share of `dataset`, duplicates never on both sides"
+    )
+    datasets_dir: str | None = Field(
+        None, description="Folder in which relative dataset paths are looked for too"
+    )
+    dataset_format: Literal["auto", "messages", "sharegpt", "alpaca", "completion", "text"] = Field(
+        "auto", description="Row format; auto detects it"
+    )
+    dataset_columns: dict[str, str] = Field(
+        default_factory=dict, description="Standard field name -> the column that holds it"
+    )
+    dataset_split: str = Field("train", description="Split of a hub dataset")
+    chat_template: str | None = Field(
+        None, description="Jinja chat template, or a file with it; default: the tokenizer's own"
+    )
+    train_on: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="Trained tokens: every assistant turn, the last one, or all"
+    )
+    max_seq_length: int = Field(2048, ge=8, le=1_048_576, description="Longest example, in tokens")
+    too_long: Literal["truncate", "drop", "error"] = Field(
+        "truncate", description="What happens to a longer example"
+    )
+    on_bad_rows: Literal["error", "skip"] = Field(
+        "error", description="What happens to a row that cannot be read"
+    )
+    max_bad_rows_share: Share = Field(0.05, description="With skip: the most that may be bad")
+    dataset_cache_dir: str | None = Field(None, description="Where tokenized data is kept")
+    preprocessing_num_workers: int = Field(
+        0, ge=0, le=512, description="Tokenizing processes; 0 takes every core"
+    )
+
+
+class TrainingSection(Section):
+    """The optimisation."""
+
+    per_device_train_batch_size: Count = Field(4, description="Examples in a micro-batch")
+    per_device_eval_batch_size: Count = Field(8, description="Examples in an evaluation batch")
+    gradient_accumulation_steps: Count = Field(1, description="Micro-batches in a step")
+    num_train_epochs: float = Field(1.0, gt=0, le=1e6, description="Passes over the data")
+    max_steps: int = Field(
+        -1, ge=-1, le=10**9, description="Optimizer steps; -1: as the epochs say"
+    )
+    learning_rate: float = Field(2e-4, ge=0, le=10, description="Peak learning rate")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
+        "cosine", description="Schedule after the warmup"
+    )
+    warmup_ratio: Share = Field(0.03, description="Share of the steps with a rising learning rate")
+    warmup_steps: CountOrZero | None = Field(None, description="Overrides warmup_ratio")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment decay")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's denominator term")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 switches it off")
+    padding_free: bool | Auto = Field(
+        "auto", description="Concatenate a micro-batch's examples instead of padding them"
+    )
+    loss_chunk_tokens: Count = Field(
+        1024, description="Supervised positions whose logits exist at one time"
+    )
+    seed: int = Field(42, ge=0, lt=2**32, description="Seeds order, dropout and adapter")
+    eval_steps: CountOrZero = Field(0, description="Steps between evaluations; 0: only at the end")
+    eval_generate: bool = Field(
+        False, description="Answer the held-out prompts before and after; report exact match"
+    )
+    eval_max_new_tokens: Count = Field(128, description="Longest generated answer, in tokens")
+    early_stopping_patience: CountOrZero = Field(
+        0, description="Evaluations without a better eval_loss before stopping; 0: never"
+    )
+    early_stopping_threshold: float = Field(0.0, ge=0, description="What counts as better")
+    load_best_model_at_end: bool = Field(
+        False, description="Export the checkpoint with the lowest eval_loss"
+    )
+
+
+class OutputSection(Section):
+    """Where results go and what is kept."""
+
+    output_dir: str = Field("outputs", min_length=1, description="Folder of all results")
+    run_name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Subfolder and run title"
+    )
+    save_steps: CountOrZero = Field(
+        100, description="Steps between checkpoints; 0: only when ended"
+    )
+    save_total_limit: Count = Field(3, description="Checkpoints kept, the best one not counted")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="Go on from the newest sound checkpoint, or start anew"
+    )
+    on_finished: Literal["archive", "stop"] = Field(
+        "archive", description="If the run is finished already: move it aside, or do nothing"
+    )
+
+
+class MonitoringSection(Section):
+    """What is shown, logged and watched."""
+
+    logging_steps: Count = Field(1, description="Steps between logged figures")
+    report_to: list[Literal["tensorboard", "mlflow", "trackio", "wandb"]] = Field(
+        default_factory=lambda: ["tensorboard"],  # type: ignore[arg-type]
+        description="Trackers, through Accelerate",
+    )
+    sample_count: int = Field(3, ge=0, le=100, description="Held-out answers shown in full")
+    max_restarts: CountOrZero = Field(3, description="Restarts of a crashed worker")
+    health_host: str = Field("127.0.0.1", description="Address that the status server binds")
+    health_port: int = Field(8080, ge=0, le=65535, description="Its port; 0 picks a free one")
+    stall_timeout_seconds: float = Field(
+        0.0, ge=0, description="No progress for so long is a stall; 0: from the measured step time"
+    )
+
+
+class Config(Section):
+    """Everything a run was asked to do."""
+
+    model: ModelSection = Field(default_factory=ModelSection)
+    lora: LoraSection = Field(default_factory=LoraSection)
+    data: DataSection = Field(default_factory=DataSection)
+    training: TrainingSection = Field(default_factory=TrainingSection)
+    output: OutputSection = Field(default_factory=OutputSection)
+    monitoring: MonitoringSection = Field(default_factory=MonitoringSection)
+
+    def digest(self) -> str:
+        """Return the sha256 (16 hex digits) of all that decides the trained weights.
+
+        Two runs with the same digest on the same data may continue one another; what is
+        only shown, logged or placed elsewhere does not count. Data and template count by
+        their content, through the digest of the tokenized rows.
+        """
+        kept = self.model_dump(mode="json", exclude={"output", "monitoring"})
+        for section, key in NOT_IN_DIGEST:
+            kept[section].pop(key)
+        text = json.dumps(kept, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+NOT_IN_DIGEST = (
+    ("model", "hf_token"),
+    ("model", "model_cache_dir"),
+    ("data", "dataset"),
+    ("data", "eval_dataset"),
+    ("data", "chat_template"),
+    ("data", "datasets_dir"),
+    ("data", "dataset_cache_dir"),
+    ("data", "preprocessing_num_workers"),
+)
+SECRET_KEYS = frozenset({"hf_token"})
+
+# alias -> canonical leaf name; the comment names whose spelling it is.
+ALIASES: dict[str, str] = {
+    # Axolotl
+    "base_model": "model_name_or_path",
+    "revision_of_model": "model_revision",
+    "load_in_4bit": "use_4bit",
+    "load_in_8bit": "use_8bit",
+    "flash_attention": "use_flash_attention",
+    "lora_target_linear": "lora_target_modules",
+    "peft_use_dora": "use_dora",
+    "peft_use_rslora": "use_rslora",
+    "lora_modules_to_save": "modules_to_save",
+    "datasets": "dataset",
+    "test_datasets": "eval_dataset",
+    "val_set_size": "eval_fraction",
+    "sequence_len": "max_seq_length",
+    "micro_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "num_epochs": "num_train_epochs",
+    "lr_scheduler": "lr_scheduler_type",
+    "peft_init_lora_weights": "init_lora_weights",
+    "train_on_inputs": "train_on",
+    "dataset_prepared_path": "dataset_cache_dir",
+    "dataset_processes": "preprocessing_num_workers",
+    # LLaMA-Factory
+    "template": "chat_template",
+    "lora_rank": "lora_r",
+    "lora_target": "lora_target_modules",
+    "additional_target": "modules_to_save",
+    "cutoff_len": "max_seq_length",
+    "val_size": "eval_fraction",
+    "dataset_dir": "datasets_dir",
+    "flash_attn": "use_flash_attention",
+    "quantization_bit": "use_4bit",
+    "quantization_type": "bnb_4bit_quant_type",
+    "double_quantization": "bnb_4bit_use_double_quant",
+    "pissa_init": "init_lora_weights",
+    "disable_gradient_checkpointing": "gradient_checkpointing",
+    "train_on_prompt": "train_on",
+    "mask_history": "train_on",
+    "tokenized_path": "dataset_cache_dir",
+    "cache_dir": "model_cache_dir",
+    "hf_hub_token": "hf_token",
+    # TRL and Hugging Face
+    "max_length": "max_seq_length",
+    "dataset_name": "dataset",
+    "lora_task_target_modules": "lora_target_modules",
+    "target_modules": "lora_target_modules",
+    "r": "lora_r",
+    "rank": "lora_r",
+    "use_rs_lora": "use_rslora",
+    "use_bnb_nested_quant": "bnb_4bit_use_double_quant",
+    "attn_implementation": "use_flash_attention",
+    "dtype": "bf16",
+    "torch_dtype": "bf16",
+    "assistant_only_loss": "train_on",
+    "dataset_text_field": "dataset_columns",
+    "dataset_num_proc": "preprocessing_num_workers",
+    "dataset_train_split": "dataset_split",
+    "chat_template_path": "chat_template",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "lr": "learning_rate",
+    "optim_beta1": "adam_beta1",
+    "hub_token": "hf_token",
+    "token": "hf_token",
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+}
+# Aliases whose values are of another kind than their leaf's: `sources` translates them.
+CONVERTED_ALIASES = frozenset(
+    {
+        "assistant_only_loss", "attn_implementation", "dataset_text_field",
+        "disable_gradient_checkpointing", "dtype", "flash_attn", "lora_target_linear",
+        "mask_history", "pissa_init", "quantization_bit", "torch_dtype", "train_on_inputs",
+        "train_on_prompt",
+    }
+)  # fmt: skip
+# Leaves that may also be written as "a, b".
+COMMA_LISTS = frozenset({"lora_target_modules", "modules_to_save", "report_to"})
+
+
+def section_names() -> tuple[str, ...]:
+    """Return the names of the sections, in the order of the schema."""
+    return tuple(Config.model_fields)
+
+
+def sections() -> dict[str, type[Section]]:
+    """Return each section's class by its name."""
+    found: dict[str, type[Section]] = {}
+    for name, field in Config.model_fields.items():
+        assert isinstance(field.annotation, type)
+        assert issubclass(field.annotation, Section)
+        found[name] = field.annotation
+    return found
+
+
+def leaf_sections() -> dict[str, str]:
+    """Return leaf key -> the section that holds it; unique by a test."""
+    return {leaf: name for name, kind in sections().items() for leaf in kind.model_fields}
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a config file, flat and sectioned keys both accepted."""
+    schema = Config.model_json_schema()
+    leaves: dict[str, Any] = {}
+    for name, kind in sections().items():
+        properties = schema["$defs"][kind.__name__]["properties"]
+        for leaf in COMMA_LISTS & properties.keys():
+            kept = {"description": properties[leaf].pop("description")}
+            properties[leaf] = kept | {"anyOf": [properties[leaf], {"type": "string"}]}
+        leaves |= {leaf: dict(spec) for leaf, spec in properties.items()}
+        schema["properties"][name].pop("default", None)
+    for alias, leaf in ALIASES.items():
+        own_spec = {} if alias in CONVERTED_ALIASES else leaves[leaf]
+        leaves[alias] = own_spec | {"description": f"Alias of {leaf}"}
+    # A word that names a section and an alias (model) may hold either.
+    for name, spec in leaves.items():
+        own = schema["properties"].get(name)
+        schema["properties"][name] = {"anyOf": [own, spec]} if own else spec
+    schema["properties"]["$schema"] = {"type": "string"}
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "lora-trainer configuration"
+    return schema

@@ -1,0 +1,1 @@
+"""Data: read -> format -> template and mask -> cache -> batches."""

@@ -1,0 +1,92 @@
+"""Fingerprints of content: of whole files, remembered between runs, and of single examples."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from lora_trainer.data.examples import Chat, Completion, Example
+
+MEMORY_NAME = "file-hashes.json"
+MAX_REMEMBERED = 10_000
+READ_BYTES = 1 << 20
+# A file written within this time may change again without a new time stamp.
+SETTLED_SECONDS = 2.0
+
+
+class FileHashes:
+    """The sha256 of files; unchanged ones (size, time, inode) are not read again."""
+
+    def __init__(self, cache_dir: Path) -> None:
+        self._memory_path = cache_dir / MEMORY_NAME
+        self._known = self._recall()
+        self._is_changed = False
+
+    def sha256(self, path: Path) -> str:
+        """Return the sha256 of a file's bytes."""
+        stat = path.stat()
+        name = str(path.resolve())
+        identity = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        known = self._known.get(name)
+        if isinstance(known, list) and known[:3] == identity and isinstance(known[-1], str):
+            return known[-1]
+        with path.open("rb") as stream:
+            digest = hashlib.sha256()
+            while block := stream.read(READ_BYTES):
+                digest.update(block)
+        if time.time() - stat.st_mtime > SETTLED_SECONDS:
+            self._known[name] = [*identity, digest.hexdigest()]
+            self._is_changed = True
+        return digest.hexdigest()
+
+    def save(self) -> None:
+        """Remember what was hashed; losing it costs time only, so no fault is raised."""
+        if not self._is_changed:
+            return
+        newest = dict(list(self._known.items())[-MAX_REMEMBERED:])
+        with contextlib.suppress(OSError):
+            self._memory_path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self._memory_path.parent, prefix=MEMORY_NAME)
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                json.dump(newest, stream)
+            Path(name).replace(self._memory_path)
+            self._is_changed = False
+
+    def _recall(self) -> dict[str, Any]:
+        try:
+            known = json.loads(self._memory_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+
+def example_hash(example: Example) -> int:
+    """Return 64 bits that are equal for examples that say the same.
+
+    Case and white space do not count, nor does the format that a row came in.
+    """
+    if isinstance(example, Chat):
+        parts: Any = ["chat", *map(_turn, example.messages), list(example.tools)]
+    elif isinstance(example, Completion):
+        parts = ["completion", _plain(example.prompt), _plain(example.completion)]
+    else:
+        parts = ["text", _plain(example.text)]
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _turn(message: dict[str, Any]) -> list[Any]:
+    rest = {str(k): v for k, v in message.items() if k not in ("role", "content", "id")}
+    content = message.get("content")
+    return [message.get("role"), _plain(content) if isinstance(content, str) else content, rest]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()

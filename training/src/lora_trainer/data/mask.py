@@ -1,0 +1,398 @@
+"""The mask: which tokens of an example are trained.
+
+Trained is what the model itself must generate: from the end of the generation
+prompt up to and including the token that ends the turn. The separator behind it, a
+newline most often, is the next prompt's and is not trained. A template that carries
+`{% generation %}` marks is taken at its word instead.
+
+Where a turn begins in the text is seen while the template runs (see `template`).
+Where the generation prompt ends in it is found by rendering the conversation up to
+the turn, as it will be rendered when the model is asked: what the two renderings
+share behind the turn's beginning is the prompt, the rest is the model's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import pairwise
+from typing import Any, Literal
+
+from lora_trainer.data.examples import Chat, Completion, Encoded, Example
+from lora_trainer.data.template import ChatTemplate, Rendering, Span, TemplateFault
+from lora_trainer.errors import ConfigError
+
+TrainOn = Literal["assistant", "last", "all"]
+
+# Where a prompt that a turn follows only in part may be cut: behind a line, else behind a tag.
+_EDGES = (re.compile(r".*\n", re.DOTALL), re.compile(r".*[>\]:]", re.DOTALL))
+_CHECKED_CHARACTERS = 20
+_THOUGHTS_END = re.compile(r"</think(?:ing)?>|\[/THINK\]")
+_REMEDY = "name one that does with chat_template"
+_NO_ANSWER = "the chat template leaves out what the assistant says in a turn"
+
+
+class Flaw(Enum):
+    """Why an encoded example does not teach what it should."""
+
+    TRAINS_NOTHING = "no token is trained"
+    END_NOT_TRAINED = "the token that ends the assistant's turn is not trained"
+    NO_END = "no token ends the assistant's turn"
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """A conversation as text, and the parts of it that are trained: in order, none touching."""
+
+    text: str
+    spans: tuple[Span, ...]
+
+
+def encode(
+    example: Example, tokenizer: Any, template: ChatTemplate | None, train_on: TrainOn
+) -> Encoded:
+    """Tokenize an example and mark the tokens that are targets of the loss.
+
+    Conversations are tokenized as the template writes them: it adds its own special
+    tokens. Completions and texts get what the tokenizer adds, and an end token. A token
+    that lies across the edge of a trained part is trained: no character of an answer
+    is lost to the loss.
+
+    Raises:
+        TemplateFault: the template refuses the conversation.
+        ConfigError: the tokenizer or its template cannot do it for any example.
+    """
+    if isinstance(example, Chat):
+        if template is None:
+            raise ConfigError.of("conversations need a chat template", where="chat_template")
+        marked = mark(example, template, train_on)
+        ids, offsets = _tokenize(tokenizer, marked.text, add_special_tokens=False)
+        return Encoded(ids, _cover(offsets, marked.spans))
+    if isinstance(example, Completion):
+        start = 0 if train_on == "all" else len(example.prompt)
+        return _encode_plain(tokenizer, example.prompt + example.completion, start)
+    return _encode_plain(tokenizer, example.text, 0)
+
+
+def audit(example: Example, encoded: Encoded, tokenizer: Any) -> tuple[Flaw, ...]:
+    """Find what is wrong with the mask of an example that is not truncated yet."""
+    if not any(encoded.is_trained):
+        return (Flaw.TRAINS_NOTHING,)
+    if not isinstance(example, Chat):
+        return ()
+    ends = end_tokens(tokenizer)
+    ids = encoded.input_ids
+    runs = _run_ends(encoded.is_trained)
+    if all(ids[_skip_blank(ids, end, tokenizer, step=-1)] in ends for end in runs):
+        return ()
+    # Whether an end is written at all shows behind the last turn: no prompt follows it.
+    behind = _skip_blank(ids, runs[-1] + 1, tokenizer, step=1)
+    is_written = behind < len(ids) and ids[behind] in ends
+    return (Flaw.END_NOT_TRAINED if is_written else Flaw.NO_END,)
+
+
+def mark(chat: Chat, template: ChatTemplate, train_on: TrainOn) -> Marked:
+    """Write a conversation as text and find the parts of it that are trained.
+
+    Raises:
+        TemplateFault: the template refuses the conversation, hides its turns or leaves out
+            answers, tool calls or tools; or the conversation holds the template's control tokens.
+    """
+    template.refuse_control_tokens([*chat.messages, *chat.tools])
+    messages, tools = template.normalize(chat.messages, chat.tools)
+    whole = template.trace(messages, tools)
+    turns = [n for n, message in enumerate(messages) if message.get("role") == "assistant"]
+    if train_on == "last":
+        turns = turns[-1:]
+    spans: Iterable[Span]
+    if train_on == "all":
+        spans = [(0, len(whole.text))]
+    elif template.has_marks:
+        spans = _marks_of(whole, turns, train_on)
+    elif whole.is_traced:
+        spans = _Turns(template, messages, tools, whole).spans(turns)
+    else:
+        spans = _spans_by_prefix(template, messages, tools, whole, turns)
+    marked = Marked(whole.text, _join(spans))
+    for turn in turns:
+        own = whole.written_by(turn, marked.spans)
+        for token in template.control_tokens:
+            own = own.replace(token, "")
+        _check_answer(chat.messages[turn], marked, own)
+    _check_tools(chat, whole)
+    return marked
+
+
+def _check_tools(chat: Chat, whole: Rendering) -> None:
+    """Refuse a text that names none of the tools, calls of them left aside."""
+    names = {name for tool in chat.tools if (name := _function_name(tool))}
+    callers = {n for n, m in enumerate(chat.messages) if m.get("role") in ("assistant", "tool")}
+    told = [whole.text[p.start : p.end] for p in whole.pieces if p.owner not in callers]
+    if names and not any(name in text for name in names for text in told):
+        raise TemplateFault(f"the chat template does not write the tools: {_REMEDY}")
+
+
+def _check_answer(answer: dict[str, Any], marked: Marked, own: str) -> None:
+    """Refuse a turn whose own trained words lack a tool call or what the assistant says."""
+    content = answer.get("content")
+    content = content.strip() if isinstance(content, str) else ""
+    calls = Counter(map(_function_name, answer.get("tool_calls") or ()))
+    # What the turn says may name a function too.
+    texts = [text for key, text in answer.items() if key != "role" and isinstance(text, str)]
+    said = [text for text in texts if text.strip() in own]
+    for name, count in calls.items():
+        written = own.count(name) - sum(text.count(name) for text in said)
+        if written < count:
+            calls_lost = "every tool call of a turn" if written > 0 else "tool calls"
+            raise TemplateFault(f"the chat template does not write {calls_lost}: {_REMEDY}")
+    # Only the ending: a prompt may write the opening of a reasoning block in the answer, and
+    # templates leave out the reasoning of earlier turns.
+    lines = _THOUGHTS_END.split(content)[-1].strip().splitlines()
+    ending = lines[-1].strip()[-_CHECKED_CHARACTERS:] if lines else ""
+    if ending not in own and not any(ending in marked.text[a:b] for a, b in marked.spans):
+        if ending in marked.text:
+            raise TemplateFault("the chat template does not show where an assistant's turn lies")
+        # Words beside a call are reasoning to some templates (gpt-oss), which they leave out.
+        if not calls:
+            raise TemplateFault(_NO_ANSWER)
+    if content and not own.strip():
+        raise TemplateFault(_NO_ANSWER)
+
+
+def _function_name(entry: Any) -> str:
+    """Return the name in the description of a tool or in a call of one, "" without any."""
+    function = entry.get("function", entry) if isinstance(entry, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def _marks_of(whole: Rendering, turns: Sequence[int], train_on: TrainOn) -> Iterable[Span]:
+    if train_on == "assistant":
+        return whole.marks
+    pieces = whole.pieces_of(turns[0]) if turns else []
+    first = pieces[0].start if pieces else max((start for start, _ in whole.marks), default=0)
+    return [span for span in whole.marks if span[0] >= first]
+
+
+class _Turns:
+    """Finds the trained parts of a conversation whose template was followed message by message."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]],
+        whole: Rendering,
+    ) -> None:
+        self._template = template
+        self._messages = messages
+        self._tools = tools
+        self._whole = whole
+        # One prompt rendering for each kind of predecessor keeps long conversations linear.
+        self._cues: dict[str, str] = {}
+
+    def spans(self, turns: Sequence[int]) -> list[Span]:
+        found: list[Span] = []
+        for turn in turns:
+            pieces = [(piece.start, piece.end) for piece in self._whole.pieces_of(turn)]
+            if not pieces:
+                continue
+            first, last = pieces[0][0], self._end(turn, pieces[-1][1])
+            pieces[-1] = (pieces[-1][0], last)
+            start = first + self._prompted(turn, first, last)
+            end = _strip(self._whole.text, start, last)
+            found += [(max(a, start), min(b, end)) for a, b in pieces]
+        return found
+
+    def _prompted(self, turn: int, first: int, last: int) -> int:
+        """Return how many characters at the start of a turn the generation prompt writes."""
+        text = self._whole.text[first:last]
+        if not turn:
+            # Before the assistant's own first turn a template may put a default system turn.
+            cue = self._cue_after_user()
+            inside = text.find(cue)
+            return inside + len(cue) if inside >= 0 else _follow(cue, text)
+        prompted = _follow(self._cue(turn, first), text)
+        if not prompted and text.startswith(cue := self._cue_after_user()):
+            # Some templates write no prompt behind a tool's result, yet head the turn there.
+            return len(cue)
+        return prompted
+
+    def _end(self, turn: int, end: int) -> int:
+        """Let an end-of-text token that is written behind the last message end its turn."""
+        text = self._whole.text
+        eos = self._template.tokenizer.eos_token
+        is_last = turn == len(self._messages) - 1
+        return len(text) if is_last and eos and text[end:].strip() == eos else end
+
+    def _cue(self, turn: int, first: int) -> str:
+        """Return the generation prompt of a turn, as far as the turn may repeat it."""
+        before = str(self._messages[turn - 1].get("role"))
+        if before not in self._cues:
+            try:
+                self._cues[before] = self._render_cue(turn, first)
+            except TemplateFault:
+                # A conversation that no user has spoken in yet, say: refused by itself only.
+                self._cues[before] = self._cue_after_user()
+        return self._cues[before]
+
+    def _render_cue(self, turn: int, first: int) -> str:
+        prompt = self._template.trace(self._messages[:turn], self._tools, True)
+        here, there = 0, 0
+        for number in range(turn - 1, -1, -1):
+            if (mine := self._whole.pieces_of(number)) and (its := prompt.pieces_of(number)):
+                here, there = mine[0].start, its[0].start
+                break
+        leading = self._whole.text[here:first]
+        if prompt.text.startswith(leading, there):
+            return prompt.text[there + len(leading) :]
+        # The last message before a prompt may be written otherwise (tools put in front of
+        # it, say), but it ends as it does in the whole.
+        tail = leading[-32:]
+        found = prompt.text.rfind(tail, there) if tail else -1
+        return prompt.text[found + len(tail) :] if found >= 0 else ""
+
+    def _cue_after_user(self) -> str:
+        """Return the generation prompt that answers a conversation's first question."""
+        if "" not in self._cues:
+            users = [message for message in self._messages if message.get("role") == "user"]
+            probe, _ = self._template.normalize(users[:1] or [{"role": "user", "content": "Hello"}])
+            plain = self._template.trace(probe, self._tools).text
+            prompt = self._template.trace(probe, self._tools, True).text
+            self._cues[""] = prompt[_common_length(plain, prompt) :]
+        return self._cues[""]
+
+
+def _spans_by_prefix(
+    template: ChatTemplate,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]],
+    whole: Rendering,
+    turns: Sequence[int],
+) -> list[Span]:
+    """Find turns from renderings of shorter conversations alone, if these are prefixes."""
+    found: list[Span] = []
+    for turn in turns:
+        prompt = template.trace(messages[:turn], tools, True).text
+        if not whole.text.startswith(prompt):
+            raise TemplateFault("the chat template does not show where the assistant's turns begin")
+        through = template.trace(messages[: turn + 1], tools).text
+        end = _common_length(through, whole.text)
+        found.append((len(prompt), _strip(whole.text, len(prompt), end)))
+    return found
+
+
+def _follow(cue: str, turn: str) -> int:
+    """Return how many characters at the start of a turn are written by the generation prompt.
+
+    A prompt may say more than the turn repeats: it opens a reasoning block, and the
+    turn's reasoning was dropped. What they share may then run on into the answer by
+    chance, so it ends with the last whole line, or the last whole tag.
+    """
+    if turn.startswith(cue):
+        return len(cue)
+    shared = cue[: _common_length(cue, turn)]
+    edges = (edge.match(shared) for edge in _EDGES)
+    return next((edge.end() for edge in edges if edge), 0)
+
+
+def _common_length(a: str, b: str) -> int:
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _strip(text: str, start: int, end: int) -> int:
+    """Return `end` without the white space before it, but not below `start`."""
+    return start + len(text[start:end].rstrip())
+
+
+def _join(spans: Iterable[Span]) -> tuple[Span, ...]:
+    joined: list[Span] = []
+    for start, end in sorted(spans):
+        if end <= start:
+            continue
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return tuple(joined)
+
+
+def _tokenize(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[list[int], list[Span]]:
+    if not tokenizer.is_fast:
+        raise ConfigError.of(
+            "the model has only a slow tokenizer",
+            where="model_name_or_path",
+            why="it cannot tell which characters a token stands for",
+            remedy="use a model with a tokenizer.json",
+        )
+    encoding = tokenizer(
+        text,
+        add_special_tokens=add_special_tokens,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return list(encoding["input_ids"]), encoding["offset_mapping"]
+
+
+def _cover(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+    """Tell of each token whether it shares a character with a span; all are in order."""
+    is_trained = [False] * len(offsets)
+    remaining = iter(spans)
+    span = next(remaining, None)
+    for position, (start, end) in enumerate(offsets):
+        while span is not None and span[1] <= start:
+            span = next(remaining, None)
+        if span is None:
+            break
+        is_trained[position] = end > span[0]
+    return is_trained
+
+
+def _encode_plain(tokenizer: Any, text: str, start: int) -> Encoded:
+    """Encode text that is trained from character `start` on, and its end token."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigError.of(
+            "the tokenizer has no end token",
+            where="model_name_or_path",
+            why="a model that never sees an end never stops",
+        )
+    ids, offsets = _tokenize(tokenizer, text, add_special_tokens=True)
+    is_trained = [start == 0 or end > start for _, end in offsets]
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        ids.append(tokenizer.eos_token_id)
+        is_trained.append(True)
+    is_trained[-1] = True
+    return Encoded(ids, is_trained)
+
+
+def end_tokens(tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that can end a turn: the special ones, into which no plain text is split.
+
+    Added tokens that are not special, such as tags of tool calls, are content.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    special = {number for number, token in added if token.special}
+    return frozenset(special | {tokenizer.eos_token_id} - {None})
+
+
+def _run_ends(is_trained: Sequence[bool]) -> list[int]:
+    ends = [n for n, (now, then) in enumerate(pairwise(is_trained)) if now and not then]
+    return [*ends, len(is_trained) - 1] if is_trained and is_trained[-1] else ends
+
+
+def _skip_blank(ids: Sequence[int], position: int, tokenizer: Any, step: int) -> int:
+    """Return the next position, itself included, whose token is not white space."""
+    while 0 <= position < len(ids) and tokenizer.decode([ids[position]]).isspace():
+        position += step
+    return max(position, 0)

@@ -1,0 +1,356 @@
+"""Prepare data for training: read, convert, tokenize, audit, cache; and choose the splits.
+
+    sources --read--> rows --chunks, on all cores--> tokens --in order--> cache entry
+
+`prepare` is what a start calls. It opens the cache entry of exactly these sources,
+tokenizer, template and settings if there is one, and makes it otherwise. The entry is
+the same to the byte whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from lora_trainer.data.cache import (
+    CacheFault,
+    CacheWriter,
+    TokenizedDataset,
+    cache_key,
+    new_entry,
+    open_entry,
+)
+from lora_trainer.data.encoder import (
+    ChunkSettings,
+    EncodedChunk,
+    EncoderFactory,
+    TooLong,
+    encode_chunk,
+)
+from lora_trainer.data.fingerprint import FileHashes
+from lora_trainer.data.formats import (
+    FORMATS,
+    ROWS_TO_DETECT,
+    FormatName,
+    check_columns,
+    detect_format,
+)
+from lora_trainer.data.hub import hub_fingerprint, open_hub_dataset
+from lora_trainer.data.locate import DataFile, SourceSpec, hub_id, locate
+from lora_trainer.data.pool import EncodingPool, Task
+from lora_trainer.data.read import reading_faults, rows_of_files, rows_of_hub
+from lora_trainer.data.rows import BadRow, BadRowLog, BadRowPolicy, Row
+from lora_trainer.data.split import Index, rows_not_in, split_rows
+from lora_trainer.data.tally import DataReport, Tally, report_on
+from lora_trainer.errors import DataError, TrainerError
+
+CHUNK_ROWS = 512
+CHUNK_BYTES = 500_000
+IN_PROCESS_ROWS = 2_000
+"""Up to so many rows, starting processes (1 to 2 s) takes longer than they save."""
+MOST_PROCESSES = 9
+"""Unless more are asked for. Each takes 0.1 GB, and all together shall stay below 1 GB; from
+about 12 on, reading the rows (50 to 90 us each, one process) is what takes the time."""
+ROWS_TO_LOOK_AT = 10_000
+"""Rows read in search of good ones to detect a format from."""
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareSettings:
+    """What a user decides on rows: how long they may be, and what becomes of bad ones."""
+
+    max_seq_length: int
+    too_long: TooLong
+    on_bad_rows: BadRowPolicy
+    max_bad_rows_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class DataSplits:
+    """Tokenized data to train and to evaluate on; the rows of each by index, in row order.
+
+    With `eval_fraction` both indices point into the same dataset.
+    """
+
+    train: TokenizedDataset
+    train_rows: Index
+    train_report: DataReport
+    eval: TokenizedDataset | None
+    eval_rows: Index
+    eval_report: DataReport | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A dataset that was found: its local files, or the opened hub dataset."""
+
+    spec: SourceSpec
+    files: tuple[DataFile, ...]
+    hub_dataset: Any = None
+
+    def rows(self) -> Iterator[Row | BadRow]:
+        if self.hub_dataset is not None:
+            return rows_of_hub(self.hub_dataset, self.spec)
+        return rows_of_files(self.files, self.spec)
+
+    def identity(self, hashes: FileHashes) -> dict[str, Any]:
+        """Return what the rows depend on."""
+        identity: dict[str, Any] = {
+            "format": self.spec.format,
+            "columns": dict(self.spec.columns),
+            "split": self.spec.split,
+        }
+        if self.hub_dataset is not None:
+            return {
+                **identity,
+                "hub": hub_id(self.spec),
+                "content": hub_fingerprint(self.hub_dataset),
+            }
+        contents = []
+        for file in self.files:
+            with reading_faults(file.shown):
+                contents.append([file.kind, file.is_gzip, hashes.sha256(file.path)])
+        return {**identity, "content": contents}
+
+    def stamps(self) -> list[tuple[int, int]]:
+        """Return what changes when a file is written."""
+        stamps = []
+        for file in self.files:
+            with reading_faults(file.shown):
+                stat = file.path.stat()
+            stamps.append((stat.st_size, stat.st_mtime_ns))
+        return stamps
+
+
+def prepare(
+    specs: Sequence[SourceSpec],
+    *,
+    encoder: EncoderFactory,
+    settings: PrepareSettings,
+    vocab_size: int,
+    cache_dir: Path,
+    num_workers: int = 0,
+    progress: Progress | None = None,
+) -> tuple[TokenizedDataset, DataReport]:
+    """Return the tokenized rows of datasets, from the cache where they are in it.
+
+    `encoder` must be picklable: every process makes its own. `num_workers` of 0 takes
+    every core that this process may use, up to nine. `progress` is told the rows done so far.
+
+    Raises:
+        DataError: no data, bad rows, wrong masks, too long rows; as the settings say.
+        AccessError, UnavailableError, StorageError: a source or the cache is out of reach.
+    """
+    sources = _open_all(specs)
+    stamps = [source.stamps() for source in sources]
+    hashes = FileHashes(cache_dir)
+    key = cache_key(
+        {
+            "sources": [source.identity(hashes) for source in sources],
+            "encoder": encoder.digest,
+            "vocab_size": vocab_size,
+            "max_seq_length": settings.max_seq_length,
+            "too_long": settings.too_long,
+            "on_bad_rows": settings.on_bad_rows,
+            "max_bad_rows_share": settings.max_bad_rows_share,
+        }
+    )
+    hashes.save()
+    how = "made"
+    try:
+        dataset = open_entry(cache_dir, key)
+        if dataset is not None:
+            return dataset, report_on(dataset, "reused")
+    except CacheFault as fault:
+        how = f"remade: {fault}"
+    processes = num_workers or _default_processes()
+    with new_entry(cache_dir, key, vocab_size) as writer:
+        counts = _tokenize(sources, encoder, settings, processes, writer, progress)
+        if stamps != [source.stamps() for source in sources]:
+            raise DataError.of(
+                "a dataset changed while it was read",
+                where=", ".join(source.spec.path_or_id for source in sources),
+                remedy="start again once it is written",
+            )
+        writer.finish(key, counts)
+    dataset = TokenizedDataset(cache_dir / key)
+    return dataset, report_on(dataset, how)
+
+
+def prepare_splits(
+    train_specs: Sequence[SourceSpec],
+    eval_specs: Sequence[SourceSpec],
+    eval_fraction: float,
+    seed: int,
+    **options: Any,
+) -> DataSplits:
+    """Prepare the training data and the held-out data; `options` are those of `prepare`.
+
+    Held-out rows come from `eval_specs` or, where there are none, are `eval_fraction` of
+    the training rows. Rows that say the same never stand on both sides: such a row is
+    left out of training, and said.
+
+    Raises:
+        DataError: no row is left on one side.
+    """
+    train, train_report = prepare(train_specs, **options)
+    if not eval_specs:
+        train_rows, eval_rows = split_rows(train.row_hashes, eval_fraction, seed)
+        held_out = train if len(eval_rows) else None
+        return DataSplits(train, train_rows, train_report, held_out, eval_rows, None, ())
+    held_out, eval_report = prepare(eval_specs, **options)
+    every = np.arange(len(train))
+    train_rows = rows_not_in(train.row_hashes, every, held_out.row_hashes)
+    repeated = len(every) - len(train_rows)
+    if len(train_rows) == 0:
+        raise DataError.of(
+            "every training row stands in eval_dataset too",
+            remedy="name another eval_dataset, or set eval_fraction instead",
+        )
+    warning = f"{repeated:,} training rows stand in eval_dataset too and are left out of training"
+    return DataSplits(
+        train,
+        train_rows,
+        train_report,
+        held_out,
+        np.arange(len(held_out)),
+        eval_report,
+        (warning,) if repeated else (),
+    )
+
+
+def _default_processes() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return min(cores, MOST_PROCESSES)
+
+
+def _open_all(specs: Sequence[SourceSpec]) -> list[_Source]:
+    """Find all sources, and report all that cannot be found at once."""
+    sources: list[_Source] = []
+    faults: list[TrainerError] = []
+    for spec in specs:
+        try:
+            files = locate(spec)
+            dataset = open_hub_dataset(spec) if files is None else None
+            sources.append(_Source(spec, files or (), dataset))
+        except TrainerError as fault:
+            faults.append(fault)
+    if faults:
+        raise type(faults[0])([problem for fault in faults for problem in fault.problems])
+    return sources
+
+
+def _tokenize(
+    sources: Sequence[_Source],
+    encoder: EncoderFactory,
+    settings: PrepareSettings,
+    processes: int,
+    writer: CacheWriter,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Write the tokens of all sources; return the counts for the report."""
+    tally = Tally(BadRowLog(settings.on_bad_rows, settings.max_bad_rows_share))
+    formats: list[FormatName] = []
+    numbers: deque[int] = deque()
+
+    def tasks() -> Iterator[Task]:
+        for number, source in enumerate(sources):
+            format, rows = _with_format(source)
+            formats.append(format)
+            chunk_settings = ChunkSettings(
+                format, dict(source.spec.columns), settings.max_seq_length, settings.too_long
+            )
+            for chunk in _chunks(rows):
+                numbers.append(number)
+                # Once refused, the rest is only counted, so that all is reported at once.
+                yield chunk, chunk_settings, tally.log.is_refused
+
+    with closing(_encoded(tasks(), encoder, processes)) as chunks:
+        for chunk in chunks:
+            tally.add(chunk)
+            source = numbers.popleft()
+            if not tally.log.is_refused:
+                writer.append(chunk.ids, chunk.is_trained, chunk.lengths, chunk.row_hashes, source)
+            if progress is not None:
+                progress(tally.log.rows_read)
+            if tally.is_hopeless:
+                break
+    tally.judge(writer.row_count)
+    return {
+        "rows_read": tally.log.rows_read,
+        "rows_truncated": tally.truncated,
+        "rows_skipped": dict(tally.log.reasons),
+        "rows_dropped": dict(tally.dropped),
+        "formats": formats,
+        "longest_tokens": tally.longest,
+    }
+
+
+def _encoded(
+    tasks: Iterator[Task], encoder: EncoderFactory, processes: int
+) -> Generator[EncodedChunk, None, None]:
+    """Run tasks in order: here for a small dataset or a single core, else in processes."""
+    first: list[Task] = []
+    count = 0
+    for task in tasks:
+        first.append(task)
+        count += len(task[0])
+        if count > IN_PROCESS_ROWS:
+            break
+    if count > IN_PROCESS_ROWS and processes > 1:
+        with EncodingPool(encoder, processes) as pool:
+            yield from pool.encode(chain(first, tasks))
+        return
+    local = encoder()
+    for rows, settings, is_check in chain(first, tasks):
+        yield encode_chunk(rows, local, settings, is_check)
+
+
+def _with_format(source: _Source) -> tuple[FormatName, Iterator[Row | BadRow]]:
+    """Return a source's format and all of its rows; the first good ones decide on it."""
+    rows = source.rows()
+    looked_at: list[Row | BadRow] = []
+    good: list[Row] = []
+    for row in rows:
+        looked_at.append(row)
+        if isinstance(row, Row):
+            good.append(row)
+        if len(good) == ROWS_TO_DETECT or len(looked_at) == ROWS_TO_LOOK_AT:
+            break
+    spec = source.spec
+    values = [row.value for row in good]
+    assert spec.format in (*FORMATS, "auto"), "the config knows the formats"
+    if spec.format != "auto":
+        if good:
+            check_columns(values, spec.columns, spec.path_or_id)
+        format = cast(FormatName, spec.format)
+    else:
+        # Without a good row there is none to convert, and the bad ones will be reported.
+        format = detect_format(values, spec.columns, spec.path_or_id) if good else "text"
+    return format, chain(looked_at, rows)
+
+
+def _chunks(rows: Iterator[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
+    """Group rows, few enough to bound the memory of all that are under way."""
+    chunk: list[Row | BadRow] = []
+    size = 0
+    for row in rows:
+        chunk.append(row)
+        size += row.bytes if isinstance(row, Row) else 0
+        if len(chunk) == CHUNK_ROWS or size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk

@@ -1,0 +1,379 @@
+"""Read datasets row by row: local files of every common kind, and the hub through `datasets`.
+
+Memory stays bounded whatever a file's size, except for JSON arrays, which have to be
+parsed whole. What is wrong with one row is yielded in its place, with file and line;
+what is wrong with a whole file is raised. All file kinds may be gzip'd.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+from lora_trainer.data.locate import DataFile, FileKind, SourceSpec, locate
+from lora_trainer.data.rows import (
+    MAX_ROW_BYTES,
+    BadRow,
+    Row,
+    fault_in,
+    measure,
+    oversize_reason,
+)
+from lora_trainer.errors import AccessError, DataError, StorageError, TrainerError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+ARROW_ROWS_AT_ONCE = 256
+
+
+def iter_rows(spec: SourceSpec) -> Iterator[Row | BadRow]:
+    """Yield the rows of a dataset in order, each fit for use or a finding why it is not.
+
+    Raises:
+        DataError: no such file, an unreadable file, no row at all.
+        AccessError: a permission is missing.
+        UnavailableError: the hub, or the dataset on it, cannot be reached.
+    """
+    files = locate(spec)
+    if files is None:
+        from lora_trainer.data.hub import open_hub_dataset
+
+        return rows_of_hub(open_hub_dataset(spec), spec)
+    return rows_of_files(files, spec)
+
+
+def rows_of_files(files: Iterable[DataFile], spec: SourceSpec) -> Iterator[Row | BadRow]:
+    """Yield the rows of local files, one file after the other."""
+    return _judged((part for file in files for part in _read_file(file, spec)), spec)
+
+
+def rows_of_hub(dataset: Any, spec: SourceSpec) -> Iterator[Row | BadRow]:
+    """Yield the rows of an opened hub dataset."""
+    from lora_trainer.data.hub import hub_batches
+
+    return _judged(_arrow_rows(hub_batches(dataset), spec.path_or_id), spec)
+
+
+def _judged(parts: Iterable[Row | BadRow], spec: SourceSpec) -> Iterator[Row | BadRow]:
+    """Measure each row and find what no format can use."""
+    has_rows = False
+    for part in parts:
+        has_rows = True
+        if isinstance(part, BadRow):
+            yield part
+            continue
+        size, fault = measure(part.value)
+        yield BadRow(part.where, fault) if fault else Row(part.value, part.where, size)
+    if not has_rows:
+        raise DataError.of("the dataset is empty", where=spec.path_or_id)
+
+
+def _read_file(file: DataFile, spec: SourceSpec) -> Iterator[Row | BadRow]:
+    with _opened(file) as stream:
+        if file.kind in ("parquet", "arrow"):
+            yield from _arrow_rows(_arrow_batches(stream, file), file.shown)
+            return
+        head = stream.read(2)
+        stream.seek(0)
+        if head in UTF16_MARKS:
+            raise DataError.of(
+                "the file is UTF-16 text, not UTF-8",
+                where=file.shown,
+                remedy=f"iconv -f UTF-16 -t UTF-8 {file.shown} > converted.{file.kind}",
+            )
+        if file.kind in ("csv", "tsv"):
+            yield from _csv_rows(stream, file)
+        elif file.kind == "txt":
+            yield from _text_rows(stream, file.shown)
+        elif file.kind == "jsonl" or _is_json_lines(stream):
+            yield from _json_line_rows(stream, file.shown)
+        else:
+            yield from _json_rows(stream, file.shown, spec.split)
+
+
+@contextmanager
+def _opened(file: DataFile) -> Iterator[BinaryIO]:
+    """Open a file, unpacked where it is gzip'd."""
+    with reading_faults(file.shown), file.path.open("rb") as raw:
+        if not file.is_gzip:
+            yield raw
+            return
+        with gzip.open(raw) as unpacked:
+            if file.kind not in ("parquet", "arrow"):
+                yield cast(BinaryIO, io.BufferedReader(cast(Any, unpacked)))
+                return
+            # These are read from their end: unpack to disk, not to memory.
+            with tempfile.TemporaryFile() as copy:
+                shutil.copyfileobj(unpacked, copy)
+                copy.seek(0)
+                yield cast(BinaryIO, copy)
+
+
+@contextmanager
+def reading_faults(shown: str) -> Iterator[None]:
+    """Name every fault of reading a dataset file as an error of ours."""
+    try:
+        yield
+    except TrainerError:
+        raise
+    except PermissionError as error:
+        raise AccessError.of(
+            "a dataset file may not be read", where=shown, remedy=f"chmod a+r {shown}"
+        ) from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError.of(
+            "the gzip file is damaged or ends early",
+            where=shown,
+            remedy=f"gzip -t {shown}, then fetch it again",
+        ) from error
+    except FileNotFoundError as error:
+        raise DataError.of("a dataset file has vanished", where=shown) from error
+    except OSError as error:
+        raise StorageError.of(
+            "a dataset file cannot be read", where=shown, why=error.strerror or ""
+        ) from error
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Yield (line number, line) without a byte order mark; None stands for too long a line."""
+    number = 0
+    while line := stream.readline(MAX_ROW_BYTES + 2):
+        number += 1
+        if number == 1:
+            line = line.removeprefix(BYTE_ORDER_MARK)
+        if len(line.rstrip(b"\r\n")) < MAX_ROW_BYTES:
+            yield number, line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(MAX_ROW_BYTES)
+        yield number, None
+
+
+def _decoded_lines(stream: BinaryIO, shown: str) -> Iterator[tuple[str, str] | BadRow]:
+    """Yield (where, text) of each line that is not blank."""
+    for number, line in _lines(stream):
+        where = f"{shown}:{number}"
+        if line is None:
+            yield BadRow(where, oversize_reason())
+        elif line.strip():
+            try:
+                yield where, line.decode()
+            except UnicodeDecodeError as error:
+                yield BadRow(where, f"is not valid UTF-8, at byte {error.start + 1} of the line")
+
+
+def _text_rows(stream: BinaryIO, shown: str) -> Iterator[Row | BadRow]:
+    for line in _decoded_lines(stream, shown):
+        yield line if isinstance(line, BadRow) else Row(line[1].rstrip("\r\n"), line[0])
+
+
+def _json_line_rows(stream: BinaryIO, shown: str) -> Iterator[Row | BadRow]:
+    for line in _decoded_lines(stream, shown):
+        if isinstance(line, BadRow):
+            yield line
+            continue
+        where, text = line
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            nul = ", a NUL character stands in it" if "\0" in text else ""
+            yield BadRow(where, f"broken JSON, at column {error.colno}{nul}")
+        except (ValueError, RecursionError):
+            yield BadRow(where, "JSON with a number too long or nested too deeply")
+        else:
+            yield _json_row(value, where)
+
+
+def _json_row(value: Any, where: str) -> Row | BadRow:
+    if isinstance(value, dict | str):
+        return Row(value, where)
+    return BadRow(where, f"is a JSON {type(value).__name__}, expected an object")
+
+
+def _is_json_lines(stream: BinaryIO) -> bool:
+    """Tell a .json file that holds one object a line from one that is a single document."""
+    filled = (line for _, line in _lines(stream) if line is None or line.strip())
+    first, second = next(filled, None), next(filled, b"")
+    stream.seek(0)
+    if first is None or second == b"":
+        return False
+    first = first.strip()
+    return first.startswith(b"{") and first.endswith(b"}")
+
+
+def _json_rows(stream: BinaryIO, shown: str, split: str) -> Iterator[Row | BadRow]:
+    """Yield the rows of a JSON document: an array, {"data": [...]}, or a single row."""
+    content = stream.read().removeprefix(BYTE_ORDER_MARK)
+    if not content.strip():
+        return
+    try:
+        document = json.loads(content.decode())
+    except json.JSONDecodeError as error:
+        raise DataError.of(
+            f"broken JSON, at column {error.colno}",
+            where=f"{shown}:{error.lineno}",
+            remedy=f"python -m json.tool {shown}",
+        ) from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError.of("the file is not valid UTF-8", where=f"{shown}:{line}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError.of(
+            "JSON with a number too long or nested too deeply", where=shown
+        ) from error
+    del content
+    if isinstance(document, dict):
+        document = next(
+            (document[key] for key in ("data", split) if isinstance(document.get(key), list)),
+            [document],
+        )
+    if not isinstance(document, list):
+        found = type(document).__name__
+        raise DataError.of(f"the file is a JSON {found}, expected an array of rows", where=shown)
+    for index, value in enumerate(document, start=1):
+        yield _json_row(value, f"{shown}: row {index}")
+
+
+class _CsvLines:
+    """The lines that the csv module is fed; knows whether one was too long to pass on."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.lines = _lines(stream)
+        self.number = 0
+        self.is_oversized = False
+
+    def __iter__(self) -> _CsvLines:
+        return self
+
+    def __next__(self) -> str:
+        self.number, line = next(self.lines)
+        if line is None:
+            self.is_oversized = True
+            return "\n"
+        # Bad UTF-8 becomes surrogates, which `fault_in` finds and names by their field.
+        return line.decode(errors="surrogateescape")
+
+
+def _csv_rows(stream: BinaryIO, file: DataFile) -> Iterator[Row | BadRow]:
+    lines = _CsvLines(stream)
+    # The csv module's limit is global; its default of 128 KiB refuses rows that we take.
+    csv.field_size_limit(MAX_ROW_BYTES)
+    first_line = next(lines, "")
+    if not first_line:
+        return
+    delimiter = _delimiter(first_line, file.kind)
+    reader = csv.reader(itertools.chain([first_line], lines), delimiter=delimiter)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+    except csv.Error:
+        header = []
+    if not any(header) or len(set(header)) < len(header) or any(fault_in(h) for h in header):
+        raise DataError.of(
+            "the first line is no header: its column names are empty, repeated or not text",
+            where=f"{file.shown}:1",
+            remedy="put the names of the columns, such as prompt,completion, on the first line",
+        )
+    while True:
+        start = lines.number + 1
+        try:
+            fields = next(reader)
+            fault = None
+        except StopIteration:
+            return
+        except csv.Error:
+            fields, fault = [], "broken CSV: a quote that is not closed, or a stray line end"
+        where = f"{file.shown}:{start}"
+        if lines.is_oversized:
+            lines.is_oversized = False
+            fault = oversize_reason()
+        if fault is None and fields and len(fields) != len(header):
+            fault = f"has {len(fields)} fields, the header has {len(header)}"
+        if fault is not None:
+            yield BadRow(where, fault)
+        elif fields:
+            yield Row(dict(zip(header, fields, strict=True)), where)
+
+
+def _delimiter(header_line: str, kind: FileKind) -> str:
+    """Return the field delimiter; spreadsheets in much of Europe write `;` into .csv files."""
+    if kind == "tsv":
+        return "\t"
+    return ";" if ";" in header_line and "," not in header_line else ","
+
+
+def _arrow_batches(stream: BinaryIO, file: DataFile) -> Iterator[pyarrow.RecordBatch]:
+    """Yield the record batches of a Parquet or Arrow file (IPC file or stream)."""
+    import pyarrow
+
+    try:
+        if file.kind == "parquet":
+            from pyarrow import parquet
+
+            yield from parquet.ParquetFile(stream).iter_batches(batch_size=ARROW_ROWS_AT_ONCE)
+            return
+        try:
+            document = pyarrow.ipc.open_file(stream)
+        except pyarrow.ArrowInvalid:
+            stream.seek(0)
+            yield from pyarrow.ipc.open_stream(stream)
+            return
+        for index in range(document.num_record_batches):
+            yield document.get_batch(index)
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DataError.of(
+            f"the file is not readable as {file.kind}",
+            where=file.shown,
+            why=f"{type(error).__name__} while decoding it",
+            remedy="fetch or write it again: it is damaged, or of another type than its name says",
+        ) from error
+
+
+def _arrow_rows(
+    batches: Iterable[pyarrow.RecordBatch | pyarrow.Table], shown: str
+) -> Iterator[Row | BadRow]:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, ARROW_ROWS_AT_ONCE):
+            piece = batch.slice(start, ARROW_ROWS_AT_ONCE)
+            for value in _python_rows(piece):
+                number += 1
+                where = f"{shown}: row {number}"
+                yield BadRow(where, value) if isinstance(value, str) else Row(value, where)
+
+
+def _python_rows(piece: Any) -> Iterator[dict[str, Any] | str]:
+    """Yield rows as dicts, or as the reason why a row cannot be one."""
+    try:
+        values = piece.to_pylist()
+    except (ValueError, OverflowError):  # bad UTF-8, or a date that Python does not have
+        if piece.num_rows > 1:
+            for index in range(piece.num_rows):
+                yield from _python_rows(piece.slice(index, 1))
+        else:
+            yield "a value is not valid UTF-8 or out of Python's range"
+        return
+    for row in values:
+        yield {name: _without_missing(value) for name, value in row.items()}
+
+
+def _without_missing(value: Any) -> Any:
+    """Drop the None of struct fields: Arrow fills in what other rows' structs have."""
+    if isinstance(value, dict):
+        return {k: _without_missing(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [_without_missing(part) for part in value]
+    return value

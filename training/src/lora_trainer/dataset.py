@@ -1,0 +1,185 @@
+"""The run's data as its config names it: opened, counted, told of, and its order's rows."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .config import Config, DatasetSource
+from .data.encoder import TokenizerFactory
+from .data.locate import SourceSpec, hub_id, locate
+from .data.prepare import DataSplits, PrepareSettings, prepare_splits
+from .data.split import epoch_rows
+from .errors import DataError, TrainerError
+from .events import Event, Progress
+from .model import load
+from .plan import DataProfile
+
+PROGRESS_SECONDS = 0.5
+
+
+def open_data(
+    config: Config,
+    source: load.ModelSource,
+    tokenizer: Any,
+    emit: Callable[[Event], None] = lambda _: None,
+) -> DataSplits:
+    """Tokenize or reopen the training and held-out data.
+
+    Raises:
+        DataError, AccessError, UnavailableError, StorageError: as `data.prepare` does.
+    """
+    data = config.data
+    if config.model.hf_token:
+        # The datasets library and the tokenizing processes look for it here.
+        os.environ.setdefault("HF_TOKEN", config.model.hf_token)
+    cache = Path(data.dataset_cache_dir or load.default_cache() / "datasets")
+    factory = TokenizerFactory(
+        _tokenizer_folder(source, tokenizer, cache),
+        _template_text(data.chat_template),
+        data.train_on,
+        config.model.trust_remote_code,
+    )
+    told = [0.0]
+
+    def tell(done: int) -> None:
+        if time.monotonic() - told[0] > PROGRESS_SECONDS:
+            told[0] = time.monotonic()
+            emit(Progress(done=done, unit="rows"))
+
+    return prepare_splits(
+        source_specs(config, data.dataset),
+        source_specs(config, data.eval_dataset),
+        data.eval_fraction,
+        config.training.seed,
+        encoder=factory,
+        settings=PrepareSettings(
+            data.max_seq_length, data.too_long, data.on_bad_rows, data.max_bad_rows_share
+        ),
+        vocab_size=len(tokenizer),
+        cache_dir=cache,
+        num_workers=data.preprocessing_num_workers,
+        progress=tell,
+    )
+
+
+def data_warnings(config: Config, splits: DataSplits) -> list[str]:
+    """Return, in words, what became of rows that are not trained as they stand in the data."""
+    told = list(splits.warnings)
+    for name, report in (("dataset", splits.train_report), ("eval_dataset", splits.eval_report)):
+        if report is None:
+            continue
+        if report.rows_truncated:
+            told.append(
+                f"{name}: {report.rows_truncated:,} of {report.rows_read:,} rows are cut to "
+                f"max_seq_length {config.data.max_seq_length} (the longest has "
+                f"{report.longest_tokens:,} tokens)"
+            )
+        for verb, counts in (("left out", report.rows_dropped), ("skipped", report.rows_skipped)):
+            told += [f"{name}: {count:,} rows {verb}: {why}" for why, count in counts.items()]
+    return told
+
+
+def source_specs(
+    config: Config, named: str | Sequence[str | DatasetSource] | None
+) -> list[SourceSpec]:
+    """Return the datasets that a config names, each with the defaults of the data section."""
+    data = config.data
+    entries = [] if named is None else [named] if isinstance(named, str) else list(named)
+    found = []
+    for entry in entries:
+        one = DatasetSource(path=entry) if isinstance(entry, str) else entry
+        found.append(
+            SourceSpec(
+                path_or_id=one.path,
+                weight=one.weight,
+                format=one.format or data.dataset_format,
+                split=one.split or data.dataset_split,
+                columns=data.dataset_columns,
+                revision=one.revision,
+                datasets_dir=data.datasets_dir,
+            )
+        )
+    return found
+
+
+def hub_ids(config: Config) -> tuple[str, ...]:
+    """Return the hub's names of the training data; a local file has none, also when gone by now."""
+    found: dict[str, None] = {}
+    for spec in source_specs(config, config.data.dataset):
+        with contextlib.suppress(TrainerError):
+            if locate(spec) is None:
+                found[hub_id(spec)] = None
+    return tuple(found)
+
+
+def _tokenizer_folder(source: load.ModelSource, tokenizer: Any, cache: Path) -> Path:
+    """Return a folder from which other processes load the same tokenizer without a network."""
+    if source.is_local:
+        return Path(source.path)
+    key = hashlib.sha256(f"{source.path}@{source.revision}".encode()).hexdigest()[:16]
+    folder = cache / "tokenizers" / key
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+def _template_text(template: str | None) -> str | None:
+    if template is None or "{" in template:
+        return template
+    return Path(template).read_text(encoding="utf-8")
+
+
+def data_digest(splits: DataSplits, weights: list[float]) -> str:
+    """Return a hash of the rows that are trained, with their weights, and of the held-out ones."""
+    parts = [splits.train.digest, repr(weights)]
+    parts += [_hash(rows) for rows in (splits.train.sources, splits.train_rows, splits.eval_rows)]
+    parts += [splits.eval.digest] if splits.eval is not None else []
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+
+def _hash(array: Any) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def rows_of_epoch_in(splits: DataSplits, weights: list[float], seed: int) -> Callable[[int], Any]:
+    """Return the function that chooses an epoch's rows by the sources' weights."""
+    data = splits.train
+    return lambda epoch: epoch_rows(
+        data.row_hashes, data.sources, weights, splits.train_rows, epoch, seed
+    )
+
+
+def rows_to_train(rows_of_epoch: Callable[[int], Any]) -> int:
+    """Return how many rows an epoch has.
+
+    Raises:
+        DataError: none.
+    """
+    rows = len(rows_of_epoch(0))
+    if not rows:
+        raise DataError.of(
+            "no row is left to train on",
+            where="data.dataset",
+            why="the weights of the datasets are so small that none of their rows is taken",
+            remedy="raise a weight: 1.0 takes every row once an epoch",
+        )
+    return rows
+
+
+def profile_of(splits: DataSplits, rows: int) -> DataProfile:
+    """Return what the plan needs to know of the data."""
+    lengths = splits.train.lengths[splits.train_rows]
+    return DataProfile(
+        rows=rows,
+        tokens=int(lengths.sum()),
+        trained_tokens=int(splits.train.trained_counts[splits.train_rows].sum()),
+        longest=int(lengths.max()),
+        eval_rows=len(splits.eval_rows),
+    )

@@ -1,0 +1,148 @@
+"""What can go wrong, one exception per exit code, each with cause, place and remedy.
+
+A `Problem` is one finding; an error carries all findings of its kind that were
+made at once, so that a user mends them in one go. `cli` prints them last, as one
+block, and exits with the error's code. Only mistakes that a user can cause are
+raised as `TrainerError`; our own invariants are asserts and end as `InternalError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One finding: what is wrong, where, why, and the command or edit that mends it."""
+
+    what: str
+    where: str = ""
+    why: str = ""
+    remedy: str = ""
+
+    def lines(self) -> list[str]:
+        """Return the finding as printable lines, empty parts left out."""
+        parts = (("where", self.where), ("why", self.why), ("remedy", self.remedy))
+        return [self.what, *(f"  {name + ':':<8}{text}" for name, text in parts if text)]
+
+
+class TrainerError(Exception):
+    """A fault with its own exit code; never raised itself, only through a subclass."""
+
+    exit_code: ClassVar[int]
+
+    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+        self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        assert self.problems, "an error states at least one problem"
+        super().__init__("; ".join(problem.what for problem in self.problems))
+
+    @classmethod
+    def of(cls, what: str, where: str = "", why: str = "", remedy: str = "") -> TrainerError:
+        """Make the error of a single problem."""
+        return cls(Problem(what, where, why, remedy))
+
+    def block(self) -> str:
+        """Return the text that is printed last before the process exits."""
+        lines = [line for problem in self.problems for line in problem.lines()]
+        text = "\n".join([*lines, f"exit code {self.exit_code} ({self.meaning})"])
+        # A key or a name may hold half of a surrogate pair, which no terminal takes.
+        return text.encode("utf-8", "backslashreplace").decode()
+
+    @property
+    def meaning(self) -> str:
+        """Return the exit code in words."""
+        return MEANINGS[self.exit_code]
+
+
+class DataError(TrainerError):
+    """The dataset cannot be trained on as it is."""
+
+    exit_code = 65
+
+
+class UnavailableError(TrainerError):
+    """The model, the hub or the device that was asked for is not there."""
+
+    exit_code = 69
+
+
+class InternalError(TrainerError):
+    """A fault of the program itself, or a worker that makes no progress."""
+
+    exit_code = 70
+
+
+class StorageError(TrainerError):
+    """The disk is full or does not read or write."""
+
+    exit_code = 74
+
+
+class BusyError(TrainerError):
+    """Another run holds the output directory."""
+
+    exit_code = 75
+
+
+class AccessError(TrainerError):
+    """A permission is missing: a volume, a file, a gated model."""
+
+    exit_code = 77
+
+
+class ConfigError(TrainerError):
+    """The configuration is wrong."""
+
+    exit_code = 78
+
+
+class MemoryKilledError(TrainerError):
+    """The run was killed for memory, after all retries."""
+
+    exit_code = 137
+
+
+class StoppedError(TrainerError):
+    """The run was stopped by a signal, its checkpoint saved."""
+
+    exit_code = 143
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """Return an error and what caused it, the first cause last."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    return chain
+
+
+MEANINGS = {
+    0: "finished",
+    65: "data",
+    69: "model, hub or device unavailable",
+    70: "internal fault or stalled worker",
+    74: "disk full or I/O",
+    75: "another run holds this output",
+    77: "no permission",
+    78: "configuration",
+    137: "killed for memory",
+    143: "stopped by signal, checkpoint saved",
+}
+ERRORS_BY_CODE: dict[int, type[TrainerError]] = {
+    error.exit_code: error
+    for error in (
+        DataError,
+        UnavailableError,
+        InternalError,
+        StorageError,
+        BusyError,
+        AccessError,
+        ConfigError,
+        MemoryKilledError,
+        StoppedError,
+    )
+}

@@ -1,0 +1,189 @@
+"""Held-out figures: loss, perplexity, token accuracy; and answers compared with the expected."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .data.batches import Rows
+from .model.forward import CausalLM, MicroBatch
+
+# exp() of more is a number that says nothing; shown as infinite.
+LARGEST_EXPONENT = 50.0
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Mean figures over the targets of a dataset."""
+
+    loss: float
+    token_accuracy: float
+    targets: int
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        """Return exp(loss)."""
+        return math.exp(self.loss) if self.loss < LARGEST_EXPONENT else math.inf
+
+
+def take(rows: Rows, indices: Sequence[int] | NDArray[np.int64]) -> MicroBatch:
+    """Read rows as a micro-batch."""
+    pairs = [rows[int(index)] for index in indices]
+    return MicroBatch(
+        [np.asarray(ids, dtype=np.int64) for ids, _ in pairs],
+        [np.asarray(marks, dtype=bool) for _, marks in pairs],
+    )
+
+
+def score(
+    causal: CausalLM,
+    rows: Rows,
+    *,
+    batch_examples: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Score | None:
+    """Score all rows; None when stopped before the end. Uses no random numbers."""
+    start = time.monotonic()
+    was_training = causal.model.training
+    causal.model.eval()
+    loss, hits, targets = 0.0, 0, 0
+    try:
+        for batch in _by_length(rows, batch_examples):
+            if should_stop():
+                return None
+            micro = take(rows, batch)
+            batch_loss, batch_hits = causal.score(micro)
+            loss, hits, targets = loss + batch_loss, hits + batch_hits, targets + micro.targets
+    finally:
+        causal.model.train(was_training)
+    seconds = time.monotonic() - start
+    return Score(loss / max(1, targets), hits / max(1, targets), targets, seconds)
+
+
+def _by_length(rows: Rows, batch_examples: int) -> Iterator[list[int]]:
+    """Group rows of similar length, longest first: least padding, and no memory surprise late."""
+    order = sorted(range(len(rows)), key=lambda index: (-len(rows[index][0]), index))
+    for start in range(0, len(order), batch_examples):
+        yield order[start : start + batch_examples]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A held-out prompt and its expected answer, as token ids; cut from one example."""
+
+    index: int
+    prompt: list[int]
+    expected: list[int]
+
+
+def questions(rows: Rows) -> list[Question]:
+    """Cut each example before its last run of trained tokens; one without a prompt is left out."""
+    found = []
+    for index in range(len(rows)):
+        ids, marks = rows[index]
+        trained = np.asarray(marks, dtype=bool)
+        if not trained.any():
+            continue
+        end = len(trained) - int(trained[::-1].argmax())
+        before = np.flatnonzero(~trained[:end])
+        start = int(before[-1]) + 1 if len(before) else 0
+        if start > 0:
+            found.append(
+                Question(index, [int(i) for i in ids[:start]], [int(i) for i in ids[start:end]])
+            )
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A generated answer beside the expected one, as text without special tokens."""
+
+    index: int
+    prompt: str
+    expected: str
+    answer: str
+
+    @property
+    def is_exact(self) -> bool:
+        """Tell whether both are the same, surrounding white space aside."""
+        return self.expected.strip() == self.answer.strip()
+
+
+@torch.no_grad()
+def answer(
+    causal: CausalLM,
+    tokenizer: Any,
+    asked: Sequence[Question],
+    *,
+    batch_examples: int,
+    max_new_tokens: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[Answer] | None:
+    """Answer every question greedily, in batches padded on the left; None when stopped.
+
+    An answer ends with the tokenizer's end token or with the token that ends the
+    expected answers (a template's end of turn), or after `max_new_tokens`.
+    """
+    ends = {question.expected[-1] for question in asked} & set(tokenizer.all_special_ids)
+    ends |= {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    order = sorted(asked, key=lambda q: (len(q.expected), len(q.prompt), q.index))
+    found: list[Answer] = []
+    with causal.generating() as model:
+        for start in range(0, len(order), batch_examples):
+            if should_stop():
+                return None
+            batch = order[start : start + batch_examples]
+            made = _generate(model, tokenizer, batch, sorted(ends), max_new_tokens, causal.device)
+            found += [_decode(tokenizer, q, ids) for q, ids in zip(batch, made, strict=True)]
+    return sorted(found, key=lambda one: one.index)
+
+
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    batch: Sequence[Question],
+    ends: list[int],
+    max_new_tokens: int,
+    device: str,
+) -> list[list[int]]:
+    longest = max(len(question.prompt) for question in batch)
+    ids = torch.full((len(batch), longest), tokenizer.pad_token_id or 0)
+    mask = torch.zeros_like(ids)
+    for row, question in enumerate(batch):
+        ids[row, longest - len(question.prompt) :] = torch.tensor(question.prompt)
+        mask[row, longest - len(question.prompt) :] = 1
+    output = model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    rows = output[:, longest:].tolist()
+    return [_until_end(row, set(ends)) for row in rows]
+
+
+def _until_end(ids: list[int], ends: set[int]) -> list[int]:
+    for position, token in enumerate(ids):
+        if token in ends:
+            return ids[:position]
+    return ids
+
+
+def _decode(tokenizer: Any, question: Question, made: list[int]) -> Answer:
+    def text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    return Answer(question.index, text(question.prompt), text(question.expected), text(made))

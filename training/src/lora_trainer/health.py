@@ -1,0 +1,81 @@
+"""Whether a run is well at a moment, and if not, why: judged from its status and a clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import MEANINGS
+from .status import RunStatus
+
+QUIET_SECONDS = 1800.0  # outside of training a phase may be silent so long: a model download
+LEAST_STALL_SECONDS = 300.0
+STALL_STEPS = 20  # a stall is this many times the slowest recent step
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether the run is well at a moment, and if not, why."""
+
+    status: Literal["healthy", "unhealthy"]
+    reason: str
+    seconds_since_progress: float
+    is_training: bool
+
+
+def health(
+    status: RunStatus,
+    now: float,
+    stall_timeout_seconds: float,
+    free_disk_bytes: int | None = None,
+) -> Health:
+    """Judge the run at the wall-clock time `now`.
+
+    A run that finished or was stopped is healthy. `stall_timeout_seconds` 0 means
+    `stall_timeout`'s own; without `free_disk_bytes` the disk is not judged.
+    """
+    since = 0.0 if status.progress_time is None else max(0.0, now - status.progress_time)
+    reason = _fault(status, free_disk_bytes)
+    limit = stall_timeout(status, stall_timeout_seconds)
+    if not reason and not status.is_over and since > limit:
+        reason = f"no progress for {since:.0f} s in phase {status.phase} (limit {limit:.0f} s)"
+    return Health("unhealthy" if reason else "healthy", reason, since, status.is_training)
+
+
+def stall_timeout(status: RunStatus, configured_seconds: float) -> float:
+    """Return how long the run may now go without progress; 0 configured: as measured."""
+    if configured_seconds > 0:
+        return configured_seconds
+    slowest = max((step.step_seconds for step in status.recent), default=0.0)
+    evaluation = status.last_eval.eval_seconds if status.last_eval else 0.0
+    measured = max(STALL_STEPS * slowest, 3 * evaluation, LEAST_STALL_SECONDS)
+    if status.phase == "training" and status.steps_in_attempt > 1:
+        return measured
+    return max(measured, QUIET_SECONDS)
+
+
+def _fault(status: RunStatus, free_disk_bytes: int | None) -> str:
+    if status.exit_code not in (None, 0, 143):
+        return f"the run ended with exit code {status.exit_code}: {_cause(status)}"
+    if status.phase == "failed":
+        return f"the run failed: {_cause(status)}"
+    if status.is_over:
+        return ""
+    if status.is_worker_down:
+        return f"the worker ended ({_cause(status)}) and is started again"
+    if not status.is_loss_finite:
+        return f"the loss is not finite at step {status.step}"
+    # Before the first checkpoint: the adapter and Adam's two moments in float32.
+    expected = 3 * 4 * status.planned("trainable_parameters")
+    needed = max((saved.bytes for saved in status.checkpoints), default=expected)
+    if free_disk_bytes is not None and free_disk_bytes < needed:
+        return f"the disk has {free_disk_bytes:,} bytes, the next checkpoint needs {needed:,}"
+    return ""
+
+
+def _cause(status: RunStatus) -> str:
+    if status.failure is not None and status.failure.problems:
+        return status.failure.problems[0].get("what", "")
+    if status.is_worker_down and status.restarts:
+        return status.restarts[-1].cause
+    return MEANINGS.get(status.exit_code or 0, "cause unknown") if status.exit_code else "unknown"

@@ -1,0 +1,212 @@
+"""The training loop: forward, backward, clip, step; evaluate and save at step boundaries.
+
+One optimizer step reads its rows from the order, normalises its loss by all supervised
+tokens of the step, and is the unit of everything else: events, evaluations, checkpoints,
+stops. The loop's whole state is a `TrainState`; continuing from a checkpoint is the same
+code as never having stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import evaluate
+from .checkpoint import CheckpointStore, TrainState, take_snapshot
+from .config import TrainingSection
+from .data.batches import Rows, StepOrder, split_micro_batches
+from .errors import InternalError
+from .events import CheckpointSaved, Evaluated, Event, PhaseChanged, StepDone
+from .machine import peak_memory_bytes
+from .model.adapter import adapter_state
+from .model.forward import CausalLM
+from .optim import learning_rate, set_learning_rate
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop drives, put together by the worker."""
+
+    causal: CausalLM
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    order: StepOrder
+    rows: Rows
+    eval_rows: Rows
+    store: CheckpointStore
+    plan: Plan
+    training: TrainingSection
+    logging_steps: int
+    emit: Callable[[Event], None]
+    should_stop: Callable[[], bool]
+
+
+def train(parts: Parts, state: TrainState) -> TrainState:
+    """Train from `state` to the plan's end, an early stop, or a stop request; saved on return."""
+    saved_step = state.step if state.step else -1
+    parts.causal.model.train()
+    while True:
+        if _is_evaluation_due(parts, state):
+            state = _evaluate(parts, state)
+        is_done = state.step >= parts.plan.total_steps or _is_out_of_patience(parts, state)
+        must_end = is_done or parts.should_stop()
+        if saved_step != state.step and (must_end or _is_save_due(parts, state)):
+            if state.step:
+                _save(parts, state)
+            saved_step = state.step
+        if must_end:
+            return state
+        state = _step(parts, state)
+
+
+def _step(parts: Parts, state: TrainState) -> TrainState:
+    """Do one optimizer step."""
+    start = time.monotonic()
+    training, plan = parts.training, parts.plan
+    batches = [
+        evaluate.take(parts.rows, rows)
+        for rows in split_micro_batches(
+            parts.order.step_rows(state.step), plan.micro_batch_examples
+        )
+    ]
+    targets = sum(batch.targets for batch in batches)
+    rate = learning_rate(
+        state.step,
+        peak=plan.peak_learning_rate,
+        total_steps=plan.total_steps,
+        warmup_steps=plan.warmup_steps,
+        kind=training.lr_scheduler_type,
+    )
+    set_learning_rate(parts.optimizer, rate)
+    summed = torch.zeros((), device=parts.causal.device)
+    for batch in batches:
+        share = parts.causal.loss(batch) / max(1, targets)
+        share.backward()
+        summed += share.detach()
+    loss = float(summed)
+    # An infinite bound measures the norm and scales nothing.
+    bound = training.max_grad_norm or math.inf
+    norm = float(torch.nn.utils.clip_grad_norm_(parts.parameters.values(), bound))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise _not_finite(state.step + 1, loss, norm, rate)
+    parts.optimizer.step()
+    parts.optimizer.zero_grad(set_to_none=True)
+    tokens = sum(batch.tokens for batch in batches)
+    after = state.after_step(tokens, targets, time.monotonic() - start)
+    if after.step % parts.logging_steps == 0 or after.step in (1, plan.total_steps):
+        parts.emit(_step_event(parts, state, after, loss=loss, rate=rate, norm=norm))
+    return after
+
+
+def _step_event(
+    parts: Parts,
+    before: TrainState,
+    after: TrainState,
+    *,
+    loss: float,
+    rate: float,
+    norm: float,
+) -> StepDone:
+    return StepDone(
+        step=after.step,
+        epoch=parts.order.epoch_at(after.step),
+        loss=loss,
+        learning_rate=rate,
+        grad_norm=norm,
+        step_seconds=after.train_seconds - before.train_seconds,
+        tokens=after.tokens_seen - before.tokens_seen,
+        trained_tokens=after.trained_tokens_seen - before.trained_tokens_seen,
+        tokens_seen=after.tokens_seen,
+        memory_bytes=peak_memory_bytes(),
+        gpu_memory_bytes=_gpu_memory_bytes(),
+    )
+
+
+def _gpu_memory_bytes() -> int:
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
+
+
+def _not_finite(step: int, loss: float, norm: float, rate: float) -> InternalError:
+    error: Any = InternalError.of(
+        f"the loss is not finite at step {step}",
+        where=f"step {step}: loss {loss}, gradient norm {norm}, learning rate {rate:.3g}",
+        why="the weights have diverged; the step was not taken, the last checkpoint is sound",
+        remedy="lower learning_rate (by 3 to 10), lengthen the warmup, or set max_grad_norm to 1",
+    )
+    return error
+
+
+def _is_evaluation_due(parts: Parts, state: TrainState) -> bool:
+    if not len(parts.eval_rows) or state.evaluated_step == state.step:
+        return False
+    every = parts.plan.eval_every_steps
+    is_interval = every > 0 and state.step > 0 and state.step % every == 0
+    # At step 0 for the table's "before", at the end for its "after".
+    return is_interval or state.step in (0, parts.plan.total_steps)
+
+
+def _evaluate(parts: Parts, state: TrainState) -> TrainState:
+    """Evaluate; a stop request in between leaves it to the resumed run."""
+    parts.emit(PhaseChanged(phase="evaluating", detail=f"step {state.step}"))
+    score = evaluate.score(
+        parts.causal,
+        parts.eval_rows,
+        batch_examples=parts.training.per_device_eval_batch_size,
+        should_stop=parts.should_stop,
+    )
+    if score is None:
+        return state
+    after = state.after_evaluation(score.loss, parts.training.early_stopping_threshold)
+    parts.emit(
+        Evaluated(
+            step=state.step,
+            eval_loss=score.loss,
+            eval_perplexity=score.perplexity,
+            eval_token_accuracy=score.token_accuracy,
+            eval_tokens=score.targets,
+            eval_seconds=score.seconds,
+            is_best=after.best_step == state.step,
+        )
+    )
+    parts.emit(PhaseChanged(phase="training"))
+    return after
+
+
+def _is_out_of_patience(parts: Parts, state: TrainState) -> bool:
+    patience = parts.training.early_stopping_patience
+    return patience > 0 and state.evaluations_without_better >= patience
+
+
+def _is_save_due(parts: Parts, state: TrainState) -> bool:
+    every = parts.plan.save_every_steps
+    is_new_best = state.best_step == state.step
+    return state.step > 0 and (is_new_best or (every > 0 and state.step % every == 0))
+
+
+def _save(parts: Parts, state: TrainState) -> None:
+    start = time.monotonic()
+    parts.emit(PhaseChanged(phase="saving", detail=f"step {state.step}"))
+    snapshot = take_snapshot(
+        state,
+        adapter_state(parts.causal.model),
+        parts.optimizer,
+        parts.parameters,
+        parts.store.digest,
+    )
+    path = parts.store.save(snapshot)
+    parts.emit(
+        CheckpointSaved(
+            step=state.step,
+            path=f"checkpoints/{path.name}",
+            bytes=sum(file.stat().st_size for file in path.iterdir()),
+            seconds=time.monotonic() - start,
+            is_best=state.best_step == state.step,
+        )
+    )
+    parts.emit(PhaseChanged(phase="training"))

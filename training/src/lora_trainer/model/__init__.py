@@ -1,0 +1,1 @@
+"""Base model, adapter, attention and head."""

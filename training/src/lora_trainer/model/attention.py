@@ -1,0 +1,142 @@
+"""Attention over concatenated examples: each example sees only itself, no padding exists.
+
+A micro-batch's examples stand one after another in a single row of T tokens; positions
+restart at each example. `PackedAttention` is registered with transformers under its own
+name and runs scaled dot-product attention a segment at a time, so the work is the sum of
+the squares of the lengths, not the square of the sum.
+
+Legend: B batch (1 here), H heads, T tokens, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the field's usual name
+from torch import Tensor, nn
+
+NAME = "lora_trainer_packed"
+
+
+class UnsupportedAttentionError(Exception):
+    """A model asks its attention for something that packing does not do; named in the text."""
+
+
+class PackedAttention:
+    """The attention function of a model whose micro-batch is packed.
+
+    `lengths` are the current examples' lengths in tokens. They stay set until the next
+    micro-batch, so that gradient checkpointing's second forward sees the same ones.
+    """
+
+    def __init__(self) -> None:
+        self.lengths: Sequence[int] = ()
+
+    def __call__(
+        self,
+        _module: nn.Module,
+        query_BHTD: Tensor,
+        key_BHTD: Tensor,
+        value_BHTD: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend inside each example.
+
+        Shapes: query, key, value (1, heads, T, D); returns (1, T, heads, D).
+
+        Raises:
+            UnsupportedAttentionError: attention sinks or a position bias are asked for.
+        """
+        del attention_mask
+        for name in ("s_aux", "position_bias"):
+            if others.get(name) is not None:
+                raise UnsupportedAttentionError(f"attention argument {name}")
+        groups = query_BHTD.shape[1] // key_BHTD.shape[1]
+        if groups > 1:
+            key_BHTD = key_BHTD.repeat_interleave(groups, dim=1)
+            value_BHTD = value_BHTD.repeat_interleave(groups, dim=1)
+        parts = zip(
+            query_BHTD.split(list(self.lengths), dim=2),
+            key_BHTD.split(list(self.lengths), dim=2),
+            value_BHTD.split(list(self.lengths), dim=2),
+            strict=True,
+        )
+        done = [_attend(q, k, v, scaling, dropout, sliding_window, softcap) for q, k, v in parts]
+        return torch.cat(done, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    tokens = query.shape[2]
+    if softcap is None and (window is None or tokens <= window):
+        return F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling
+        )
+    is_seen = _causal_window(tokens, window, query.device)
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=is_seen, dropout_p=dropout, scale=scaling
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
+    scores = scores.masked_fill(~is_seen, float("-inf"))
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weights, p=dropout, training=dropout > 0) @ value
+
+
+def _causal_window(tokens: int, window: int | None, device: torch.device) -> Tensor:
+    """Return which keys a query sees: itself and the `window - 1` before it (all when None)."""
+    index = torch.arange(tokens, device=device)
+    distance = index[:, None] - index[None, :]
+    is_seen = distance >= 0
+    return is_seen if window is None else is_seen & (distance < window)
+
+
+def install(model: nn.Module) -> PackedAttention:
+    """Register a `PackedAttention` with transformers and switch `model` to it."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    attention = PackedAttention()
+    _register(ALL_ATTENTION_FUNCTIONS, attention)
+    try:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    except ImportError:  # transformers 4.50 has no registry of masks
+        pass
+    else:
+        _register(ALL_MASK_ATTENTION_FUNCTIONS, _no_mask)
+    switch(model, NAME)
+    return attention
+
+
+def switch(model: nn.Module, implementation: str) -> str:
+    """Make `model` use an attention implementation; return the one it used before."""
+    config: Any = model.config
+    before = str(config._attn_implementation)
+    config._attn_implementation = implementation
+    return before
+
+
+def _register(registry: Any, function: Any) -> None:
+    # 5.x checks names against the class-wide mapping, 4.50 has a plain dict.
+    if hasattr(registry, "register"):
+        registry.register(NAME, function)
+    else:
+        registry[NAME] = function
+
+
+def _no_mask(*_: object, **__: object) -> None:
+    """Build no mask: the segments say who sees whom."""

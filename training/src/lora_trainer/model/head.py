@@ -1,0 +1,121 @@
+"""The language-model head and its loss, computed only where a label is.
+
+Hidden states of supervised positions go through the head in chunks; each chunk's
+gradient is computed with its loss, so the logits of more than one chunk never exist.
+
+Legend: N supervised positions, W hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model's output layer with what the model does to its logits.
+
+    logits = softcap(linear(hidden) * multiplier), softcap(z) = cap * tanh(z / cap).
+    Source: Gemma 2 (arXiv:2408.00118) for the cap, Cohere's and Granite's model code for
+    the multiplier.
+    """
+
+    linear: nn.Module
+    multiplier: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden_NW: Tensor) -> Tensor:
+        """Return logits_NV of hidden states, in float32 at least."""
+        logits_NV = _widened(self.linear(hidden_NW))
+        if self.multiplier != 1.0:
+            logits_NV = logits_NV * self.multiplier
+        if self.softcap is not None:
+            logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
+        return logits_NV
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return the head's own parameters that are trained (modules_to_save, LoRA on it)."""
+        return [p for p in self.linear.parameters() if p.requires_grad]
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def find_head(model: Any) -> Head:
+    """Return the head of a causal language model from its config's field names.
+
+    Whether that is all the model does is not taken on trust: `probe.verify` compares.
+    """
+    config = model.config
+    multiplier = float(getattr(config, "logit_scale", None) or 1.0)
+    if scaling := getattr(config, "logits_scaling", None):
+        multiplier /= float(scaling)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return Head(model.get_output_embeddings(), multiplier, float(cap) if cap else None)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum of the cross entropies over N positions; gradients made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NW: Tensor,
+        labels_N: Tensor,
+        head: Head,
+        chunk: int,
+        *parameters: Tensor,
+    ) -> Tensor:
+        total = _widened(torch.zeros((), dtype=hidden_NW.dtype, device=hidden_NW.device))
+        has_gradient = hidden_NW.requires_grad or any(p.requires_grad for p in parameters)
+        hidden_gradient = torch.empty_like(hidden_NW) if has_gradient else None
+        sums = [_widened(torch.zeros_like(p)) for p in parameters]
+        for start in range(0, len(labels_N), chunk):
+            part = hidden_NW[start : start + chunk].detach()
+            labels = labels_N[start : start + chunk]
+            with torch.set_grad_enabled(has_gradient):
+                part.requires_grad_(has_gradient)
+                loss = F.cross_entropy(head(part), labels, reduction="sum")
+            total += loss.detach()
+            if hidden_gradient is not None:
+                made = torch.autograd.grad(loss, [part, *parameters])
+                hidden_gradient[start : start + chunk] = made[0]
+                for index, gradient in enumerate(made[1:]):
+                    sums[index] += gradient
+        ctx.save_for_backward(hidden_gradient, *sums)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = outputs
+        hidden_gradient, *sums = ctx.saved_tensors
+        return hidden_gradient * scale, None, None, None, *(s * scale for s in sums)
+
+
+def summed_loss(head: Head, hidden_NW: Tensor, labels_N: Tensor, chunk: int) -> Tensor:
+    """Return the sum over N positions of -log p(label), with gradients to hidden and head.
+
+    Shapes: hidden (N, W) already at the positions that predict the labels; labels (N,).
+    """
+    loss: Tensor = _ChunkedLoss.apply(hidden_NW, labels_N, head, chunk, *head.trained_parameters())
+    return loss
+
+
+@torch.no_grad()
+def summed_loss_and_hits(
+    head: Head, hidden_NW: Tensor, labels_N: Tensor, chunk: int
+) -> tuple[float, int]:
+    """Return the summed loss and how many labels are the most likely token; no gradients."""
+    loss, hits = 0.0, 0
+    for start in range(0, len(labels_N), chunk):
+        logits = head(hidden_NW[start : start + chunk])
+        labels = labels_N[start : start + chunk]
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        hits += int((logits.argmax(-1) == labels).sum())
+    return loss, hits

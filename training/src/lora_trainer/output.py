@@ -1,0 +1,168 @@
+"""The output folder of a run: its place, its files' names, its lock, its events, its archive."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from .errors import AccessError, ConfigError, StorageError
+from .events import Event
+from .sources import Settings
+
+DIGEST = "config.digest"
+DONE = "DONE"
+EVENTS = "events.jsonl"
+RESOLVED = "config.resolved.json"
+LOG = "train.log"
+LOCK = ".lock"
+# Everything that a run writes, but for its lock, which whoever archives is holding.
+OWN = frozenset(
+    {
+        DONE, EVENTS, RESOLVED, LOG, DIGEST, "plan.json", "data.json", "environment.json",
+        "report.html", "loss.png", "logs", "checkpoints", "initial_adapter", "final_model",
+        ".final_model.writing",
+    }
+)  # fmt: skip
+
+
+def output_folder(settings: Settings) -> Path:
+    """Return the folder of this run's results."""
+    output = settings.config.output
+    folder = Path(output.output_dir).absolute()
+    return folder / output.run_name if output.run_name else folder
+
+
+def make_folder(folder: Path) -> None:
+    """Make the output folder and prove that files can be written in it.
+
+    Raises:
+        AccessError, ConfigError, StorageError: it cannot be, or they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.write_text("x")
+        probe.unlink()
+    except PermissionError as error:
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        raise AccessError.of(
+            "the output folder cannot be written",
+            where=f"output_dir: {folder}",
+            why=f"{error.strerror}, as user {os.getuid()}",
+            remedy=f"chmod -R u+rwX {existing}"
+            if existing.stat().st_uid == os.getuid()
+            else f"sudo chown -R {os.getuid()}:{os.getgid()} {existing}",
+        ) from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError.of(
+            "the output folder is a file",
+            where=f"output_dir: {folder}",
+            why=f"{error.filename} is not a folder",
+            remedy="--output_dir ANOTHER_FOLDER",
+        ) from error
+    except OSError as error:
+        if error.errno == errno.EROFS:
+            raise AccessError.of(
+                "the output folder cannot be written",
+                where=f"output_dir: {folder}",
+                why="it is mounted read-only",
+                remedy="mount it writable, or --output_dir ANOTHER_FOLDER",
+            ) from error
+        raise StorageError.of(
+            "the output folder cannot be written",
+            where=f"output_dir: {folder}",
+            why=error.strerror or str(error),
+            remedy=f"df -h {folder.parent}",
+        ) from error
+
+
+def archive(folder: Path) -> Path:
+    """Move a run's files to a numbered folder beside it, so that nothing is lost.
+
+    A mount point's neighbours are other disks: its run moves to a folder inside. What is
+    not this run's, such as the folders of named runs, stays where it is.
+    """
+    is_beside = not folder.is_mount() and os.access(folder.parent, os.W_OK)
+    parent, name = (folder.parent, folder.name) if is_beside else (folder, "run")
+    number = 1
+    while (aside := parent / f"{name}.{number}").exists():
+        number += 1
+    aside.mkdir()
+    inside = [path for path in folder.iterdir() if path.name in OWN]
+    # What tells a run from an empty folder goes last: a kill in between loses track of nothing.
+    for path in sorted(inside, key=lambda path: (path.name == DIGEST, path.name == DONE, path)):
+        path.replace(aside / path.name)
+    return aside
+
+
+class EventFile:
+    """Appends events to a file; a full disk loses some of them and never the run."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab+", buffering=0)
+        self._is_torn = False
+        if self._file.seek(0, os.SEEK_END):
+            self._file.seek(-1, os.SEEK_END)
+            # A killed run may have left half a line: what follows must not join it.
+            self._is_torn = self._file.read(1) != b"\n"
+
+    def __enter__(self) -> EventFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, event: Event) -> None:
+        """Write one event as a line of its own, if the disk takes it."""
+        line = b"\n" * self._is_torn + event.to_line().encode()
+        try:
+            self._is_torn = self._file.write(line) != len(line)
+        except OSError:
+            return
+
+
+def open_lock(path: Path) -> IO[str]:
+    """Open the lock file for reading and writing, without emptying it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    return os.fdopen(descriptor, "r+")
+
+
+def read_digest(folder: Path) -> str | None:
+    """Return the digest of the configuration that the folder's run has; None without a run."""
+    try:
+        return (folder / DIGEST).read_text().strip()
+    except OSError:
+        return None
+
+
+def changes(path: Path, now: dict[str, Any]) -> list[str]:
+    """Return the keys whose value is another one than in a recorded config."""
+    try:
+        before = json.loads(path.read_text())
+        return [
+            f"{leaf}: {before[section][leaf]['value']} -> {cell['value']}"
+            for section in now
+            if section not in ("output", "monitoring")
+            for leaf, cell in now[section].items()
+            if before[section].get(leaf, {}).get("value") != cell["value"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one move, so that neither a reader nor a power cut meets half of it."""
+    beside = path.with_name(f".{path.name}.writing")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)

@@ -1,0 +1,330 @@
+"""Bring up a session: tokenizer, data, base model, adapter, plan, in the order that fails first.
+
+Data is read before the weights are: a bad row is told in seconds, not after a download.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import card, export, precision
+from .checkpoint import (
+    CheckpointStore,
+    CorruptCheckpointError,
+    Snapshot,
+    TrainState,
+    restore_generators,
+    restore_optimizer,
+)
+from .compat import enable_checkpointing
+from .config import Config
+from .data.batches import RowView, StepOrder
+from .data.prepare import DataSplits
+from .dataset import (
+    data_digest,
+    data_warnings,
+    hub_ids,
+    open_data,
+    profile_of,
+    rows_of_epoch_in,
+    rows_to_train,
+    source_specs,
+)
+from .errors import ConfigError
+from .events import Event, PhaseChanged, Warned
+from .loop import Parts
+from .machine import Machine, read_machine
+from .model import load, probe
+from .model.adapter import add_adapter, changes_base, load_adapter_state, trained_parameters
+from .model.forward import CausalLM
+from .optim import make_optimizer
+from .plan import ModelShape, Plan, make_plan
+
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors", "datasets")
+
+
+@dataclass
+class Session:
+    """Everything that a run works with, ready to train."""
+
+    config: Config
+    plan: Plan
+    causal: CausalLM
+    tokenizer: Any
+    source: load.ModelSource
+    splits: DataSplits
+    order: StepOrder
+    optimizer: torch.optim.Optimizer
+    parameters: dict[str, torch.nn.Parameter]
+    store: CheckpointStore
+    output_dir: Path
+    initial: Path | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def eval_rows(self) -> RowView:
+        """Return the held-out rows; none where there is no such data."""
+        rows = self.splits.eval if self.splits.eval is not None else self.splits.train
+        return RowView(rows, self.splits.eval_rows)
+
+    @property
+    def data_facts(self) -> dict[str, Any]:
+        """Return what became of the data, for data.json."""
+        facts = {"train": asdict(self.splits.train_report) | {"rows_trained": self.order.rows}}
+        if self.splits.eval_report is not None:
+            facts["eval"] = asdict(self.splits.eval_report)
+        return facts
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Return the versions and the machine that the result depends on."""
+        found = {name: importlib.metadata.version(name) for name in LIBRARIES}
+        return found | {"machine": platform.machine(), "system": platform.system()}
+
+    def note(self, figures: dict[str, float]) -> None:
+        """Keep the newest figures, for the model card."""
+        self.figures |= figures
+        if "eval_loss" in figures:
+            for name, value in figures.items():
+                self.figures.setdefault(f"{name}_before", value)
+
+    def restore(self, snapshot: Snapshot | None) -> TrainState:
+        """Continue from a checkpoint, or seed a fresh start."""
+        if snapshot is None:
+            seed = self.config.training.seed
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            return TrainState()
+        load_adapter_state(self.causal.model, snapshot.adapter)
+        restore_optimizer(snapshot, self.optimizer, self.parameters)
+        restore_generators(snapshot)
+        return snapshot.state
+
+    def take_best(self, state: TrainState, emit: Callable[[Event], None]) -> None:
+        """Put the best checkpoint's adapter in place, if the config wants it exported."""
+        is_wanted = self.config.training.load_best_model_at_end
+        if is_wanted and state.best_step not in (None, state.step):
+            assert state.best_step is not None
+            try:
+                best = self.store.read(self.store.path_of(state.best_step))
+            except CorruptCheckpointError as error:
+                told = f"the best checkpoint, of step {state.best_step}, is damaged ({error})"
+                emit(Warned(message=f"{told}: the last step's adapter is exported instead"))
+                return
+            load_adapter_state(self.causal.model, best.adapter)
+
+    def parts(self, emit: Callable[[Event], None], should_stop: Callable[[], bool]) -> Parts:
+        """Return what the loop drives."""
+        return Parts(
+            causal=self.causal,
+            parameters=self.parameters,
+            optimizer=self.optimizer,
+            order=self.order,
+            rows=self.splits.train,
+            eval_rows=self.eval_rows,
+            store=self.store,
+            plan=self.plan,
+            training=self.config.training,
+            logging_steps=self.config.monitoring.logging_steps,
+            emit=emit,
+            should_stop=should_stop,
+        )
+
+    def export(self, order: Any, state: TrainState) -> Path:
+        """Write final_model/."""
+        if self.source.hub_id:
+            # The folder that it was loaded from is this machine's affair.
+            self.causal.model.peft_config["default"].base_model_name_or_path = self.source.hub_id
+        return export.export(
+            self.causal.model,
+            self.tokenizer,
+            self.output_dir,
+            _card_facts(self, order, state),
+            self.initial,
+        )
+
+
+def open_session(config: Config, output_dir: Path, emit: Callable[[Event], None]) -> Session:
+    """Prepare data and model; every fault that a user can cause comes out as a TrainerError."""
+    machine = read_machine()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(machine.cores)
+    torch.use_deterministic_algorithms(machine.has_gpu, warn_only=True)
+    source = load.locate(config.model)
+    tokenizer = load.load_tokenizer(source, config.model)
+    shape = load.load_config(source, config.model)
+    emit(PhaseChanged(phase="tokenizing"))
+    splits = open_data(config, source, tokenizer, emit)
+    emit(PhaseChanged(phase="loading", detail=source.name))
+    for warning in data_warnings(config, splits):
+        emit(Warned(message=warning))
+    session = _open_model(config, machine, source, shape, tokenizer, splits, output_dir)
+    for reason in session.plan.reasons:
+        emit(Warned(message=reason))
+    return session
+
+
+def _open_model(
+    config: Config,
+    machine: Machine,
+    source: load.ModelSource,
+    shape: Any,
+    tokenizer: Any,
+    splits: DataSplits,
+    output_dir: Path,
+) -> Session:
+    device = "cuda" if machine.has_gpu and torch.cuda.is_available() else "cpu"
+    used, why = precision.choose_precision(config.model.bf16, device)
+    dtype = torch.bfloat16 if used == "bfloat16" else torch.float32
+    # sdpa knows no soft-cap on the scores; eager computes it.
+    attention = "eager" if getattr(shape, "attn_logit_softcapping", None) else "sdpa"
+    base = load.load_model(source, config.model, dtype=dtype, device=device, attention=attention)
+    _refuse_long_rows(config, base, splits)
+    parameters = sum(p.numel() for p in base.parameters())
+    model = add_adapter(base, config.lora, seed=config.training.seed)
+    causal = CausalLM(
+        model,
+        device=device,
+        padding_free=config.training.padding_free is not False,
+        chunk=config.training.loss_chunk_tokens,
+        precision=used,
+    )
+    fallback = probe.verify(causal)
+    trained = trained_parameters(model)
+    weights = [source.weight for source in source_specs(config, config.data.dataset)]
+    rows_of_epoch = rows_of_epoch_in(splits, weights, config.training.seed)
+    plan = make_plan(
+        config,
+        machine,
+        _shape_of(base, parameters, trained),
+        profile_of(splits, rows_to_train(rows_of_epoch)),
+        precision=used,
+        attention="packed sdpa" if causal.packed is not None else attention,
+        padding_free=causal.packed is not None,
+        reasons=tuple(reason for reason in (why, fallback) if reason),
+    )
+    if plan.gradient_checkpointing:
+        enable_checkpointing(base)
+    digest = f"{config.digest()}-{data_digest(splits, weights)}"
+    initial = output_dir / "initial_adapter"
+    return Session(
+        config=config,
+        plan=plan,
+        causal=causal,
+        tokenizer=tokenizer,
+        source=source,
+        splits=splits,
+        order=StepOrder(plan.rows, plan.step_examples, config.training.seed, rows_of_epoch),
+        optimizer=make_optimizer(trained, config.training, config.lora.loraplus_lr_ratio),
+        parameters=trained,
+        store=CheckpointStore(
+            output_dir / "checkpoints", keep=config.output.save_total_limit, digest=digest
+        ),
+        output_dir=output_dir,
+        initial=export.save_initial(model, initial) if changes_base(config.lora) else None,
+    )
+
+
+def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Plan:
+    """Return the plan without loading weights: the model is built on the meta device.
+
+    Raises:
+        ConfigError, DataError: what training would refuse of adapter and lengths.
+    """
+    from transformers import AutoModelForCausalLM
+
+    machine = read_machine()
+    shape = load.load_config(source, config.model)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            shape, trust_remote_code=config.model.trust_remote_code
+        )
+        base.requires_grad_(False)
+        _refuse_long_rows(config, base, splits)
+        parameters = sum(p.numel() for p in base.parameters())
+        # PiSSA and OLoRA decompose weights, which are not there.
+        lora = config.lora.model_copy(update={"init_lora_weights": True})
+        trained = trained_parameters(add_adapter(base, lora, seed=config.training.seed))
+    weights = [source.weight for source in source_specs(config, config.data.dataset)]
+    return make_plan(
+        config,
+        machine,
+        _shape_of(base, parameters, trained),
+        profile_of(splits, rows_to_train(rows_of_epoch_in(splits, weights, config.training.seed))),
+        precision=precision.choose_precision(config.model.bf16, "cpu")[0],
+        attention="packed sdpa",
+        padding_free=config.training.padding_free is not False,
+    )
+
+
+def _refuse_long_rows(config: Config, model: Any, splits: DataSplits) -> None:
+    """Refuse rows beyond the positions that the model knows."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(int(d.lengths.max()) for d in (splits.train, splits.eval) if d is not None)
+    if limit and longest > limit:
+        raise ConfigError.of(
+            f"max_seq_length {config.data.max_seq_length} is more than the model can take",
+            where="data.max_seq_length",
+            why=f"the longest row has {longest} tokens, the model {limit} positions",
+            remedy=f"--max_seq_length {limit}",
+        )
+
+
+def _shape_of(model: Any, parameters: int, trained: dict[str, torch.nn.Parameter]) -> ModelShape:
+    config = model.config
+    return ModelShape(
+        model_type=config.model_type,
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        vocab_size=config.vocab_size,
+        parameters=parameters,
+        trainable_parameters=sum(p.numel() for p in trained.values()),
+        max_positions=getattr(config, "max_position_embeddings", 0) or 0,
+    )
+
+
+def _card_facts(session: Session, order: Any, state: TrainState) -> card.CardFacts:
+    config, figures = session.config, session.figures
+    profile = profile_of(session.splits, session.order.rows)
+    names = ("exact_match", "eval_loss", "eval_perplexity", "eval_token_accuracy")
+    after = {n: figures[n] for n in (*names, "loss") if n in figures}
+    if "exact_match_after" in figures:
+        after["exact_match"] = figures["exact_match_after"]
+    if "loss" in after:
+        after["train_loss"] = after.pop("loss")
+    quantization = "4 bit" if config.model.use_4bit else "8 bit" if config.model.use_8bit else ""
+    return card.CardFacts(
+        run_name=order.run_name,
+        base_model=session.source.name,
+        base_model_hub_id=session.source.hub_id or None,
+        base_model_revision=session.source.revision,
+        base_model_license=load.find_license(session.source) or None,
+        quantization=quantization,
+        dataset_hub_ids=hub_ids(config),
+        data_digest=session.splits.train.digest,
+        train_rows=session.order.rows,
+        train_tokens=profile.tokens,
+        supervised_tokens=profile.trained_tokens,
+        eval_rows=profile.eval_rows,
+        steps=state.step,
+        train_seconds=state.train_seconds,
+        trainable_parameters=session.plan.trainable_parameters,
+        config_digest=config.digest(),
+        hyperparameters=config.lora.model_dump() | config.training.model_dump(),
+        metrics_before={n: figures[f"{n}_before"] for n in names if f"{n}_before" in figures},
+        metrics_after=after,
+        versions=session.versions,
+        use_dora=config.lora.use_dora,
+        modules_to_save=tuple(config.lora.modules_to_save),
+        notes=(session.source.note,) if session.source.note else (),
+    )

@@ -1,0 +1,364 @@
+"""What is known of a run: a pure fold over its events.
+
+`fold` makes the next `RunStatus` from the last one and an event; `replay` does so for
+the lines of an `events.jsonl`, with the same result at any time. A status stays small
+however long the run is; the series behind the charts are in `history`, the judgement of
+its health in `health`. A run that resumes at step k repeats the steps after k, so
+whatever was known of those is forgotten then. Nothing here reads a clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from . import events as said
+from .events import Event, Phase, parse_line
+
+RECENT_STEPS = 20  # steps behind the speed and the time left
+KEPT_EVENTS = 100  # evaluations, checkpoints, restarts, samples and warnings kept, of each
+KEPT_CHARACTERS = 2000  # of one sample text or warning
+
+ENDINGS: frozenset[Phase] = frozenset({"finished", "failed", "stopped"})
+INTERLUDES: frozenset[Phase] = frozenset({"evaluating", "saving"})
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A saved checkpoint, with the step it followed, so that a resume can go back to it."""
+
+    step: int
+    path: str
+    bytes: int
+    seconds: float
+    is_best: bool
+    after: said.StepDone | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunWarning:
+    """One warning and how often it was given."""
+
+    message: str
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """All that is known of a run after an event.
+
+    Units: seconds, bytes, wall-clock times since the epoch; `exact_match` and
+    accuracies are shares of one.
+    """
+
+    run_name: str = ""
+    config_digest: str = ""
+    output_dir: str = ""
+    attempt: int = 0
+    pid: int = 0
+    phase: Phase = "starting"
+    detail: str = ""
+    progress: said.Progress | None = None
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    step: int = 0
+    latest: said.StepDone | None = None
+    recent: tuple[said.StepDone, ...] = ()
+    steps_in_attempt: int = 0
+    stepped_seconds: float = 0.0  # of all steps done, repeated ones too
+    stepped_tokens: int = 0
+    peak_memory_bytes: int = 0
+    peak_gpu_memory_bytes: int = 0
+    eval_before: said.Evaluated | None = None  # the one at step 0
+    evals: tuple[said.Evaluated, ...] = ()  # the newest
+    bests: tuple[said.Evaluated, ...] = ()  # each lower than the one before
+    generated_before: said.Generated | None = None
+    generated_after: said.Generated | None = None
+    samples: tuple[said.Sample, ...] = ()
+    checkpoints: tuple[Checkpoint, ...] = ()
+    resumed: said.Resumed | None = None
+    restarts: tuple[said.Restarted, ...] = ()
+    warnings: tuple[RunWarning, ...] = ()
+    warnings_left_out: int = 0
+    failure: said.Failed | None = None
+    finished: said.Finished | None = None
+    stopped: said.Stopped | None = None
+    exit_code: int | None = None
+    is_worker_down: bool = False
+    started_time: float | None = None
+    last_time: float | None = None
+    progress_time: float | None = None
+    elapsed_seconds: float = 0.0  # between events; the time between two runs does not count
+
+    @property
+    def total_steps(self) -> int:
+        """Return the planned optimizer steps, 0 before the plan is known."""
+        return self.planned("total_steps")
+
+    @property
+    def last_loss(self) -> float | None:
+        """Return the loss of the last step, which may be NaN or infinite."""
+        return self.latest.loss if self.latest else None
+
+    @property
+    def is_loss_finite(self) -> bool:
+        """Return False when the last step's loss is NaN or infinite."""
+        return self.latest is None or math.isfinite(self.latest.loss)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Return the recent speed in tokens of any kind, trained or not."""
+        return _rate(sum(s.tokens for s in self.recent), sum(s.step_seconds for s in self.recent))
+
+    @property
+    def mean_tokens_per_second(self) -> float | None:
+        """Return the speed over all steps done."""
+        return _rate(self.stepped_tokens, self.stepped_seconds)
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Return the time left after the last step, evaluations and checkpoints included."""
+        if self.is_over or not self.recent or not self.total_steps:
+            return None
+        step_seconds = sum(step.step_seconds for step in self.recent) / len(self.recent)
+        seconds = step_seconds * max(0, self.total_steps - self.step)
+        if self.evals:
+            seconds += self.evals[-1].eval_seconds * self._times_left("eval_every_steps")
+        if self.checkpoints:
+            seconds += self.checkpoints[-1].seconds * self._times_left("save_every_steps")
+        return seconds
+
+    @property
+    def last_eval(self) -> said.Evaluated | None:
+        """Return the newest evaluation."""
+        return self.evals[-1] if self.evals else None
+
+    @property
+    def best_eval(self) -> said.Evaluated | None:
+        """Return the evaluation with the lowest loss."""
+        return self.bests[-1] if self.bests else None
+
+    @property
+    def is_over(self) -> bool:
+        """Return whether the run finished, failed or was stopped."""
+        return self.phase in ENDINGS or self.exit_code is not None
+
+    @property
+    def is_running(self) -> bool:
+        """Return whether a run was started and is not over."""
+        return self.started_time is not None and not self.is_over
+
+    @property
+    def is_training(self) -> bool:
+        """Return whether steps are being made; pauses to evaluate or save count too."""
+        if self.is_over or self.is_worker_down:
+            return False
+        is_between = self.phase in INTERLUDES and 0 < self.step < self.total_steps
+        return self.phase == "training" or is_between
+
+    def planned(self, key: str) -> int:
+        """Return a whole number of the plan, 0 where there is none."""
+        value = self.plan.get(key)
+        return int(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0
+
+    def _times_left(self, interval_key: str) -> int:
+        interval = self.planned(interval_key)
+        if interval <= 0:
+            return 0
+        return max(0, self.total_steps // interval - self.step // interval)
+
+
+def fold(status: RunStatus, event: Event) -> RunStatus:
+    """Return what is known after the event."""
+    if isinstance(event, said.RunStarted) and status.config_digest not in ("", event.config_digest):
+        status = RunStatus()  # another run in the same folder: nothing carries over
+    is_downtime = isinstance(event, said.RunStarted) and event.attempt == 0
+    passed = 0.0 if status.last_time is None or is_downtime else event.time - status.last_time
+    is_progress = _is_progress(status, event)
+    return replace(
+        _apply(status, event),
+        started_time=event.time if status.started_time is None else status.started_time,
+        last_time=event.time,
+        progress_time=event.time if is_progress else status.progress_time,
+        elapsed_seconds=status.elapsed_seconds + max(0.0, passed),
+    )
+
+
+def replay(lines: Iterable[str]) -> RunStatus:
+    """Return the status after the lines of an `events.jsonl`; torn lines are passed over."""
+    status = RunStatus()
+    for line in lines:
+        event = parse_line(line)
+        if event is not None:
+            status = fold(status, event)
+    return status
+
+
+def _apply(status: RunStatus, event: Event) -> RunStatus:
+    match event:
+        case said.RunStarted():
+            return _started(status, event)
+        case said.PhaseChanged(phase=phase, detail=detail):
+            return replace(status, phase=phase, detail=detail, progress=None, is_worker_down=False)
+        case said.Planned(plan=plan):
+            return replace(status, plan=plan)
+        case said.Progress():
+            return replace(status, progress=event)
+        case said.StepDone():
+            return _stepped(status, event)
+        case said.Evaluated():
+            return _evaluated(status, event)
+        case said.Generated(when=when):
+            is_before = when == "before"
+            return replace(
+                status,
+                generated_before=event if is_before else status.generated_before,
+                generated_after=status.generated_after if is_before else event,
+            )
+        case said.Sample():
+            return replace(status, samples=_with_sample(status.samples, event))
+        case said.CheckpointSaved():
+            return _saved(status, event)
+        case said.Resumed(step=step):
+            return replace(_rewound(status, step), resumed=event, is_worker_down=False)
+        case said.Warned(message=message):
+            return _warned(status, message[:KEPT_CHARACTERS])
+        case said.Restarted():
+            status = replace(status, restarts=_kept((*status.restarts, event)), failure=None)
+            return replace(_fresh(status), is_worker_down=True)
+        case said.Failed():
+            return replace(status, phase="failed", failure=event, is_worker_down=True)
+        case said.Finished():
+            peak = max(status.peak_memory_bytes, event.peak_memory_bytes)
+            return replace(status, phase="finished", finished=event, peak_memory_bytes=peak)
+        case said.Stopped():
+            return replace(status, phase="stopped", stopped=event)
+        case said.Ended(exit_code=exit_code):
+            return _ended(status, exit_code)
+        case _:
+            return status
+
+
+def _is_progress(status: RunStatus, event: Event) -> bool:
+    # A worker that only warns, or says the same count again, does not get on.
+    if isinstance(event, said.Progress) and status.progress is not None:
+        return event.done != status.progress.done
+    return not isinstance(event, (said.Warned, said.Failed, said.Ended))
+
+
+def _fresh(status: RunStatus) -> RunStatus:
+    """Forget what belonged to the process that is gone."""
+    return replace(
+        status, phase="starting", detail="", progress=None, recent=(), steps_in_attempt=0
+    )
+
+
+def _started(status: RunStatus, event: said.RunStarted) -> RunStatus:
+    return replace(
+        _fresh(status),
+        run_name=event.run_name,
+        config_digest=event.config_digest,
+        output_dir=event.output_dir,
+        attempt=event.attempt,
+        pid=event.pid,
+        failure=None,
+        finished=None,
+        stopped=None,
+        exit_code=None,
+        is_worker_down=False,
+    )
+
+
+def _stepped(status: RunStatus, event: said.StepDone) -> RunStatus:
+    if event.step <= status.step:  # begun anew without a checkpoint
+        status = _rewound(status, event.step - 1)
+    # The first step of a process also warms up: left out as soon as there is another.
+    before = () if status.steps_in_attempt == 1 else status.recent
+    return replace(
+        status,
+        phase="training",
+        detail=status.detail if status.phase == "training" else "",
+        progress=None,
+        step=event.step,
+        latest=event,
+        recent=(*before, event)[-RECENT_STEPS:],
+        steps_in_attempt=status.steps_in_attempt + 1,
+        stepped_seconds=status.stepped_seconds + event.step_seconds,
+        stepped_tokens=status.stepped_tokens + event.tokens,
+        peak_memory_bytes=max(status.peak_memory_bytes, event.memory_bytes),
+        peak_gpu_memory_bytes=max(status.peak_gpu_memory_bytes, event.gpu_memory_bytes),
+        is_worker_down=False,
+    )
+
+
+def _evaluated(status: RunStatus, event: said.Evaluated) -> RunStatus:
+    best = status.best_eval
+    is_better = math.isfinite(event.eval_loss) and (
+        best is None or event.eval_loss < best.eval_loss
+    )
+    return replace(
+        status,
+        eval_before=event if event.step == 0 else status.eval_before,
+        evals=_kept((*status.evals, event)),
+        bests=_kept((*status.bests, event)) if is_better else status.bests,
+    )
+
+
+def _saved(status: RunStatus, event: said.CheckpointSaved) -> RunStatus:
+    latest = status.latest
+    after = latest if latest is not None and latest.step == event.step else None
+    saved = Checkpoint(event.step, event.path, event.bytes, event.seconds, event.is_best, after)
+    others = tuple(kept for kept in status.checkpoints if kept.step != event.step)
+    return replace(status, checkpoints=_kept((*others, saved)))
+
+
+def _rewound(status: RunStatus, step: int) -> RunStatus:
+    """Forget all that came after the step, which the run will do again."""
+    at_step = [kept.after for kept in status.checkpoints if kept.step == step]
+    is_same = status.latest is not None and status.latest.step == step
+    generated = status.generated_after
+    return replace(
+        status,
+        step=step,
+        latest=status.latest if is_same else (at_step or [None])[-1],
+        recent=(),
+        evals=tuple(kept for kept in status.evals if kept.step <= step),
+        bests=tuple(kept for kept in status.bests if kept.step <= step),
+        checkpoints=tuple(kept for kept in status.checkpoints if kept.step <= step),
+        generated_after=generated if generated and generated.step <= step else None,
+        samples=tuple(kept for kept in status.samples if kept.step <= step),
+    )
+
+
+def _warned(status: RunStatus, message: str) -> RunStatus:
+    if any(known.message == message for known in status.warnings):
+        counted = tuple(
+            replace(known, count=known.count + 1) if known.message == message else known
+            for known in status.warnings
+        )
+        return replace(status, warnings=counted)
+    if len(status.warnings) >= KEPT_EVENTS:  # the first ones tell more than the last
+        return replace(status, warnings_left_out=status.warnings_left_out + 1)
+    return replace(status, warnings=(*status.warnings, RunWarning(message)))
+
+
+def _with_sample(samples: tuple[said.Sample, ...], event: said.Sample) -> tuple[said.Sample, ...]:
+    text = {
+        name: getattr(event, name)[:KEPT_CHARACTERS] for name in ("prompt", "expected", "answer")
+    }
+    others = tuple(s for s in samples if (s.when, s.index) != (event.when, event.index))
+    return (*others, replace(event, **text))[-2 * KEPT_EVENTS :]
+
+
+def _ended(status: RunStatus, exit_code: int) -> RunStatus:
+    phase: Phase = {0: "finished", 143: "stopped"}.get(exit_code, "failed")  # type: ignore[assignment]
+    return replace(status, phase=phase, exit_code=exit_code)
+
+
+def _kept(events: tuple[Any, ...]) -> tuple[Any, ...]:
+    return events[-KEPT_EVENTS:]
+
+
+def _rate(amount: float, seconds: float) -> float | None:
+    return amount / seconds if seconds > 0 else None

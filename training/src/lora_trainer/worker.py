@@ -1,0 +1,357 @@
+"""The process that trains: the only place where the training parts meet.
+
+Started by the supervisor with its order (config, folders) as JSON on standard input;
+says what happens as events, one JSON object a line, on the file descriptor that
+LORA_TRAINER_EVENTS_FD names. It knows no HTTP and no terminal. Its exit code is the run's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .config import Config
+from .errors import AccessError, ConfigError, InternalError, StorageError, TrainerError
+from .events import (
+    Event,
+    Failed,
+    Finished,
+    Generated,
+    PhaseChanged,
+    Planned,
+    Resumed,
+    Sample,
+    Stopped,
+    Warned,
+    parse_line,
+)
+from .output import EVENTS
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
+EVENTS_FD = "LORA_TRAINER_EVENTS_FD"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the supervisor tells the worker to do."""
+
+    config: Config
+    output_dir: Path
+    run_name: str
+    redacted: dict[str, Any]
+
+    @staticmethod
+    def read(text: str) -> Order:
+        """Read an order from JSON."""
+        raw = json.loads(text)
+        return Order(
+            Config.model_validate(raw["config"]),
+            Path(raw["output_dir"]),
+            raw["run_name"],
+            raw["redacted"],
+        )
+
+
+class StopRequested(BaseException):
+    """A signal came while nothing was worth saving."""
+
+
+class StopFlag:
+    """Whether a signal asked to stop; raises at once outside of training, waits inside."""
+
+    def __init__(self) -> None:
+        self.signal = ""
+        self.is_deferred = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        is_first, self.signal = not self.signal, signal.Signals(number).name
+        if is_first and not self.is_deferred:
+            raise StopRequested
+
+    def is_set(self) -> bool:
+        """Tell whether to stop at the next step boundary."""
+        return bool(self.signal)
+
+
+class EventPipe:
+    """Writes events to the supervisor; a supervisor that is gone is not an error."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._file = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
+        self._is_broken = False
+
+    def emit(self, event: Event) -> None:
+        """Write one event; stop as on a signal when nobody listens any more."""
+        if self._is_broken:
+            return
+        try:
+            self._file.write(event.to_line())
+        except BrokenPipeError:
+            self._is_broken = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> int:
+    """Train as ordered; return the exit code."""
+    pipe = EventPipe(int(os.environ[EVENTS_FD]))
+    stop = StopFlag()
+    try:
+        pipe.emit(PhaseChanged(phase="starting"))
+        return run(Order.read(sys.stdin.read()), pipe.emit, stop)
+    except StopRequested:
+        pipe.emit(Stopped(step=0, signal=stop.signal))
+        return 143
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the log may be on the disk that is full
+            traceback.print_exc()
+        known = explain(error)
+        problems = [asdict(problem) for problem in known.problems]
+        pipe.emit(Failed(exit_code=known.exit_code, problems=problems))
+        return known.exit_code
+
+
+def explain(error: BaseException) -> TrainerError:
+    """Return the error with its exit code: ours as it is, others by what they mean."""
+    if isinstance(error, TrainerError):
+        return error
+    if (fault := disk_fault(error)) is not None:
+        return fault
+    kind = type(error).__name__
+    is_allocation = kind == "RuntimeError" and "can't allocate memory" in str(error)
+    if kind == "OutOfMemoryError" or isinstance(error, MemoryError) or is_allocation:
+        return _out_of_memory(error)
+    return InternalError.of(
+        f"the worker failed: {kind}",
+        where=_place_of(error),
+        why=str(error).strip().splitlines()[0][:300] if str(error).strip() else kind,
+        remedy="see train.log in the output folder for the traceback; start again to resume",
+    )
+
+
+def disk_fault(error: BaseException) -> TrainerError | None:
+    """Return what an operating system's refusal to write means; None for any other error."""
+    number = error.errno if isinstance(error, OSError) else None
+    # The safetensors library tells it in words alone.
+    if told := re.search(r"\(os error (\d+)\)", str(error)):
+        number = int(told[1])
+    place = str(getattr(error, "filename", None) or "output_dir")
+    if number in FULL:
+        return StorageError.of(
+            "the disk does not take what is written",
+            where=place,
+            why=os.strerror(number),
+            remedy="df -h; free some room, then start again: the run resumes by itself",
+        )
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return AccessError.of(
+            "a file may not be read or written",
+            where=place,
+            why=f"{os.strerror(number)}, as user {os.getuid()}",
+            remedy=f"sudo chown -R {os.getuid()}:{os.getgid()} {Path(place).parent}",
+        )
+    return None
+
+
+def _out_of_memory(error: BaseException) -> TrainerError:
+    from .errors import MemoryKilledError
+
+    return MemoryKilledError.of(
+        "memory ran out",
+        where="training step",
+        why=(str(error).strip().splitlines() or ["no memory was left"])[0][:300],
+        remedy="lower per_device_train_batch_size or max_seq_length, set "
+        "gradient_checkpointing to true, or use_4bit to true; the run resumes by itself",
+    )
+
+
+def _place_of(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+
+
+def run(order: Order, emit: Callable[[Event], None], stop: StopFlag) -> int:
+    """Load, prepare, train, evaluate, export."""
+    from . import session as sessions
+
+    emit(PhaseChanged(phase="loading", detail=order.config.model.model_name_or_path))
+    session = sessions.open_session(order.config, order.output_dir, emit)
+    snapshot, skipped = _newest(order, session)
+    for reason in skipped:
+        emit(Warned(message=f"checkpoint skipped: {reason}"))
+    emit(Planned(plan=session.plan.to_dict()))
+    _write_facts(order, session)
+    state = session.restore(snapshot)
+    if state.step:
+        path = session.store.path_of(state.step).name
+        emit(Resumed(step=state.step, path=f"checkpoints/{path}", skipped=skipped))
+        _recall(order, session, state.step)
+    elif session.initial is not None:
+        # This init changes the base: later, no switched-off adapter gives it back.
+        _answer(order, session, emit, stop, when="before", step=0)
+    state = _train(order, session, emit, stop, state)
+    if stop.is_set():
+        emit(Stopped(step=state.step, signal=stop.signal))
+        return 143
+    session.take_best(state, emit)
+    if session.initial is None:
+        with session.causal.model.disable_adapter():
+            _answer(order, session, emit, stop, when="before", step=0)
+    _answer(order, session, emit, stop, when="after", step=state.step)
+    emit(PhaseChanged(phase="exporting"))
+    session.export(order, state)
+    from .machine import peak_memory_bytes
+
+    emit(
+        Finished(
+            step=state.step,
+            train_seconds=state.train_seconds,
+            tokens_seen=state.tokens_seen,
+            peak_memory_bytes=peak_memory_bytes(),
+            results=["final_model", "report.html", "loss.png"],
+        )
+    )
+    return 0
+
+
+def _newest(order: Order, session: Any) -> Any:
+    from .checkpoint import OtherRunError
+
+    try:
+        return session.store.newest()
+    except OtherRunError as error:
+        raise ConfigError.of(
+            "the output folder holds an unfinished run on other data",
+            where=str(order.output_dir / "checkpoints" / str(error)),
+            why="the tokenized rows, the template or a training key are not those it began with",
+            remedy="put the data back to resume, give another --run_name, or start anew with "
+            "--resume never (the old run is moved aside, not removed)",
+        ) from None
+
+
+def _train(
+    order: Order, session: Any, emit: Callable[[Event], None], stop: StopFlag, state: Any
+) -> Any:
+    from .loop import train
+    from .trackers import open_trackers
+
+    leaves = {
+        leaf: cell["value"] for part in order.redacted.values() for leaf, cell in part.items()
+    }
+    tracker = open_trackers(
+        order.config.monitoring.report_to,
+        order.output_dir / "logs",
+        order.run_name,
+        leaves,
+        first_step=state.step + 1 if state.step else 0,
+        on_warning=lambda message: emit(Warned(message=message)),
+    )
+
+    def tell(event: Event) -> None:
+        emit(event)
+        if figures := figures_of(event):
+            tracker.log(figures, int(event.step))  # type: ignore[attr-defined]
+            session.note(figures)
+
+    stop.is_deferred = True
+    try:
+        emit(PhaseChanged(phase="training"))
+        return train(session.parts(tell, stop.is_set), state)
+    finally:
+        tracker.close()
+        stop.is_deferred = False
+
+
+def figures_of(event: Event) -> dict[str, float]:
+    """Return the figures of an event that trackers keep."""
+    wanted = {
+        "step": ("loss", "learning_rate", "grad_norm", "epoch"),
+        "eval": ("eval_loss", "eval_perplexity", "eval_token_accuracy"),
+    }
+    return {name: float(getattr(event, name)) for name in wanted.get(event.kind, ())}
+
+
+def _recall(order: Order, session: Any, step: int) -> None:
+    """Take the figures of earlier attempts, as far as they stand, for the model card."""
+    told = (order.output_dir / EVENTS).read_text(encoding="utf-8", errors="replace")
+    for line in told.splitlines():
+        event = parse_line(line)
+        if event is not None and (figures := figures_of(event)) and event.step <= step:  # type: ignore[attr-defined]
+            session.note(figures)
+
+
+def _answer(
+    order: Order,
+    session: Any,
+    emit: Callable[[Event], None],
+    stop: StopFlag,
+    *,
+    when: Literal["before", "after"],
+    step: int,
+) -> None:
+    """Answer the held-out prompts, if asked for, and tell how many answers are exact.
+
+    "Before" is the base model; it is asked after the training, by switching the adapter
+    off, so that nothing stands between a start and its first step.
+    """
+    import time
+
+    from . import evaluate
+
+    if not order.config.training.eval_generate or not len(session.eval_rows):
+        return
+    emit(PhaseChanged(phase="evaluating", detail=f"answers {when} training"))
+    start = time.monotonic()
+    asked = evaluate.questions(session.eval_rows)
+    answers = evaluate.answer(
+        session.causal,
+        session.tokenizer,
+        asked,
+        batch_examples=order.config.training.per_device_eval_batch_size,
+        max_new_tokens=order.config.training.eval_max_new_tokens,
+        should_stop=stop.is_set,
+    )
+    if not answers:
+        return
+    exact = sum(one.is_exact for one in answers) / len(answers)
+    session.note({f"exact_match_{when}": exact})
+    seconds = time.monotonic() - start
+    emit(Generated(step=step, when=when, exact_match=exact, rows=len(answers), seconds=seconds))
+    for one in answers[: order.config.monitoring.sample_count]:
+        emit(
+            Sample(
+                step=step,
+                when=when,
+                index=one.index,
+                prompt=one.prompt,
+                expected=one.expected,
+                answer=one.answer,
+            )
+        )
+
+
+def _write_facts(order: Order, session: Any) -> None:
+    """Write plan.json, data.json and environment.json."""
+    contents = {
+        "plan.json": session.plan.to_dict(),
+        "data.json": session.data_facts,
+        "environment.json": session.versions | {"python": platform.python_version()},
+    }
+    for name, content in contents.items():
+        (order.output_dir / name).write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Check everything that this machine can check: ./training/test.sh
+#
+# Makes training/.venv as run.sh does, adds the tests' own packages, then runs ruff (format and
+# lint), mypy, shellcheck, shfmt and pytest. All of them run, whatever fails; the last lines say
+# what did. Tests marked `gpu` run where a GPU is.
+#
+# Usage: test.sh [--fast] [PYTEST ARGUMENT ...]
+#
+#   --fast   leave out the tests marked `slow`, which train the embedded model
+#   --help   this text
+#
+# Variables: LORA_PYTHON, LORA_VENV and LORA_TORCH, as for run.sh
+# Exit codes: 0 all passed, 1 something failed, 69, 74 and 77 as for run.sh
+set -Eeuo pipefail
+
+# shellcheck source-path=SCRIPTDIR source=environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+FAILED=()
+
+# check NAME COMMAND...
+check() {
+  local name="$1" begun=$SECONDS
+  shift
+  say "${BOLD}$name$PLAIN"
+  "$@" || FAILED+=("$name")
+  say "  $((SECONDS - begun)) s"
+}
+
+check_shell() {
+  local scripts=("$TRAINING"/*.sh "$TRAINING"/*/*.sh "$TRAINING/../.ci/run")
+  check shellcheck "$VENV/bin/shellcheck" --external-sources "${scripts[@]}"
+  check shfmt "$VENV/bin/shfmt" --diff --indent 2 --case-indent "${scripts[@]}"
+}
+
+check_tests() {
+  local marks=()
+  if ! has_usable_gpu; then
+    say "No NVIDIA GPU can be used here: tests marked gpu are left out"
+    marks+=("not gpu")
+  fi
+  if [[ "${1:-}" == --fast ]]; then
+    marks+=("not slow")
+    shift
+  fi
+  if ((${#marks[@]})); then
+    set -- -m "${marks[0]}${marks[1]:+ and ${marks[1]}}" "$@"
+  fi
+  check pytest "$VENV/bin/python" -m pytest "$@"
+}
+
+test_main() {
+  if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then
+    print_header "${BASH_SOURCE[0]}"
+    exit 0
+  fi
+  prepare_test_environment
+  cd "$TRAINING"
+  check "ruff format" "$VENV/bin/ruff" format --check .
+  check "ruff check" "$VENV/bin/ruff" check .
+  check mypy "$VENV/bin/mypy"
+  check_shell
+  check_tests "$@"
+  if ((${#FAILED[@]})); then
+    say "${RED}${BOLD}Failed: $(printf '%s, ' "${FAILED[@]}" | sed 's/, $//')$PLAIN"
+    exit 1
+  fi
+  say "${BOLD}All passed$PLAIN"
+}
+
+test_main "$@"

@@ -1,0 +1,207 @@
+"""Every mistake ends with its own exit code and one block: what, where, why, remedy."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from faults.trainer import (
+    SECONDS,
+    SOURCE,
+    Ended,
+    Trainer,
+    adapter_digest,
+    at_step,
+    of_kind,
+    steps_saved,
+)
+
+TMPFS_BYTES = 260 << 20  # a start wants 200 MB free
+
+
+def assert_told(ended: Ended, code: int, *said: str) -> None:
+    """Assert that the last block is whole, says these things, and shows no traceback."""
+    assert ended.code == code, ended.err
+    lines = ended.block.splitlines()
+    assert lines[-1].startswith(f"exit code {code} ("), ended.err
+    for part in ("  where: ", "  why: ", "  remedy: "):
+        assert any(line.startswith(part) for line in lines), f"no{part}in {ended.block}"
+    for text in said:
+        assert text in ended.block
+    assert "Traceback" not in ended.err
+
+
+def test_wrong_model_path_is_unavailable(trainer: Trainer) -> None:
+    ended = trainer.train(trainer.root / "m1", model_name_or_path="/no/such/model")
+    assert_told(ended, 69, "does not exist", "/no/such/model")
+
+
+def test_pickled_weights_are_refused_by_name(trainer: Trainer) -> None:
+    pickled = Path(shutil.copytree(trainer.model, trainer.root / "pickled"))
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    ended = trainer.train(trainer.root / "m2", model_name_or_path=str(pickled))
+    assert_told(ended, 69, "pytorch_model.bin", "pickled")
+
+
+def test_wrong_data_path_and_wrong_output_are_told_together(trainer: Trainer) -> None:
+    in_place = trainer.root / "in-place"
+    in_place.write_text("mine")
+    ended = trainer.train(in_place, dataset="no-such-rows.jsonl")
+    assert_told(ended, 78, "output folder is a file", "no-such-rows.jsonl")
+    assert in_place.read_text() == "mine"
+
+
+def test_wrong_type_names_the_key(trainer: Trainer) -> None:
+    ended = trainer.train(trainer.root / "m3", learning_rate="fast")
+    assert_told(ended, 78, "learning_rate", "m3.json")
+
+
+def test_missing_config_file_is_a_configuration_error(trainer: Trainer) -> None:
+    ended = trainer.call("train", "--config", str(trainer.root / "none.json"))
+    assert ended.code == 78
+    assert "there is no config file" in ended.block
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed"
+)
+def test_missing_bitsandbytes_is_told_before_anything_is_loaded(trainer: Trainer) -> None:
+    output = trainer.root / "m4"
+    ended = trainer.train(output, use_4bit=True)
+    assert_told(ended, 78, "bitsandbytes", "pip install")
+    assert not of_kind(output, "run_started")
+
+
+def test_read_only_output_folder_is_a_missing_permission(trainer: Trainer) -> None:
+    output = trainer.root / "read-only"
+    output.mkdir(mode=0o555)
+    bound_by_modes = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    if os.getuid():
+        bound_by_modes = []
+    elif shutil.which("setpriv") is None:
+        pytest.skip("root may write anywhere, and there is no setpriv to change that")
+    done = subprocess.run(
+        [*bound_by_modes, *trainer.command(output)],
+        check=False,
+        env=trainer.environment(),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    ended = Ended(done.returncode, done.stdout, done.stderr)
+    assert_told(ended, 77, str(output), "chmod -R u+rwX")
+    assert list(output.iterdir()) == []
+
+
+def test_folder_that_another_run_holds_is_busy(trainer: Trainer) -> None:
+    output = trainer.root / "held"
+    output.mkdir()
+    holder = f"pid {os.getpid()} on {socket.gethostname()}"
+    with (output / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(f"{holder}\n")
+        lock.flush()
+        ended = trainer.train(output)
+    assert_told(ended, 75, holder, "--run_name")
+
+
+def test_hub_model_without_network_is_unavailable(trainer: Trainer) -> None:
+    output = trainer.root / "m5"
+    ended = trainer.train(output, model_name_or_path="nobody/no-such-model")
+    assert_told(ended, 69, "nobody/no-such-model", "HF_HUB_OFFLINE")
+    assert "Traceback" in (output / "train.log").read_text()
+
+
+def test_diverging_run_stops_at_a_sound_checkpoint_and_names_the_remedy(trainer: Trainer) -> None:
+    output = trainer.root / "diverging"
+    ended = trainer.train(
+        output, learning_rate=10.0, lr_scheduler_type="constant", max_steps=400, eval_steps=100
+    )
+    assert_told(ended, 70, "not finite", "lower learning_rate")
+    assert "Traceback" in (output / "train.log").read_text()
+    (failed,) = of_kind(output, "failed")
+    assert failed["exit_code"] == 70
+    assert not of_kind(output, "restart")
+    assert steps_saved(output)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """Mount a small file system, where that is allowed."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("a small file system may not be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write until the disk takes no more."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"\0" * (1 << 20)):
+            pass
+    with path.with_name("crumbs").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"\0" * 512):
+            pass
+
+
+def test_full_disk_loses_nothing_and_the_run_goes_on_when_there_is_room(
+    trainer: Trainer, undisturbed: Path
+) -> None:
+    with small_disk(trainer.root / "disk") as disk:
+        output = disk / "full"
+        run = trainer.start(output)
+        run.wait_for(at_step(27))
+        fill(disk / "filler")
+        assert_told(run.wait(), 74, "No space left", "df -h")
+        (disk / "filler").unlink()
+        (disk / "crumbs").unlink()
+        saved = steps_saved(output)
+        ended = trainer.train(output)
+        assert ended.code == 0, ended.err
+        (resumed,) = of_kind(output, "resumed")
+        assert resumed["step"] == saved[-1] >= 25
+        assert adapter_digest(output) == adapter_digest(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--help"], 0), (["train", "--help"], 0), (["train", "--config", "{}"], 78)],
+    ids=["help", "help of train", "wrong config"],
+)
+def test_answer_that_needs_no_torch_takes_less_than_a_second(
+    trainer: Trainer, tmp_path: Path, arguments: list[str], code: int
+) -> None:
+    config = tmp_path / "wrong.json"
+    config.write_text(json.dumps(trainer.settings | {"learnin_rate": 1}))
+    for name in ("torch", "transformers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise SystemExit('{name} was imported')")
+    command = [sys.executable, "-m", "lora_trainer.cli"]
+    command += [argument.format(config) for argument in arguments]
+    process = subprocess.Popen(
+        command,
+        env=trainer.environment() | {"PYTHONPATH": f"{tmp_path}:{SOURCE}"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == code
+    assert used.ru_utime + used.ru_stime < 1.0

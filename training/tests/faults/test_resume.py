@@ -1,0 +1,157 @@
+"""Killed or stopped at any instant, a run ends with the same bytes as one left alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from faults.trainer import (
+    EVAL_STEPS,
+    STEPS,
+    Ended,
+    Trainer,
+    adapter_digest,
+    at_phase,
+    at_step,
+    losses,
+    of_kind,
+    steps_saved,
+)
+
+RANDOM_STEPS = sorted(random.Random(5).sample(range(2, STEPS - 2), 3))
+# The two instants that random steps hardly ever meet, each soon after one of them.
+INSTANTS = [
+    at_step(RANDOM_STEPS[0]),
+    at_phase("saving", RANDOM_STEPS[0] + 1),
+    at_step(RANDOM_STEPS[1]),
+    at_phase("evaluating", RANDOM_STEPS[1] + 1),
+    at_step(RANDOM_STEPS[2]),
+]
+
+
+def assert_same_as(undisturbed: Path, output: Path) -> None:
+    found, expected = losses(output), losses(undisturbed)
+    assert found == {step: expected[step] for step in found}
+    # A step that was saved but not yet told when the supervisor died is told no more.
+    assert len(found) >= STEPS - len(INSTANTS)
+    assert adapter_digest(output) == adapter_digest(undisturbed)
+
+
+def test_five_kills_change_neither_the_losses_nor_the_bytes(
+    trainer: Trainer, undisturbed: Path
+) -> None:
+    output = trainer.root / "killed"
+    for instant in INSTANTS:
+        run = trainer.start(output)
+        run.wait_for(instant)
+        run.kill()
+    ended = trainer.train(output)
+    assert ended.code == 0, ended.err
+    assert len(of_kind(output, "resumed")) >= 4
+    assert_same_as(undisturbed, output)
+
+
+def test_killed_worker_is_started_again(trainer: Trainer, undisturbed: Path) -> None:
+    output = trainer.root / "worker-killed"
+    run = trainer.start(output)
+    run.wait_for(at_step(23))
+    os.kill(run.worker, signal.SIGKILL)
+    ended = run.wait()
+    assert ended.code == 0, ended.err
+    (restart,) = of_kind(output, "restart")
+    assert restart["exit_code"] == -signal.SIGKILL
+    assert_same_as(undisturbed, output)
+
+
+def test_worker_of_a_killed_supervisor_saves_before_the_next_run_begins(
+    trainer: Trainer, undisturbed: Path
+) -> None:
+    output = trainer.root / "supervisor-killed"
+    run = trainer.start(output)
+    run.wait_for(at_step(17))
+    run.process.kill()
+    ended = trainer.train(output)
+    run.process.communicate()
+    assert ended.code == 0, ended.err
+    (resumed,) = of_kind(output, "resumed")
+    # The last checkpoint on the way was of step 15.
+    assert resumed["step"] >= 17
+    assert_same_as(undisturbed, output)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """How a run answered a signal, and what it left."""
+
+    ended: Ended
+    saved: list[int]
+    leftovers: list[str]
+
+
+@pytest.fixture(scope="module")
+def stopped(trainer: Trainer) -> tuple[Path, dict[str, Stop]]:
+    """Stop one run again and again: the folder, and what came of each signal."""
+    output = trainer.root / "stopped"
+    stops = {}
+    for name, instant, number in (
+        ("loading", at_phase("loading"), signal.SIGTERM),
+        ("training", at_step(18), signal.SIGTERM),
+        ("evaluating", at_phase("evaluating", 3 * EVAL_STEPS), signal.SIGINT),
+    ):
+        run = trainer.start(output)
+        run.wait_for(instant)
+        run.process.send_signal(number)
+        ended = run.wait()
+        left = [path.name for path in (output / "checkpoints").glob(".*")]
+        stops[name] = Stop(ended, steps_saved(output), left)
+    return output, stops
+
+
+@pytest.mark.parametrize("name", ["loading", "training", "evaluating"])
+def test_signal_ends_with_its_own_exit_code_and_says_how_to_go_on(
+    stopped: tuple[Path, dict[str, Stop]], name: str
+) -> None:
+    ended = stopped[1][name].ended
+    assert ended.code == 143, ended.err
+    assert "start the same command again" in ended.block
+    assert "Traceback" not in ended.err
+
+
+def test_signal_while_loading_leaves_nothing_half_done(
+    stopped: tuple[Path, dict[str, Stop]],
+) -> None:
+    stop = stopped[1]["loading"]
+    assert (stop.saved, stop.leftovers) == ([], [])
+    assert "before anything was learnt" in stop.ended.block
+
+
+def test_signal_while_training_saves_the_step_it_came_in(
+    stopped: tuple[Path, dict[str, Stop]],
+) -> None:
+    output, stops = stopped
+    trained = {event["step"] for event in of_kind(output, "step")}
+    assert 18 <= stops["training"].saved[-1] < 30
+    assert stops["training"].saved[-1] in trained
+
+
+def test_signal_while_evaluating_saves_that_step_unevaluated(
+    stopped: tuple[Path, dict[str, Stop]],
+) -> None:
+    output, stops = stopped
+    step = 3 * EVAL_STEPS
+    assert stops["evaluating"].saved[-1] == step
+    assert step not in {event["step"] for event in of_kind(output, "eval")}
+
+
+def test_stopped_run_ends_with_the_same_bytes(
+    trainer: Trainer, undisturbed: Path, stopped: tuple[Path, dict[str, Stop]]
+) -> None:
+    output, _ = stopped
+    ended = trainer.train(output)
+    assert ended.code == 0, ended.err
+    assert_same_as(undisturbed, output)

@@ -1,0 +1,132 @@
+"""Any input at all resolves or is a config error, within a second, without torch."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from resolving import write
+
+from lora_trainer.config import ALIASES, leaf_sections
+from lora_trainer.errors import AccessError, ConfigError
+from lora_trainer.sources import resolve
+from lora_trainer.sources.foreign import NO_MEANING
+
+SOURCES = Path(__file__).parents[3] / "src"
+
+
+# Anything at all
+
+
+KEYS = st.sampled_from([*leaf_sections(), *ALIASES, *NO_MEANING, "model", "training", "$schema"])
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+WORDS = st.sampled_from(["auto", "null", "a,b", "-1", "1e999", "{", "[1", "~x", "\0", "\ud800", ""])
+JSON = st.recursive(
+    SCALARS | WORDS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(KEYS | st.sampled_from(["path", "type", "x"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+FAST = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def resolve_or_config_error(path, environ, arguments):
+    try:
+        resolved = resolve(path, environ, arguments)
+    except (ConfigError, AccessError) as error:
+        assert error.block().encode("utf-8")
+    else:
+        assert json.dumps(resolved.redacted())
+
+
+@FAST
+@given(content=st.dictionaries(KEYS | st.text(max_size=6), JSON, max_size=5) | JSON)
+def test_any_json_resolves_or_is_a_config_error(folder, content):
+    resolve_or_config_error(write(folder, json.dumps(content)), {}, [])
+
+
+@FAST
+@given(
+    content=st.binary(max_size=60)
+    | st.text("{}[]:,-&*!'\"#% \n\tab1.e", max_size=40).map(str.encode)
+)
+@pytest.mark.parametrize("name", ["c.json", "c.yaml", "c"])
+def test_any_bytes_resolve_or_are_a_config_error(folder, name, content):
+    (folder / name).write_bytes(content)
+    resolve_or_config_error(folder / name, {}, [])
+
+
+@FAST
+@given(
+    arguments=st.lists(
+        KEYS.map("--{}".format)
+        | KEYS.map("--no-{}".format)
+        | st.tuples(KEYS, WORDS | st.text(max_size=6)).map("--{0[0]}={0[1]}".format)
+        | st.sampled_from(["--", "--set", "--set=", "--=", "--.", "--set=.="])
+        | WORDS
+        | st.text(max_size=10),
+        max_size=6,
+    )
+)
+@example(arguments=["--lora_r", "9" * 5000])
+def test_any_arguments_resolve_or_are_a_config_error(folder, arguments):
+    resolve_or_config_error(None, {}, arguments)
+
+
+@FAST
+@given(
+    environ=st.dictionaries(
+        KEYS.map(lambda key: f"LORA_TRAINER_{key.upper()}")
+        | st.sampled_from(
+            ["HF_TOKEN", "HF_TOKEN_FILE", "DATASETS_DIR", "OUTPUT_DIR", "HEALTH_PORT"]
+        ),
+        WORDS | st.text(max_size=10),
+        max_size=4,
+    )
+)
+@example(environ={"LORA_TRAINER_MODEL_NAME_OR_PATH": "~\0"})
+def test_any_environment_resolves_or_is_a_config_error(folder, environ):
+    resolve_or_config_error(None, environ, [])
+
+
+# Speed
+
+
+CHECK = """
+import sys
+from pathlib import Path
+import lora_trainer.config, lora_trainer.errors, lora_trainer.events
+from lora_trainer.sources import resolve
+try:
+    resolve(Path(sys.argv[1]), {}, [])
+except lora_trainer.errors.ConfigError as error:
+    print(len(error.problems))
+heavy = {"torch", "transformers", "numpy", "peft"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_bad_file_is_refused_within_a_second_and_without_torch(folder):
+    path = write(folder, {f"unknown_{number}": number for number in range(20)})
+    command = [sys.executable, "-c", CHECK, str(path)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={"PYTHONPATH": str(SOURCES)}, check=False
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (done.stdout.strip(), done.stderr) == ("20", "")
+    # Processor time: that of the clock depends on what else the machine does.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+def test_half_a_surrogate_pair_is_told_in_a_way_that_prints(folder):
+    resolve_or_config_error(write(folder, json.dumps("\ud800")), {}, [])
+    resolve_or_config_error(write(folder, {"\ud800": 1}), {}, [])

@@ -1,0 +1,118 @@
+"""Values that misfit or disagree, all at once, and none of them a secret."""
+
+import pytest
+from resolving import from_file, problem_in, problems_in, problems_of, write
+
+from lora_trainer.errors import ConfigError
+
+
+def test_all_problems_of_all_sources_come_at_once(folder):
+    path = write(folder, {"lora_r": 0, "sed": 1, "bf16": "maybe"})
+    environ = {"LORA_TRAINER_SEED": "-1", "LORA_TRAINER_SEEED": "1"}
+    problems = problems_of(path, environ, ["--max_steps", "0", "--lora-alpha", "x", "--nope"])
+    assert {problem.what.split()[0] for problem in problems} == {
+        "lora_r", "sed", "bf16", "seed", "LORA_TRAINER_SEEED", "max_steps", "lora_alpha", "--nope",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "what", "remedy"),
+    [
+        ({"learning_rate": "1e-4"}, "'1e-4' (text)", "without quotes"),
+        ({"max_steps": 10.0}, "10.0 (a number)", "write 10"),
+        ({"lr_scheduler_type": "cosin"}, "'cosin' (text)", "did you mean cosine?"),
+        ({"init_lora_weights": "pisa"}, "'pisa' (text)", "did you mean pissa?"),
+        ({"lora_r": 5000}, "5000 (a whole number)", "--lora_r 16"),
+        ({"seed": True}, "true (a truth value)", "--seed 42"),
+        ({"run_name": "a/b"}, "'a/b' (text)", ""),
+        ({"lora_r": [1]}, "a list of 1", ""),
+        ({"dataset": 3}, "3 (a whole number)", "--dataset '["),
+    ],
+)
+def test_misfit_value_tells_what_was_found_and_what_to_write(folder, content, what, remedy):
+    problem = problem_in(folder, content)
+    assert what in problem.what
+    assert problem.why.startswith("it takes: ")
+    assert remedy in problem.remedy
+
+
+def test_misfits_within_a_list_of_datasets_are_placed(folder):
+    content = '{"data": {"dataset": ["a",\n {"path": "", "weigth": 2},\n {"weight": 1}]}}'
+    problems = problems_in(folder, content)
+    assert {(p.what.split()[0], p.where.partition("config.json")[2]) for p in problems} == {
+        ("dataset[1].path", ":2 /data/dataset/1/path"),
+        ("dataset[1].weigth", ":2 /data/dataset/1/weigth"),
+        ("dataset[2]", ":3 /data/dataset/2"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "environ", "arguments"),
+    [
+        ('{"hf_token": ["hf_sesame"]}', {}, []),
+        ('{"hf_token": {"hf_sesame": 1}}', {}, []),
+        ('{"hf_token": "hf_sesame" "x"}', {}, []),
+        ('{"hf_tokne": "hf_sesame"}', {}, []),
+        ('{"hf_token": "hf_sesame", "token": "hf_sesame"}', {}, []),
+        ("{}", {"LORA_TRAINER_HF_TOKN": "hf_sesame"}, []),
+        ("{}", {}, ["--hf_token", "x", "hf_sesame"]),
+        ("{}", {}, ["--hf_tokn", "hf_sesame"]),
+        ("{}", {}, ["--hf_tokn=hf_sesame"]),
+        ("{}", {}, ["--set", "hf_tokn=hf_sesame"]),
+        ("{}", {}, ["hf_token=hf_sesame"]),
+    ],
+)
+def test_no_error_shows_a_secret(folder, path, environ, arguments):
+    problems = problems_of(write(folder, path), environ, arguments)
+    assert "hf_sesame" not in ConfigError(problems).block()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"use_4bit": True, "use_8bit": True}, "use_8bit are both"),
+        ({"eval_dataset": "a", "eval_fraction": 0.1}, "eval_fraction are both"),
+        ({"load_best_model_at_end": True}, "without held-out"),
+        ({"load_best_model_at_end": True, "eval_fraction": 0.1}, "eval_steps 0"),
+        ({"early_stopping_patience": 2}, "without held-out"),
+        ({"early_stopping_patience": 2, "eval_dataset": "a"}, "eval_steps 0"),
+        ({"eval_generate": True}, "without held-out"),
+        ({"warmup_steps": 1, "warmup_ratio": 0.1}, "warmup_ratio are both"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"init_lora_weights": "pissa", "use_4bit": True}, "not quantized"),
+        ({"init_lora_weights": "pissa_niter_4", "modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "olora", "modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa", "use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "olora", "use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "orthogonal", "lora_r": 7}, "even lora_r"),
+        ({"use_flash_attention": True, "bf16": False}, "bf16 is off"),
+        ({"loraplus_lr_ratio": 1e6, "learning_rate": 1}, "over 10"),
+        ({"chat_template": "llama3"}, "chat_template"),
+    ],
+)
+def test_conflicting_values_are_refused(folder, content, words):
+    problem = problem_in(folder, content)
+    assert words in problem.what
+    assert all(f"/{key}" in problem.where for key in content if key in problem.what)
+
+
+def test_conflict_over_two_sources_names_both(folder):
+    problem = problems_of(write(folder, {"use_4bit": True}), {}, ["--use_8bit"])[0]
+    assert problem.where.endswith("config.json:1 /use_4bit, --use_8bit")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"bnb_4bit_quant_type": "fp4"},
+        {"max_bad_rows_share": 0.1},
+        {"eval_steps": 10},
+        {"early_stopping_threshold": 0.1},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"sample_packing": True},
+    ],
+)
+def test_what_has_no_effect_is_warned_of(folder, content):
+    (warning,) = from_file(folder, content).warnings
+    assert f"/{next(iter(content))}" in warning

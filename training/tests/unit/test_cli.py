@@ -1,0 +1,94 @@
+"""The command line: commands, their exit codes, and one block for every fault."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_trainer import cli
+from lora_trainer.config import leaf_sections
+from lora_trainer.errors import BusyError
+
+
+def test_schema_is_valid_json_that_knows_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["$schema"].startswith("https://json-schema.org/")
+    assert leaf_sections().keys() <= schema["properties"].keys()
+
+
+def test_keys_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["keys"]) == 0
+    printed = capsys.readouterr().out
+    assert [key for key in leaf_sections() if key not in printed] == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["check", "--help"]])
+def test_help_is_no_fault(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["trian"], ["schema", "--wrong"], ["check", "--rows", "many"]], ids=" ".join
+)
+def test_wrong_command_line_is_a_configuration_error(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 78
+    last = capsys.readouterr().err.splitlines()
+    assert "  where:  command line" in last
+    assert last[-1] == "exit code 78 (configuration)"
+
+
+def test_config_errors_come_all_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"learnin_rate": 1, "lora_r": 0}')
+    assert cli.main(["train", "--config", str(config)]) == 78
+    told = capsys.readouterr().err
+    assert "learnin_rate" in told
+    assert "lora_r" in told
+
+
+def raising(error: BaseException):
+    def resolve(*_: object) -> None:
+        raise error
+
+    return resolve
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (BusyError.of("held", "here", "by another", "wait"), 75, "by another"),
+        (OSError(28, "No space left on device", "/out/events.jsonl"), 74, "/out/events.jsonl"),
+        (PermissionError(13, "Permission denied", "/out/.lock"), 77, "/out"),
+        (KeyboardInterrupt(), 130, "nothing was changed"),
+        (ZeroDivisionError("division by zero"), 70, "ZeroDivisionError"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_every_fault_has_its_exit_code_and_no_traceback(
+    error: BaseException,
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv(cli.DEBUG, raising=False)
+    monkeypatch.setattr("lora_trainer.sources.resolve", raising(error))
+    assert cli.main(["train"]) == code
+    told = capsys.readouterr().err
+    assert said in told
+    assert "Traceback" not in told
+
+
+def test_debug_shows_the_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(cli.DEBUG, "")  # so that it is put back afterwards
+    monkeypatch.setattr("lora_trainer.sources.resolve", raising(BusyError.of("held")))
+    assert cli.main(["train", "--debug"]) == 75
+    assert "Traceback" in capsys.readouterr().err

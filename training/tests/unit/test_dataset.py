@@ -1,0 +1,81 @@
+"""A run's data: what tells it from another's, and what is said of its rows."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lora_trainer.config import Config
+from lora_trainer.dataset import data_digest, data_warnings, rows_to_train, source_specs
+from lora_trainer.errors import DataError
+
+
+def splits(**changes):
+    train = SimpleNamespace(digest="t", sources=np.zeros(4, dtype=np.uint16))
+    held_out = SimpleNamespace(digest="e")
+    known = {
+        "train": train,
+        "eval": held_out,
+        "train_rows": np.arange(4),
+        "eval_rows": np.arange(2),
+        "warnings": (),
+        "train_report": None,
+        "eval_report": None,
+    }
+    return SimpleNamespace(**(known | changes))
+
+
+CHANGES = {
+    "rows": {"train": SimpleNamespace(digest="u", sources=np.zeros(4, dtype=np.uint16))},
+    "sources": {"train": SimpleNamespace(digest="t", sources=np.ones(4, dtype=np.uint16))},
+    "choice of rows": {"train_rows": np.arange(3)},
+    "held-out rows": {"eval_rows": np.arange(1)},
+    "held-out data": {"eval": SimpleNamespace(digest="f")},
+    "no held-out data": {"eval": None},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_data_is_another_run(change):
+    assert data_digest(splits(**CHANGES[change]), [1.0]) != data_digest(splits(), [1.0])
+
+
+def test_another_weight_is_another_run():
+    assert data_digest(splits(), [1.0]) != data_digest(splits(), [3.0])
+
+
+def test_rows_that_are_cut_left_out_or_skipped_are_said():
+    report = SimpleNamespace(
+        rows_read=9,
+        rows_truncated=2,
+        longest_tokens=4000,
+        rows_dropped={"too long": 3},
+        rows_skipped={"broken JSON": 1},
+    )
+    told = data_warnings(Config(), splits(train_report=report))
+    assert len(told) == 3
+    for text in ("2 of 9 rows are cut", "3 rows left out: too long", "1 rows skipped: broken"):
+        assert any(text in line for line in told)
+
+
+def test_weights_that_leave_no_row_are_a_data_error():
+    with pytest.raises(DataError, match="no row is left"):
+        rows_to_train(lambda epoch: np.arange(0))
+
+
+def test_sources_take_the_sections_defaults_and_their_own_values():
+    config = Config.model_validate(
+        {
+            "data": {
+                "dataset": ["a.jsonl", {"path": "b", "weight": 2.0, "format": "alpaca"}],
+                "dataset_format": "messages",
+                "dataset_columns": {"prompt": "question"},
+            }
+        }
+    )
+    first, second = source_specs(config, config.data.dataset)
+    assert (first.path_or_id, first.format, first.weight) == ("a.jsonl", "messages", 1.0)
+    assert (second.path_or_id, second.format, second.weight) == ("b", "alpaca", 2.0)
+    assert source_specs(config, None) == []

@@ -1,0 +1,237 @@
+"""Our loop trains what plain transformers + PEFT train: every loss, and the adapter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from families import FAMILIES, VOCABULARY, tiny_model
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lora_trainer.checkpoint import CheckpointStore, TrainState
+from lora_trainer.compat import enable_checkpointing
+from lora_trainer.config import Config, LoraSection
+from lora_trainer.data.batches import StepOrder
+from lora_trainer.errors import UnavailableError
+from lora_trainer.events import Event, StepDone
+from lora_trainer.loop import Parts, train
+from lora_trainer.machine import Machine
+from lora_trainer.model import attention
+from lora_trainer.model.adapter import add_adapter, trained_parameters
+from lora_trainer.model.forward import CausalLM, MicroBatch
+from lora_trainer.model.probe import verify
+from lora_trainer.optim import make_optimizer
+from lora_trainer.plan import DataProfile, ModelShape, make_plan
+
+STEPS = 20
+SETTINGS = {
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "max_steps": STEPS,
+    "learning_rate": 5e-3,
+    "warmup_ratio": 0.1,
+    # Low enough to clip every step, so that the clipping is compared too.
+    "max_grad_norm": 0.05,
+    "weight_decay": 0.01,
+    "loss_chunk_tokens": 7,
+}
+
+
+class ListRows(list):
+    """Rows in memory, as the loop reads them."""
+
+
+def make_rows(count: int = 31, vocabulary: int = VOCABULARY) -> ListRows:
+    order = np.random.Generator(np.random.PCG64(3))
+    rows = ListRows()
+    for _ in range(count):
+        length = int(order.integers(4, 20))
+        ids = order.integers(3, vocabulary, length)
+        marks = np.arange(length) >= order.integers(1, length)
+        rows.append((ids, marks))
+    return rows
+
+
+def ours(model, rows, folder: Path, *, padding_free: bool, lora: LoraSection, own=None):
+    settings = SETTINGS | (own or {})
+    known = {key: value for key, value in settings.items() if key != "has_checkpointing"}
+    config = Config.model_validate({"training": known, "output": {"save_steps": 0}})
+    peft_model = add_adapter(model, lora, seed=11)
+    if settings.get("has_checkpointing"):
+        enable_checkpointing(model)
+    causal = CausalLM(
+        peft_model, device="cpu", padding_free=padding_free, chunk=7, precision="float32"
+    )
+    parameters = trained_parameters(peft_model)
+    shape = ModelShape("tiny", 2, 32, 48, VOCABULARY, 1, 1, 128)
+    plan = make_plan(
+        config,
+        Machine(cores=1, memory_bytes=1 << 34, gpus=()),
+        shape,
+        DataProfile(len(rows), 1, 1, 20),
+        precision="float32",
+        attention="packed",
+        padding_free=padding_free,
+    )
+    events: list[Event] = []
+    order = StepOrder(len(rows), plan.step_examples, seed=5)
+    parts = Parts(
+        causal=causal,
+        parameters=parameters,
+        optimizer=make_optimizer(parameters, config.training),
+        order=order,
+        rows=rows,
+        eval_rows=ListRows(),
+        store=CheckpointStore(folder, keep=1, digest="x"),
+        plan=plan,
+        training=config.training,
+        logging_steps=1,
+        emit=events.append,
+        should_stop=lambda: False,
+    )
+    train(parts, TrainState())
+    losses = [event.loss for event in events if isinstance(event, StepDone)]
+    return losses, {name: p.detach().clone() for name, p in parameters.items()}, order
+
+
+def plain(model, rows, order: StepOrder, *, lora: LoraSection, own=None):
+    """Train with transformers and PEFT alone: padded batches, labels -100, their own loss."""
+    settings = SETTINGS | (own or {})
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(11)
+    peft_model = get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.lora_r,
+            lora_alpha=lora.lora_alpha,
+            target_modules="all-linear",
+            modules_to_save=list(lora.modules_to_save) or None,
+        ),
+    )
+    peft_model.train()
+    parameters = {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
+    decayed = [p for p in parameters.values() if p.ndim > 1]
+    optimizer = torch.optim.AdamW(decayed, lr=settings["learning_rate"], weight_decay=0.01)
+    scheduler = transformers.get_scheduler("cosine", optimizer, math.ceil(0.1 * STEPS), STEPS)
+    losses = []
+    for step in range(STEPS):
+        chosen = [rows[i] for i in order.step_rows(step)]
+        targets = sum(int(marks[1:].sum()) for _, marks in chosen)
+        total = 0.0
+        for start in range(0, len(chosen), 3):
+            micro = chosen[start : start + 3]
+            longest = max(len(ids) for ids, _ in micro)
+            ids = torch.zeros(len(micro), longest, dtype=torch.long)
+            mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+            for row, (tokens, marks) in enumerate(micro):
+                ids[row, : len(tokens)] = torch.as_tensor(tokens)
+                mask[row, : len(tokens)] = 1
+                labels[row, : len(tokens)] = torch.where(
+                    torch.as_tensor(marks), torch.as_tensor(tokens), -100
+                )
+            loss = peft_model(
+                input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=targets
+            ).loss
+            loss.backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(parameters.values(), settings["max_grad_norm"])
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses, {name: p.detach().clone() for name, p in parameters.items()}
+
+
+@pytest.mark.parametrize("padding_free", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_step_of_every_family_equals_plain_transformers(family, padding_free, tmp_path):
+    rows, lora = make_rows(), LoraSection(lora_r=4, lora_alpha=8)
+    losses, adapter, order = ours(
+        tiny_model(family), rows, tmp_path, padding_free=padding_free, lora=lora
+    )
+    expected, expected_adapter = plain(tiny_model(family), rows, order, lora=lora)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert adapter.keys() == expected_adapter.keys()
+    for name, weights in adapter.items():
+        torch.testing.assert_close(weights, expected_adapter[name], rtol=1e-4, atol=1e-4)
+    assert losses[-1] < losses[0]
+
+
+def test_a_head_that_is_trained_in_full_equals_plain_transformers(tmp_path):
+    lora = LoraSection(lora_r=4, lora_alpha=8, modules_to_save=["lm_head"])
+    rows = make_rows()
+    losses, adapter, order = ours(tiny_model("llama"), rows, tmp_path, padding_free=True, lora=lora)
+    expected, expected_adapter = plain(tiny_model("llama"), rows, order, lora=lora)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for name, weights in adapter.items():
+        torch.testing.assert_close(weights, expected_adapter[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_recomputing_activations_changes_no_loss(family, tmp_path):
+    rows, lora = make_rows(), LoraSection(lora_r=4, lora_alpha=8, lora_dropout=0.1)
+    results = []
+    for has_checkpointing in (False, True):
+        # Dropout draws from the global generator, as a run's does.
+        model = tiny_model(family)
+        torch.manual_seed(1)
+        own = {"has_checkpointing": has_checkpointing}
+        results.append(ours(model, rows, tmp_path, padding_free=True, lora=lora, own=own))
+    (plain_losses, plain_adapter, _), (losses, adapter, _) = results
+    assert losses == pytest.approx(plain_losses, rel=1e-6)
+    for name, weights in adapter.items():
+        torch.testing.assert_close(weights, plain_adapter[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packing_is_proven_on_every_family(family):
+    causal = CausalLM(
+        tiny_model(family), device="cpu", padding_free=True, chunk=16, precision="float32"
+    )
+    assert verify(causal) == ""
+    assert causal.packed is not None
+
+
+def test_a_head_that_does_something_unknown_is_refused_by_name():
+    model = tiny_model("llama")
+    causal = CausalLM(model, device="cpu", padding_free=True, chunk=16, precision="float32")
+    causal.head = replace(causal.head, multiplier=1.5)
+    with pytest.raises(UnavailableError, match="type llama"):
+        verify(causal)
+
+
+def test_packing_that_differs_falls_back_to_padding():
+    causal = CausalLM(
+        tiny_model("llama"), device="cpu", padding_free=True, chunk=16, precision="float32"
+    )
+
+    class Forgetful(attention.PackedAttention):
+        """Attends across the borders of examples."""
+
+        def __call__(self, module, query, *others, **arguments):
+            self.lengths = [query.shape[2]]
+            return super().__call__(module, query, *others, **arguments)
+
+    broken = Forgetful()
+    attention._register(ALL_ATTENTION_FUNCTIONS, broken)
+    causal.packed = broken
+    assert "padding is used" in verify(causal)
+    assert causal.packed is None
+
+
+def test_the_loss_of_a_step_does_not_depend_on_how_it_is_chunked():
+    batch = MicroBatch(*zip(*make_rows(5), strict=True))
+    losses = []
+    for chunk in (1, 7, 1000):
+        causal = CausalLM(
+            tiny_model("gemma2"), device="cpu", padding_free=True, chunk=chunk, precision="float32"
+        )
+        losses.append(causal.score(batch)[0])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)

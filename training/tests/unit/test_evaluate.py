@@ -1,0 +1,94 @@
+"""Held-out figures and answers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from families import tiny_model
+from test_equivalence import ListRows, make_rows
+
+from lora_trainer import evaluate
+from lora_trainer.model.forward import CausalLM
+
+
+def tiny_causal():
+    return CausalLM(
+        tiny_model("llama"), device="cpu", padding_free=True, chunk=16, precision="float32"
+    )
+
+
+def test_the_score_is_the_mean_over_all_targets_whatever_the_batch():
+    causal, rows = tiny_causal(), make_rows(9)
+    scores = [evaluate.score(causal, rows, batch_examples=size) for size in (1, 4, 100)]
+    assert [s.loss for s in scores] == pytest.approx([scores[0].loss] * 3, rel=1e-6)
+    assert len({s.token_accuracy for s in scores}) == 1
+    total = 0.0
+    for ids, marks in rows:
+        with causal.generating() as model:
+            logits = model(input_ids=torch.as_tensor(ids)[None]).logits[0, :-1].float()
+        losses = torch.nn.functional.cross_entropy(
+            logits, torch.as_tensor(ids[1:]), reduction="none"
+        )
+        total += float(losses[torch.as_tensor(marks[1:])].sum())
+    assert scores[0].loss == pytest.approx(total / scores[0].targets, rel=1e-5)
+
+
+def test_scoring_leaves_the_random_generator_and_the_mode_alone():
+    causal = tiny_causal()
+    causal.model.train()
+    before = torch.get_rng_state()
+    evaluate.score(causal, make_rows(4), batch_examples=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert causal.model.training
+
+
+def test_scoring_stops_when_asked():
+    assert (
+        evaluate.score(tiny_causal(), make_rows(4), batch_examples=1, should_stop=lambda: True)
+        is None
+    )
+
+
+def test_a_perplexity_beyond_numbers_is_infinite():
+    assert math.isinf(evaluate.Score(1000.0, 0, 1, 1).perplexity)
+
+
+def test_questions_are_cut_before_the_last_answer():
+    rows = ListRows(
+        [
+            (np.array([5, 6, 7, 8, 9, 4]), np.array([0, 1, 0, 1, 1, 0], dtype=bool)),
+            (np.array([5, 6]), np.array([1, 1], dtype=bool)),
+            (np.array([5, 6]), np.array([0, 0], dtype=bool)),
+        ]
+    )
+    (question,) = evaluate.questions(rows)
+    assert (question.index, question.prompt, question.expected) == (0, [5, 6, 7], [8, 9])
+
+
+class Letters:
+    """A tokenizer whose tokens are numbers; 2 ends an answer."""
+
+    pad_token_id = 0
+    eos_token_id = 2
+    all_special_ids = (0, 1, 2)
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(str(i) for i in ids if i > 2 or not skip_special_tokens)
+
+
+def test_answers_do_not_depend_on_the_batch_they_are_made_in():
+    causal = tiny_causal()
+    asked = [
+        evaluate.Question(i, [int(t) for t in ids], [7, 2])
+        for i, (ids, _) in enumerate(make_rows(6))
+    ]
+    one, many = (
+        evaluate.answer(causal, Letters(), asked, batch_examples=size, max_new_tokens=5)
+        for size in (1, 6)
+    )
+    assert one == many
+    assert causal.packed is not None
+    assert causal.inner.config._attn_implementation == "lora_trainer_packed"

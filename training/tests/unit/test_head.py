@@ -1,0 +1,65 @@
+"""The chunked loss has the value and the gradients of the plain one, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lora_trainer.model.head import Head, summed_loss, summed_loss_and_hits
+
+POSITIONS, WIDTH, VOCABULARY = 11, 5, 13
+
+
+def make(multiplier=1.0, softcap=None, *, is_trained=False):
+    torch.manual_seed(0)
+    linear = nn.Linear(WIDTH, VOCABULARY, dtype=torch.float64).requires_grad_(is_trained)
+    hidden = torch.randn(POSITIONS, WIDTH, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(VOCABULARY, (POSITIONS,))
+    return Head(linear, multiplier, softcap), hidden, labels
+
+
+KINDS = [(1.0, None), (0.25, None), (1.0, 0.7), (3.0, 2.0)]
+
+
+@pytest.mark.parametrize(("multiplier", "softcap"), KINDS)
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_the_gradient_to_the_hidden_states_passes_gradcheck(multiplier, softcap, chunk):
+    head, hidden, labels = make(multiplier, softcap)
+    assert torch.autograd.gradcheck(lambda h: summed_loss(head, h, labels, chunk), (hidden,))
+
+
+@pytest.mark.parametrize(("multiplier", "softcap"), KINDS)
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_all_gradients_equal_those_of_float64_autograd(multiplier, softcap, chunk):
+    head, hidden, labels = make(multiplier, softcap, is_trained=True)
+    parameters = [hidden, *head.linear.parameters()]
+    ours = torch.autograd.grad(summed_loss(head, hidden, labels, chunk) * 0.37, parameters)
+    plain = nn.functional.cross_entropy(head(hidden), labels, reduction="sum") * 0.37
+    expected = torch.autograd.grad(plain, parameters)
+    for gradient, reference in zip(ours, expected, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-12)
+
+
+def test_a_frozen_head_gets_no_gradient():
+    head, hidden, labels = make()
+    summed_loss(head, hidden, labels, 4).backward()
+    assert all(parameter.grad is None for parameter in head.linear.parameters())
+    assert hidden.grad is not None
+
+
+def test_scoring_counts_the_labels_that_are_most_likely():
+    head, hidden, labels = make()
+    loss, hits = summed_loss_and_hits(head, hidden, labels, 3)
+    logits = head(hidden).detach()
+    assert hits == int((logits.argmax(-1) == labels).sum())
+    assert loss == pytest.approx(
+        float(nn.functional.cross_entropy(logits, labels, reduction="sum")), rel=1e-6
+    )
+
+
+def test_no_position_at_all_makes_no_loss():
+    head, hidden, labels = make()
+    loss = summed_loss(head, hidden[:0], labels[:0], 4)
+    loss.backward()
+    assert float(loss.detach()) == 0

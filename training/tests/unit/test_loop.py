@@ -1,0 +1,134 @@
+"""What the loop does at step boundaries: evaluate, keep the best, stop early, stop on request."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import VOCABULARY, tiny_model
+from test_equivalence import ListRows, make_rows
+
+from lora_trainer import evaluate, loop
+from lora_trainer.checkpoint import CheckpointStore, TrainState
+from lora_trainer.config import Config, LoraSection
+from lora_trainer.data.batches import StepOrder
+from lora_trainer.errors import InternalError
+from lora_trainer.events import CheckpointSaved, Evaluated, StepDone
+from lora_trainer.machine import Machine
+from lora_trainer.model.adapter import add_adapter, trained_parameters
+from lora_trainer.model.forward import CausalLM
+from lora_trainer.optim import make_optimizer
+from lora_trainer.plan import DataProfile, ModelShape, make_plan
+
+
+def make_parts(folder, *, save_steps=0, should_stop=lambda: False, **training):
+    settings = {"per_device_train_batch_size": 4, "max_steps": 12, "learning_rate": 1e-2}
+    config = Config.model_validate(
+        {"training": settings | training, "output": {"save_steps": save_steps}}
+    )
+    model = add_adapter(tiny_model("llama"), LoraSection(lora_r=4), seed=1)
+    causal = CausalLM(model, device="cpu", padding_free=True, chunk=64, precision="float32")
+    parameters = trained_parameters(model)
+    rows = make_rows()
+    plan = make_plan(
+        config,
+        Machine(cores=1, memory_bytes=1 << 34, gpus=()),
+        ModelShape("tiny", 2, 32, 48, VOCABULARY, 1, 1, 128),
+        DataProfile(len(rows), 1, 1, 20, eval_rows=8),
+        precision="float32",
+        attention="packed",
+        padding_free=True,
+    )
+    events = []
+    parts = loop.Parts(
+        causal=causal,
+        parameters=parameters,
+        optimizer=make_optimizer(parameters, config.training),
+        order=StepOrder(len(rows), plan.step_examples, 0),
+        rows=rows,
+        eval_rows=ListRows(rows[:8]),
+        store=CheckpointStore(folder, keep=2, digest="x"),
+        plan=plan,
+        training=config.training,
+        logging_steps=1,
+        emit=events.append,
+        should_stop=should_stop,
+    )
+    return parts, events
+
+
+def scores(monkeypatch, losses):
+    """Let evaluations find these losses, one after another."""
+    found = iter(losses)
+    monkeypatch.setattr(
+        loop.evaluate, "score", lambda *_, **__: evaluate.Score(next(found), 0.5, 10, 0.1)
+    )
+
+
+def of_kind(events, kind):
+    return [event for event in events if isinstance(event, kind)]
+
+
+def test_evaluations_come_at_the_start_at_intervals_and_at_the_end(tmp_path):
+    parts, events = make_parts(tmp_path, eval_steps=5)
+    state = loop.train(parts, TrainState())
+    assert [event.step for event in of_kind(events, Evaluated)] == [0, 5, 10, 12]
+    assert state.step == 12
+    assert of_kind(events, StepDone)[-1].loss < of_kind(events, StepDone)[0].loss
+
+
+def test_training_stops_early_when_patience_is_used_up(tmp_path, monkeypatch):
+    scores(monkeypatch, [9.0, 2.0, 1.0, 1.5, 1.2, 0.1])
+    parts, events = make_parts(tmp_path, eval_steps=2, early_stopping_patience=2)
+    state = loop.train(parts, TrainState())
+    assert (state.step, state.best_step, state.best_eval_loss) == (8, 4, 1.0)
+    assert [event.is_best for event in of_kind(events, Evaluated)] == [
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path, monkeypatch):
+    scores(monkeypatch, [9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    parts, _ = make_parts(tmp_path, eval_steps=2, save_steps=2)
+    loop.train(parts, TrainState())
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == ["step-000002", "step-000010", "step-000012"]
+
+
+def test_a_stop_request_ends_at_a_step_boundary_with_a_checkpoint(tmp_path):
+    asked = SimpleNamespace(now=False)
+    parts, events = make_parts(tmp_path, should_stop=lambda: asked.now)
+
+    def emit(event):
+        events.append(event)
+        if isinstance(event, StepDone) and event.step == 3:
+            asked.now = True
+
+    state = loop.train(replace(parts, emit=emit), TrainState())
+    assert state.step == 3
+    assert [event.step for event in of_kind(events, CheckpointSaved)] == [3]
+
+
+def test_a_stop_during_an_evaluation_leaves_it_to_the_resumed_run(tmp_path):
+    parts, events = make_parts(tmp_path, should_stop=lambda: True)
+    state = loop.train(parts, replace(TrainState(), step=12))
+    assert state.evaluated_step != 12
+    parts, events = make_parts(tmp_path)
+    loop.train(parts, state)
+    assert [event.step for event in of_kind(events, Evaluated)] == [12]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(tmp_path):
+    parts, _ = make_parts(tmp_path)
+    before = {name: p.detach().clone() for name, p in parts.parameters.items()}
+    parts.causal.loss = lambda batch: next(iter(parts.parameters.values())).sum() * torch.nan
+    with pytest.raises(InternalError, match="not finite at step 1"):
+        loop.train(parts, TrainState())
+    for name, parameter in parts.parameters.items():
+        assert torch.equal(parameter, before[name])

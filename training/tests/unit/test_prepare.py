@@ -1,0 +1,460 @@
+"""Preparing data: same bytes on any number of cores, bounded memory, reports, splits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from lora_trainer.data import prepare as prepare_module
+from lora_trainer.data.encoder import TokenizerFactory
+from lora_trainer.data.examples import Chat, Completion, Encoded
+from lora_trainer.data.formats import RowError
+from lora_trainer.data.locate import SourceSpec
+from lora_trainer.data.prepare import PrepareSettings, prepare, prepare_splits
+from lora_trainer.errors import (
+    ConfigError,
+    DataError,
+    InternalError,
+    MemoryKilledError,
+    TrainerError,
+    UnavailableError,
+)
+
+SECRET = "moonsecret"
+END = 1
+
+
+class WordEncoder:
+    """Makes a token of each word: its length; trains the answers and an end token."""
+
+    def encode(self, example):
+        if isinstance(example, Chat):
+            parts = [(turn["content"], turn["role"] == "assistant") for turn in example.messages]
+        elif isinstance(example, Completion):
+            parts = [(example.prompt, False), (example.completion, True)]
+        else:
+            parts = [(example.text, True)]
+        words = [(word, trained) for text, trained in parts for word in text.split()]
+        if "refused" in dict(words):
+            raise RowError("the template refuses the conversation")
+        if "config" in dict(words):
+            raise ConfigError.of("no chat template")
+        if "crash" in dict(words):
+            raise KeyError(SECRET)
+        if "killed" in dict(words):
+            os.kill(os.getpid(), 9)
+        trained = [t and word != "mute" for word, t in words]
+        return Encoded([len(word) for word, _ in words] + [END], [*trained, any(trained)])
+
+    def flaws(self, example, encoded):
+        return () if any(encoded.is_trained) else ("no token is trained",)
+
+
+@dataclass(frozen=True)
+class WordFactory:
+    digest: str = "words"
+
+    def __call__(self):
+        return WordEncoder()
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return SourceSpec(str(path))
+
+
+def texts(*values):
+    return [{"text": value} for value in values]
+
+
+def pairs(count):
+    return [{"prompt": f"row {n}", "completion": "yes " * (n % 7 + 1)} for n in range(count)]
+
+
+def run(specs, cache_dir, *, workers=1, encoder=None, progress=None, **changes):
+    options = {
+        "max_seq_length": 100,
+        "too_long": "truncate",
+        "on_bad_rows": "error",
+        "max_bad_rows_share": 0.5,
+        **changes,
+    }
+    return prepare(
+        specs if isinstance(specs, list) else [specs],
+        encoder=encoder or WordFactory(),
+        settings=PrepareSettings(**options),
+        vocab_size=50_000,
+        cache_dir=cache_dir / "cache",
+        num_workers=workers,
+        progress=progress,
+    )
+
+
+def test_rows_are_tokenized_and_reported(tmp_path):
+    spec = write(tmp_path / "d.jsonl", [*texts("a bb", "ccc"), *texts("ccc")])
+    dataset, report = run(spec, tmp_path)
+    assert [dataset[n][0].tolist() for n in range(3)] == [[1, 2, END], [3, END], [3, END]]
+    expected = {"rows_read": 3, "rows_used": 3, "rows_repeated": 1, "tokens": 7, "max_tokens": 3}
+    assert expected.items() <= asdict(report).items()
+    assert report.formats == ["text"]
+    json.dumps(asdict(report))
+
+
+def test_a_second_start_reuses_the_tokens_without_loading_a_tokenizer(tmp_path):
+    spec = write(tmp_path / "d.jsonl", texts("a b"))
+    _, made = run(spec, tmp_path)
+
+    class NoFactory(WordFactory):
+        def __call__(self):
+            raise AssertionError("tokenizer loaded")
+
+    _, reused = run(spec, tmp_path, encoder=NoFactory())
+    assert (made.cache, reused.cache) == ("made", "reused")
+    assert {**asdict(reused), "cache": ""} == {**asdict(made), "cache": ""}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"max_seq_length": 99}, {"too_long": "drop"}, {"encoder": WordFactory("other template")}],
+)
+def test_other_settings_or_another_template_make_new_tokens(tmp_path, changes):
+    spec = write(tmp_path / "d.jsonl", texts("a b"))
+    run(spec, tmp_path)
+    assert run(spec, tmp_path, **changes)[1].cache == "made"
+
+
+def test_other_content_makes_new_tokens(tmp_path):
+    run(write(tmp_path / "d.jsonl", texts("a b")), tmp_path)
+    dataset, report = run(write(tmp_path / "d.jsonl", texts("a ccc")), tmp_path)
+    assert report.cache == "made"
+    assert dataset[0][0].tolist() == [1, 3, END]
+
+
+def test_a_damaged_cache_is_made_again_and_said(tmp_path):
+    spec = write(tmp_path / "d.jsonl", texts("a b"))
+    dataset, _ = run(spec, tmp_path)
+    (dataset.directory / "ids.bin").write_bytes(b"")
+    again, report = run(spec, tmp_path)
+    assert report.cache.startswith("remade: ")
+    assert again[0][0].tolist() == [1, 1, END]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "d.jsonl"
+    spec = write(path, texts("a b"))
+    with pytest.raises(DataError, match="changed while it was read"):
+        run(spec, tmp_path, progress=lambda _rows: path.write_text('{"text": "more words"}'))
+    assert not any(entry.is_dir() for entry in (tmp_path / "cache").iterdir())
+
+
+def test_all_cores_make_the_same_bytes_as_one_within_bounded_memory(tmp_path):
+    spec = write(tmp_path / "d.jsonl", pairs(20_000))
+    one, report = run(spec, tmp_path / "one", workers=1)
+    this, peak, is_done = psutil.Process(), [0], threading.Event()
+
+    def watch():
+        while not is_done.wait(0.02):
+            family = [this, *this.children(recursive=True)]
+            total = 0
+            for process in family:
+                try:
+                    total += process.memory_info().rss
+                except psutil.Error:
+                    continue
+            peak[0] = max(peak[0], total)
+
+    before = this.memory_info().rss
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        two, _ = run(spec, tmp_path / "two", workers=2)
+    finally:
+        is_done.set()
+        watcher.join()
+    assert two.digest == one.digest
+    assert report.rows_used == 20_000
+    assert before < peak[0] < before + 500_000_000
+    assert not this.children()
+
+
+def test_progress_ends_at_the_number_of_rows(tmp_path):
+    seen = []
+    run(write(tmp_path / "d.jsonl", pairs(1500)), tmp_path, progress=seen.append)
+    assert seen == sorted(seen)
+    assert seen[-1] == 1500
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_all_bad_rows_are_reported_in_order_at_once(tmp_path, workers):
+    path = tmp_path / "d.jsonl"
+    lines = [json.dumps(row) for row in pairs(4000)]
+    lines[10] = '{"prompt": "' + SECRET
+    lines[20] = json.dumps({"prompt": SECRET, "completion": ""})
+    lines[30] = json.dumps({"prompt": SECRET, "completion": "refused"})
+    lines[3000] = "[]"
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError) as caught:
+        run(SourceSpec(str(path)), tmp_path, workers=workers)
+    problems = caught.value.problems
+    assert problems[0].what == "4 of 4,000 rows cannot be used"
+    assert [p.where for p in problems[1:]] == [f"{path}:{n}" for n in (11, 21, 31, 3001)]
+    assert SECRET not in caught.value.block()
+
+
+def test_bad_rows_are_skipped_and_counted_where_allowed(tmp_path):
+    rows = [*texts("a", "b", "c"), {"text": ""}, {"text": 5}, {"text": ""}]
+    dataset, report = run(write(tmp_path / "d.jsonl", rows), tmp_path, on_bad_rows="skip")
+    assert len(dataset) == 3
+    assert report.rows_skipped == {
+        "field 'text' is empty": 2,
+        "field 'text' is int, expected a string": 1,
+    }
+
+
+def test_too_many_skipped_rows_are_refused(tmp_path):
+    rows = [*texts("a"), {"text": ""}, {"text": ""}]
+    with pytest.raises(DataError, match="max_bad_rows_share"):
+        run(write(tmp_path / "d.jsonl", rows), tmp_path, on_bad_rows="skip")
+
+
+def test_a_dataset_of_bad_rows_alone_is_refused(tmp_path):
+    (tmp_path / "d.jsonl").write_text("{\n{\n")
+    with pytest.raises(DataError, match="2 of 2 rows"):
+        run(SourceSpec(str(tmp_path / "d.jsonl")), tmp_path, on_bad_rows="skip")
+
+
+@pytest.mark.parametrize(
+    ("too_long", "lengths", "truncated", "dropped"),
+    [
+        ("truncate", [2, 4], 1, {}),
+        ("drop", [2], 0, {"longer than max_seq_length": 1}),
+    ],
+)
+def test_too_long_rows_are_cut_or_dropped_and_counted(
+    tmp_path, too_long, lengths, truncated, dropped
+):
+    spec = write(tmp_path / "d.jsonl", texts("a", "a b c d e f"))
+    dataset, report = run(spec, tmp_path, max_seq_length=4, too_long=too_long)
+    assert dataset.lengths.tolist() == lengths
+    assert (report.rows_truncated, report.rows_dropped) == (truncated, dropped)
+    assert report.longest_tokens == 7
+
+
+def test_too_long_rows_are_refused_with_the_length_that_would_do(tmp_path):
+    spec = write(tmp_path / "d.jsonl", texts("a", "a b c d e f"))
+    with pytest.raises(DataError) as caught:
+        run(spec, tmp_path, max_seq_length=4, too_long="error")
+    assert "set max_seq_length to 7" in caught.value.block()
+    assert f"{spec.path_or_id}:2" in caught.value.block()
+
+
+def test_a_row_cut_before_its_answer_is_dropped_and_said(tmp_path):
+    rows = [
+        {"prompt": "a b c d e", "completion": "f"},
+        {"prompt": "a", "completion": "b"},
+    ]
+    dataset, report = run(write(tmp_path / "d.jsonl", rows), tmp_path, max_seq_length=4)
+    assert len(dataset) == 1
+    assert report.rows_dropped == {"no trained token is left after truncation": 1}
+
+
+def test_a_dataset_of_which_nothing_is_left_is_refused(tmp_path):
+    spec = write(tmp_path / "d.jsonl", [{"prompt": "a b c d e", "completion": "f"}])
+    with pytest.raises(DataError, match="no row is left") as caught:
+        run(spec, tmp_path, max_seq_length=4)
+    assert "1 rows: no trained token is left" in caught.value.block()
+
+
+def test_the_mask_audit_refuses_a_dataset_for_a_single_row(tmp_path):
+    spec = write(tmp_path / "d.jsonl", texts("a", "mute", "b"))
+    with pytest.raises(DataError) as caught:
+        run(spec, tmp_path, on_bad_rows="skip")
+    assert "1 rows would not teach" in caught.value.block()
+    assert f"{spec.path_or_id}:2" in caught.value.block()
+
+
+def test_wrong_masks_throughout_stop_the_work_early(tmp_path):
+    seen = []
+    spec = write(tmp_path / "d.jsonl", texts(*["mute"] * 5000))
+    with pytest.raises(DataError, match="at least"):
+        run(spec, tmp_path, progress=seen.append)
+    assert seen[-1] < 5000
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("word", "error"), [("config", ConfigError), ("crash", InternalError)])
+def test_an_error_of_a_tokenizing_process_reaches_the_user(tmp_path, workers, word, error):
+    spec = write(tmp_path / "d.jsonl", texts(*["fine"] * 3000, word))
+    with pytest.raises(error) as caught:
+        run(spec, tmp_path, workers=workers)
+    assert SECRET not in caught.value.block()
+    assert not psutil.Process().children()
+
+
+def test_a_killed_tokenizing_process_is_explained(tmp_path):
+    spec = write(tmp_path / "d.jsonl", texts(*["fine"] * 3000, "killed"))
+    with pytest.raises(MemoryKilledError, match="killed"):
+        run(spec, tmp_path, workers=2)
+    assert not psutil.Process().children()
+
+
+def test_sources_that_cannot_be_found_are_reported_together(tmp_path):
+    specs = [SourceSpec(str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl")]
+    with pytest.raises(DataError) as caught:
+        run(specs, tmp_path)
+    assert len(caught.value.problems) == 2
+
+
+def test_each_row_knows_its_source_whatever_its_format(tmp_path):
+    first = write(tmp_path / "a.jsonl", texts("a", "b"))
+    second = write(tmp_path / "b.jsonl", pairs(1))
+    dataset, report = run([first, second], tmp_path)
+    assert dataset.sources.tolist() == [0, 0, 1]
+    assert report.formats == ["text", "completion"]
+
+
+def splits(train, evaluation, fraction, tmp_path, seed=0):
+    return prepare_splits(
+        train,
+        evaluation,
+        fraction,
+        seed,
+        encoder=WordFactory(),
+        settings=PrepareSettings(100, "truncate", "error", 0.0),
+        vocab_size=50_000,
+        cache_dir=tmp_path / "cache",
+        num_workers=1,
+    )
+
+
+def test_a_training_row_that_stands_in_the_eval_dataset_is_left_out_and_said(tmp_path):
+    train = write(tmp_path / "train.jsonl", texts("a", "Held  OUT", "b"))
+    held = write(tmp_path / "eval.jsonl", texts("held out"))
+    data = splits([train], [held], 0.0, tmp_path)
+    assert data.train_rows.tolist() == [0, 2]
+    assert data.eval_rows.tolist() == [0]
+    assert data.warnings[0].startswith("1 training rows stand in eval_dataset")
+
+
+def test_an_eval_dataset_that_is_the_training_dataset_is_refused(tmp_path):
+    train = write(tmp_path / "train.jsonl", texts("a", "b"))
+    with pytest.raises(DataError, match="every training row"):
+        splits([train], [train], 0.0, tmp_path)
+
+
+def test_an_eval_fraction_holds_rows_out_of_the_same_dataset(tmp_path):
+    train = write(tmp_path / "train.jsonl", pairs(100))
+    data = splits([train], [], 0.1, tmp_path)
+    assert len(data.eval_rows) == 10
+    assert sorted([*data.train_rows, *data.eval_rows]) == list(range(100))
+    assert data.eval is data.train
+
+
+def test_no_evaluation_is_asked_for_and_none_is_made(tmp_path):
+    data = splits([write(tmp_path / "train.jsonl", pairs(9))], [], 0.0, tmp_path)
+    assert data.eval is None
+    assert len(data.train_rows) == 9
+
+
+def save_tokenizer(folder):
+    words = {word: number for number, word in enumerate(["<s>", "</s>", "?", "hi", "user", "x"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = (
+        "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant {% endif %}"
+    )
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "</s>",
+        "chat_template": template,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    return folder
+
+
+def test_conversations_go_through_the_models_own_tokenizer_in_every_process(tmp_path):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x hi"}]
+    spec = write(tmp_path / "d.jsonl", [{"messages": messages}] * 2100)
+    factory = TokenizerFactory(save_tokenizer(tmp_path / "model"))
+    dataset, report = run(spec, tmp_path, workers=2, encoder=factory)
+    ids, trained = dataset[2099]
+    assert ids.tolist() == [0, 4, 3, 1, 0, 2, 5, 3, 1]
+    assert trained.tolist() == [False] * 6 + [True] * 3
+    assert report.trained_tokens == 2100 * 3
+
+
+def test_a_factorys_digest_follows_tokenizer_template_and_what_is_trained(tmp_path):
+    folder = save_tokenizer(tmp_path / "model")
+    factories = [
+        TokenizerFactory(folder),
+        TokenizerFactory(folder, chat_template="{{ messages }}"),
+        TokenizerFactory(folder, train_on="last"),
+    ]
+    digests = {factory.digest for factory in factories}
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert len({*digests, TokenizerFactory(folder).digest}) == 4
+
+
+def test_a_tokenizer_that_is_not_there_is_explained(tmp_path):
+    with pytest.raises(UnavailableError, match="tokenizer cannot be loaded"):
+        TokenizerFactory(tmp_path / "nothing")()
+
+
+def test_preparing_imports_neither_torch_nor_other_heavy_libraries():
+    program = (
+        "import sys, lora_trainer.data.prepare; "
+        "print(*{'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    answer = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, check=True
+    )
+    assert answer.stdout.split() == []
+
+
+def test_small_datasets_start_no_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "EncodingPool", lambda *_: pytest.fail("pool started"))
+    run(write(tmp_path / "d.jsonl", pairs(2000)), tmp_path, workers=8)
+
+
+def test_a_reused_cache_of_many_rows_opens_fast(tmp_path):
+    spec = write(tmp_path / "d.jsonl", pairs(20_000))
+    run(spec, tmp_path)
+    start = time.monotonic()
+    _, report = run(spec, tmp_path)
+    assert report.cache == "reused"
+    assert time.monotonic() - start < 1
+
+
+junk = st.lists(
+    st.sampled_from(['{"text": "a"}', '{"text": ""}', "{", "[]", "null", '"x"', "\x00", "7"]),
+    max_size=8,
+)
+
+
+@given(lines=junk, policy=st.sampled_from(["error", "skip"]))
+def test_no_file_makes_prepare_raise_anything_but_our_own_errors(tmp_path_factory, lines, policy):
+    folder = tmp_path_factory.mktemp("junk")
+    (folder / "d.jsonl").write_text("\n".join(lines))
+    try:
+        dataset, _ = run(SourceSpec(str(folder / "d.jsonl")), folder, on_bad_rows=policy)
+    except TrainerError:
+        return
+    assert len(dataset) > 0

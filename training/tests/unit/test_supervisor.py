@@ -1,0 +1,452 @@
+"""The supervisor against a worker that is a shell script: restarts, signals, lock, archive."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lora_trainer import output, supervisor
+from lora_trainer.errors import (
+    AccessError,
+    BusyError,
+    ConfigError,
+    DataError,
+    InternalError,
+    MemoryKilledError,
+    StoppedError,
+    TrainerError,
+)
+from lora_trainer.events import Event, Failed, PhaseChanged, StepDone, Warned, parse_line
+from lora_trainer.output import EventFile, archive, make_folder, write_text
+from lora_trainer.sources import resolve
+from lora_trainer.status import RunStatus
+from lora_trainer.supervisor import Supervisor, cause_of
+
+Made = Callable[..., Supervisor]
+
+
+def step_line(step: int) -> str:
+    return StepDone(
+        step=step,
+        epoch=0.0,
+        loss=1.0,
+        learning_rate=0.1,
+        grad_norm=1.0,
+        step_seconds=0.1,
+        tokens=1,
+        trained_tokens=1,
+        tokens_seen=step,
+        memory_bytes=1,
+    ).to_line()
+
+
+def says(*events: str) -> str:
+    """Return shell commands that say events as a worker does."""
+    return "".join(f"echo '{line.strip()}' >/dev/fd/$LORA_TRAINER_EVENTS_FD\n" for line in events)
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
+    """Return a function that makes a supervisor of a worker that a shell script plays.
+
+    $N in the script is how many workers there were before.
+    """
+    monkeypatch.setattr(supervisor, "write_report", lambda _: None)
+
+    def make(script: str, *arguments: str) -> Supervisor:
+        worker = tmp_path / "worker"
+        counted = (
+            f"N=$(cat {tmp_path}/count 2>/dev/null || echo 0); echo $((N + 1)) > {tmp_path}/count"
+        )
+        worker.write_text(f"#!/bin/sh\ncat > {tmp_path}/order\n{counted}\n{script}\n")
+        worker.chmod(0o755)
+        monkeypatch.setattr(supervisor.sys, "executable", str(worker))
+        settings = resolve(None, {}, ["--output_dir", str(tmp_path / "out"), *arguments])
+        return Supervisor(settings, lambda *_: None)
+
+    return make
+
+
+def workers(tmp_path: Path) -> int:
+    return int((tmp_path / "count").read_text())
+
+
+def told(folder: Path) -> list[Event]:
+    lines = (folder / output.EVENTS).read_text().splitlines()
+    return [event for line in lines if (event := parse_line(line)) is not None]
+
+
+def kinds(folder: Path) -> list[str]:
+    return [event.kind for event in told(folder)]
+
+
+def test_finished_worker_finishes_the_run(made: Made) -> None:
+    run = made(says(step_line(1)))
+    assert run.run() == 0
+    assert kinds(run.output_dir) == ["run_started", "step", "ended"]
+    assert (run.output_dir / output.DONE).exists()
+
+
+def test_secret_reaches_the_worker_and_no_file(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made("", "--hf_token", "hf_verysecret")
+    run.run()
+    assert "hf_verysecret" in (tmp_path / "order").read_text()
+    left = [path for path in run.output_dir.rglob("*") if path.is_file()]
+    assert left
+    assert [path.name for path in left if b"hf_verysecret" in path.read_bytes()] == []
+
+
+def test_crashed_worker_is_started_again(made: Made) -> None:
+    run = made(f"if [ $N = 0 ]; then {says(step_line(1))} kill -SEGV $$; fi")
+    assert run.run() == 0
+    assert kinds(run.output_dir) == [
+        "run_started", "step", "restart", "run_started", "ended",
+    ]  # fmt: skip
+
+
+def test_worker_that_dies_twice_at_one_step_is_not_started_a_third_time(
+    made: Made, tmp_path: Path
+) -> None:
+    with pytest.raises(MemoryKilledError, match="SIGKILL"):
+        made(f"{says(step_line(4))} kill -KILL $$").run()
+    assert workers(tmp_path) == 2
+
+
+def test_worker_that_gets_further_each_time_uses_up_its_restarts(
+    made: Made, tmp_path: Path
+) -> None:
+    with pytest.raises(MemoryKilledError):
+        made(
+            says(step_line(7)).replace('"step": 7', "\"step\": '$N'") + "kill -KILL $$",
+            "--max_restarts",
+            "2",
+        ).run()
+    assert workers(tmp_path) == 3
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [(65, DataError), (77, AccessError), (70, InternalError)]
+)
+def test_fault_that_the_worker_explains_is_final(
+    made: Made, tmp_path: Path, code: int, error: type[TrainerError]
+) -> None:
+    failed = Failed(
+        exit_code=code, problems=[{"what": "no", "where": "w", "why": "y", "remedy": "r"}]
+    )
+    # The interpreter ends with 120 where it cannot flush to a full disk.
+    run = made(f"{says(failed.to_line())} exit 120")
+    with pytest.raises(error, match="no"):
+        run.run()
+    assert workers(tmp_path) == 1
+    assert kinds(run.output_dir) == ["run_started", "failed", "ended"]
+    assert not (run.output_dir / output.DONE).exists()
+
+
+def test_worker_that_ends_without_a_word_is_told_of_with_its_exit_code(made: Made) -> None:
+    run = made("exit 3")
+    with pytest.raises(InternalError, match="ended with exit code 3") as caught:
+        run.run()
+    assert "train.log" in caught.value.problems[0].remedy
+
+
+def test_what_is_no_event_is_passed_over(made: Made) -> None:
+    run = made("echo 'not an event' >/dev/fd/$LORA_TRAINER_EVENTS_FD\n" + says(step_line(1)))
+    assert run.run() == 0
+    assert kinds(run.output_dir) == ["run_started", "step", "ended"]
+
+
+def when(is_it: Callable[[], bool], act: Callable[[], object]) -> threading.Thread:
+    """Do something in the background as soon as something holds."""
+
+    def watch() -> None:
+        until = time.monotonic() + 10
+        while not is_it() and time.monotonic() < until:
+            time.sleep(0.01)
+        act()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+WAITS = "trap 'exit 143' TERM INT; while :; do sleep 0.02; done"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signal_is_passed_on_and_ends_as_stopped(made: Made, number: int) -> None:
+    run = made(says(step_line(9)) + WAITS)
+    thread = when(lambda: run.status.step == 9, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(StoppedError, match="stopped at step 9"):
+        run.run()
+    thread.join()
+    assert kinds(run.output_dir)[-2:] == ["stopped", "ended"]
+
+
+def test_signal_before_there_is_a_worker_is_not_lost(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(WAITS)
+    popen = supervisor.subprocess.Popen
+
+    def start_late(*arguments: object, **named: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return popen(*arguments, **named)
+
+    monkeypatch.setattr(supervisor.subprocess, "Popen", start_late)
+    with pytest.raises(StoppedError, match="stopped"):
+        run.run()
+
+
+def test_third_signal_ends_a_worker_that_does_not_listen(made: Made) -> None:
+    run = made(says(step_line(1)) + "trap '' TERM INT; while :; do sleep 0.02; done")
+
+    def insist() -> None:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+
+    thread = when(lambda: run.status.step == 1, insist)
+    with pytest.raises(StoppedError):
+        run.run()
+    thread.join()
+
+
+def test_hangup_that_nohup_ignores_stays_ignored(made: Made) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run = made(says(step_line(1)) + "sleep 0.2")
+        thread = when(lambda: run.status.step == 1, lambda: os.kill(os.getpid(), signal.SIGHUP))
+        assert run.run() == 0
+        thread.join()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_signal_handlers_are_put_back(made: Made) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    made("").run()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_second_run_names_who_holds_the_folder(made: Made) -> None:
+    run = made("")
+    run.output_dir.mkdir()
+    with (run.output_dir / output.LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        with pytest.raises(BusyError) as caught:
+            run.run()
+    assert f"pid {os.getpid()} on {socket.gethostname()}" in caught.value.problems[0].why
+
+
+def test_lock_file_of_a_dead_process_is_taken_over(made: Made) -> None:
+    run = made("")
+    run.output_dir.mkdir()
+    (run.output_dir / output.LOCK).write_text(f"pid 4194999 on {socket.gethostname()}\n")
+    assert run.run() == 0
+    assert (run.output_dir / output.LOCK).read_text().split()[1] == str(os.getpid())
+
+
+def test_start_waits_for_the_worker_that_a_dead_supervisor_left(made: Made) -> None:
+    run = made("")
+    run.output_dir.mkdir()
+    lock = (run.output_dir / output.LOCK).open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock.write(f"pid 4194999 on {socket.gethostname()}\n")
+    lock.flush()
+    began = time.monotonic()
+    thread = when(lambda: time.monotonic() > began + 0.3, lock.close)
+    assert run.run() == 0
+    thread.join()
+    assert time.monotonic() > began + 0.3
+
+
+def test_start_does_not_wait_for_ever(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "ORPHAN_SECONDS", 0.2)
+    run = made("")
+    run.output_dir.mkdir()
+    with (run.output_dir / output.LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(f"pid 4194999 on {socket.gethostname()}\n")
+        lock.flush()
+        with pytest.raises(BusyError):
+            run.run()
+
+
+def unfinished(made: Made) -> Path:
+    """Leave a run that was stopped behind its first checkpoint; return its folder."""
+    run = made("exit 143")
+    with pytest.raises(StoppedError):
+        run.run()
+    (run.output_dir / "checkpoints" / "step-000001").mkdir(parents=True)
+    return run.output_dir
+
+
+def test_other_configuration_is_refused_with_old_and_new_value(made: Made) -> None:
+    unfinished(made)
+    with pytest.raises(ConfigError) as caught:
+        made("", "--lora_r", "4").run()
+    assert "lora_r: 16 -> 4" in caught.value.problems[0].why
+
+
+def test_what_does_not_decide_the_weights_may_change(made: Made) -> None:
+    unfinished(made)
+    assert made("", "--save_steps", "7").run() == 0
+
+
+def test_other_configuration_before_the_first_checkpoint_starts_anew(made: Made) -> None:
+    folder = unfinished(made)
+    (folder / "checkpoints" / "step-000001").rmdir()
+    assert made("", "--lora_r", "4").run() == 0
+    assert folder.with_name("out.1").is_dir()
+
+
+def test_resume_never_moves_the_run_aside_and_says_where(made: Made) -> None:
+    folder = unfinished(made)
+    assert made("", "--resume", "never").run() == 0
+    assert (folder.with_name("out.1") / "checkpoints" / "step-000001").is_dir()
+    assert not (folder / "checkpoints").exists()
+    warned = [event.message for event in told(folder) if isinstance(event, Warned)]
+    assert any(str(folder.with_name("out.1")) in message for message in warned)
+
+
+def test_finished_run_is_archived_each_time_under_the_next_number(made: Made) -> None:
+    for _ in range(3):
+        run = made("")
+        assert run.run() == 0
+    names = sorted(path.name for path in run.output_dir.parent.glob("out*"))
+    assert names == ["out", "out.1", "out.2"]
+    assert (run.output_dir.with_name("out.1") / output.DONE).exists()
+
+
+def test_finished_run_may_be_left_alone(made: Made, tmp_path: Path) -> None:
+    made("").run()
+    assert made("exit 70", "--on_finished", "stop").run() == 0
+    assert workers(tmp_path) == 1
+
+
+def test_run_on_a_mount_point_is_archived_inside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+    for number in (1, 2):
+        (tmp_path / output.DONE).write_text("x")
+        assert archive(tmp_path) == tmp_path / f"run.{number}"
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["run.1", "run.2"]
+
+
+def test_killed_archiving_leaves_a_run_that_is_still_known_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in ("DONE", "config.digest", "events.jsonl", "report.html"):
+        (folder / name).write_text(name)
+    replace = Path.replace
+    moved: list[str] = []
+
+    def die_at_third(path: Path, target: Path) -> Path:
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        moved.append(path.name)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", die_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        archive(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["DONE", "config.digest"]
+
+
+def test_events_after_a_torn_line_stand_on_lines_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / output.EVENTS
+    path.write_text(step_line(1) + step_line(2)[:20])
+    with EventFile(path) as file:
+        file.append(PhaseChanged(phase="training"))
+        file.append(PhaseChanged(phase="saving"))
+    assert kinds(tmp_path) == ["step", "phase", "phase"]
+
+
+def test_disk_that_takes_no_events_does_not_stop_the_run(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(says(step_line(1)))
+    full = EventFile(Path("/dev/full"))
+    monkeypatch.setattr(supervisor, "EventFile", lambda _: full)
+    assert run.run() == 0
+    assert run.status.step == 1
+
+
+def test_half_written_file_does_not_replace_the_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "config.digest"
+    write_text(path, "whole")
+
+    def refuse(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "half")
+    assert path.read_text() == "whole"
+
+
+def test_file_in_place_of_the_output_folder_is_a_configuration_error(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    for folder in (tmp_path / "out", tmp_path / "out" / "run"):
+        with pytest.raises(ConfigError, match="is a file"):
+            make_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(-9, "SIGKILL"), (-11, "SIGSEGV"), (-signal.SIGRTMIN, "signal 34"), (3, "exit code 3")],
+)
+def test_cause_says_how_the_worker_ended(code: int, words: str) -> None:
+    assert words in cause_of(code).replace("SIGRTMIN", "signal 34")
+
+
+def test_report_that_fails_is_told_and_fails_nothing(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> None:
+        raise ValueError("no plot")
+
+    run = made("")
+    monkeypatch.setattr(supervisor, "write_report", refuse)
+    assert run.run() == 0
+    warned = [event.message for event in told(run.output_dir) if isinstance(event, Warned)]
+    assert any("no plot" in message for message in warned)
+
+
+def test_status_is_what_the_recorded_events_fold_to(made: Made) -> None:
+    run = made(says(step_line(1), step_line(2)))
+    run.run()
+    replayed = RunStatus()
+    for event in told(run.output_dir):
+        replayed = supervisor.fold(replayed, event)
+    assert json.loads(json.dumps(replayed, default=str)) == json.loads(
+        json.dumps(run.status, default=str)
+    )
+
+
+def test_archiving_leaves_what_is_not_the_runs_own(tmp_path: Path) -> None:
+    folder = tmp_path / "outputs"
+    (folder / "named-run").mkdir(parents=True)
+    (folder / "mine.txt").write_text("mine")
+    (folder / "events.jsonl").write_text("{}\n")
+    aside = archive(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["mine.txt", "named-run"]
+    assert [path.name for path in aside.iterdir()] == ["events.jsonl"]

@@ -1,0 +1,11 @@
+"""Train a LoRA adapter: `python train_lora.py --config config.json`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from lora_trainer.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))
