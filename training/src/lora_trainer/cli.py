@@ -49,12 +49,11 @@ def train(context: typer.Context, config: ConfigFile = None, debug: Debug = Fals
     settings = resolve(config, os.environ, context.args)
     from .check import preflight
 
-    preflight(settings)
     with Display(logging_steps=settings.config.monitoring.logging_steps) as display:
-        supervisor = Supervisor(settings, display.show)
+        supervisor = Supervisor(settings, display.show, note=display.note)
         if (supervisor.output_dir / "DONE").exists():
             display.note(f"a finished run is in {supervisor.output_dir}")
-        supervisor.run()
+        supervisor.run(preflight)
 
 
 @app.command(context_settings=EXTRA)

@@ -227,6 +227,15 @@ class MonitoringSection(Section):
     max_restarts: CountOrZero = Field(3, description="Restarts of a crashed worker")
     health_host: str = Field("127.0.0.1", description="Address that the status server binds")
     health_port: int = Field(8080, ge=0, le=65535, description="Its port; 0 picks a free one")
+    health_linger_seconds: float = Field(
+        0.0, ge=0, le=1e7, description="How long it goes on answering after the end"
+    )
+    health_token_file: str | None = Field(
+        None, min_length=1, description="File with a token that all but /health then wants"
+    )
+    health_allowed_hosts: list[str] = Field(
+        default_factory=list, description="More host names under which it may be asked"
+    )
     stall_timeout_seconds: float = Field(
         0.0, ge=0, description="No progress for so long is a stall; 0: from the measured step time"
     )
@@ -347,7 +356,9 @@ CONVERTED_ALIASES = frozenset(
     }
 )  # fmt: skip
 # Leaves that may also be written as "a, b".
-COMMA_LISTS = frozenset({"lora_target_modules", "modules_to_save", "report_to"})
+COMMA_LISTS = frozenset(
+    {"health_allowed_hosts", "lora_target_modules", "modules_to_save", "report_to"}
+)
 
 
 def section_names() -> tuple[str, ...]:

@@ -105,8 +105,13 @@ def _usable_cores(root: Path = CGROUP) -> int:
     return max(1, min(cores, int(quota) // int(period)))
 
 
+def is_hidden() -> bool:
+    """Tell whether CUDA_VISIBLE_DEVICES hides every GPU."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1")
+
+
 def _read_gpus() -> tuple[tuple[Gpu, ...], str]:
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1"):
+    if is_hidden():
         return (), ""
     try:
         import pynvml

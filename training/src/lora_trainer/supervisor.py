@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +32,7 @@ from .errors import (
     Problem,
     StoppedError,
     TrainerError,
+    UnavailableError,
 )
 from .events import (
     Ended,
@@ -43,6 +44,7 @@ from .events import (
     Warned,
     parse_line,
 )
+from .live import LiveRun
 from .output import (
     DIGEST,
     DONE,
@@ -50,6 +52,7 @@ from .output import (
     LOCK,
     LOG,
     RESOLVED,
+    SERVER,
     EventFile,
     archive,
     changes,
@@ -61,8 +64,9 @@ from .output import (
     write_text,
 )
 from .report import write_report
+from .server import LogTail, StatusServer, read_token
 from .sources import Settings
-from .status import RunStatus, fold
+from .status import RunStatus
 from .worker import EVENTS_FD
 
 WORKER_DEFAULTS = {
@@ -78,46 +82,108 @@ ORPHAN_SECONDS = 120.0
 
 
 class Supervisor:
-    """One run, from lock to exit code. `show` is told every event with the status after it."""
+    """One run, from lock to exit code. `show` is told every event with the status after it.
 
-    def __init__(self, settings: Settings, show: Any, *, is_debug: bool = False) -> None:
+    `note` is told what is worth a line but is no event.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        show: Any,
+        *,
+        note: Callable[[str], None] = lambda _: None,
+        is_debug: bool = False,
+    ) -> None:
         self.settings = settings
         self.show = show
+        self.note = note
         self.is_debug = is_debug
         self.config = settings.config
         self.output_dir = output_folder(settings)
         self.run_name = self.config.output.run_name or self.output_dir.name
-        self.status = RunStatus()
+        monitoring = self.config.monitoring
+        self.live = LiveRun(stall_timeout_seconds=monitoring.stall_timeout_seconds)
         self._events: EventFile | None = None
         self._worker: subprocess.Popen[bytes] | None = None
         self._lock_file: IO[str] | None = None
         self._moved_to: Path | None = None
         self._signals = 0
 
-    def run(self) -> int:
-        """Do the whole run; return 0.
+    @property
+    def status(self) -> RunStatus:
+        """Return all that is known of the run."""
+        return self.live.status
+
+    def run(self, check: Callable[[Settings], None] = lambda _: None) -> int:
+        """Do the whole run, `check` first; return 0.
 
         Raises:
             TrainerError: with the exit code of whatever ended it otherwise.
         """
-        make_folder(self.output_dir)
-        with self._lock(), self._forwarding():
-            if not self._make_room():
-                return 0
-            write_json(self.output_dir / RESOLVED, self.settings.redacted())
-            write_text(self.output_dir / DIGEST, self.config.digest() + "\n")
+        with self._serving() as server:
+            self.live.detail = "checking the configuration"
+            check(self.settings)
+            make_folder(self.output_dir)
+            with self._lock(), self._forwarding():
+                if not self._make_room():
+                    return 0
+                write_json(self.output_dir / RESOLVED, self.settings.redacted())
+                write_text(self.output_dir / DIGEST, self.config.digest() + "\n")
+                return self._run_served(server)
+
+    def _run_served(self, server: StatusServer) -> int:
+        place = self.output_dir / SERVER
+        write_json(place, {"url": server.url, "pid": os.getpid()})
+        try:
+            self.live.replay(self.output_dir / EVENTS)
+            self.live.detail = ""
             with EventFile(self.output_dir / EVENTS) as self._events:
                 try:
                     return self._run_worker()
                 finally:
                     self._report()
+        finally:
+            self._linger()
+            with contextlib.suppress(OSError):
+                place.unlink()
 
     def tell(self, event: Event) -> None:
-        """Record an event, fold it, show it."""
+        """Record an event, take it up, show it."""
         assert self._events is not None
         self._events.append(event)
-        self.status = fold(self.status, event)
-        self.show(event, self.status)
+        self.show(event, self.live.add(event))
+
+    @contextlib.contextmanager
+    def _serving(self) -> Iterator[StatusServer]:
+        """Answer over HTTP, from before the first check until the end."""
+        monitoring = self.config.monitoring
+        server = StatusServer(
+            self.live,
+            host=monitoring.health_host,
+            port=monitoring.health_port,
+            token=read_token(monitoring.health_token_file),
+            allowed_hosts=monitoring.health_allowed_hosts,
+            folder=self.output_dir,
+            log=LogTail(self.live, self.output_dir / LOG),
+        )
+        try:
+            server.start()
+        except UnavailableError:
+            make_folder(self.output_dir)
+            with self._lock():  # a run of this very folder says more than its port
+                raise
+        self.note(f"status: {server.url}")
+        try:
+            yield server
+        finally:
+            server.stop()
+
+    def _linger(self) -> None:
+        """Go on answering after the end for as long as asked, or until a signal comes."""
+        until = time.monotonic() + self.config.monitoring.health_linger_seconds
+        while time.monotonic() < until and not self._signals:
+            time.sleep(0.1)
 
     def _run_worker(self) -> int:
         """Start the worker until it finishes, fails for good, or uses up its restarts."""

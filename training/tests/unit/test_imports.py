@@ -14,11 +14,14 @@ import lora_trainer
 SOURCE = Path(lora_trainer.__file__).parent
 # Each module may import the layers above its own, and its own layer only where said.
 LAYERS = [
-    {"errors", "compat"},
+    {"errors", "compat", "gate", "connections"},
     {"config", "machine", "events"},
     {"sources", "status", "health", "history", "curves", "plan", "terminal", "wording"},
     {"data", "model", "optim", "checkpoint", "card", "precision", "trackers"},
-    {"evaluate", "export", "report", "display", "output"},
+    {"evaluate", "export", "report", "display", "output", "live", "hardware"},
+    {"views"},
+    {"web"},
+    {"server"},
     {"loop"},
     {"dataset"},
     {"session"},
@@ -29,6 +32,7 @@ LAYERS = [
 # Layers whose modules build on one another; elsewhere neighbours do not know each other.
 OPEN_LAYERS = {2}
 LIGHT = ["cli", "supervisor", "sources", "status", "display", "report", "check", "plan", "worker"]
+LIGHT += ["live", "hardware", "views", "web", "server", "connections"]
 
 
 def top_modules() -> dict[str, int]:

@@ -28,7 +28,7 @@ from lora_trainer.errors import (
 from lora_trainer.events import Event, Failed, PhaseChanged, StepDone, Warned, parse_line
 from lora_trainer.output import EventFile, archive, make_folder, write_text
 from lora_trainer.sources import resolve
-from lora_trainer.status import RunStatus
+from lora_trainer.status import RunStatus, fold
 from lora_trainer.supervisor import Supervisor, cause_of
 
 Made = Callable[..., Supervisor]
@@ -70,7 +70,9 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
         worker.write_text(f"#!/bin/sh\ncat > {tmp_path}/order\n{counted}\n{script}\n")
         worker.chmod(0o755)
         monkeypatch.setattr(supervisor.sys, "executable", str(worker))
-        settings = resolve(None, {}, ["--output_dir", str(tmp_path / "out"), *arguments])
+        settings = resolve(
+            None, {}, ["--output_dir", str(tmp_path / "out"), "--health_port", "0", *arguments]
+        )
         return Supervisor(settings, lambda *_: None)
 
     return make
@@ -436,7 +438,7 @@ def test_status_is_what_the_recorded_events_fold_to(made: Made) -> None:
     run.run()
     replayed = RunStatus()
     for event in told(run.output_dir):
-        replayed = supervisor.fold(replayed, event)
+        replayed = fold(replayed, event)
     assert json.loads(json.dumps(replayed, default=str)) == json.loads(
         json.dumps(run.status, default=str)
     )

@@ -10,7 +10,9 @@ from typing import Any
 from ..config import EMBEDDED_MODEL, Config
 from .given import Given
 
-FOLDERS = ("datasets_dir", "dataset_cache_dir", "model_cache_dir", "output_dir")
+PLAIN = (
+    "datasets_dir", "dataset_cache_dir", "model_cache_dir", "output_dir", "health_token_file",
+)  # fmt: skip
 DATASETS = ("dataset", "eval_dataset")
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 
@@ -18,17 +20,17 @@ DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt"
 def locate_paths(config: Config, given: Mapping[str, Given]) -> dict[str, Any]:
     """Return the leaves that hold paths, with those paths made absolute.
 
-    Folders are always made so. A dataset is looked for beside the config file (or in
-    the current folder, if another source or the default names it), then in datasets_dir;
-    one that looks like a file but is nowhere is made absolute too, for the data check to
-    complain about. A model or a chat template is taken for a path if it is there, or if it
+    Folders and the token's file are always made so. A dataset is looked for beside the
+    config file (or in the current folder, if another source or the default names it), then
+    in datasets_dir; one that looks like a file but is nowhere is made absolute too, for the
+    data check to complain about. A model or a chat template is taken for a path if it is there, or if it
     begins with `.`, `/` or `~`. Everything else, such as a hub id, is left as it is.
     """
     values: dict[str, Any] = {}
-    for section in (config.model, config.data, config.output):
+    for section in (config.model, config.data, config.output, config.monitoring):
         values |= {leaf: getattr(section, leaf) for leaf in type(section).model_fields}
     located: dict[str, Any] = {}
-    for leaf in FOLDERS:
+    for leaf in PLAIN:
         if values[leaf] is not None:
             located[leaf] = absolute(values[leaf], _folder(leaf, given))
     for leaf in ("model_name_or_path", "chat_template"):

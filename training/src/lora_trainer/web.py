@@ -1,0 +1,229 @@
+"""The status server's pages: what is answered under which path.
+
+Starlette routes to `views`; `gate` stands in front. `/events` streams server-sent
+events: each stream takes what it has not had from the run's ring, so a slow client
+holds nothing back and is told `reset` when the ring has moved on without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.resources
+import mimetypes
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from . import views
+from .gate import App, Gate
+from .hardware import Gauges
+from .live import LiveRun, frame, to_json
+
+MOST_STREAMS = 128
+MOST_POINTS = 4096
+MOST_LINES = 1000
+PULSE_SECONDS = 0.25  # between looks at what is new: many steps make one write
+TICK_SECONDS = 1.0
+SILENT_PULSES = 60  # without anything to say: a comment keeps proxies from closing
+PAGE = "index.html"
+
+
+@dataclass
+class Pulse:
+    """Wakes all streams together, and makes what is the same for all of them once."""
+
+    live: LiveRun
+    gauges: Gauges
+    streams: int = 0
+    tick: int = 0
+    tick_frame: bytes = b""
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
+    on_pulse: Callable[[], None] = lambda: None
+
+    async def run(self) -> None:
+        """Beat until cancelled."""
+        beats = 0
+        while True:
+            await asyncio.sleep(PULSE_SECONDS)
+            if not self.streams:
+                continue
+            self.on_pulse()
+            beats += 1
+            if beats * PULSE_SECONDS >= TICK_SECONDS:
+                beats = 0
+                self.tick += 1
+                self.tick_frame = frame("tick", views.tick_view(self.live, self.gauges))
+            self.woken.set()
+            self.woken = asyncio.Event()
+
+    async def stream(self, sequence: int | None) -> AsyncIterator[bytes]:
+        """Yield what happens after an event, forever; None: from now on."""
+        live = self.live
+        had = live.sequence if sequence is None else sequence
+        _, log_had = live.log_after(live.log_lines_seen)
+        tick_had, silent = -1, 0
+        yield b"retry: 2000\n\n"
+        while True:
+            parts: list[bytes] = []
+            frames, is_whole = live.frames_after(had)
+            if not is_whole:
+                had = live.sequence
+                parts.append(frame("reset", {}, f"{live.boot}.{had}"))
+            elif frames:
+                had = frames[-1].sequence
+                parts += [one.data for one in frames]
+            lines, log_had = live.log_after(log_had)
+            if lines:
+                parts.append(frame("log", {"lines": lines}))
+            if self.tick != tick_had and self.tick_frame:
+                tick_had = self.tick
+                parts.append(self.tick_frame)
+            silent = 0 if parts else silent + 1
+            if silent >= SILENT_PULSES:
+                silent = 0
+                parts.append(b": still here\n\n")
+            if parts:
+                yield b"".join(parts)
+            await self.woken.wait()
+
+
+class Pages:
+    """Answers for one run."""
+
+    def __init__(self, live: LiveRun, gauges: Gauges, read_log: Callable[[], None]) -> None:
+        self.live = live
+        self.gauges = gauges
+        self.pulse = Pulse(live, gauges, on_pulse=read_log)
+        self._read_log = read_log
+        self._files = static_files()
+        self._series: tuple[tuple[int, int], bytes] = ((-1, -1), b"")
+
+    def routes(self) -> list[Route]:
+        """Return what is served where."""
+        return [
+            Route("/", self.page),
+            Route("/health", self.health),
+            Route("/metrics", self.metrics),
+            Route("/status", self.status),
+            Route("/history", self.history),
+            Route("/log", self.log),
+            Route("/events", self.events),
+            Route("/static/{name}", self.static),
+        ]
+
+    async def health(self, _request: Request) -> Response:
+        """Tell whether the run is well."""
+        view = views.health_view(self.live, self.gauges)
+        return answer(view, 200 if view["status"] == "healthy" else 503)
+
+    async def metrics(self, _request: Request) -> Response:
+        """Return the figures of the moment."""
+        return answer(views.metrics_view(self.live, self.gauges))
+
+    async def status(self, _request: Request) -> Response:
+        """Return all that is known."""
+        return answer(views.status_view(self.live, self.gauges))
+
+    async def history(self, request: Request) -> Response:
+        """Return the series; computed once for all who ask while nothing happens."""
+        wanted = _whole(request, "max_points", 500, MOST_POINTS)
+        key = (self.live.sequence, wanted)
+        if self._series[0] != key:
+            made = await run_in_threadpool(
+                lambda: to_json(views.history_view(self.live, self.gauges, wanted)).encode()
+            )
+            self._series = (key, made)
+        return Response(self._series[1], media_type="application/json")
+
+    async def log(self, request: Request) -> Response:
+        """Return the log's last lines."""
+        wanted = _whole(request, "lines", 200, MOST_LINES)
+        self._read_log()
+        return answer({"lines": list(self.live.log)[-wanted:]})
+
+    async def events(self, request: Request) -> Response:
+        """Stream what happens."""
+        headers = {"X-Accel-Buffering": "no"}
+        if request.method == "HEAD":
+            return Response(media_type="text/event-stream", headers=headers)
+        if self.pulse.streams >= MOST_STREAMS:
+            raise HTTPException(503, "too many streams are open", {"Retry-After": "5"})
+        sequence = self._sequence(request.headers.get("last-event-id", ""))
+        return StreamingResponse(
+            self._counted(sequence), media_type="text/event-stream", headers=headers
+        )
+
+    async def _counted(self, sequence: int | None) -> AsyncIterator[bytes]:
+        self.pulse.streams += 1
+        try:
+            async for part in self.pulse.stream(sequence):
+                yield part
+        finally:
+            self.pulse.streams -= 1
+
+    def _sequence(self, given: str) -> int | None:
+        boot, _, number = given.partition(".")
+        if not given:
+            return None
+        if boot != self.live.boot or not (number.isascii() and number.isdigit()):
+            return -1  # of another server: begin with a reset
+        return int(number[:18])
+
+    async def page(self, request: Request) -> Response:
+        """Return the dashboard."""
+        if "token" in request.query_params:  # it has done its work: out of the address line
+            return RedirectResponse("/", 303)
+        return self._file(PAGE)
+
+    async def static(self, request: Request) -> Response:
+        """Return a file of the dashboard, known by its name alone."""
+        return self._file(request.path_params["name"])
+
+    def _file(self, name: str) -> Response:
+        found = self._files.get(name)
+        if found is None:
+            raise HTTPException(404, "there is nothing here")
+        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        return Response(found(), media_type=kind)
+
+
+def static_files() -> dict[str, Callable[[], bytes]]:
+    """Return the dashboard's files by name; no path is ever made from a request."""
+    folder = importlib.resources.files(__package__ or "") / "dashboard"
+    if not folder.is_dir():
+        return {}
+    return {entry.name: entry.read_bytes for entry in folder.iterdir() if entry.is_file()}
+
+
+def make_app(pages: Pages, *, names: list[str], token: str, port: int) -> App:
+    """Return the application, with its gate."""
+
+    async def on_error(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        view = {"error": error.detail}
+        return answer(view, error.status_code, dict(error.headers or {}))
+
+    app = Starlette(routes=pages.routes(), exception_handlers={HTTPException: on_error})
+    app.router.redirect_slashes = False
+    return Gate(app, names=names, token=token, port=port)
+
+
+def answer(view: Any, code: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return JSON."""
+    return Response(to_json(view), code, headers, "application/json")
+
+
+def _whole(request: Request, name: str, default: int, most: int) -> int:
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and int(text[:9]) >= 1 and len(text) <= 9):
+        raise HTTPException(400, f"{name} is a whole number from 1 to {most}")
+    return min(int(text), most)
