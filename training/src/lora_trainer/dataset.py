@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,9 @@ from .data.locate import SourceSpec, hub_id, locate
 from .data.prepare import DataSplits, PrepareSettings, prepare_splits
 from .data.split import epoch_rows
 from .errors import DataError, TrainerError
-from .events import Event, Progress
+from .events import Event, progress_of
 from .model import load
 from .plan import DataProfile
-
-PROGRESS_SECONDS = 0.5
 
 
 def open_data(
@@ -47,13 +44,6 @@ def open_data(
         data.train_on,
         config.model.trust_remote_code,
     )
-    told = [0.0]
-
-    def tell(done: int) -> None:
-        if time.monotonic() - told[0] > PROGRESS_SECONDS:
-            told[0] = time.monotonic()
-            emit(Progress(done=done, unit="rows"))
-
     return prepare_splits(
         source_specs(config, data.dataset),
         source_specs(config, data.eval_dataset),
@@ -66,7 +56,7 @@ def open_data(
         vocab_size=len(tokenizer),
         cache_dir=cache,
         num_workers=data.preprocessing_num_workers,
-        progress=tell,
+        progress=progress_of(emit, "rows"),
     )
 
 

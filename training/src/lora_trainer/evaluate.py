@@ -49,12 +49,16 @@ def score(
     *,
     batch_examples: int,
     should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Score | None:
-    """Score all rows; None when stopped before the end. Uses no random numbers."""
+    """Score all rows; None when stopped before the end. Uses no random numbers.
+
+    `progress` is told how many rows are done, batch by batch.
+    """
     start = time.monotonic()
     was_training = causal.model.training
     causal.model.eval()
-    loss, hits, targets = 0.0, 0, 0
+    loss, hits, targets, done = 0.0, 0, 0, 0
     try:
         for batch in _by_length(rows, batch_examples):
             if should_stop():
@@ -62,6 +66,8 @@ def score(
             micro = take(rows, batch)
             batch_loss, batch_hits = causal.score(micro)
             loss, hits, targets = loss + batch_loss, hits + batch_hits, targets + micro.targets
+            done += len(batch)
+            progress(done)
     finally:
         causal.model.train(was_training)
     seconds = time.monotonic() - start
@@ -126,8 +132,11 @@ def answer(
     batch_examples: int,
     max_new_tokens: int,
     should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> list[Answer] | None:
     """Answer every question greedily, in batches padded on the left; None when stopped.
+
+    `progress` is told how many are answered, batch by batch.
 
     An answer ends with the tokenizer's end token or with the token that ends the
     expected answers (a template's end of turn), or after `max_new_tokens`.
@@ -143,6 +152,7 @@ def answer(
             batch = order[start : start + batch_examples]
             made = _generate(model, tokenizer, batch, sorted(ends), max_new_tokens, causal.device)
             found += [_decode(tokenizer, q, ids) for q, ids in zip(batch, made, strict=True)]
+            progress(len(found))
     return sorted(found, key=lambda one: one.index)
 
 

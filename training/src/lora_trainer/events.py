@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal
+
+PROGRESS_SECONDS = 0.5
 
 Phase = Literal[
     "starting", "checking", "loading", "tokenizing", "evaluating", "training", "saving",
@@ -228,3 +230,16 @@ def parse_line(line: str) -> Event | None:
         return kind(**{name: value for name, value in raw.items() if name in known})
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def progress_of(emit: Callable[[Event], None], unit: str, total: int = 0) -> Callable[[int], None]:
+    """Return what work calls with the units done; it says so twice a second at most."""
+    told = 0.0
+
+    def tell(done: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > PROGRESS_SECONDS:
+            told = time.monotonic()
+            emit(Progress(done=done, total=total, unit=unit))
+
+    return tell

@@ -43,15 +43,27 @@ def health(
 
 
 def stall_timeout(status: RunStatus, configured_seconds: float) -> float:
-    """Return how long the run may now go without progress; 0 configured: as measured."""
+    """Return how long the run may now go without progress; 0 configured: as measured.
+
+    What is configured holds once a process has made its first step: loading a large model
+    takes what it takes.
+    """
+    is_under_way = status.steps_in_attempt > 0
     if configured_seconds > 0:
-        return configured_seconds
+        return configured_seconds if is_under_way else max(configured_seconds, QUIET_SECONDS)
     slowest = max((step.step_seconds for step in status.recent), default=0.0)
     evaluation = status.last_eval.eval_seconds if status.last_eval else 0.0
     measured = max(STALL_STEPS * slowest, 3 * evaluation, LEAST_STALL_SECONDS)
     if status.phase == "training" and status.steps_in_attempt > 1:
         return measured
     return max(measured, QUIET_SECONDS)
+
+
+def bytes_of_next_checkpoint(status: RunStatus) -> int:
+    """Return what the next checkpoint takes on disk, 0 before the plan is known."""
+    # Before the first one: the adapter and Adam's two moments in float32.
+    expected = 3 * 4 * status.planned("trainable_parameters")
+    return max((saved.bytes for saved in status.checkpoints), default=expected)
 
 
 def _fault(status: RunStatus, free_disk_bytes: int | None) -> str:
@@ -65,9 +77,7 @@ def _fault(status: RunStatus, free_disk_bytes: int | None) -> str:
         return f"the worker ended ({_cause(status)}) and is started again"
     if not status.is_loss_finite:
         return f"the loss is not finite at step {status.step}"
-    # Before the first checkpoint: the adapter and Adam's two moments in float32.
-    expected = 3 * 4 * status.planned("trainable_parameters")
-    needed = max((saved.bytes for saved in status.checkpoints), default=expected)
+    needed = bytes_of_next_checkpoint(status)
     if free_disk_bytes is not None and free_disk_bytes < needed:
         return f"the disk has {free_disk_bytes:,} bytes, the next checkpoint needs {needed:,}"
     return ""

@@ -21,7 +21,7 @@ from .checkpoint import CheckpointStore, TrainState, take_snapshot
 from .config import TrainingSection
 from .data.batches import Rows, StepOrder, split_micro_batches
 from .errors import InternalError
-from .events import CheckpointSaved, Evaluated, Event, PhaseChanged, StepDone
+from .events import CheckpointSaved, Evaluated, Event, PhaseChanged, StepDone, progress_of
 from .machine import peak_memory_bytes
 from .model.adapter import adapter_state
 from .model.forward import CausalLM
@@ -159,6 +159,7 @@ def _evaluate(parts: Parts, state: TrainState) -> TrainState:
         parts.eval_rows,
         batch_examples=parts.training.per_device_eval_batch_size,
         should_stop=parts.should_stop,
+        progress=progress_of(parts.emit, "rows", len(parts.eval_rows)),
     )
     if score is None:
         return state

@@ -6,6 +6,7 @@ zero or empty, never guessed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -67,6 +68,23 @@ def cgroup_memory_limit_bytes(root: Path = CGROUP) -> int:
         if text.isdigit():
             return min(int(text), UNLIMITED_BYTES)
     return UNLIMITED_BYTES
+
+
+def oom_kills(root: Path = CGROUP) -> int:
+    """Return how often the kernel has killed a process of this cgroup for memory."""
+    counts = (
+        _counted(root / name, "oom_kill") for name in ("memory.events", "memory/memory.oom_control")
+    )
+    return max(counts)
+
+
+def _counted(path: Path, name: str) -> int:
+    """Return the number behind a name in a file of such lines; 0 where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in path.read_text().splitlines():
+            if line.split()[:1] == [name]:
+                return int(line.split()[1])
+    return 0
 
 
 def free_disk_bytes(path: Path) -> int:

@@ -8,25 +8,21 @@ its own, ends at the next step boundary with a saved checkpoint.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
+import selectors
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import psutil
-
+from . import claim
 from .errors import (
     ERRORS_BY_CODE,
-    BusyError,
-    ConfigError,
     InternalError,
     MemoryKilledError,
     Problem,
@@ -49,17 +45,12 @@ from .output import (
     DIGEST,
     DONE,
     EVENTS,
-    LOCK,
     LOG,
     RESOLVED,
     SERVER,
     EventFile,
-    archive,
-    changes,
     make_folder,
-    open_lock,
     output_folder,
-    read_digest,
     write_json,
     write_text,
 )
@@ -67,6 +58,7 @@ from .report import write_report
 from .server import LogTail, StatusServer, read_token
 from .sources import Settings
 from .status import RunStatus
+from .watch import Watch
 from .worker import EVENTS_FD
 
 WORKER_DEFAULTS = {
@@ -77,8 +69,18 @@ WORKER_DEFAULTS = {
 }
 # These exit codes mean the same again on a second try.
 FINAL_CODES = frozenset({0, 65, 69, 74, 75, 77, 78, 137, 143})
-# How long a start waits for the worker of a supervisor that was killed alone.
-ORPHAN_SECONDS = 120.0
+STALLED = 70
+WATCH_SECONDS = 1.0  # between two looks at a worker
+PIPE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnd:
+    """How a worker ended: its exit code, that in words, and what it said of its failure."""
+
+    code: int
+    cause: str
+    failure: Failed | None = None
 
 
 class Supervisor:
@@ -125,9 +127,10 @@ class Supervisor:
             self.live.detail = "checking the configuration"
             check(self.settings)
             make_folder(self.output_dir)
-            with self._lock(), self._forwarding():
-                if not self._make_room():
+            with claim.hold(self.output_dir) as self._lock_file, self._forwarding():
+                if claim.is_left_alone(self.output_dir, self.settings):
                     return 0
+                self._moved_to = claim.make_room(self.output_dir, self.settings)
                 write_json(self.output_dir / RESOLVED, self.settings.redacted())
                 write_text(self.output_dir / DIGEST, self.config.digest() + "\n")
                 return self._run_served(server)
@@ -171,7 +174,7 @@ class Supervisor:
             server.start()
         except UnavailableError:
             make_folder(self.output_dir)
-            with self._lock():  # a run of this very folder says more than its port
+            with claim.hold(self.output_dir):  # a run of this very folder says more than its port
                 raise
         self.note(f"status: {server.url}")
         try:
@@ -200,22 +203,22 @@ class Supervisor:
             )
             for warning in self._warnings() if attempt == 0 else ():
                 self.tell(Warned(message=warning))
-            code, failure = self._run_once()
-            if code == 0:
+            end = self._run_once()
+            if end.code == 0:
                 write_text(self.output_dir / DONE, f"{time.time():.0f}\n")
                 self.tell(Ended(exit_code=0))
                 return 0
-            if code in FINAL_CODES or self._signals:
-                raise self._final(143 if self._signals else code, failure)
+            if end.code in FINAL_CODES or self._signals:
+                raise self._final(143 if self._signals else end.code, end)
             # A worker that dies twice at the same step will die there a third time.
             is_stuck = attempt > 0 and self.status.step == step_before
-            if attempt >= self.config.monitoring.max_restarts or is_stuck or code == 70:
-                raise self._final(137 if code == -signal.SIGKILL else 70, failure, code)
+            if attempt >= self.config.monitoring.max_restarts or is_stuck or end.failure:
+                raise self._final(137 if end.code == -signal.SIGKILL else 70, end)
             step_before, attempt = self.status.step, attempt + 1
-            self.tell(Restarted(attempt=attempt, cause=cause_of(code), exit_code=code))
+            self.tell(Restarted(attempt=attempt, cause=end.cause, exit_code=end.code))
 
-    def _run_once(self) -> tuple[int, Failed | None]:
-        """Run one worker to its end; return its exit code and what it said of its failure.
+    def _run_once(self) -> WorkerEnd:
+        """Run one worker to its end; return how it ended.
 
         The worker inherits the lock: should this process be killed alone, no other run
         begins before the worker has noticed, saved and ended.
@@ -228,10 +231,9 @@ class Supervisor:
             "run_name": self.run_name,
             "redacted": self.settings.redacted(),
         }
-        failure: Failed | None = None
-        with (self.output_dir / LOG).open("ab") as log, os.fdopen(reading) as events:
+        with (self.output_dir / LOG).open("ab") as log, os.fdopen(reading):
             with contextlib.suppress(BrokenPipeError):
-                self._worker = subprocess.Popen(
+                self._worker = worker = subprocess.Popen(
                     [sys.executable, "-m", "lora_trainer.worker"],
                     stdin=subprocess.PIPE,
                     stdout=log,
@@ -242,25 +244,64 @@ class Supervisor:
                 )
                 os.close(writing)
                 if self._signals:  # one that came before there was a worker to pass it to
-                    self._worker.send_signal(signal.SIGTERM)
-                assert self._worker.stdin is not None
-                with self._worker.stdin as stdin:
+                    worker.send_signal(signal.SIGTERM)
+                assert worker.stdin is not None
+                with worker.stdin as stdin:
                     stdin.write(json.dumps(order).encode())
-            for line in events:
-                event = parse_line(line)
-                if event is not None:
-                    self.tell(event)
-                if isinstance(event, Failed):
-                    failure = event
-        assert self._worker is not None
-        code = self._worker.wait()
+            watch = Watch(
+                worker.pid,
+                self.output_dir / LOG,
+                self.config.monitoring.stall_timeout_seconds,
+            )
+            failure, stall = self._follow(reading, watch)
+        code = worker.wait()
         # Once it has said why it gives up, a second fault while it ends changes nothing.
-        return (failure.exit_code if failure else code), failure
+        if failure is not None:
+            return WorkerEnd(failure.exit_code, failure.problems[0]["what"], failure)
+        if code == -signal.SIGKILL and watch.was_out_of_memory():
+            return WorkerEnd(code, "was killed by the kernel for memory")
+        return WorkerEnd(STALLED if stall else code, stall or cause_of(code))
 
-    def _final(
-        self, code: int, failure: Failed | None, worker_code: int | None = None
-    ) -> TrainerError:
+    def _follow(self, reading: int, watch: Watch) -> tuple[Failed | None, str]:
+        """Take up what the worker says until it has ended; look after it in between.
+
+        Returns how it failed, if it said so, and its stall, if it was ended for one.
+        """
+        failure: Failed | None = None
+        stall, torn = "", b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(reading, selectors.EVENT_READ)
+            checked = time.monotonic()
+            while True:
+                if selector.select(WATCH_SECONDS):
+                    heard = os.read(reading, PIPE_BYTES)
+                    if not heard:
+                        return failure, stall
+                    *lines, torn = (torn + heard).split(b"\n")
+                    for event in filter(None, map(parse_line, map(_decoded, lines))):
+                        self.tell(event)
+                        failure = event if isinstance(event, Failed) else failure
+                if time.monotonic() - checked >= WATCH_SECONDS:
+                    checked = time.monotonic()
+                    stall = stall or self._check(watch)
+
+    def _check(self, watch: Watch) -> str:
+        """Tell of what is wrong with a worker that lives; end it if it is stalled, and say so."""
+        for warning in watch.warnings(self.status):
+            self.tell(Warned(message=warning))
+        stall = watch.stall(self.status, time.time())
+        if stall:
+            self.tell(
+                Warned(message=f"the worker {stall}; its stacks go to {LOG}, then it is ended")
+            )
+            if not watch.record_stacks():
+                self.tell(Warned(message="the stalled worker wrote no stacks"))
+            watch.end()
+        return stall
+
+    def _final(self, code: int, end: WorkerEnd) -> TrainerError:
         """Return the error that ends the run, and say it as the last events."""
+        failure = end.failure
         if failure is not None:
             error: TrainerError = ERRORS_BY_CODE[failure.exit_code](
                 Problem(**problem) for problem in failure.problems
@@ -280,7 +321,7 @@ class Supervisor:
         else:
             kind = MemoryKilledError if code == 137 else InternalError
             error = kind.of(
-                f"the worker {cause_of(code if worker_code is None else worker_code)}",
+                f"the worker {end.cause}",
                 where=f"step {self.status.step}",
                 why=f"restarting did not help ({self.config.monitoring.max_restarts} allowed)",
                 remedy=f"see {self.output_dir / LOG}; lower per_device_train_batch_size or "
@@ -291,58 +332,6 @@ class Supervisor:
             self.tell(Failed(exit_code=error.exit_code, problems=problems))
         self.tell(Ended(exit_code=error.exit_code))
         return error
-
-    def _make_room(self) -> bool:
-        """Clear the way for this run; False when it is finished already and may stay so."""
-        output = self.config.output
-        is_finished = (self.output_dir / DONE).exists()
-        if is_finished and output.on_finished == "stop":
-            return False
-        before = read_digest(self.output_dir)
-        if is_finished or (before is not None and output.resume == "never"):
-            self._moved_to = archive(self.output_dir)
-        elif before is not None and before != self.config.digest():
-            has_checkpoint = any((self.output_dir / "checkpoints").glob("step-*"))
-            if not has_checkpoint:
-                self._moved_to = archive(self.output_dir)
-                return True
-            changed = changes(self.output_dir / RESOLVED, self.settings.redacted())
-            raise ConfigError.of(
-                "the output folder holds an unfinished run with another configuration",
-                where=str(self.output_dir),
-                why=f"changed since: {', '.join(changed) or 'a default'}",
-                remedy="undo the change to resume, give another --run_name, or start anew with "
-                "--resume never (the old run is moved aside, not removed)",
-            )
-        return True
-
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        """Hold the output folder; the kernel frees the lock of processes that died."""
-        with open_lock(self.output_dir / LOCK) as self._lock_file:
-            file = self._lock_file
-            until = time.monotonic() + ORPHAN_SECONDS
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    file.seek(0)
-                    holder = file.read().strip() or "unknown"
-                # A dead supervisor's worker is about to save and end.
-                if is_alive(holder) or time.monotonic() > until:
-                    raise BusyError.of(
-                        "another run holds this output folder",
-                        where=str(self.output_dir),
-                        why=f"its lock is held by {holder}",
-                        remedy="wait for it, stop it, or give another --run_name",
-                    )
-                time.sleep(0.1)
-            file.seek(0)
-            file.truncate()
-            file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-            yield
 
     @contextlib.contextmanager
     def _forwarding(self) -> Iterator[None]:
@@ -383,17 +372,6 @@ class Supervisor:
             self.tell(Warned(message=f"no report was written: {type(error).__name__}: {error}"))
 
 
-def is_alive(holder: str) -> bool:
-    """Tell whether the process that a lock names may be running; one elsewhere may."""
-    words = holder.split()
-    if len(words) != 4 or not words[1].isdigit() or words[3] != socket.gethostname():
-        return True
-    try:
-        return psutil.Process(int(words[1])).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def cause_of(code: int) -> str:
     """Return how a worker ended, in words."""
     if code == -signal.SIGKILL:
@@ -401,6 +379,10 @@ def cause_of(code: int) -> str:
     if code < 0:
         return f"was ended by {signal.Signals(-code).name}"
     return f"ended with exit code {code}"
+
+
+def _decoded(line: bytes) -> str:
+    return line.decode("utf-8", "replace")
 
 
 def _python_path() -> dict[str, str]:

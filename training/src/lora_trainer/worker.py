@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import faulthandler
 import json
 import os
 import platform
+import queue
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -35,8 +38,10 @@ from .events import (
     Stopped,
     Warned,
     parse_line,
+    progress_of,
 )
 from .output import EVENTS
+from .watch import STACKS_SIGNAL
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 EVENTS_FD = "LORA_TRAINER_EVENTS_FD"
@@ -87,25 +92,40 @@ class StopFlag:
 
 
 class EventPipe:
-    """Writes events to the supervisor; a supervisor that is gone is not an error."""
+    """Writes events to the supervisor from a thread of its own, so that no reader holds up a step.
+
+    A supervisor that is gone is not an error.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self._file = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
-        self._is_broken = False
+        self._queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write, name="events", daemon=True)
+        self._writer.start()
 
     def emit(self, event: Event) -> None:
-        """Write one event; stop as on a signal when nobody listens any more."""
-        if self._is_broken:
-            return
+        """Hand over one event; never waits."""
+        self._queue.put(event)
+
+    def close(self) -> None:
+        """Wait until all events are written."""
+        self._queue.put(None)
+        self._writer.join()
+
+    def _write(self) -> None:
+        """Write as long as somebody reads; stop the run as on a signal when nobody does."""
         try:
-            self._file.write(event.to_line())
+            with self._file:
+                while (event := self._queue.get()) is not None:
+                    self._file.write(event.to_line())
         except BrokenPipeError:
-            self._is_broken = True
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main() -> int:
     """Train as ordered; return the exit code."""
+    # Asked for by the supervisor when nothing moves any more.
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
     pipe = EventPipe(int(os.environ[EVENTS_FD]))
     stop = StopFlag()
     try:
@@ -121,6 +141,8 @@ def main() -> int:
         problems = [asdict(problem) for problem in known.problems]
         pipe.emit(Failed(exit_code=known.exit_code, problems=problems))
         return known.exit_code
+    finally:
+        pipe.close()
 
 
 def explain(error: BaseException) -> TrainerError:
@@ -322,6 +344,7 @@ def _answer(
         batch_examples=order.config.training.per_device_eval_batch_size,
         max_new_tokens=order.config.training.eval_max_new_tokens,
         should_stop=stop.is_set,
+        progress=progress_of(emit, "answers", len(asked)),
     )
     if not answers:
         return

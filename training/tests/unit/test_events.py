@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -26,7 +29,9 @@ from lora_trainer.events import (
     Stopped,
     Warned,
     parse_line,
+    progress_of,
 )
+from lora_trainer.worker import EventPipe
 
 EXAMPLES = [
     RunStarted(time=1.5, run_name="demo", config_digest="ab", output_dir="/out", attempt=1, pid=7),
@@ -115,3 +120,26 @@ def test_no_foreign_line_raises(line):
 def test_no_foreign_fields_raise(kind, raw):
     event = parse_line(json.dumps({**raw, "event": kind}))
     assert event is None or event.kind == kind
+
+
+def test_reader_that_does_not_read_holds_up_nobody_and_loses_nothing():
+    reading, writing = os.pipe()
+    pipe = EventPipe(writing)
+    events = [Warned(message=f"{number} " + 1000 * "x") for number in range(500)]
+    began = time.monotonic()
+    for event in events:  # half a megabyte; a pipe takes 64 KiB
+        pipe.emit(event)
+    assert time.monotonic() - began < 2.0
+    with os.fdopen(reading) as file:
+        closing = threading.Thread(target=pipe.close)
+        closing.start()
+        assert [parse_line(file.readline()) for _ in events] == events
+        closing.join()
+
+
+def test_progress_is_told_at_most_twice_a_second():
+    told = []
+    tell = progress_of(told.append, "rows", 9)
+    for done in range(1, 9):
+        tell(done)
+    assert [(event.done, event.total, event.unit) for event in told] == [(1, 9, "rows")]

@@ -23,7 +23,7 @@ LAYERS = [
     {"web"},
     {"server"},
     {"loop"},
-    {"dataset"},
+    {"dataset", "watch", "claim"},
     {"session"},
     {"worker", "check"},
     {"supervisor"},

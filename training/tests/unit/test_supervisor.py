@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_trainer import output, supervisor
+from lora_trainer import claim, output, supervisor
 from lora_trainer.errors import (
     AccessError,
     BusyError,
@@ -276,7 +276,7 @@ def test_start_waits_for_the_worker_that_a_dead_supervisor_left(made: Made) -> N
 
 
 def test_start_does_not_wait_for_ever(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "ORPHAN_SECONDS", 0.2)
+    monkeypatch.setattr(claim, "ORPHAN_SECONDS", 0.2)
     run = made("")
     run.output_dir.mkdir()
     with (run.output_dir / output.LOCK).open("w") as lock:
@@ -452,3 +452,41 @@ def test_archiving_leaves_what_is_not_the_runs_own(tmp_path: Path) -> None:
     aside = archive(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["mine.txt", "named-run"]
     assert [path.name for path in aside.iterdir()] == ["events.jsonl"]
+
+
+SHOWS_STACKS = "trap 'echo the stacks >&2' USR1; while :; do sleep 0.02; done"
+
+
+def test_stalled_worker_is_shown_ended_and_told_of(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "WATCH_SECONDS", 0.05)
+    run = made(
+        says(step_line(3)) + SHOWS_STACKS, "--stall_timeout_seconds", "0.3", "--max_restarts", "0"
+    )
+    with pytest.raises(InternalError, match=r"made no progress for .* in phase training") as caught:
+        run.run()
+    assert caught.value.exit_code == 70
+    assert "the stacks" in (run.output_dir / output.LOG).read_text()
+    assert "train.log" in caught.value.problems[0].remedy
+
+
+def test_stalled_worker_is_started_again_within_the_budget(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "WATCH_SECONDS", 0.05)
+    script = f"{says(step_line(3))}if [ $N = 0 ]; then {SHOWS_STACKS}; fi"
+    run = made(script, "--stall_timeout_seconds", "0.3")
+    assert run.run() == 0
+    assert workers(tmp_path) == 2
+    (restart,) = run.status.restarts
+    assert "no progress" in restart.cause
+    assert restart.exit_code == 70
+
+
+def test_worker_that_the_kernel_kills_for_memory_is_told_of_as_that(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor.Watch, "was_out_of_memory", lambda _: True)
+    with pytest.raises(MemoryKilledError, match="killed by the kernel for memory"):
+        made(f"{says(step_line(1))} kill -KILL $$").run()

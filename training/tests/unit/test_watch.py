@@ -1,0 +1,144 @@
+"""A worker that hangs is seen, shown and ended; memory and disk are told of in time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from run_events import after, stepped, training
+
+from lora_trainer import machine, watch
+from lora_trainer.events import Planned
+from lora_trainer.status import RunStatus
+from lora_trainer.watch import Watch
+
+HANGS = (
+    "import faulthandler, signal, sys, time\n"
+    "faulthandler.register(signal.SIGUSR1, all_threads=True)\n"
+    "def a_place_to_hang_in():\n"
+    "    print('ready', flush=True)\n"
+    "    time.sleep(60)\n"
+    "a_place_to_hang_in()\n"
+)
+
+
+@pytest.fixture
+def hanging(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with (tmp_path / "train.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HANGS],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+        )
+    assert process.stdout is not None
+    process.stdout.readline()
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def watched(tmp_path: Path, pid: int = 0, limit: float = 10.0) -> Watch:
+    seen = Watch(pid or os.getpid(), tmp_path / "train.log", limit)
+    seen.started = 0.0  # the tests' clocks begin there
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def _score_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "OOM_SCORE", 0)
+
+
+def test_silence_beyond_the_limit_is_a_stall(tmp_path: Path) -> None:
+    seen = watched(tmp_path)
+    assert seen.stall(training(), 3.0 + 9) == ""
+    assert "no progress for 11 s in phase training (limit 10 s)" in seen.stall(training(), 14.0)
+
+
+def test_a_worker_just_started_is_not_blamed_for_the_silence_before(tmp_path: Path) -> None:
+    seen = watched(tmp_path)
+    seen.started = 1000.0
+    assert seen.stall(training(), 1005.0) == ""
+
+
+def test_a_short_limit_does_not_end_a_long_load(tmp_path: Path) -> None:
+    assert (
+        watched(tmp_path, limit=1.0).stall(RunStatus(phase="loading", progress_time=0.0), 900.0)
+        == ""
+    )
+
+
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["hanging", "stopped by SIGSTOP"])
+def test_stacks_of_a_worker_that_hangs_are_in_its_log(
+    tmp_path: Path, hanging: subprocess.Popen[bytes], is_stopped: bool
+) -> None:
+    if is_stopped:
+        os.kill(hanging.pid, signal.SIGSTOP)
+    assert watched(tmp_path, hanging.pid).record_stacks()
+    assert "a_place_to_hang_in" in (tmp_path / "train.log").read_text()
+
+
+def test_worker_that_cannot_show_its_stacks_does_not_hold_up_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "STACKS_SECONDS", 0.2)
+    process = subprocess.Popen(["sh", "-c", "trap '' USR1; sleep 60"], start_new_session=True)
+    time.sleep(0.1)
+    seen = watched(tmp_path, process.pid)
+    assert not seen.record_stacks()
+    seen.end()
+    assert process.wait(5) == -signal.SIGKILL
+
+
+def test_end_takes_along_what_the_worker_started(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        ["sh", "-c", "sleep 60 & echo $!; wait"], start_new_session=True, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    watched(tmp_path, process.pid).end()
+    process.wait(5)
+    process.stdout.close()
+    until = time.monotonic() + 5
+    while Path(f"/proc/{child}").exists() and time.monotonic() < until:
+        if Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            break
+        time.sleep(0.02)
+    else:
+        assert not Path(f"/proc/{child}").exists()
+
+
+def test_memory_near_its_limit_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "memory_bytes", lambda: (98 * 10**7, 10**9))
+    seen = watched(tmp_path)
+    (told,) = seen.warnings(training())
+    assert "980 MB of 1.0 GB" in told
+    assert seen.warnings(training()) == []
+
+
+def test_disk_that_cannot_take_the_next_checkpoint_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "free_disk_bytes", lambda _: 10**6)
+    status = after(Planned(time=1.0, plan={"trainable_parameters": 10**6}), stepped(4))
+    seen = watched(tmp_path)
+    (told,) = seen.warnings(status)
+    assert "1 MB left, the next checkpoint needs 12 MB" in told
+    assert seen.warnings(status) == []
+
+
+@pytest.mark.parametrize("name", ["memory.events", "memory/memory.oom_control"])
+def test_the_kernels_kills_for_memory_are_counted(tmp_path: Path, name: str) -> None:
+    (tmp_path / "memory").mkdir()
+    assert machine.oom_kills(tmp_path) == 0
+    (tmp_path / name).write_text("oom 1\noom_kill 3\n")
+    assert machine.oom_kills(tmp_path) == 3
