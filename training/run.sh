@@ -20,9 +20,11 @@
 # Variables:
 #   LORA_TRAINER_CONFIG   the config file where --config is not given
 #   LORA_TRAINER_<KEY>    a key of the config, e.g. LORA_TRAINER_LEARNING_RATE
-#   LORA_PYTHON           the Python that makes the environment (default: the first of 3.11+, then 3.10)
-#   LORA_VENV             where the environment is (default: training/.venv)
-#   LORA_TORCH            cpu or cuda: torch's build (default: cuda where a GPU can use it)
+#   LORA_STACK            the packages: cpu, current (GPU, driver 580+) or cu121 (GPU, driver 525+);
+#                         default: what the GPU and its driver can use, else cpu
+#   LORA_PYTHON           the Python that makes the environment (default: the first of 3.11+, then
+#                         3.10; for the stack cu121 the first 3.10, then 3.11)
+#   LORA_VENV             where the environment is (default: training/.venv; training/.venv-cu121)
 #   HF_TOKEN, HF_TOKEN_FILE, HF_HOME, NO_COLOR, CUDA_VISIBLE_DEVICES: as everywhere; pip's own
 #   settings (PIP_*, pip.conf) decide where packages come from
 #
@@ -95,7 +97,7 @@ select_gpus() {
     all) ;;
     none)
       export CUDA_VISIBLE_DEVICES=""
-      export LORA_TORCH="${LORA_TORCH:-cpu}"
+      export LORA_STACK="${LORA_STACK:-cpu}"
       ;;
     *)
       [[ "$1" =~ ^[0-9]+(,[0-9]+)*$ ]] || fail 78 "--gpus is not understood" "--gpus $1" \

@@ -2,15 +2,15 @@
 # Check everything that this machine can check: ./training/test.sh
 #
 # Makes training/.venv as run.sh does, adds the tests' own packages, then runs ruff (format and
-# lint), mypy, shellcheck, shfmt and pytest. All of them run, whatever fails; the last lines say
-# what did. Tests marked `gpu` run where a GPU is.
+# lint), mypy, shellcheck, shfmt, the check of the locks and pytest. All of them run, whatever
+# fails; the last lines say what did. Tests marked `gpu` run where a GPU is.
 #
 # Usage: test.sh [--fast] [PYTEST ARGUMENT ...]
 #
 #   --fast   leave out the tests marked `slow`, which train the embedded model
 #   --help   this text
 #
-# Variables: LORA_PYTHON, LORA_VENV and LORA_TORCH, as for run.sh
+# Variables: LORA_STACK, LORA_PYTHON and LORA_VENV, as for run.sh
 # Exit codes: 0 all passed, 1 something failed, 69, 74 and 77 as for run.sh
 set -Eeuo pipefail
 
@@ -34,9 +34,17 @@ check_shell() {
   check shfmt "$VENV/bin/shfmt" --diff --indent 2 --case-indent "${scripts[@]}"
 }
 
+# Without a registry in reach the locks are checked by tests/unit/test_locks.py alone.
+check_locks() {
+  local status=0
+  PATH="$VENV/bin:$PATH" "$TRAINING/requirements/lock.sh" --check || status=$?
+  ((status == 69)) || return "$status"
+  say "  not resolved: no package registry is in reach"
+}
+
 check_tests() {
   local marks=()
-  if ! has_usable_gpu; then
+  if ! gpu_stack >/dev/null; then
     say "No NVIDIA GPU can be used here: tests marked gpu are left out"
     marks+=("not gpu")
   fi
@@ -61,6 +69,7 @@ test_main() {
   check "ruff check" "$VENV/bin/ruff" check .
   check mypy "$VENV/bin/mypy"
   check_shell
+  check locks check_locks
   check_tests "$@"
   if ((${#FAILED[@]})); then
     say "${RED}${BOLD}Failed: $(printf '%s, ' "${FAILED[@]}" | sed 's/, $//')$PLAIN"

@@ -58,11 +58,13 @@ class Checkout:
         (self.training / "src" / "lora_trainer").mkdir(parents=True)
         (root / ".ci").mkdir()
         self.bin.mkdir()
-        for name in ("run.sh", "test.sh", "environment.sh"):
+        for name in ("run.sh", "test.sh", "environment.sh", "stack.sh"):
             shutil.copy(TRAINING / name, self.training)
         shutil.copy(TRAINING.parent / ".ci" / "run", root / ".ci")
-        for name in ("cpu", "torch", "torch-cpu", "embedded", "test"):
-            (self.training / "requirements" / f"{name}.txt").write_text(f"{name}==1\n")
+        for stack in ("cpu", "current", "cu121"):
+            for name in (stack, f"{stack}-torch", f"{stack}-test", "embedded"):
+                (self.training / "requirements" / f"{name}.txt").write_text(f"{name}==1\n")
+        self.write_lock_sh(status=0)
         (self.training / "config.json").write_text("{}")
         (self.training / "src" / "lora_trainer" / "cli.py").write_text(TRAINER)
         for tool in TOOLS.split():
@@ -70,6 +72,11 @@ class Checkout:
         self.write_tool("python3", PYTHON)
         (root / "venv-python").write_text(VENV_PYTHON.format(root=root))
         (root / "venv-python").chmod(0o755)
+
+    def write_lock_sh(self, status: int) -> None:
+        script = self.training / "requirements" / "lock.sh"
+        script.write_text(f'#!/bin/sh\necho "locks $*"\nexit {status}\n')
+        script.chmod(0o755)
 
     def write_tool(self, name: str, text: str) -> None:
         tool = self.bin / name

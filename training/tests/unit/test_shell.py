@@ -1,7 +1,6 @@
 """run.sh, test.sh and .ci/run: what they install, pass on and refuse, with a fake pip."""
 
 import os
-import re
 import signal
 import subprocess
 import tempfile
@@ -9,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from checkout import BASE_PYTHON, TRAINING, Checkout
+from checkout import BASE_PYTHON, Checkout
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def public_checkout() -> Iterator[Checkout]:
 
 
 ROOMY_DISK = "#!/bin/sh\necho title; echo disk 9 9 99000000 9 /\n"
-FIRST_INSTALLATION = ["venv", "cpu.txt", "torch-cpu.txt", "embedded.txt"]
+FIRST_INSTALLATION = ["venv", "cpu.txt", "cpu-torch.txt", "embedded.txt"]
 
 
 def test_help_is_the_header_and_installs_nothing(checkout: Checkout) -> None:
@@ -112,15 +111,32 @@ def test_unusable_pythons_are_named_with_their_reasons(checkout: Checkout) -> No
     assert "python3: version 3.9, needed is more; python3.12: it lacks ensurepip" in result.stderr
 
 
-@pytest.mark.parametrize("answers", [{"python3": 10, "python3.12": 12}, {"python3.10": 10}])
-def test_python_3_10_is_only_taken_where_nothing_newer_is(
-    checkout: Checkout, answers: dict[str, int]
+@pytest.mark.parametrize(
+    ("stack", "answers"),
+    [
+        ("cpu", {"python3": 10, "python3.12": 12}),
+        ("cpu", {"python3.10": 10}),
+        ("cu121", {"python3": 11, "python3.10": 10}),
+        ("cu121", {"python3.11": 11}),
+    ],
+)
+def test_python_3_10_is_taken_last_but_for_the_old_stack_first(
+    checkout: Checkout, stack: str, answers: dict[str, int]
 ) -> None:
     (checkout.bin / "python3").unlink()
     for name, minor in answers.items():
         checkout.write_tool(name, f"#!/bin/sh\necho {minor} /chosen/{name}\n")
-    found = bash(checkout, "find_python; echo $PYTHON")
+    found = bash(checkout, f"STACK={stack}; find_python; echo $PYTHON")
     assert found.stdout.strip() == f"/chosen/{list(answers)[-1]}"
+
+
+def test_the_old_stack_names_the_pythons_it_cannot_use(checkout: Checkout) -> None:
+    told = "#!/bin/sh\necho version 3.12, needed is 3.10 to 3.$3; exit 1\n"
+    checkout.write_tool("python-new", told)
+    result = checkout.run("training/run.sh", LORA_STACK="cu121", LORA_PYTHON="python-new")
+    assert result.returncode == 69
+    assert "for the stack cu121" in result.stderr
+    assert "needed is 3.10 to 3.11" in result.stderr
 
 
 def test_the_running_python_is_usable(checkout: Checkout) -> None:
@@ -234,8 +250,8 @@ def test_a_folder_without_write_permission_ends_with_77(public_checkout: Checkou
 @pytest.mark.parametrize(
     ("out_of_reach", "calls"),
     [
-        ('*"--no-compile -r "*/torch-cpu.txt', ["--extra-index-url torch-cpu.txt"]),
-        ("*/torch-cpu.txt", ["--extra-index-url torch-cpu.txt", "torch.txt"]),
+        ('*"--no-compile -r "*/cpu-torch.txt', ["--extra-index-url cpu-torch.txt"]),
+        ("*/cpu-torch.txt", ["--extra-index-url cpu-torch.txt", "current-torch.txt"]),
     ],
 )
 def test_torch_comes_from_the_smallest_source_in_reach(
@@ -247,26 +263,89 @@ def test_torch_comes_from_the_smallest_source_in_reach(
     checkout.write_tool("df", ROOMY_DISK)
     result = checkout.run("training/run.sh")
     assert result.returncode == 0, result.stderr
-    assert checkout.calls() == ["venv", "cpu.txt", "torch-cpu.txt", *calls, "embedded.txt"]
+    assert checkout.calls() == ["venv", "cpu.txt", "cpu-torch.txt", *calls, "embedded.txt"]
 
 
 @pytest.mark.parametrize(
-    ("driver", "lock_file"), [("580.65.06, 9.0", "torch.txt"), ("535.1.2, 9.0", "torch-cpu.txt")]
+    ("found", "stack", "told"),
+    [
+        ("580.65.06, 9.0", "current", ""),
+        ("580.65.06, 12.0", "current", ""),
+        ("580.65.06, 7.0", "cu121", ""),
+        ("535.1.2, 9.0", "cu121", ""),
+        ("535.1.2, 12.0", "cpu", "7.0 to 9.0"),
+        ("470.1.2, 8.6", "cpu", "update the driver"),
+    ],
 )
-def test_a_gpu_gets_the_cuda_build_if_its_driver_can(
-    checkout: Checkout, driver: str, lock_file: str
+def test_a_gpu_gets_the_stack_that_its_driver_and_generation_can(
+    checkout: Checkout, found: str, stack: str, told: str
 ) -> None:
-    checkout.write_tool("nvidia-smi", f"#!/bin/sh\necho '{driver}'\n")
+    checkout.write_tool("nvidia-smi", f"#!/bin/sh\necho '{found}'\n")
+    chosen = bash(checkout, "choose_stack; echo $STACK")
+    assert chosen.stdout == f"{stack}\n"
+    assert told in chosen.stderr
+    assert ("The GPU is not used" in chosen.stderr) == (stack == "cpu")
+
+
+def test_a_gpu_of_the_old_stack_is_left_alone_where_no_python_serves_it(
+    checkout: Checkout,
+) -> None:
+    checkout.write_tool("nvidia-smi", "#!/bin/sh\necho '535.1.2, 8.6'\n")
+    checkout.write_tool("python3", "#!/bin/sh\necho 'version 3.12'; exit 1\n")
+    chosen = bash(checkout, "choose_stack; echo $STACK")
+    assert chosen.stdout == "cpu\n"
+    assert "needs Python 3.10 or 3.11" in chosen.stderr
+
+
+@pytest.mark.parametrize(
+    ("stack", "folder"), [("cpu", ".venv"), ("current", ".venv"), ("cu121", ".venv-cu121")]
+)
+def test_a_stack_is_installed_from_its_own_locks(
+    checkout: Checkout, stack: str, folder: str
+) -> None:
     checkout.write_tool("df", ROOMY_DISK)
-    result = checkout.run("training/run.sh")
-    assert checkout.calls() == ["venv", "cpu.txt", lock_file, "embedded.txt"]
-    assert ("The GPU is not used" in result.stderr) == (lock_file == "torch-cpu.txt")
+    result = checkout.run("training/run.sh", LORA_STACK=stack)
+    assert result.returncode == 0, result.stderr
+    assert checkout.calls() == ["venv", f"{stack}.txt", f"{stack}-torch.txt", "embedded.txt"]
+    assert (checkout.training / folder / "stamp").exists()
+
+
+def test_an_unknown_stack_ends_with_78(checkout: Checkout) -> None:
+    result = checkout.run("training/run.sh", LORA_STACK="cu118")
+    assert result.returncode == 78
+    assert "it may be cpu, current or cu121" in result.stderr
+    assert checkout.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "renewed"),
+    [("current", "cpu", False), ("cpu", "current", True), ("current", "cu121", True)],
+)
+def test_the_cuda_build_serves_a_cpu_and_nothing_else_is_exchanged(
+    checkout: Checkout, first: str, second: str, renewed: bool
+) -> None:
+    checkout.write_tool("df", ROOMY_DISK)
+    here = str(checkout.root / "venv")
+    checkout.run("training/run.sh", LORA_STACK=first, LORA_VENV=here)
+    checkout.run("training/run.sh", LORA_STACK=second, LORA_VENV=here)
+    assert checkout.calls().count("venv") == 1 + renewed
+
+
+def test_another_checkout_with_the_same_locks_takes_the_environment_over(tmp_path: Path) -> None:
+    shared = {"LORA_VENV": str(tmp_path / "venv")}
+    first, second = Checkout(tmp_path / "a"), Checkout(tmp_path / "b")
+    assert first.run("training/run.sh", **shared).returncode == 0
+    result = second.run("training/run.sh", **shared)
+    assert result.returncode == 0, result.stderr
+    assert second.calls() == []
+    linked = next((tmp_path / "venv").rglob("lora_trainer.pth"))
+    assert linked.read_text() == f"{second.training}/src\n"
 
 
 LINTER = '#!/bin/sh\\necho "${{0##*/}} $1"; [ "${{0##*/}}" != mypy ]\\n'
 MAKE_LINTERS = (
     (
-        f"case \"$*\" in *test.txt) for name in ruff mypy shellcheck shfmt; do printf '{LINTER}' "
+        f"case \"$*\" in *-test.txt) for name in ruff mypy shellcheck shfmt; do printf '{LINTER}' "
         '>"${0%/*}/$name"; chmod +x "${0%/*}/$name"; done ;; esac'
     )
     .replace("{{", "{")
@@ -279,9 +358,30 @@ def test_test_sh_goes_on_after_a_failure_and_names_it_last(checkout: Checkout) -
     result = checkout.run("training/test.sh", "--fast", "tests/unit")
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == "Failed: mypy"
-    for sign in ("ruff format", "ruff check", "shellcheck --external", "shfmt --diff"):
+    for sign in (
+        "ruff format",
+        "ruff check",
+        "shellcheck --external",
+        "shfmt --diff",
+        "locks --check",
+    ):
         assert sign in result.stdout
     assert "-m pytest -m not gpu and not slow tests/unit" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("status", "last"),
+    [(0, "Failed: mypy"), (1, "Failed: mypy, locks"), (69, "Failed: mypy")],
+    ids=["true", "drifted", "no registry in reach"],
+)
+def test_test_sh_fails_for_drifted_locks_but_not_for_a_missing_network(
+    checkout: Checkout, status: int, last: str
+) -> None:
+    (checkout.root / "pip-does").write_text(MAKE_LINTERS)
+    checkout.write_lock_sh(status)
+    result = checkout.run("training/test.sh")
+    assert result.stderr.splitlines()[-1] == last
+    assert ("no package registry is in reach" in result.stderr) == (status == 69)
 
 
 def test_test_sh_adds_its_packages_once(checkout: Checkout) -> None:
@@ -289,7 +389,7 @@ def test_test_sh_adds_its_packages_once(checkout: Checkout) -> None:
     checkout.run("training/run.sh")
     checkout.run("training/test.sh")
     checkout.run("training/test.sh")
-    assert checkout.calls() == [*FIRST_INSTALLATION, "test.txt"]
+    assert checkout.calls() == [*FIRST_INSTALLATION, "cpu-test.txt"]
 
 
 def test_ci_calls_the_command_of_the_readme(checkout: Checkout) -> None:
@@ -305,11 +405,3 @@ def test_ci_calls_the_command_of_the_readme(checkout: Checkout) -> None:
 def test_ci_fails_where_the_readme_names_no_test_command(checkout: Checkout) -> None:
     (checkout.root / "README.md").write_text("./training/test.sh outside of a block\n")
     assert checkout.run(".ci/run").returncode == 78
-
-
-@pytest.mark.parametrize("name", ["cpu", "torch", "embedded", "test"])
-def test_every_locked_package_has_a_hash_and_no_place_is_named(name: str) -> None:
-    text = (TRAINING / "requirements" / f"{name}.txt").read_text()
-    entries = re.split(r"\n(?=\S)", text.partition("\n")[2].strip())
-    assert all(re.match(r"[\w.-]+==\S+.*\\\n +--hash=sha256:", entry) for entry in entries)
-    assert not re.search(r"://|--index|--find-links", text)

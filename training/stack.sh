@@ -1,0 +1,153 @@
+#!/usr/bin/env bash
+# Which stack and which Python this machine can use, and how the scripts talk. It is sourced, by
+# environment.sh for one, and only defines functions.
+
+# What torch's CUDA builds can use: 2.13.0 has CUDA 13, 2.1.2 has CUDA 12.1 and code for GPUs
+# up to Hopper. The first drivers of CUDA 13 and 12, then compute capabilities without the dot.
+readonly CURRENT_DRIVER=580 CURRENT_CAPABILITY=75
+readonly CU121_DRIVER=525 CU121_CAPABILITY=70 CU121_LAST_CAPABILITY=90
+
+# shellcheck disable=SC2034 # CLEAR_LINE is environment.sh's
+if [[ -t 2 && -z "${NO_COLOR:-}" && "${TERM:-dumb}" != dumb ]]; then
+  readonly BOLD=$'\e[1m' RED=$'\e[31m' PLAIN=$'\e[0m' CLEAR_LINE=$'\r\e[K'
+else
+  readonly BOLD='' RED='' PLAIN='' CLEAR_LINE=''
+fi
+
+say() { printf '%s\n' "$*" >&2; }
+
+# fail CODE WHAT WHERE WHY REMEDY: the same block that the trainer ends with
+fail() {
+  local meaning
+  case "$1" in
+    69) meaning="unavailable" ;;
+    74) meaning="disk full or I/O" ;;
+    75) meaning="another run holds this" ;;
+    77) meaning="no permission" ;;
+    78) meaning="configuration" ;;
+    143) meaning="stopped by signal" ;;
+    *) meaning="internal fault" ;;
+  esac
+  say "$RED$BOLD$2$PLAIN"
+  say "  where:  $3"
+  say "  why:    $4"
+  say "  remedy: $5"
+  say "exit code $1 ($meaning)"
+  exit "$1"
+}
+
+# print_header FILE: its opening comment, which is its manual
+print_header() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$1"; }
+
+# --- Python ---------------------------------------------------------------------------------
+
+python_candidates() {
+  local version path
+  if [[ -n "${LORA_PYTHON:-}" ]]; then
+    printf '%s\n' "$LORA_PYTHON"
+    return
+  fi
+  if [[ "${STACK:-}" == cu121 ]]; then
+    printf '%s\n' python3.10 python3.11 python3 python
+    set -- 3.10 3.11
+  else
+    printf '%s\n' python3 python3.12 python3.11 python3.13 python3.14 python3.10 python
+    set -- 3.12 3.11 3.13 3.14 3.10
+  fi
+  for version; do
+    for path in "${PYENV_ROOT:-${HOME:-}/.pyenv}/versions/$version".*/bin/python3; do
+      [[ -x "$path" ]] && printf '%s\n' "$path"
+    done
+  done
+  return 0
+}
+
+# Prints "MINOR EXECUTABLE" of a CPython from 3.10 to 3.LAST, or fails with the reason.
+readonly PYTHON_PROBE='
+import sys
+last = int(sys.argv[1])
+if sys.version_info[0] != 3 or sys.implementation.name != "cpython" or sys.maxsize < 2**32:
+    sys.exit("no 64-bit CPython 3")
+if not 10 <= sys.version_info[1] <= last:
+    sys.exit("version %d.%d, needed is 3.10 to 3.%d" % (*sys.version_info[:2], last))
+try:
+    import ensurepip, ssl, venv
+except ImportError as error:
+    sys.exit("it lacks the module %s (on Debian and Ubuntu: apt-get install python3-venv)" % error.name)
+print(sys.version_info[1], sys.executable)
+'
+
+# Sets PYTHON to the first candidate that is no 3.10, else to the first 3.10: transformers 5
+# wants 3.11. The stack cu121 is made for 3.10, as its container has, and works with 3.11.
+find_python() {
+  local candidate found second='' reasons='' last=14 is_cu121=0
+  [[ "${STACK:-}" != cu121 ]] || last=11 is_cu121=1
+  while IFS= read -r candidate; do
+    command -v "$candidate" >/dev/null || continue
+    if found="$("$candidate" -c "$PYTHON_PROBE" "$last" 2>&1)"; then
+      PYTHON="${found#* }"
+      (((${found%% *} == 10) != is_cu121)) || return 0
+      second="${second:-$PYTHON}"
+    else
+      found="$(tail -n 1 <<<"$found")"
+      reasons+="${reasons:+; }$candidate: ${found:-it does not run}"
+    fi
+  done < <(python_candidates)
+  PYTHON="$second"
+  [[ -n "$PYTHON" ]] || fail 69 "no usable Python was found${STACK:+ for the stack $STACK}" \
+    "${LORA_PYTHON:+LORA_PYTHON=$LORA_PYTHON, }PATH=$PATH" \
+    "${reasons:-no command python3 is on the PATH}" "$(python_remedy)"
+}
+
+python_remedy() {
+  if [[ "${STACK:-}" == cu121 ]]; then
+    printf 'set LORA_PYTHON=/path/to/python3.10 (pyenv install 3.10), or use another stack: LORA_STACK=cpu\n'
+  else
+    printf 'install Python 3.12 (Debian, Ubuntu: apt-get install python3 python3-venv), or set LORA_PYTHON=/path/to/python3\n'
+  fi
+}
+
+# --- which stack ----------------------------------------------------------------------------
+
+# Prints the stack whose torch can use a GPU of this machine, or fails.
+gpu_stack() {
+  local driver capability major
+  command -v nvidia-smi >/dev/null || return 1
+  IFS=', ' read -r driver capability < <(
+    nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null
+  ) || return 1
+  [[ "$driver" =~ ^[0-9]+\. && "$capability" =~ ^[0-9]+\.[0-9]+$ ]] || return 1
+  major="${driver%%.*}" capability="${capability/./}"
+  if ((major >= CURRENT_DRIVER && capability >= CURRENT_CAPABILITY)); then
+    printf 'current\n'
+  elif ((major < CU121_DRIVER || capability < CU121_CAPABILITY || capability > CU121_LAST_CAPABILITY)); then
+    say "The GPU is not used: driver $driver, compute capability $((capability / 10)).$((capability % 10)); torch" \
+      "needs driver $CURRENT_DRIVER and 7.5 (stack current), or driver $CU121_DRIVER and 7.0 to 9.0" \
+      "(stack cu121). Remedy: update the driver, if the GPU is new enough."
+    return 1
+  elif ! (STACK=cu121 && find_python) 2>/dev/null; then
+    say "The GPU is not used: its driver $driver serves the stack cu121 alone, which needs Python 3.10 or 3.11." \
+      "Remedy: LORA_PYTHON=/path/to/python3.10, or a driver from $CURRENT_DRIVER on."
+    return 1
+  else
+    printf 'cu121\n'
+  fi
+}
+
+# Sets STACK and VENV. The stack cu121 has a folder of its own, so that it can stand beside.
+choose_stack() {
+  case "${LORA_STACK:-cpu}" in
+    cpu | current | cu121) ;;
+    *) fail 78 "LORA_STACK is not understood" "environment LORA_STACK=$LORA_STACK" \
+      "it may be cpu, current or cu121" "unset LORA_STACK" ;;
+  esac
+  STACK="${LORA_STACK:-}"
+  if [[ -z "$STACK" && "$(uname -s)" != Linux ]]; then
+    STACK=current # elsewhere than on Linux the registry's only build
+  elif [[ -z "$STACK" ]]; then
+    STACK="$(gpu_stack)" || STACK=cpu
+  fi
+  VENV="${LORA_VENV:-$TRAINING/.venv}"
+  [[ -n "${LORA_VENV:-}" || "$STACK" != cu121 ]] || VENV="$TRAINING/.venv-cu121"
+  [[ "$VENV" == /* ]] || VENV="$PWD/$VENV"
+}
