@@ -1,4 +1,4 @@
-"""Whether a run is well at a moment, and if not, why: judged from its status and a clock."""
+"""Whether a run is well at a moment, and if not, why and what helps: status and clock tell."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from .status import RunStatus
 
 QUIET_SECONDS = 1800.0  # outside of training a phase may be silent so long: a model download
 LEAST_STALL_SECONDS = 300.0
+AGAIN = "started again with the same command, it resumes from its last checkpoint"
 STALL_STEPS = 20  # a stall is this many times the slowest recent step
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether the run is well at a moment, and if not, why."""
+    """Whether the run is well at a moment, and if not, why and what to do."""
 
     status: Literal["healthy", "unhealthy"]
     reason: str
     seconds_since_progress: float
     is_training: bool
+    remedy: str = ""
 
 
 def health(
@@ -35,11 +37,13 @@ def health(
     `stall_timeout`'s own; without `free_disk_bytes` the disk is not judged.
     """
     since = 0.0 if status.progress_time is None else max(0.0, now - status.progress_time)
-    reason = _fault(status, free_disk_bytes)
+    reason, remedy = _fault(status, free_disk_bytes)
     limit = stall_timeout(status, stall_timeout_seconds)
     if not reason and not status.is_over and since > limit:
         reason = f"no progress for {since:.0f} s in phase {status.phase} (limit {limit:.0f} s)"
-    return Health("unhealthy" if reason else "healthy", reason, since, status.is_training)
+        remedy = f"see train.log; stopped and {AGAIN}"
+    state: Literal["healthy", "unhealthy"] = "unhealthy" if reason else "healthy"
+    return Health(state, reason, since, status.is_training, remedy)
 
 
 def stall_timeout(status: RunStatus, configured_seconds: float) -> float:
@@ -66,21 +70,31 @@ def bytes_of_next_checkpoint(status: RunStatus) -> int:
     return max((saved.bytes for saved in status.checkpoints), default=expected)
 
 
-def _fault(status: RunStatus, free_disk_bytes: int | None) -> str:
+def _fault(status: RunStatus, free_disk_bytes: int | None) -> tuple[str, str]:
+    """Return what is wrong and what helps, both empty if nothing is."""
     if status.exit_code not in (None, 0, 143):
-        return f"the run ended with exit code {status.exit_code}: {_cause(status)}"
+        reason = f"the run ended with exit code {status.exit_code}: {_cause(status)}"
+        return reason, _remedy(status)
     if status.phase == "failed":
-        return f"the run failed: {_cause(status)}"
+        return f"the run failed: {_cause(status)}", _remedy(status)
     if status.is_over:
-        return ""
+        return "", ""
     if status.is_worker_down:
-        return f"the worker ended ({_cause(status)}) and is started again"
+        reason = f"the worker ended ({_cause(status)}) and is started again"
+        return reason, "nothing to do: it goes on from its last checkpoint"
     if not status.is_loss_finite:
-        return f"the loss is not finite at step {status.step}"
+        reason = f"the loss is not finite at step {status.step}"
+        return reason, "a lower --learning_rate or --max_grad_norm, and --resume never"
     needed = bytes_of_next_checkpoint(status)
     if free_disk_bytes is not None and free_disk_bytes < needed:
-        return f"the disk has {free_disk_bytes:,} bytes, the next checkpoint needs {needed:,}"
-    return ""
+        reason = f"the disk has {free_disk_bytes:,} bytes, the next checkpoint needs {needed:,}"
+        return reason, f"make room in {status.output_dir}"
+    return "", ""
+
+
+def _remedy(status: RunStatus) -> str:
+    problems = status.failure.problems if status.failure else []
+    return (problems[0].get("remedy") if problems else "") or f"see train.log; {AGAIN}"
 
 
 def _cause(status: RunStatus) -> str:

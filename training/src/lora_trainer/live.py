@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .events import Event, Sample, parse_line
-from .health import Health, health
+from .health import AGAIN, Health, health
 from .history import History
 from .status import RunStatus, fold
 
@@ -141,7 +141,9 @@ class LiveRun:
         now = self._clock()
         judged = health(self.status, now, self._stall_timeout_seconds, self.free_disk_bytes())
         if judged.status == "healthy" and (reason := self._own_fault()):
-            return Health("unhealthy", reason, judged.seconds_since_progress, judged.is_training)
+            remedy = AGAIN if self.is_abandoned else ""
+            since = judged.seconds_since_progress
+            return Health("unhealthy", reason, since, judged.is_training, remedy)
         return judged
 
     def _own_fault(self) -> str:

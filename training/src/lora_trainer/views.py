@@ -29,6 +29,7 @@ def health_view(live: LiveRun, gauges: Gauges) -> Answer:
         "is_training": judged.is_training,
         "phase": live.status.phase,
         "reason": judged.reason,
+        "remedy": judged.remedy,
         "seconds_since_progress": round(judged.seconds_since_progress, 3),
     }
 
@@ -98,6 +99,7 @@ def status_view(live: LiveRun, gauges: Gauges) -> Answer:
         **{key: status.plan.get(key) for key in ("device", "precision", "attention")},
         "checkpoints": [
             _picked(saved, ("step", "path", "bytes", "seconds", "is_best"))
+            | {"time": saved.after.time if saved.after else None}
             for saved in status.checkpoints
         ],
         "restarts": [

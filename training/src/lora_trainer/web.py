@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import importlib.resources
+import importlib.util
 import mimetypes
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -33,6 +35,9 @@ PULSE_SECONDS = 0.25  # between looks at what is new: many steps make one write
 TICK_SECONDS = 1.0
 SILENT_PULSES = 60  # without anything to say: a comment keeps proxies from closing
 PAGE = "index.html"
+# The charts are drawn by a library that stays in its installed package, which is never imported.
+LIBRARY = "bokeh"
+LIBRARY_FILES = ("server/static/js/bokeh.min.js", "server/static/js/bokeh-api.min.js")
 
 
 @dataclass
@@ -197,9 +202,17 @@ class Pages:
 def static_files() -> dict[str, Callable[[], bytes]]:
     """Return the dashboard's files by name; no path is ever made from a request."""
     folder = importlib.resources.files(__package__ or "") / "dashboard"
-    if not folder.is_dir():
-        return {}
-    return {entry.name: entry.read_bytes for entry in folder.iterdir() if entry.is_file()}
+    entries = folder.iterdir() if folder.is_dir() else ()
+    own = {entry.name: entry.read_bytes for entry in entries if entry.is_file()}
+    return own | {path.name: path.read_bytes for path in library_files()}
+
+
+def library_files() -> list[Path]:
+    """Return the chart library's files; none where it is not installed, which the page tells."""
+    spec = importlib.util.find_spec(LIBRARY)
+    folders = spec.submodule_search_locations if spec else None
+    found = [Path(folder, name) for folder in folders or () for name in LIBRARY_FILES]
+    return [path for path in found if path.is_file()]
 
 
 def make_app(pages: Pages, *, names: list[str], token: str, port: int) -> App:

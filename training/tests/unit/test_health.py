@@ -9,7 +9,7 @@ from lora_trainer.events import Ended, Failed, PhaseChanged, Progress, Restarted
 from lora_trainer.health import health, stall_timeout
 from lora_trainer.status import RunStatus
 
-PROBLEM = [{"what": "row 3 is broken"}]
+PROBLEM = [{"what": "row 3 is broken", "remedy": "mend row 3"}]
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,7 @@ def test_a_fault_is_unhealthy_with_its_reason(events, reason):
     state = health(after(*events, status=training()), 5.0, 100.0)
     assert state.status == "unhealthy"
     assert reason in state.reason
+    assert state.remedy
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,11 @@ def test_a_run_that_is_over_in_peace_stays_healthy(last):
 def test_a_restarted_worker_is_healthy_again():
     down = after(Restarted(time=3.0, attempt=1, cause="killed", exit_code=137), status=training())
     assert health(after(started(4.0, attempt=1), status=down), 5.0, 100.0).status == "healthy"
+
+
+def test_a_failure_brings_its_own_remedy():
+    failed = Failed(time=3.0, exit_code=65, problems=PROBLEM)
+    assert health(after(failed, status=training()), 5.0, 100.0).remedy == "mend row 3"
 
 
 def test_silence_beyond_the_limit_is_unhealthy():
