@@ -220,7 +220,7 @@ make_environment() {
     : >"$LOG"
     install "the locked packages" --require-hashes -r "$LOCKS/$STACK.txt"
     install_torch
-    install "the embedded base model" --require-hashes -r "$LOCKS/embedded.txt"
+    install "the embedded base model and charts" --require-hashes -r "$LOCKS/embedded.txt"
     say "  done in $((SECONDS - begun)) s"
   fi
   rm -f -- "$VENV/stamp"

