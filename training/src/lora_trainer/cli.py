@@ -150,7 +150,9 @@ def _usage(error: Exception) -> TrainerError:
 def _end(error: TrainerError) -> int:
     if os.environ.get(DEBUG):
         traceback.print_exc()
-    typer.echo(f"\n{error.block()}", err=True)
+    from .redaction import Redaction
+
+    typer.echo(f"\n{Redaction.of(os.environ).text(error.block())}", err=True)
     return error.exit_code
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from .events import Event, Sample, parse_line
 from .health import AGAIN, Health, health
 from .history import History
+from .redaction import Redaction
 from .status import RunStatus, fold
 
 KEPT_FRAMES = 4096
@@ -42,7 +43,7 @@ class LiveRun:
 
     def __init__(
         self,
-        *,
+        redaction: Redaction,
         stall_timeout_seconds: float = 0.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -57,6 +58,7 @@ class LiveRun:
         self.log_lines_seen = 0
         self._stall_timeout_seconds = stall_timeout_seconds
         self._clock = clock
+        self._redaction = redaction
         self._frames: deque[Frame] = deque(maxlen=KEPT_FRAMES)
         self._lock = threading.Lock()
         self._sequence = 0
@@ -87,6 +89,7 @@ class LiveRun:
             for line in lines:
                 event = parse_line(line)
                 if event is not None:
+                    event = self._redaction.event(event)
                     status = fold(status, event)
                     history.add(event)
         with self._lock:
@@ -96,7 +99,7 @@ class LiveRun:
 
     def add_log(self, text: str) -> None:
         """Take up lines of the log."""
-        lines = text.splitlines()
+        lines = self._redaction.text(text).splitlines()
         with self._lock:
             self.log.extend(lines)
             self.log_lines_seen += len(lines)

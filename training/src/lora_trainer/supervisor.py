@@ -41,6 +41,7 @@ from .events import (
     parse_line,
 )
 from .live import LiveRun
+from .logfile import open_log
 from .output import (
     DIGEST,
     DONE,
@@ -54,6 +55,7 @@ from .output import (
     write_json,
     write_text,
 )
+from .redaction import Redaction
 from .report import write_report
 from .server import LogTail, StatusServer, read_token
 from .sources import Settings
@@ -105,7 +107,9 @@ class Supervisor:
         self.output_dir = output_folder(settings)
         self.run_name = self.config.output.run_name or self.output_dir.name
         monitoring = self.config.monitoring
-        self.live = LiveRun(stall_timeout_seconds=monitoring.stall_timeout_seconds)
+        self._token = read_token(monitoring.health_token_file)
+        self.redaction = Redaction.of(os.environ, self.config.model.hf_token, self._token)
+        self.live = LiveRun(self.redaction, monitoring.stall_timeout_seconds)
         self._events: EventFile | None = None
         self._worker: subprocess.Popen[bytes] | None = None
         self._lock_file: IO[str] | None = None
@@ -131,7 +135,8 @@ class Supervisor:
                 if claim.is_left_alone(self.output_dir, self.settings):
                     return 0
                 self._moved_to = claim.make_room(self.output_dir, self.settings)
-                write_json(self.output_dir / RESOLVED, self.settings.redacted())
+                redacted = self.redaction.value(self.settings.redacted())
+                write_json(self.output_dir / RESOLVED, redacted)
                 write_text(self.output_dir / DIGEST, self.config.digest() + "\n")
                 return self._run_served(server)
 
@@ -152,8 +157,9 @@ class Supervisor:
                 place.unlink()
 
     def tell(self, event: Event) -> None:
-        """Record an event, take it up, show it."""
+        """Record an event, take it up, show it; without secrets."""
         assert self._events is not None
+        event = self.redaction.event(event)
         self._events.append(event)
         self.show(event, self.live.add(event))
 
@@ -165,7 +171,7 @@ class Supervisor:
             self.live,
             host=monitoring.health_host,
             port=monitoring.health_port,
-            token=read_token(monitoring.health_token_file),
+            token=self._token,
             allowed_hosts=monitoring.health_allowed_hosts,
             folder=self.output_dir,
             log=LogTail(self.live, self.output_dir / LOG),
@@ -229,9 +235,10 @@ class Supervisor:
             "config": self.config.model_dump(mode="json"),
             "output_dir": str(self.output_dir),
             "run_name": self.run_name,
-            "redacted": self.settings.redacted(),
+            "redacted": self.redaction.value(self.settings.redacted()),
         }
-        with (self.output_dir / LOG).open("ab") as log, os.fdopen(reading):
+        place = self.output_dir / LOG
+        with open_log(place, self.redaction) as log, os.fdopen(reading):
             with contextlib.suppress(BrokenPipeError):
                 self._worker = worker = subprocess.Popen(
                     [sys.executable, "-m", "lora_trainer.worker"],
@@ -278,7 +285,8 @@ class Supervisor:
                     if not heard:
                         return failure, stall
                     *lines, torn = (torn + heard).split(b"\n")
-                    for event in filter(None, map(parse_line, map(_decoded, lines))):
+                    events = filter(None, map(parse_line, map(_decoded, lines)))
+                    for event in map(self.redaction.event, events):
                         self.tell(event)
                         failure = event if isinstance(event, Failed) else failure
                 if time.monotonic() - checked >= WATCH_SECONDS:

@@ -149,7 +149,7 @@ class Run:
     @property
     def worker(self) -> int:
         """Return the worker's process id."""
-        return self.family()[1]
+        return next(pid for pid in self.family() if "lora_trainer.worker" in _command(pid))
 
     def family(self) -> list[int]:
         """Return the supervisor's process id and those of all its descendants."""
@@ -175,6 +175,13 @@ def wait_until_gone(pids: list[int]) -> None:
     until = time.monotonic() + 10
     while time.monotonic() < until and any(_is_running(pid) for pid in pids):
         time.sleep(0.005)
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
 
 
 def _is_running(pid: int) -> bool:

@@ -16,9 +16,10 @@ SOURCE = Path(lora_trainer.__file__).parent
 LAYERS = [
     {"errors", "compat", "gate", "connections"},
     {"config", "machine", "events"},
+    {"redaction"},
     {"sources", "status", "health", "history", "curves", "plan", "terminal", "wording"},
     {"data", "model", "optim", "checkpoint", "card", "precision", "trackers"},
-    {"evaluate", "export", "report", "display", "output", "live", "hardware"},
+    {"evaluate", "export", "report", "display", "output", "live", "hardware", "logfile"},
     {"views"},
     {"web"},
     {"server"},
@@ -30,9 +31,9 @@ LAYERS = [
     {"cli"},
 ]
 # Layers whose modules build on one another; elsewhere neighbours do not know each other.
-OPEN_LAYERS = {2}
+OPEN_LAYERS = {3}
 LIGHT = ["cli", "supervisor", "sources", "status", "display", "report", "check", "plan", "worker"]
-LIGHT += ["live", "hardware", "views", "web", "server", "connections"]
+LIGHT += ["live", "hardware", "views", "web", "server", "connections", "logfile"]
 
 
 def top_modules() -> dict[str, int]:

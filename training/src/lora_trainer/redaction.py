@@ -1,0 +1,131 @@
+"""Strikes secrets out of everything that is written, shown or served.
+
+A secret is the value of any environment variable whose name says so, what `hf auth login`
+and .netrc keep, and what the configuration gave; written plainly, in JSON or in a URL.
+Tokens of a known shape and passwords in URLs go too, wherever they come from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote, quote_plus
+
+from .events import Event
+
+STRUCK = "***"
+LEAST_CHARACTERS = 6  # a shorter value stands in too much that is no secret
+MOST_BYTES = 64 * 1024
+# TOKENIZERS_PARALLELISM=false is none, nor is a file that a name ends by announcing.
+NAMES = re.compile(r"TOKEN(?!IZER)|SECRET|KEY|PASSW|CREDENTIAL", re.IGNORECASE)
+PLACES = re.compile(r"_(FILE|PATH|DIR|SOCK)$", re.IGNORECASE)
+SHAPES = (
+    r"\bhf_[A-Za-z0-9]{20,}",
+    r"(?i:(?<=bearer )[A-Za-z0-9._~+/=-]{16,})",
+    r"(?<=://)[^\s/:@\"']+:[^\s/@\"']+(?=@)",
+)
+# Words of a fixed vocabulary: no reader could do with another one.
+KEPT_FIELDS = frozenset({"phase", "when"})
+
+
+Said = TypeVar("Said", bound=Event)
+
+
+class Redaction:
+    """Knows the secrets; replaces them by three asterisks."""
+
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        self.secrets = frozenset(secrets)
+        written = {form for secret in self.secrets for form in _forms(secret)}
+        known = [re.escape(form) for form in sorted(written, key=len, reverse=True)]
+        self._pattern = re.compile("|".join([*known, *SHAPES]))
+
+    @staticmethod
+    def of(environ: Mapping[str, str], *more: str | None) -> Redaction:
+        """Return the redaction of what this process can know, and of `more`."""
+        named = [
+            value
+            for name, value in environ.items()
+            if NAMES.search(name) and not PLACES.search(name) and not Path(value).is_absolute()
+        ]
+        return Redaction([*named, *_kept_secrets(environ), *(one for one in more if one)])
+
+    @property
+    def longest_bytes(self) -> int:
+        """Return the size of the longest secret."""
+        return max((len(secret.encode()) for secret in self.secrets), default=0)
+
+    def text(self, text: str) -> str:
+        """Return the text without secrets."""
+        return self._pattern.sub(STRUCK, text)
+
+    def data(self, data: bytes) -> bytes:
+        """Return bytes of text without secrets; what is not UTF-8 stays as it is."""
+        return self.text(data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+
+    def value(self, value: Any) -> Any:
+        """Return plain data without secrets."""
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, Mapping):
+            return {self.value(key): self.value(part) for key, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.value(part) for part in value)
+        return value
+
+    def event(self, event: Said) -> Said:
+        """Return the event without secrets; mostly the very one that was given."""
+        struck = {
+            field.name: clean
+            for field in fields(event)
+            if field.name not in KEPT_FIELDS
+            and (clean := self.value(value := getattr(event, field.name))) != value
+        }
+        return replace(event, **struck) if struck else event
+
+
+def _forms(secret: str) -> set[str]:
+    """Return how a secret may be written; each line of a long one counts, such as a key's."""
+    lines = [line.strip() for line in secret.splitlines()]
+    found = set()
+    for part in [secret.strip(), *lines]:
+        in_json = json.dumps(part)[1:-1]
+        in_urls = {quote(part), quote(part, safe=""), quote_plus(part)}
+        found |= {part, in_json, repr(part)[1:-1]} | in_urls
+    return {form for form in found if len(form) >= LEAST_CHARACTERS}
+
+
+def _kept_secrets(environ: Mapping[str, str]) -> list[str]:
+    """Return what tools have stored for this user."""
+    home = Path(environ.get("HOME") or "~").expanduser()
+    hub = Path(environ.get("HF_HOME") or home / ".cache" / "huggingface")
+    files = [Path(environ.get("HF_TOKEN_PATH") or hub / "token")]
+    files += [
+        Path(value)
+        for name, value in environ.items()
+        if name.endswith("_FILE") and NAMES.search(name)
+    ]
+    found = []
+    for path in files:
+        with contextlib.suppress(OSError, ValueError):
+            if path.is_file() and path.stat().st_size <= MOST_BYTES:
+                found.append(path.read_text(encoding="utf-8"))
+    return found + _netrc_passwords(Path(environ.get("NETRC") or home / ".netrc"))
+
+
+def _netrc_passwords(path: Path) -> list[str]:
+    if not os.access(path, os.R_OK):
+        return []
+    import netrc
+
+    try:
+        known = netrc.netrc(str(path))
+    except (netrc.NetrcParseError, OSError, ValueError):
+        return []
+    return [password for _, _, password in known.hosts.values() if password]
