@@ -266,7 +266,8 @@ def _started(status: RunStatus, event: said.RunStarted) -> RunStatus:
         finished=None,
         stopped=None,
         exit_code=None,
-        is_worker_down=False,
+        # A restarted worker is back with its own first word, not with the intention.
+        is_worker_down=event.attempt > 0,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 from dataclasses import dataclass
@@ -53,18 +52,6 @@ def test_five_kills_change_neither_the_losses_nor_the_bytes(
     ended = trainer.train(output)
     assert ended.code == 0, ended.err
     assert len(of_kind(output, "resumed")) >= 4
-    assert_same_as(undisturbed, output)
-
-
-def test_killed_worker_is_started_again(trainer: Trainer, undisturbed: Path) -> None:
-    output = trainer.root / "worker-killed"
-    run = trainer.start(output)
-    run.wait_for(at_step(23))
-    os.kill(run.worker, signal.SIGKILL)
-    ended = run.wait()
-    assert ended.code == 0, ended.err
-    (restart,) = of_kind(output, "restart")
-    assert restart["exit_code"] == -signal.SIGKILL
     assert_same_as(undisturbed, output)
 
 

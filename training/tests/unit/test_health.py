@@ -37,9 +37,12 @@ def test_a_run_that_is_over_in_peace_stays_healthy(last):
     assert (state.status, state.is_training) == ("healthy", False)
 
 
-def test_a_restarted_worker_is_healthy_again():
+def test_a_restarted_worker_is_healthy_again_with_its_first_word():
     down = after(Restarted(time=3.0, attempt=1, cause="killed", exit_code=137), status=training())
-    assert health(after(started(4.0, attempt=1), status=down), 5.0, 100.0).status == "healthy"
+    begun = after(started(4.0, attempt=1), status=down)
+    assert health(begun, 5.0, 100.0).status == "unhealthy"
+    back = after(PhaseChanged(time=4.5, phase="starting"), status=begun)
+    assert health(back, 5.0, 100.0).status == "healthy"
 
 
 def test_a_failure_brings_its_own_remedy():
