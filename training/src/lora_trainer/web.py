@@ -8,6 +8,7 @@ holds nothing back and is told `reset` when the ring has moved on without it.
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.resources
 import importlib.util
 import mimetypes
@@ -120,6 +121,7 @@ class Pages:
             Route("/history", self.history),
             Route("/log", self.log),
             Route("/events", self.events),
+            Route("/openapi.json", self.openapi),
             Route("/static/{name}", self.static),
         ]
 
@@ -128,9 +130,18 @@ class Pages:
         view = views.health_view(self.live, self.gauges)
         return answer(view, 200 if view["status"] == "healthy" else 503)
 
-    async def metrics(self, _request: Request) -> Response:
-        """Return the figures of the moment."""
-        return answer(views.metrics_view(self.live, self.gauges))
+    async def metrics(self, request: Request) -> Response:
+        """Return the figures of the moment, in the format that is asked for."""
+        from . import exposition  # 0.1 s that the first answer need not wait for
+
+        kind = exposition.negotiate(",".join(request.headers.getlist("accept")))
+        if kind == exposition.JSON_TYPE:
+            found = answer(views.metrics_view(self.live, self.gauges))
+        else:
+            exposed = exposition.expose(self.live, self.gauges, kind)
+            found = Response(exposed, headers={"content-type": kind})
+        found.headers["vary"] = "Accept"
+        return found
 
     async def status(self, _request: Request) -> Response:
         """Return all that is known."""
@@ -181,6 +192,10 @@ class Pages:
             return -1  # of another server: begin with a reset
         return int(number[:18])
 
+    async def openapi(self, _request: Request) -> Response:
+        """Return the document that describes all of this."""
+        return answer(openapi_document())
+
     async def page(self, request: Request) -> Response:
         """Return the dashboard."""
         if "token" in request.query_params:  # it has done its work: out of the address line
@@ -197,6 +212,16 @@ class Pages:
             raise HTTPException(404, "there is nothing here")
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
         return Response(found(), media_type=kind)
+
+
+@functools.cache
+def openapi_document() -> dict[str, Any]:
+    """Return the OpenAPI document of this server."""
+    import yaml
+
+    text = (importlib.resources.files(__package__ or "") / "openapi.yaml").read_text("utf-8")
+    document: dict[str, Any] = yaml.safe_load(text)
+    return document
 
 
 def static_files() -> dict[str, Callable[[], bytes]]:

@@ -20,7 +20,7 @@ LAYERS = [
     {"sources", "status", "health", "history", "curves", "plan", "terminal", "wording"},
     {"data", "model", "optim", "checkpoint", "card", "precision", "trackers"},
     {"evaluate", "export", "report", "display", "output", "live", "hardware", "logfile"},
-    {"views"},
+    {"views", "exposition"},
     {"web"},
     {"server"},
     {"loop"},
@@ -33,7 +33,7 @@ LAYERS = [
 # Layers whose modules build on one another; elsewhere neighbours do not know each other.
 OPEN_LAYERS = {3}
 LIGHT = ["cli", "supervisor", "sources", "status", "display", "report", "check", "plan", "worker"]
-LIGHT += ["live", "hardware", "views", "web", "server", "connections", "logfile"]
+LIGHT += ["live", "hardware", "views", "web", "server", "connections", "logfile", "exposition"]
 
 
 def top_modules() -> dict[str, int]:

@@ -1,0 +1,38 @@
+"""Live runs and readings of machines, made up for the tests of what is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from run_events import RUN, sample, saved, stepped
+
+from lora_trainer.events import Failed, PhaseChanged, Restarted, Warned
+from lora_trainer.hardware import Gauges, GpuReading, HostReading, Reading
+from lora_trainer.live import LiveRun
+from lora_trainer.redaction import Redaction
+
+
+def gauges_of() -> Gauges:
+    """Return gauges of a machine with one GPU that does not tell all."""
+    gauges = Gauges(Path())
+    host = HostReading(1, 2, 3, 4, None, None, 5.0)
+    gauges.keep(Reading(1.0, host, (GpuReading(0, "GPU", 1, 2, None, 40, 99.5),)))
+    return gauges
+
+
+def live_run(*events) -> LiveRun:
+    live = LiveRun(Redaction())
+    for event in events:
+        live.add(event)
+    return live
+
+
+def full_run() -> LiveRun:
+    """Return a run in which everything happened that can."""
+    live = live_run(
+        *RUN, stepped(41, loss=float("nan")), saved(41), sample(41, "after"), Warned(message="w"),
+        PhaseChanged(phase="saving"), Restarted(attempt=1, cause="killed", exit_code=-9),
+        Failed(exit_code=70, problems=[{"what": "x", "remedy": "y"}]),
+    )  # fmt: skip
+    live.add_log("a line\n")
+    return live
