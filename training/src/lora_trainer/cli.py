@@ -8,11 +8,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .errors import ConfigError, InternalError, TrainerError
+
+if TYPE_CHECKING:
+    from .trained import Trained
 
 DEBUG = "LORA_TRAINER_DEBUG"
 QUIET = {
@@ -77,6 +80,95 @@ def check(
     check_all(settings, sample_rows=rows if show_sample else 0)
 
 
+Target = Annotated[Path, typer.Argument(help="A folder that is not there yet.")]
+Place = Annotated[str, typer.Argument(help="A run's folder, an adapter's, or a base model.")]
+Base = Annotated[
+    str | None, typer.Option("--model", help="Base model, where it is not the one named.")
+]
+
+
+@app.command()
+def chat(
+    place: Place,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Answer this alone; - is standard input.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="The base model, adapter off.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Share of likely tokens to draw from.")] = 1.0,
+    model: Base = None,
+    debug: Debug = False,
+) -> None:
+    """Talk with a trained model, or answer one prompt."""
+    from .chat import Asking, talk
+
+    asking = Asking(system, base, max_new_tokens, temperature, top_p)
+    talk(_trained(place, model, debug), asking, None if prompt == "-" else prompt)
+
+
+@app.command()
+def evaluate(
+    place: Place,
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Rows to evaluate on; the run's own held-out ones.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a folder or hub dataset.")] = None,
+    rows: Annotated[int, typer.Option(min=0, help="The first so many rows; 0: all.")] = 0,
+    answers: Annotated[
+        bool, typer.Option("--answers/--no-answers", help="Make answers, for exact match.")
+    ] = True,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer, in tokens; as the run had it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write JSON to this file too.")] = None,
+    model: Base = None,
+    debug: Debug = False,
+) -> None:
+    """Compare base model and adapter on held-out rows."""
+    from .comparison import Wanted, compare
+
+    wanted = Wanted(tuple(dataset or ()), split, rows, answers, max_new_tokens)
+    compare(_trained(place, model, debug), wanted, is_json=as_json, output=output)
+
+
+@app.command()
+def merge(place: Place, target: Target, model: Base = None, debug: Debug = False) -> None:
+    """Merge an adapter into its base model; check that both answer alike."""
+    from .merge import merge
+
+    merge(_trained(place, model, debug), target)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder, or a run's.")],
+    target: Target,
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint's adapter in PEFT's format, also of an unfinished run."""
+    from .extract import export_adapter
+
+    if debug:
+        os.environ[DEBUG] = "1"
+    export_adapter(checkpoint, target)
+
+
+def _trained(place: str, model: str | None, debug: bool) -> Trained:
+    """Find a trained adapter; the token and the caches are this machine's."""
+    from .sources import resolve
+    from .trained import find
+
+    if debug:
+        os.environ[DEBUG] = "1"
+    own = resolve(None, os.environ, []).config.model
+    return find(
+        place, model_name_or_path=model, hf_token=own.hf_token, model_cache_dir=own.model_cache_dir
+    )
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a config file."""
@@ -138,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupted() -> int:
-    typer.echo("stopped before the run began; nothing was changed", err=True)
+    typer.echo("stopped before it began; nothing was changed", err=True)
     return INTERRUPTED
 
 

@@ -40,7 +40,7 @@ def open_data(
     cache = Path(data.dataset_cache_dir or load.default_cache() / "datasets")
     factory = TokenizerFactory(
         _tokenizer_folder(source, tokenizer, cache),
-        _template_text(data.chat_template),
+        None if data.chat_template is None else load.template_text(data.chat_template),
         data.train_on,
         config.model.trust_remote_code,
     )
@@ -118,12 +118,6 @@ def _tokenizer_folder(source: load.ModelSource, tokenizer: Any, cache: Path) -> 
     folder = cache / "tokenizers" / key
     tokenizer.save_pretrained(str(folder))
     return folder
-
-
-def _template_text(template: str | None) -> str | None:
-    if template is None or "{" in template:
-        return template
-    return Path(template).read_text(encoding="utf-8")
 
 
 def data_digest(splits: DataSplits, weights: list[float]) -> str:

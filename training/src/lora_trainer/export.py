@@ -9,8 +9,7 @@ from typing import Any
 
 from .card import CardFacts, write_model_card
 from .checkpoint import sync
-
-FINAL = "final_model"
+from .output import FINAL
 
 
 def save_initial(model: Any, folder: Path) -> Path:
@@ -28,17 +27,9 @@ def export(
     `initial` is the folder of `save_initial`: the adapter is then converted so that it
     fits the untouched base model.
     """
-    for lora in model.peft_config.values():
-        # PEFT keeps them as a set, whose order differs from run to run.
-        if isinstance(lora.target_modules, set):
-            lora.target_modules = sorted(lora.target_modules)
     final, beside = output_dir / FINAL, output_dir / f".{FINAL}.writing"
     shutil.rmtree(beside, ignore_errors=True)
-    conversion = {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}
-    with warnings.catch_warnings():
-        # PEFT warns that PiSSA and OLoRA change the base: the conversion undoes just that.
-        warnings.simplefilter("ignore")
-        model.save_pretrained(str(beside), safe_serialization=True, **conversion)
+    save_adapter(model, beside, initial)
     tokenizer.save_pretrained(str(beside))
     write_model_card(beside / "README.md", facts)
     for path in (*beside.iterdir(), beside):
@@ -46,3 +37,26 @@ def export(
     shutil.rmtree(final, ignore_errors=True)
     beside.replace(final)
     return final
+
+
+def save_adapter(
+    model: Any,
+    folder: Path,
+    initial: Path | None = None,
+    weights: dict[str, Any] | None = None,
+) -> None:
+    """Write the adapter in PEFT's format, converted where the init changed the base.
+
+    `weights` are the trained parameters by name where they are not those in the model.
+    """
+    for lora in model.peft_config.values():
+        # PEFT keeps them as a set, whose order differs from run to run.
+        if isinstance(lora.target_modules, set):
+            lora.target_modules = sorted(lora.target_modules)
+    conversion = {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}
+    with warnings.catch_warnings():
+        # PEFT warns that PiSSA and OLoRA change the base: the conversion undoes just that.
+        warnings.simplefilter("ignore")
+        model.save_pretrained(
+            str(folder), safe_serialization=True, state_dict=weights, **conversion
+        )

@@ -18,13 +18,14 @@ EVENTS = "events.jsonl"
 RESOLVED = "config.resolved.json"
 LOG = "train.log"
 LOCK = ".lock"
+FINAL = "final_model"
 SERVER = "server.json"  # where the status server answers, while it does
 # Everything that a run writes, but for its lock, which whoever archives is holding.
 OWN = frozenset(
     {
         DONE, EVENTS, RESOLVED, LOG, DIGEST, SERVER, "plan.json", "data.json", "environment.json",
-        "report.html", "loss.png", "logs", "checkpoints", "initial_adapter", "final_model",
-        ".final_model.writing",
+        "report.html", "loss.png", "logs", "checkpoints", "initial_adapter", FINAL,
+        f".{FINAL}.writing",
     }
 )  # fmt: skip
 

@@ -164,6 +164,7 @@ def open_session(config: Config, output_dir: Path, emit: Callable[[Event], None]
     shape = load.load_config(source, config.model)
     emit(PhaseChanged(phase="tokenizing"))
     splits = open_data(config, source, tokenizer, emit)
+    load.use_template(tokenizer, config.data.chat_template)
     emit(PhaseChanged(phase="loading", detail=source.name))
     for warning in data_warnings(config, splits):
         emit(Warned(message=warning))

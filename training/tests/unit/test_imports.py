@@ -18,15 +18,15 @@ LAYERS = [
     {"config", "machine", "events"},
     {"redaction"},
     {"sources", "status", "health", "history", "curves", "plan", "terminal", "wording"},
-    {"data", "model", "optim", "checkpoint", "card", "precision", "trackers"},
-    {"evaluate", "export", "report", "display", "output", "live", "hardware", "logfile"},
+    {"data", "model", "optim", "checkpoint", "card", "output", "precision", "trackers"},
+    {"evaluate", "export", "report", "display", "live", "hardware", "logfile"},
     {"views", "exposition"},
     {"web"},
     {"server"},
     {"loop"},
     {"dataset", "watch", "claim"},
-    {"session"},
-    {"worker", "check"},
+    {"session", "target", "trained"},
+    {"worker", "check", "chat", "comparison", "extract", "merge"},
     {"supervisor"},
     {"cli"},
 ]
@@ -34,6 +34,7 @@ LAYERS = [
 OPEN_LAYERS = {3}
 LIGHT = ["cli", "supervisor", "sources", "status", "display", "report", "check", "plan", "worker"]
 LIGHT += ["live", "hardware", "views", "web", "server", "connections", "logfile", "exposition"]
+LIGHT += ["chat", "comparison", "extract", "merge", "target", "trained"]
 
 
 def top_modules() -> dict[str, int]:

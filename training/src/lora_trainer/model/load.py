@@ -169,6 +169,17 @@ def load_tokenizer(source: ModelSource, section: ModelSection) -> Any:
     return tokenizer
 
 
+def use_template(tokenizer: Any, template: str | None) -> None:
+    """Have an exported tokenizer ask the model as it was trained: by a template that was given."""
+    if template is not None:
+        tokenizer.chat_template = template_text(template)
+
+
+def template_text(template: str) -> str:
+    """Return a chat template's text: itself, or what is in the file that it names."""
+    return template if "{" in template else Path(template).read_text(encoding="utf-8")
+
+
 def load_config(source: ModelSource, section: ModelSection) -> Any:
     """Load the model's config alone.
 

@@ -1,0 +1,200 @@
+"""Take the adapter out of a checkpoint, in PEFT's format: `lora-trainer export`.
+
+For a run that is not finished, or a step that is not the last one. A finished run's
+folder gives a copy of its final adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from .errors import Problem, UnavailableError
+from .output import EVENTS, FINAL
+from .target import fresh_folder, refuse_existing, refuse_full_disk
+from .trained import (
+    ADAPTER_CONFIG,
+    CHECKPOINTS,
+    Trained,
+    config_of_run,
+    is_checkpoint,
+    locate_base,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A checkpoint that verified: its adapter's weights by name, and the step they are of."""
+
+    run: Path
+    step: int
+    adapter: dict[str, Any]
+    seconds: float
+
+
+def export_adapter(named: str, target: Path) -> None:
+    """Write the adapter of a checkpoint, or of a run's newest sound one, to `target`.
+
+    Raises:
+        UnavailableError: there is none, or it does not verify.
+        ConfigError, StorageError: the target is there already, or has no room.
+    """
+    path = Path(named).expanduser().absolute()
+    refuse_existing(target)
+    if (path / FINAL / ADAPTER_CONFIG).is_file():
+        _copy(path / FINAL, target)
+        typer.echo(f"the run is finished: its final adapter was copied to {target}")
+        return
+    taken = _take(path, named)
+    config = config_of_run(taken.run)
+    refuse_full_disk(target, sum(w.nbytes for w in taken.adapter.values()))
+    _write(taken, Trained(taken.run.name, config, run=taken.run), target)
+    typer.echo(f"the adapter of step {taken.step} was written to {target}")
+
+
+def _copy(final: Path, target: Path) -> None:
+    files = [one for one in final.iterdir() if one.is_file()]
+    refuse_full_disk(target, sum(one.stat().st_size for one in files))
+    with fresh_folder(target) as folder:
+        for one in files:
+            shutil.copy2(one, folder / one.name)
+
+
+def _take(path: Path, named: str) -> Taken:
+    """Read the checkpoint at `path`, or the newest sound one of the run there."""
+    from .checkpoint import CorruptCheckpointError, verify
+
+    if is_checkpoint(path):
+        candidates = [path]
+    else:
+        found = (path / CHECKPOINTS).glob("step-*")
+        candidates = sorted(found, key=lambda one: (len(one.name), one.name), reverse=True)
+    unsound = []
+    for one in candidates:
+        try:
+            verify(one)
+        except CorruptCheckpointError as error:
+            unsound.append(Problem("this checkpoint is damaged", str(one), str(error)))
+            continue
+        for problem in unsound:
+            typer.echo(f"warning: {problem.what}: {problem.where}: {problem.why}", err=True)
+        return _read(one)
+    if unsound:
+        raise UnavailableError(unsound)
+    raise UnavailableError.of(
+        "there is no checkpoint" if path.exists() else "there is no such folder",
+        where=named,
+        why=f"a run's folder holds {CHECKPOINTS}/step-000100/ and the like",
+        remedy=f"ls {path if path.is_dir() else path.parent}",
+    )
+
+
+def _read(checkpoint: Path) -> Taken:
+    from safetensors.torch import load_file
+
+    state = json.loads((checkpoint / "state.json").read_text())["state"]
+    weights = load_file(checkpoint / "adapter.safetensors")
+    return Taken(checkpoint.parent.parent, state["step"], weights, state["train_seconds"])
+
+
+def _write(taken: Taken, trained: Trained, target: Path) -> None:
+    """Have PEFT write the weights in its format, under its names."""
+    from .export import save_adapter
+    from .model import load
+    from .model.adapter import changes_base
+
+    config = trained.config
+    source = locate_base(trained)
+    tokenizer = load.load_tokenizer(source, config.model)
+    load.use_template(tokenizer, config.data.chat_template)
+    model = _model_of(taken, trained, source)
+    if source.hub_id:
+        model.peft_config["default"].base_model_name_or_path = source.hub_id
+    initial = taken.run / "initial_adapter" if changes_base(config.lora) else None
+    with fresh_folder(target) as folder:
+        save_adapter(model, folder, initial, taken.adapter if initial is None else None)
+        tokenizer.save_pretrained(str(folder))
+        _write_card(folder / "README.md", taken, trained, source)
+
+
+def _model_of(taken: Taken, trained: Trained, source: Any) -> Any:
+    """Return the model that the adapter belongs to.
+
+    Its weights are only needed to convert an adapter that changed them; else it is built
+    on the meta device, so that a base of any size takes no memory.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from .model import load
+    from .model.adapter import add_adapter, changes_base, load_adapter_state
+
+    section, seed = trained.config.model, trained.config.training.seed
+    # The checkpoint has the weights: nothing need be decomposed to begin with.
+    lora = trained.config.lora.model_copy(update={"init_lora_weights": True})
+    if changes_base(trained.config.lora):
+        base = load.load_model(
+            source, section, dtype=torch.float32, device="cpu", attention="eager"
+        )
+        model = add_adapter(base, lora, seed=seed)
+        load_adapter_state(model, taken.adapter)
+        return model
+    shape = load.load_config(source, section)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(shape, trust_remote_code=section.trust_remote_code)
+        base.requires_grad_(False)
+        model = add_adapter(base, lora, seed=seed)
+    model.peft_config["default"].base_model_name_or_path = source.path
+    return model
+
+
+def _write_card(path: Path, taken: Taken, trained: Trained, source: Any) -> None:
+    from . import card
+    from .model.load import find_license
+
+    config = trained.config
+    card.write_model_card(
+        path,
+        card.CardFacts(
+            run_name=f"{trained.name}, step {taken.step}",
+            base_model=source.name,
+            base_model_hub_id=source.hub_id or None,
+            base_model_revision=source.revision,
+            base_model_license=find_license(source) or None,
+            steps=taken.step,
+            train_seconds=taken.seconds,
+            trainable_parameters=sum(weights.numel() for weights in taken.adapter.values()),
+            config_digest=config.digest(),
+            hyperparameters=config.lora.model_dump() | config.training.model_dump(),
+            metrics_after=_figures_at(taken),
+            use_dora=config.lora.use_dora,
+            modules_to_save=tuple(config.lora.modules_to_save),
+            notes=("Taken from a checkpoint; the run may have gone on.",),
+        ),
+    )
+
+
+def _figures_at(taken: Taken) -> dict[str, float]:
+    """Return what the run's events say of this step."""
+    found: dict[str, float] = {}
+    try:
+        lines = (taken.run / EVENTS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        try:
+            event = json.loads(line)
+            if event["step"] != taken.step or event["event"] not in ("step", "eval"):
+                continue
+            names = ("loss", "eval_loss", "eval_perplexity", "eval_token_accuracy")
+            found |= {name: float(event[name]) for name in names if name in event}
+        except (ValueError, KeyError, TypeError):
+            continue
+    if "loss" in found:
+        found["train_loss"] = found.pop("loss")
+    return found

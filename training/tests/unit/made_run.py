@@ -1,0 +1,87 @@
+"""A run's folder as training leaves it, made in a second: tiny base model, random adapter."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from faults.tiny_model import write_model, write_rows
+from lora_trainer.card import CardFacts, write_model_card
+from lora_trainer.checkpoint import CheckpointStore, TrainState, take_snapshot
+from lora_trainer.config import Config
+from lora_trainer.export import save_adapter, save_initial
+from lora_trainer.model.adapter import adapter_state, add_adapter, changes_base, trained_parameters
+from lora_trainer.optim import make_optimizer
+from lora_trainer.output import RESOLVED, write_json
+from lora_trainer.sources import resolve
+
+STEP = 7
+
+
+def make_run(root: Path, *keys: str, is_finished: bool = True) -> Path:
+    """Make `root`/run; `keys` are options of the command line. Return its folder."""
+    if not (root / "model").exists():
+        write_model(root / "model")
+        write_rows(root / "held-out.jsonl", 900, 6)
+    run = root / "run"
+    run.mkdir()
+    settings = resolve(
+        None,
+        {},
+        [
+            f"--model_name_or_path={root / 'model'}",
+            f"--dataset={root / 'held-out.jsonl'}",
+            f"--dataset_cache_dir={root / 'cache'}",
+            f"--output_dir={run}",
+            "--preprocessing_num_workers=1",
+            "--eval_max_new_tokens=8",
+            "--lora_r=4",
+            *keys,
+        ],
+    )
+    write_json(run / RESOLVED, settings.redacted())
+    model = adapted(root / "model", settings.config)
+    is_converted = changes_base(settings.config.lora)
+    initial = save_initial(model, run / "initial_adapter") if is_converted else None
+    shake(model)
+    _save_checkpoint(run, model, settings.config)
+    if is_finished:
+        save_adapter(model, run / "final_model", initial)
+        AutoTokenizer.from_pretrained(root / "model").save_pretrained(run / "final_model")
+        facts = CardFacts(run_name="run", base_model="model", train_rows=6, data_digest="abc")
+        write_model_card(run / "final_model" / "README.md", facts)
+    return run
+
+
+def adapted(base: Path, config: Config):
+    """Return the base model with a fresh adapter, as training begins."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.requires_grad_(False)
+    return add_adapter(model, config.lora, seed=1).eval()
+
+
+def shake(model) -> None:
+    """Give every trained parameter another value, as training would."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in trained_parameters(model).values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def logits_of(model) -> torch.Tensor:
+    """Return the model's logits on some tokens."""
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(5, 25)[None]).logits
+
+
+def _save_checkpoint(run: Path, model, config: Config) -> None:
+    parameters = trained_parameters(model)
+    optimizer = make_optimizer(parameters, config.training)
+    store = CheckpointStore(run / "checkpoints", keep=3, digest="made")
+    state = TrainState(step=STEP, train_seconds=1.0)
+    store.save(take_snapshot(state, adapter_state(model), optimizer, parameters, "made"))
+    line = f'{{"event": "eval", "step": {STEP}, "eval_loss": 0.5}}{os.linesep}'
+    (run / "events.jsonl").write_text(line + "half a li")

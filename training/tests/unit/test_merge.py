@@ -1,0 +1,111 @@
+"""Merged models answer as base model and adapter do, or are not kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from made_run import adapted, logits_of, make_run, shake
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_trainer import cli, merge, target
+from lora_trainer.trained import config_of_run
+
+
+def of_disk(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    ("keys", "is_tied"),
+    [
+        ((), False),
+        (("--use_dora=true",), False),
+        (("--modules_to_save=lm_head",), False),
+        (("--modules_to_save=lm_head",), True),
+        (("--lora_target_modules=q_proj,lm_head", "--use_rslora=true"), True),
+        (("--init_lora_weights=pissa",), False),
+    ],
+    ids=str,
+)
+def test_merged_model_answers_as_base_and_adapter(
+    keys: tuple[str, ...], is_tied: bool, tmp_path: Path
+) -> None:
+    tie(tmp_path, is_tied)
+    run = make_run(tmp_path, *keys)
+    assert cli.main(["merge", str(run), str(tmp_path / "out")]) == 0
+    trained = adapted(tmp_path / "model", config_of_run(run))
+    shake(trained)
+    got = logits_of(of_disk(tmp_path / "out"))
+    torch.testing.assert_close(got, logits_of(trained), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got, logits_of(of_disk(tmp_path / "model")), atol=1e-2)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert {one.suffix for one in (tmp_path / "out").iterdir()} <= {
+        ".json", ".safetensors", ".md", ".jinja",
+    }  # fmt: skip
+
+
+def tie(root: Path, is_tied: bool) -> None:
+    """Make the tiny model, its head tied to the embeddings where wanted."""
+    from faults.tiny_model import write_model, write_rows
+
+    folder = write_model(root / "model")
+    write_rows(root / "held-out.jsonl", 900, 6)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": is_tied}))
+    if is_tied:
+        model = of_disk(folder)
+        model.save_pretrained(folder)
+
+
+def test_weights_keep_the_type_that_the_base_model_has(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    of_disk(tmp_path / "model").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    assert cli.main(["merge", str(run), str(tmp_path / "out")]) == 0
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        types = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    assert types == {torch.bfloat16}
+
+
+def test_card_of_the_merged_model_keeps_what_is_known_of_its_training(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert cli.main(["merge", str(run), str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# run, merged" in card
+    assert "## Training data" in card
+    assert "PeftModel" not in card
+
+
+def test_model_that_answers_otherwise_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    # As a merge would that forgets the adapter.
+    monkeypatch.setattr(merge, "_merged", lambda model: model.unload())
+    assert cli.main(["merge", str(run), str(tmp_path / "out")]) == 70
+    assert "does not answer as base model and adapter do" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_cannot_be_merged_is_told_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = make_run(tmp_path), tmp_path / "out"
+    monkeypatch.setattr(merge, "open_model", None)
+    assert cli.main(["merge", str(tmp_path / "model"), str(out)]) == 78
+    assert cli.main(["merge", str(run), str(run)]) == 78
+    with monkeypatch.context() as context:
+        context.setattr(target, "free_disk_bytes", lambda _: 1000)
+        assert cli.main(["merge", str(run), str(out)]) == 74
+    monkeypatch.setattr(merge, "stored_weights", lambda *_: merge.Stored("bfloat16", 10**14))
+    monkeypatch.setattr(target, "free_disk_bytes", lambda _: 10**15)
+    assert cli.main(["merge", str(run), str(out)]) == 137
+    told = capsys.readouterr().err
+    for words in ("no adapter to merge", "there already", "no room", "not enough memory"):
+        assert words in told
+    assert not out.exists()
