@@ -1,4 +1,4 @@
-"""The command line: train | check | chat | evaluate | merge | export | schema."""
+"""The command line: `lora-trainer --help` lists its commands."""
 
 from __future__ import annotations
 
@@ -166,6 +166,36 @@ def _trained(place: str, model: str | None, debug: bool) -> Trained:
     own = resolve(None, os.environ, []).config.model
     return find(
         place, model_name_or_path=model, hf_token=own.hf_token, model_cache_dir=own.model_cache_dir
+    )
+
+
+@app.command()
+def dashboard(
+    output_dir: Annotated[Path, typer.Argument(help="A run's output folder.")],
+    host: Annotated[
+        str, typer.Option(envvar="LORA_TRAINER_HEALTH_HOST", help="Address to bind.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port; 8080 if free, or any free one.")
+    ] = None,
+    token_file: Annotated[
+        str | None,
+        typer.Option(envvar="LORA_TRAINER_HEALTH_TOKEN_FILE", help="File with a token to ask for."),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="One more host name to answer under.")
+    ] = None,
+) -> None:
+    """Show a run, finished or still going on, in the browser."""
+    from .viewer import view
+
+    view(
+        output_dir.absolute(),
+        host=host,
+        port=port,
+        token_file=token_file,
+        allowed_hosts=allowed_host or (),
+        say=typer.echo,
     )
 
 

@@ -9,6 +9,7 @@ by closing the connection that has waited longest without asking for anything.
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -17,6 +18,7 @@ REQUEST_SECONDS = 15.0  # for a whole request, from the connection or the answer
 UNREAD_SECONDS = 30.0  # that an answer may wait for its reader
 MOST_CONNECTIONS = 512  # under the 1024 files that a process usually may open
 HEAD_BYTES = 16 * 1024
+SEND_BYTES = 128 * 1024
 
 
 class BoundedProtocol(H11Protocol):
@@ -30,6 +32,9 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Accept the connection, closing another one if there are too many."""
         super().connection_made(transport)
+        # The kernel would take megabytes for each client that does not read.
+        accepted = transport.get_extra_info("socket")
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
         if len(self.connections) > MOST_CONNECTIONS and not self._make_room():
             transport.abort()
             return
@@ -86,5 +91,7 @@ class BoundedProtocol(H11Protocol):
         if not waiting:
             return False
         oldest = min(waiting, key=lambda one: one._waits_since or 0.0)
-        oldest.transport.abort()
+        oldest.transport.abort()  # which is noticed later; its place is free now
+        oldest._cancel()
+        self.connections.discard(oldest)
         return True

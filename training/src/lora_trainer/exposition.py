@@ -53,7 +53,14 @@ class Figures:
         yield from _infos(status)
         phases = {phase: phase == status.phase for phase in get_args(Phase)}
         yield StateSetMetricFamily(f"{PREFIX}_phase", "What the run is doing", phases)
-        yield from _gauges([*self._health(), *_run(status), *_training(status), *self._host()])
+        yield from _gauges(
+            [
+                *self._health(),
+                *_run(status, status.is_running and not self.live.is_abandoned),
+                *_training(status),
+                *self._host(),
+            ]
+        )
         for name, text, value in _counts(status):
             yield CounterMetricFamily(f"{PREFIX}_{name}", text, value)
         yield from self._gpus()
@@ -153,10 +160,10 @@ def _gauges(figures: Iterable[Figure]) -> Iterator[Metric]:
             yield GaugeMetricFamily(f"{PREFIX}_{name}", text, value)
 
 
-def _run(status: RunStatus) -> list[Figure]:
+def _run(status: RunStatus, is_running: bool) -> list[Figure]:
     share = status.step / status.total_steps if status.total_steps else None
     return [
-        ("running", "Whether the run was started and is not over", status.is_running),
+        ("running", "Whether the run was started and is not over", is_running),
         ("start_time_seconds", "When the run began, since the epoch", status.started_time),
         ("elapsed_seconds", "Time that the run has taken", status.elapsed_seconds),
         ("remaining_seconds", "Time that the run will still take", status.eta_seconds),

@@ -52,13 +52,12 @@ class LiveRun:
         self.detail = ""  # what happens before the run is known
         self.is_abandoned = False
         self.free_disk_bytes: Callable[[], int | None] = lambda: None
-        self.fault: Callable[[], str] = lambda: ""  # what others found, for `health`
         self.boot = f"{int(clock() * 1000):x}"  # tells this server's sequence from another's
         self.log: deque[str] = deque(maxlen=LOG_LINES)
         self.log_lines_seen = 0
         self._stall_timeout_seconds = stall_timeout_seconds
         self._clock = clock
-        self._redaction = redaction
+        self.redaction = redaction
         self._frames: deque[Frame] = deque(maxlen=KEPT_FRAMES)
         self._lock = threading.Lock()
         self._sequence = 0
@@ -79,27 +78,31 @@ class LiveRun:
             self._frames.append(Frame(self._sequence, data))
         return status
 
-    def replay(self, path: Path) -> None:
-        """Take up what was recorded before, if anything was, without streaming it."""
-        status, history = RunStatus(), History()
-        with (
-            contextlib.suppress(FileNotFoundError),
-            path.open(encoding="utf-8", errors="replace") as lines,
-        ):
-            for line in lines:
-                event = parse_line(line)
+    def replay(self, path: Path) -> int:
+        """Take up what was recorded before, if anything was, without streaming it.
+
+        Returns the bytes that were read; half a line at the end is not.
+        """
+        status, history, read_bytes = RunStatus(), History(), 0
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                read_bytes += len(line)
+                event = parse_line(line.decode("utf-8", "replace"))
                 if event is not None:
-                    event = self._redaction.event(event)
+                    event = self.redaction.event(event)
                     status = fold(status, event)
                     history.add(event)
         with self._lock:
             self.status, self.history = status, history
             self._frames.clear()
             self._sequence += 1  # whoever streams has missed something
+        return read_bytes
 
     def add_log(self, text: str) -> None:
         """Take up lines of the log."""
-        lines = self._redaction.text(text).splitlines()
+        lines = self.redaction.text(text).splitlines()
         with self._lock:
             self.log.extend(lines)
             self.log_lines_seen += len(lines)
@@ -143,18 +146,10 @@ class LiveRun:
         """Judge the run now."""
         now = self._clock()
         judged = health(self.status, now, self._stall_timeout_seconds, self.free_disk_bytes())
-        if judged.status == "healthy" and (reason := self._own_fault()):
-            remedy = AGAIN if self.is_abandoned else ""
-            since = judged.seconds_since_progress
-            return Health("unhealthy", reason, since, judged.is_training, remedy)
+        if self.is_abandoned and not self.status.is_over:
+            reason = "the run's process is gone without having ended it"
+            return Health("unhealthy", reason, judged.seconds_since_progress, False, AGAIN)
         return judged
-
-    def _own_fault(self) -> str:
-        if self.status.is_over:
-            return ""
-        if self.is_abandoned:
-            return "the run's process is gone without having ended it"
-        return self.fault()
 
 
 def frame(kind: str, content: Any, identity: str = "") -> bytes:

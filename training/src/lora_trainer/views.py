@@ -44,7 +44,7 @@ def metrics_view(live: LiveRun, gauges: Gauges) -> Answer:
         "total_steps": status.total_steps,
         "last_loss": status.last_loss,
         "is_loss_finite": status.is_loss_finite,
-        "is_training": status.is_training,
+        "is_training": status.is_training and not live.is_abandoned,
         "gpu_memory_allocated": (latest.gpu_memory_bytes if latest else 0) / GIGABYTE,
         "phase": status.phase,
         "epoch": latest.epoch if latest else 0.0,

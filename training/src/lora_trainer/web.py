@@ -30,6 +30,7 @@ from .hardware import Gauges
 from .live import LiveRun, frame, to_json
 
 MOST_STREAMS = 128
+MOST_AT_ONCE = 1000  # events that a stream is sent together; who missed more begins anew
 MOST_POINTS = 4096
 MOST_LINES = 1000
 PULSE_SECONDS = 0.25  # between looks at what is new: many steps make one write
@@ -79,7 +80,7 @@ class Pulse:
         while True:
             parts: list[bytes] = []
             frames, is_whole = live.frames_after(had)
-            if not is_whole:
+            if not is_whole or len(frames) > MOST_AT_ONCE:
                 had = live.sequence
                 parts.append(frame("reset", {}, f"{live.boot}.{had}"))
             elif frames:

@@ -21,7 +21,8 @@ def gauges_of() -> Gauges:
 
 
 def live_run(*events) -> LiveRun:
-    live = LiveRun(Redaction())
+    """Return a run to which the events have happened, seen soon after."""
+    live = LiveRun(Redaction(), clock=lambda: 100.0)
     for event in events:
         live.add(event)
     return live
@@ -30,9 +31,14 @@ def live_run(*events) -> LiveRun:
 def full_run() -> LiveRun:
     """Return a run in which everything happened that can."""
     live = live_run(
-        *RUN, stepped(41, loss=float("nan")), saved(41), sample(41, "after"), Warned(message="w"),
-        PhaseChanged(phase="saving"), Restarted(attempt=1, cause="killed", exit_code=-9),
-        Failed(exit_code=70, problems=[{"what": "x", "remedy": "y"}]),
-    )  # fmt: skip
+        *RUN,
+        stepped(41, loss=float("nan")),
+        saved(41),
+        sample(41, "after"),
+        Warned(time=42.0, message="w"),
+        PhaseChanged(time=42.0, phase="saving"),
+        Restarted(time=42.0, attempt=1, cause="killed", exit_code=-9),
+        Failed(time=42.0, exit_code=70, problems=[{"what": "x", "remedy": "y"}]),
+    )
     live.add_log("a line\n")
     return live

@@ -27,13 +27,14 @@ LAYERS = [
     {"dataset", "watch", "claim"},
     {"session", "target", "trained"},
     {"worker", "check", "chat", "comparison", "extract", "merge"},
-    {"supervisor"},
+    {"supervisor", "viewer"},
     {"cli"},
 ]
 # Layers whose modules build on one another; elsewhere neighbours do not know each other.
 OPEN_LAYERS = {3}
 LIGHT = ["cli", "supervisor", "sources", "status", "display", "report", "check", "plan", "worker"]
 LIGHT += ["live", "hardware", "views", "web", "server", "connections", "logfile", "exposition"]
+LIGHT += ["viewer"]
 LIGHT += ["chat", "comparison", "extract", "merge", "target", "trained"]
 
 
