@@ -112,7 +112,10 @@ def _ticks(low: float, high: float, *, is_whole: bool = False) -> list[float]:
 def _label(tick: float, ticks: Sequence[float]) -> str:
     """Return a tick in the notation that suits all of its axis."""
     is_small = max(map(abs, ticks)) < 0.01
-    return f"{tick:.0e}".replace("e-0", "e-") if is_small and tick else short(tick)
+    if not is_small or not tick:
+        return short(tick)
+    mantissa, exponent = f"{tick:.1e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def short(value: float) -> str:

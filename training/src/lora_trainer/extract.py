@@ -131,6 +131,7 @@ def _model_of(taken: Taken, trained: Trained, source: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from . import compat  # noqa: F401  quiets what users can do nothing about
     from .model import load
     from .model.adapter import add_adapter, changes_base, load_adapter_state
 

@@ -77,6 +77,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.signal = ""
+        self.step = 0  # the one that is saved
         self.is_deferred = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
@@ -132,7 +133,7 @@ def main() -> int:
         pipe.emit(PhaseChanged(phase="starting"))
         return run(Order.read(sys.stdin.read()), pipe.emit, stop)
     except StopRequested:
-        pipe.emit(Stopped(step=0, signal=stop.signal))
+        pipe.emit(Stopped(step=stop.step, signal=stop.signal))
         return 143
     except BaseException as error:
         with contextlib.suppress(OSError):  # the log may be on the disk that is full
@@ -216,6 +217,7 @@ def run(order: Order, emit: Callable[[Event], None], stop: StopFlag) -> int:
     emit(Planned(plan=session.plan.to_dict()))
     _write_facts(order, session)
     state = session.restore(snapshot)
+    stop.step = state.step
     if state.step:
         path = session.store.path_of(state.step).name
         emit(Resumed(step=state.step, path=f"checkpoints/{path}", skipped=skipped))
@@ -224,6 +226,7 @@ def run(order: Order, emit: Callable[[Event], None], stop: StopFlag) -> int:
         # This init changes the base: later, no switched-off adapter gives it back.
         _answer(order, session, emit, stop, when="before", step=0)
     state = _train(order, session, emit, stop, state)
+    stop.step = state.step
     if stop.is_set():
         emit(Stopped(step=state.step, signal=stop.signal))
         return 143

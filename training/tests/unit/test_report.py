@@ -11,7 +11,7 @@ import pytest
 
 import lora_trainer.report
 from lora_trainer import events as said
-from lora_trainer.curves import MOST_POINTS, short, smoothed, thinned
+from lora_trainer.curves import MOST_POINTS, _label, short, smoothed, thinned
 from lora_trainer.report import write_report
 
 VOID = {"meta", "polyline"}
@@ -363,3 +363,8 @@ def test_the_picture_needs_no_writable_home(tmp_path):
     )  # fmt: skip
     assert done.stderr == ""
     assert (tmp_path / "loss.png").exists()
+
+
+def test_small_ticks_of_one_axis_are_told_apart():
+    ticks = [0.0, 0.0005, 0.001, 0.0015, 0.002]
+    assert [_label(tick, ticks) for tick in ticks] == ["0", "5e-4", "1e-3", "1.5e-3", "2e-3"]

@@ -1,0 +1,43 @@
+"""What the worker says of its end."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+
+import pytest
+
+from lora_trainer import worker
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Put back the handlers that the worker sets."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_stop_after_the_training_tells_the_step_that_is_saved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reading, writing = os.pipe()
+
+    def run(_order: object, _emit: object, stop: worker.StopFlag) -> int:
+        stop.step = 40
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal raises")
+
+    monkeypatch.setenv(worker.EVENTS_FD, str(writing))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    monkeypatch.setattr(worker.Order, "read", staticmethod(lambda _: None))
+    monkeypatch.setattr(worker.faulthandler, "register", lambda *_, **__: None)
+    monkeypatch.setattr(worker, "run", run)
+    assert worker.main() == 143
+    with os.fdopen(reading) as told:
+        last = json.loads(told.read().splitlines()[-1])
+    assert (last["event"], last["step"], last["signal"]) == ("stopped", 40, "SIGTERM")
