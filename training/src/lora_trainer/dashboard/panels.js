@@ -129,7 +129,7 @@ class Panel {
     this.place = el("div", { class: `plot${spec.isWide ? " tall" : ""}`, role: "img" });
     this.table = el("table");
     this.details = el("details", {}, el("summary", {}, `${spec.title} as a table`),
-      el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `${spec.title}, table` },
+      el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": `${spec.title}, table` },
         this.table));
     this.details.addEventListener("toggle", () => { this.drawn = ""; });
     this.legend = el("span", { class: "legend" });
