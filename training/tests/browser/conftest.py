@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
 from browser.page import Page
-from lora_trainer.events import Event
+from lora_trainer.events import Event, StepDone
 from lora_trainer.live import LiveRun
+from lora_trainer.redaction import Redaction
 from lora_trainer.server import StatusServer
+from lora_trainer.status import RECENT_STEPS
 
 Serve = Callable[..., StatusServer]
+MANY = 1000
+
+
+def live_after(events: Sequence[Event]) -> LiveRun:
+    """Return a run after these events; of very many, the status is that of the newest."""
+    live = LiveRun(Redaction.of({}))
+    steps = [event for event in events if isinstance(event, StepDone)]
+    left_out = {step.step for step in steps[: -2 * RECENT_STEPS]} if len(steps) > MANY else ()
+    for event in events:
+        if isinstance(event, StepDone) and event.step in left_out:
+            live.history.add(event)
+        else:
+            live.add(event)
+    return live
 
 
 @pytest.fixture(scope="session")
@@ -32,10 +48,7 @@ def serve() -> Iterator[Serve]:
     started: list[StatusServer] = []
 
     def start(*events: Event, port: int = 0, token: str = "") -> StatusServer:
-        live = LiveRun()
-        for event in events:
-            live.add(event)
-        server = StatusServer(live, port=port, token=token)
+        server = StatusServer(live_after(events), port=port, token=token)
         server.start()
         started.append(server)
         return server
