@@ -3,7 +3,8 @@
 #
 # Makes training/.venv as run.sh does, adds the tests' own packages, then runs ruff (format and
 # lint), mypy, shellcheck, shfmt, the check of the locks and pytest. All of them run, whatever
-# fails; the last lines say what did. Tests marked `gpu` run where a GPU is.
+# fails; the last lines say what did. Tests marked `gpu` run where a GPU is, those marked
+# `browser` where chromium and chromedriver are.
 #
 # Usage: test.sh [--fast] [PYTEST ARGUMENT ...]
 #
@@ -48,12 +49,16 @@ check_tests() {
     say "No NVIDIA GPU can be used here: tests marked gpu are left out"
     marks+=("not gpu")
   fi
+  if ! { command -v chromium && command -v chromedriver; } >/dev/null; then
+    say "No Chromium here (apt-get install chromium chromium-driver): tests marked browser are left out"
+    marks+=("not browser")
+  fi
   if [[ "${1:-}" == --fast ]]; then
     marks+=("not slow")
     shift
   fi
   if ((${#marks[@]})); then
-    set -- -m "${marks[0]}${marks[1]:+ and ${marks[1]}}" "$@"
+    set -- -m "$(printf ' and %s' "${marks[@]}" | sed 's/^ and //')" "$@"
   fi
   check pytest "$VENV/bin/python" -m pytest "$@"
 }

@@ -366,7 +366,7 @@ def test_test_sh_goes_on_after_a_failure_and_names_it_last(checkout: Checkout) -
         "locks --check",
     ):
         assert sign in result.stdout
-    assert "-m pytest -m not gpu and not slow tests/unit" in result.stdout
+    assert "-m pytest -m not gpu and not browser and not slow tests/unit" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -392,16 +392,44 @@ def test_test_sh_adds_its_packages_once(checkout: Checkout) -> None:
     assert checkout.calls() == [*FIRST_INSTALLATION, "cpu-test.txt"]
 
 
-def test_ci_calls_the_command_of_the_readme(checkout: Checkout) -> None:
+@pytest.fixture
+def ci_checkout(checkout: Checkout) -> Checkout:
+    """A checkout on a machine with Chromium and an apt-get that says what it is asked for."""
     (checkout.root / "README.md").write_text(
         "Run ./training/test.sh\n```sh\n./training/run.sh\n./training/test.sh --ours\n```\n"
     )
     (checkout.training / "test.sh").write_text('#!/bin/sh\necho "tested $*"\n')
-    result = checkout.run(".ci/run")
+    checkout.write_tool("chromium", "#!/bin/sh\n")
+    checkout.write_tool("chromedriver", "#!/bin/sh\n")
+    checkout.write_tool("apt-get", '#!/bin/sh\necho "apt-get $*"\n')
+    return checkout
+
+
+def test_ci_calls_the_command_of_the_readme(ci_checkout: Checkout) -> None:
+    result = ci_checkout.run(".ci/run")
     assert result.returncode == 0, result.stderr
     assert result.stdout == "tested --ours\n"
 
 
-def test_ci_fails_where_the_readme_names_no_test_command(checkout: Checkout) -> None:
-    (checkout.root / "README.md").write_text("./training/test.sh outside of a block\n")
-    assert checkout.run(".ci/run").returncode == 78
+def test_ci_installs_the_browser_where_it_is_missing(ci_checkout: Checkout) -> None:
+    (ci_checkout.bin / "chromedriver").unlink()
+    result = ci_checkout.run(".ci/run")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        "apt-get update",
+        "apt-get install --yes --no-install-recommends chromium chromium-driver",
+        "tested --ours",
+    ]
+
+
+def test_ci_fails_where_the_browser_cannot_be_installed(ci_checkout: Checkout) -> None:
+    (ci_checkout.bin / "chromedriver").unlink()
+    ci_checkout.write_tool("apt-get", "#!/bin/sh\nexit 100\n")
+    result = ci_checkout.run(".ci/run")
+    assert result.returncode == 100
+    assert "tested" not in result.stdout
+
+
+def test_ci_fails_where_the_readme_names_no_test_command(ci_checkout: Checkout) -> None:
+    (ci_checkout.root / "README.md").write_text("./training/test.sh outside of a block\n")
+    assert ci_checkout.run(".ci/run").returncode == 78

@@ -63,7 +63,7 @@ const PANELS = [
   plain("rate", "Learning rate", (value) => number(value, 3),
     () => [{ field: "rate", label: "rate", ink: "line", weight: "bold" }],
     (series, view) => stepColumns(series, view, { rate: "learning_rate" }),
-    { format: "rate" }),
+    { format: "rate", isFromZero: true }),
   plain("memory", "Worker memory, GB", inGigabytes,
     (series) => [
       { field: "main", label: "main memory", ink: "line", weight: "bold" },
@@ -72,20 +72,21 @@ const PANELS = [
         : []),
     ],
     (series, view) =>
-      stepColumns(series, view, { main: "memory_bytes", gpu: "gpu_memory_bytes" }, GIGA)),
+      stepColumns(series, view, { main: "memory_bytes", gpu: "gpu_memory_bytes" }, GIGA),
+    { isFromZero: true }),
   plain("host", "Host memory used, GB", inGigabytes,
     () => [{ field: "used", label: "used", ink: "line", weight: "bold" }],
     (series) => ({
       x: moments(series),
       used: scaled(series.hardware.memory_used_bytes, GIGA),
     }),
-    { isTime: true }),
+    { isTime: true, isFromZero: true }),
   plain("gpu-use", "GPU utilisation", (value) => percent(value / 100, 0),
     (series) => gpuLines(series), (series) => gpuColumns(series, "utilization_percent", 1),
-    { isTime: true, isOfGpus: true, format: "count" }),
+    { isTime: true, isFromZero: true, format: "count" }),
   plain("gpu-memory", "GPU memory used, GB", inGigabytes,
     (series) => gpuLines(series), (series) => gpuColumns(series, "memory_used_bytes", GIGA),
-    { isTime: true, isOfGpus: true }),
+    { isTime: true, isFromZero: true }),
 ];
 
 const gaps = (column, from = 0) => column.slice(from).map((value) => value ?? NaN);

@@ -116,7 +116,7 @@ function moments(status) {
       time, kind: "checkpoint",
       text: `Checkpoint of step ${count(step)}, ${bytes(size)}${isBest ? ", the best so far" : ""}`,
     }));
-  return [...own, ...saved].sort((a, b) => b.time - a.time);
+  return [...saved, ...own].reverse().sort((a, b) => b.time - a.time);
 }
 
 const KIND_NAMES = { bad: "fault", good: "done", gap: "…" };
