@@ -1,21 +1,32 @@
 #!/usr/bin/env bash
 # Fine-tune a model: ./training/run.sh
 #
-# Makes training/.venv on the first start (a second start installs nothing and needs no
-# network), then trains as the config file says. It resumes by itself where it was stopped.
+# In a container where a Docker engine answers, else on the machine itself. The first start makes
+# the image (build.sh) or the environment (training/.venv); a second one installs nothing and
+# needs no network. It resumes by itself where it was stopped.
 #
-# Usage: run.sh [--config FILE] [--check] [--resume [never]] [--cpu | --gpus LIST] [--KEY VALUE ...]
+# Usage: run.sh [--config FILE] [--check] [--resume [never]] [--cpu | --gpus LIST] [--background]
+#               [--docker | --local] [--airgapped] [--KEY VALUE ...]
+#        run.sh stop | logs | status
 #
 #   --config FILE   what to train (default: training/config.json)
 #   --check         check config, data, model, disk and permissions; train nothing
 #   --resume        go on from the newest sound checkpoint, as is the default; never: start anew
 #   --cpu           leave the GPUs alone
 #   --gpus LIST     all (default), none, or numbers as nvidia-smi shows them: 0 or 0,1
-#   --local         run on this machine itself (default)
-#   --docker        run in a container: not in this version
+#   --background    return once the run has begun; it outlives this terminal
+#   --docker        in a container, or not at all
+#   --local         on this machine itself
+#   --airgapped     in a container without any network
 #   --help          this text
 #   --KEY VALUE     any key of the config, e.g. --learning_rate 1e-4, and any flag of the trainer
 #   --              everything after it goes to the trainer
+#   stop            stop the run with a saved checkpoint, and wait for it
+#   logs            show and follow what the run prints
+#   status          the same as health-check.sh
+#
+# In a container the config's dataset paths are looked for in LORA_DATASETS (public/datasets), and
+# results go to LORA_OUTPUTS (public/outputs), as the user who called.
 #
 # Variables:
 #   LORA_TRAINER_CONFIG   the config file where --config is not given
@@ -25,16 +36,25 @@
 #   LORA_PYTHON           the Python that makes the environment (default: the first of 3.11+, then
 #                         3.10; for the stack cu121 the first 3.10, then 3.11)
 #   LORA_VENV             where the environment is (default: training/.venv; training/.venv-cu121)
+#   COMPOSE_PROJECT_NAME  tells one container run from another (default: lora-trainer)
+#   those of .env.training: image, folders, limits, port
 #   HF_TOKEN, HF_TOKEN_FILE, HF_HOME, NO_COLOR, CUDA_VISIBLE_DEVICES: as everywhere; pip's own
 #   settings (PIP_*, pip.conf) decide where packages come from
 #
-# Exit codes: 0 finished, 65 data, 69 unavailable (Python, packages, model, device), 70 internal
-# fault, 74 disk, 75 another run holds this output, 77 no permission, 78 config, 137 memory,
+# Exit codes: 0 finished, 65 data, 69 unavailable (Docker, Python, packages, model, device), 70
+# internal fault, 74 disk, 75 another run is under way, 77 no permission, 78 config, 137 memory,
 # 143 stopped by a signal
 set -Eeuo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+# shellcheck source-path=SCRIPTDIR source=container.sh
+source "$TRAINING/container.sh"
+# shellcheck source-path=SCRIPTDIR source=container-run.sh
+source "$TRAINING/container-run.sh"
+
+readonly STATE="$TRAINING/.cache"
+readonly LOCAL_PID="$STATE/local.pid" LOCAL_LOG="$STATE/local.log"
 
 # need_value FLAG VALUE...: the value of a flag must follow it
 need_value() {
@@ -44,7 +64,18 @@ need_value() {
 read_arguments() {
   COMMAND=train
   CONFIG="${LORA_TRAINER_CONFIG:-$TRAINING/config.json}"
+  PLACE=any
+  GPUS=all
+  IS_BACKGROUND=0
+  IS_AIRGAPPED=0
   PASSED=()
+  case "${1:-}" in
+    stop | logs | status)
+      (($# == 1)) || fail 78 "$1 takes no argument" "command line: ${*:2}" "it stands alone" "run.sh $1"
+      COMMAND="$1"
+      return
+      ;;
+  esac
   while (($#)); do
     case "$1" in
       --config=* | --gpus=*)
@@ -72,11 +103,10 @@ read_arguments() {
           PASSED+=(auto)
         fi
         ;;
-      --local) ;;
-      --docker)
-        fail 78 "there is no container in this version" "--docker" \
-          "training runs on the machine itself" "./training/run.sh --local"
-        ;;
+      --background) IS_BACKGROUND=1 ;;
+      --local) PLACE=local ;;
+      --docker) PLACE=docker ;;
+      --airgapped) PLACE=docker IS_AIRGAPPED=1 ;;
       --help | -h)
         print_header "${BASH_SOURCE[0]}"
         exit 0
@@ -94,27 +124,114 @@ read_arguments() {
 
 select_gpus() {
   case "$1" in
+    all | none) ;;
+    *)
+      [[ "$1" =~ ^[0-9]+(,[0-9]+)*$ ]] || fail 78 "--gpus is not understood" "--gpus $1" \
+        "it takes all, none, or numbers with commas between them" "run.sh --gpus 0,1"
+      ;;
+  esac
+  GPUS="$1"
+}
+
+# --- on the machine itself ------------------------------------------------------------------
+
+run_locally() {
+  case "$GPUS" in
     all) ;;
     none)
       export CUDA_VISIBLE_DEVICES=""
       export LORA_STACK="${LORA_STACK:-cpu}"
       ;;
-    *)
-      [[ "$1" =~ ^[0-9]+(,[0-9]+)*$ ]] || fail 78 "--gpus is not understood" "--gpus $1" \
-        "it takes all, none, or numbers with commas between them" "run.sh --gpus 0,1"
-      export CUDA_VISIBLE_DEVICES="$1"
-      ;;
+    *) export CUDA_VISIBLE_DEVICES="$GPUS" ;;
   esac
+  prepare_environment
+  set -- "$VENV/bin/python" -m lora_trainer.cli "$COMMAND" --config "$CONFIG" \
+    ${PASSED[@]+"${PASSED[@]}"}
+  ((IS_BACKGROUND)) || exec "$@"
+  start_in_background "$@"
 }
+
+start_in_background() {
+  local pid
+  if pid="$(local_pid)"; then
+    fail 75 "a run is under way in the background" "process $pid" "one at a time is watched over" \
+      "./training/run.sh stop, or run it in the foreground with another --run_name"
+  fi
+  mkdir -p "$STATE"
+  # A session of its own: it outlives the terminal, and Ctrl-C there is not meant for it.
+  setsid "$@" >"$LOCAL_LOG" 2>&1 </dev/null &
+  pid=$!
+  printf '%s\n' "$pid" >"$LOCAL_PID"
+  sleep 2
+  if ! kill -0 "$pid" 2>/dev/null; then
+    cat "$LOCAL_LOG" >&2
+    rm -f -- "$LOCAL_PID"
+    wait "$pid"
+    exit
+  fi
+  say "The run goes on as process $pid: $(grep -m 1 -o 'http://[^ ]*' "$LOCAL_LOG" || echo "$LOCAL_LOG")"
+  say "  ./training/run.sh logs | status | stop"
+}
+
+# Prints the process id of the run that --background started here, if it is still there.
+local_pid() {
+  local pid=''
+  [[ -r "$LOCAL_PID" ]] && read -r pid <"$LOCAL_PID" || return 1
+  [[ -n "$pid" ]] && tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -q lora_trainer || return 1
+  printf '%s\n' "$pid"
+}
+
+# --- subcommands ----------------------------------------------------------------------------
+
+stop_run() {
+  local pid id
+  if pid="$(local_pid)"; then
+    say "Stopping process $pid; its checkpoint is being saved"
+    kill -TERM "$pid"
+    while kill -0 "$pid" 2>/dev/null; do sleep 0.2; done
+    rm -f -- "$LOCAL_PID"
+  elif id="$(running_container)"; then
+    say "Stopping the container; its checkpoint is being saved"
+    docker stop "$id" >/dev/null
+    say "stopped with exit code $(state_of "$id" ExitCode)"
+  else
+    say "No run of run.sh is under way; one in the foreground is stopped with Ctrl-C"
+  fi
+}
+
+show_logs() {
+  local id
+  if local_pid >/dev/null; then
+    exec tail -n +1 -F "$LOCAL_LOG"
+  fi
+  id="$(has_engine && container_of trainer)" || id=''
+  [[ -z "$id" ]] || exec docker logs --follow "$id"
+  [[ ! -r "$LOCAL_LOG" ]] || exec cat "$LOCAL_LOG"
+  fail 69 "there is no log" "./training/run.sh logs" "no run has been started" "./training/run.sh"
+}
+
+# --------------------------------------------------------------------------------------------
 
 run_main() {
   read_arguments "$@"
+  case "$COMMAND" in
+    stop) stop_run && return ;;
+    logs) show_logs ;;
+    status) exec "$TRAINING/health-check.sh" ;;
+  esac
   [[ -r "$CONFIG" && ! -d "$CONFIG" ]] || fail 78 "the config file cannot be read" "$CONFIG" \
     "$([[ -e "$CONFIG" ]] && echo "it is a folder or not readable" || echo "there is no such file")" \
     "run.sh --config FILE"
-  prepare_environment
-  exec "$VENV/bin/python" -m lora_trainer.cli "$COMMAND" --config "$CONFIG" \
-    ${PASSED[@]+"${PASSED[@]}"}
+  if [[ "$PLACE" == docker ]]; then
+    require_docker
+    run_in_container
+  elif [[ "$PLACE" == any ]] && has_engine && docker compose version >/dev/null 2>&1; then
+    say "A Docker engine answers: training in a container (--local trains on the machine itself)"
+    require_docker
+    run_in_container
+  else
+    run_locally
+  fi
 }
 
 run_main "$@"

@@ -109,8 +109,9 @@ python_remedy() {
 
 # --- which stack ----------------------------------------------------------------------------
 
-# Prints the stack whose torch can use a GPU of this machine, or fails.
-gpu_stack() {
+# Prints the stack that this machine's GPU and driver serve, or fails and says why not. A container
+# needs no more than that.
+driver_stack() {
   local driver capability major
   command -v nvidia-smi >/dev/null || return 1
   IFS=', ' read -r driver capability < <(
@@ -125,13 +126,21 @@ gpu_stack() {
       "needs driver $CURRENT_DRIVER and 7.5 (stack current), or driver $CU121_DRIVER and 7.0 to 9.0" \
       "(stack cu121). Remedy: update the driver, if the GPU is new enough."
     return 1
-  elif ! (STACK=cu121 && find_python) 2>/dev/null; then
-    say "The GPU is not used: its driver $driver serves the stack cu121 alone, which needs Python 3.10 or 3.11." \
-      "Remedy: LORA_PYTHON=/path/to/python3.10, or a driver from $CURRENT_DRIVER on."
-    return 1
   else
     printf 'cu121\n'
   fi
+}
+
+# Prints the stack whose torch can use a GPU of this machine with a Python of this machine, or fails.
+gpu_stack() {
+  local stack
+  stack="$(driver_stack)" || return 1
+  if [[ "$stack" == cu121 ]] && ! (STACK=cu121 && find_python) 2>/dev/null; then
+    say "The GPU is not used: its driver serves the stack cu121 alone, which needs Python 3.10 or 3.11." \
+      "Remedy: LORA_PYTHON=/path/to/python3.10, or a driver from $CURRENT_DRIVER on."
+    return 1
+  fi
+  printf '%s\n' "$stack"
 }
 
 # Sets STACK and VENV. The stack cu121 has a folder of its own, so that it can stand beside.

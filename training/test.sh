@@ -4,14 +4,18 @@
 # Makes training/.venv as run.sh does, adds the tests' own packages, then runs ruff (format and
 # lint), mypy, shellcheck, shfmt, the check of the locks and pytest. All of them run, whatever
 # fails; the last lines say what did. Tests marked `gpu` run where a GPU is, those marked
-# `browser` where chromium and chromedriver are.
+# `browser` where chromium and chromedriver are, those marked `docker` where an engine answers.
 #
 # Usage: test.sh [--fast] [PYTEST ARGUMENT ...]
 #
 #   --fast   leave out the tests marked `slow`, which train the embedded model
 #   --help   this text
 #
-# Variables: LORA_STACK, LORA_PYTHON and LORA_VENV, as for run.sh
+# Variables:
+#   LORA_STACK, LORA_PYTHON, LORA_VENV   as for run.sh
+#   LORA_REQUIRE_DOCKER    1: a docker test that cannot run is a failure
+#   LORA_TEST_BASE_IMAGE   the base of the image that the docker tests build (default: the cpu stack's)
+#   LORA_TEST_CA_CERT, LORA_TEST_WHEELS   for that build: build.sh's --ca-cert and --wheels
 # Exit codes: 0 all passed, 1 something failed, 69, 74 and 77 as for run.sh
 set -Eeuo pipefail
 
@@ -30,7 +34,7 @@ check() {
 }
 
 check_shell() {
-  local scripts=("$TRAINING"/*.sh "$TRAINING"/*/*.sh "$TRAINING/../.ci/run")
+  local scripts=("$TRAINING"/*.sh "$TRAINING"/*/*.sh "$TRAINING"/../.ci/*)
   check shellcheck "$VENV/bin/shellcheck" --external-sources "${scripts[@]}"
   check shfmt "$VENV/bin/shfmt" --diff --indent 2 --case-indent "${scripts[@]}"
 }
@@ -52,6 +56,10 @@ check_tests() {
   if ! { command -v chromium && command -v chromedriver; } >/dev/null; then
     say "No Chromium here (apt-get install chromium chromium-driver): tests marked browser are left out"
     marks+=("not browser")
+  fi
+  if [[ "${LORA_REQUIRE_DOCKER:-0}" != 1 ]] && ! docker version >/dev/null 2>&1; then
+    say "No Docker engine answers here: tests marked docker are left out"
+    marks+=("not docker")
   fi
   if [[ "${1:-}" == --fast ]]; then
     marks+=("not slow")

@@ -68,15 +68,21 @@ def check(
         bool, typer.Option("--show-sample", help="Print rows, trained and untrained tokens apart.")
     ] = False,
     rows: Annotated[int, typer.Option(help="How many rows --show-sample prints.")] = 3,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only what needs no torch: under a second.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Run every check that needs no training; list all problems at once."""
     if debug:
         os.environ[DEBUG] = "1"
-    from .check import check_all
+    from .check import check_all, preflight
     from .sources import resolve
 
     settings = resolve(config, os.environ, context.args)
+    if quick:
+        preflight(settings)
+        return
     check_all(settings, sample_rows=rows if show_sample else 0)
 
 

@@ -58,9 +58,10 @@ class Checkout:
         (self.training / "src" / "lora_trainer").mkdir(parents=True)
         (root / ".ci").mkdir()
         self.bin.mkdir()
-        for name in ("run.sh", "test.sh", "environment.sh", "stack.sh"):
-            shutil.copy(TRAINING / name, self.training)
-        shutil.copy(TRAINING.parent / ".ci" / "run", root / ".ci")
+        for script in (*TRAINING.glob("*.sh"), *TRAINING.glob("docker-compose.*")):
+            shutil.copy(script, self.training)
+        for script in (TRAINING.parent / ".ci").iterdir():
+            shutil.copy(script, root / ".ci")
         for stack in ("cpu", "current", "cu121"):
             for name in (stack, f"{stack}-torch", f"{stack}-test", "embedded"):
                 (self.training / "requirements" / f"{name}.txt").write_text(f"{name}==1\n")

@@ -80,7 +80,7 @@ def test_gpu_flags_decide_what_the_trainer_sees(
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--docker",), ("--gpus", "two"), ("--config",), ("--config", "missing.json")]
+    "arguments", [("stop", "now"), ("--gpus", "two"), ("--config",), ("--config", "missing.json")]
 )
 def test_wrong_usage_ends_with_78_before_anything_is_installed(
     checkout: Checkout, arguments: tuple[str, ...]
@@ -366,7 +366,8 @@ def test_test_sh_goes_on_after_a_failure_and_names_it_last(checkout: Checkout) -
         "locks --check",
     ):
         assert sign in result.stdout
-    assert "-m pytest -m not gpu and not browser and not slow tests/unit" in result.stdout
+    marks = "not gpu and not browser and not docker and not slow"
+    assert f"-m pytest -m {marks} tests/unit" in result.stdout
 
 
 @pytest.mark.parametrize(

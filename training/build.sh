@@ -1,0 +1,172 @@
+#!/usr/bin/env bash
+# Make the trainer's image: ./training/build.sh
+#
+# Picks the stack that this machine's GPU and driver can use, checks what the build needs, builds,
+# and says what came out of it.
+#
+# Usage: build.sh [--stack NAME] [--base-image NAME] [--tag NAME] [--ca-cert FILE] [--pip-conf FILE]
+#                 [--apt-sources FILE] [--wheels FOLDER] [--network NAME] [--no-cache] [--push]
+#
+#   --stack NAME        cu121 (driver 525+, capability 7.0 to 9.0), current (driver 580+, capability
+#                       7.5+) or cpu; default: what the GPU and its driver can use, else cpu
+#   --base-image NAME   another base, of Debian or Ubuntu; pin it with name@sha256:... The default
+#                       for cu121 carries CUDA and cuDNN, which torch brings too: with
+#                       --base-image ubuntu:22.04 the image is smaller by what it carries
+#   --tag NAME          the image's name (default: lora-trainer:STACK)
+#   --ca-cert FILE      certificates to trust while building, as PEM
+#   --pip-conf FILE     pip's settings while building, e.g. a private index
+#   --apt-sources FILE  a sources.list to use while building
+#   --wheels FOLDER     a folder of wheels that pip looks into too
+#   --network NAME      the build's network, e.g. host
+#   --no-cache          do every step anew
+#   --push              push the image to the registry that its tag names
+#   --help              this text
+#
+# The files are build secrets: they are in no layer of the image and not in its history.
+#
+# Variables: LORA_STACK, LORA_IMAGE and BASE_IMAGE, as the flags; see .env.training
+# Exit codes: 0 built, 69 no engine, buildx or Compose, or the build failed, 74 too little disk
+# space, 77 the engine may not be used, 78 wrong usage or a file is missing
+set -Eeuo pipefail
+
+TRAINING="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+readonly TRAINING
+# shellcheck source-path=SCRIPTDIR source=stack.sh
+source "$TRAINING/stack.sh"
+# shellcheck source-path=SCRIPTDIR source=container.sh
+source "$TRAINING/container.sh"
+
+readonly CU121_BASE=nvidia/cuda:12.1.0-cudnn8-runtime-ubuntu22.04
+readonly CURRENT_BASE=nvidia/cuda:13.0.2-base-ubuntu24.04
+readonly CPU_BASE=debian:13-slim
+# Layers, and the build's cache beside them, in GB.
+readonly CUDA_GB=25 CPU_GB=6
+
+# need_value FLAG VALUE...: the value of a flag must follow it
+need_value() {
+  (($# > 1)) || fail 78 "$1 lacks its value" "command line" "nothing follows it" "build.sh --help"
+}
+
+# need_file FLAG FILE: it is readable; sets FOUND to its full path
+need_file() {
+  [[ -r "$2" ]] || fail 78 "what $1 names cannot be read" "$1 $2" \
+    "$([[ -e "$2" ]] && echo "no permission" || echo "there is no such file or folder")" "build.sh --help"
+  FOUND="$(cd "$(dirname "$2")" && pwd)/$(basename "$2")"
+}
+
+read_arguments() {
+  STACK='' BASE='' TAG='' IS_PUSHED=0
+  OPTIONS=()
+  while (($#)); do
+    case "$1" in
+      --*=*)
+        set -- "${1%%=*}" "${1#*=}" "${@:2}"
+        continue
+        ;;
+      --help | -h)
+        print_header "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+      --no-cache) OPTIONS+=(--no-cache) ;;
+      --push) IS_PUSHED=1 ;;
+      --stack | --base-image | --tag | --network | --ca-cert | --pip-conf | --apt-sources | --wheels)
+        need_value "$@"
+        read_value "$1" "$2"
+        shift
+        ;;
+      *) fail 78 "the argument is not understood" "command line: $1" "build.sh has no such flag" \
+        "build.sh --help" ;;
+    esac
+    shift
+  done
+}
+
+read_value() {
+  case "$1" in
+    --stack) export LORA_STACK="$2" ;;
+    --base-image) BASE="$2" ;;
+    --tag) TAG="$2" ;;
+    --network) OPTIONS+=(--network "$2") ;;
+    --wheels)
+      need_file "$@"
+      [[ -d "$FOUND" ]] || fail 78 "--wheels takes a folder" "--wheels $2" "it is a file" "build.sh --help"
+      OPTIONS+=(--build-context "wheels=$FOUND")
+      ;;
+    *)
+      need_file "$@"
+      local id="${1#--}"
+      OPTIONS+=(--secret "id=${id//-/_},src=$FOUND")
+      ;;
+  esac
+}
+
+check_builder() {
+  local version
+  version="$(docker buildx version 2>/dev/null | awk '{ print $2 }')"
+  [[ -n "$version" ]] || fail 69 "Docker's buildx is missing" "docker buildx version" \
+    "the client does not know the command" "install the package docker-buildx-plugin (Debian 13: docker-buildx)"
+  ! is_older "$version" "$LEAST_BUILDX" || fail 69 "Docker's buildx is too old" "docker buildx version" \
+    "it is $version, needed is $LEAST_BUILDX" "update the package docker-buildx-plugin"
+}
+
+check_files() {
+  local file
+  for file in Dockerfile .dockerignore docker-entrypoint.sh config.json "requirements/$STACK.txt" \
+    "requirements/$STACK-torch.txt" requirements/embedded.txt src/lora_trainer/cli.py; do
+    [[ -r "$TRAINING/$file" ]] || fail 78 "a file of the image is missing" "$TRAINING/$file" \
+      "the checkout is not whole" "git checkout -- training"
+  done
+}
+
+# The engine's disk is looked at where it is this machine's.
+check_room() {
+  local root free needed=$CUDA_GB
+  [[ "$STACK" != cpu ]] || needed=$CPU_GB
+  root="$(docker info --format '{{.DockerRootDir}}')"
+  [[ -d "$root" ]] || return 0
+  free="$(df -Pk "$root" | awk 'NR == 2 { print $4 }')"
+  [[ "$free" =~ ^[0-9]+$ ]] && ((free * 1024 < needed * 1000 ** 3)) || return 0
+  fail 74 "too little disk space for the image" "$root" \
+    "$((free * 1024 / 1000 ** 3)) GB are free, $needed GB are needed" \
+    "docker system prune, docker builder prune, or give the engine another data-root"
+}
+
+build_image() {
+  local begun=$SECONDS revision
+  revision="$(git -C "$TRAINING" rev-parse --short HEAD 2>/dev/null || echo unknown)"
+  say "${BOLD}Building $TAG: stack $STACK on $BASE$PLAIN"
+  # An engine before 23 does not know named contexts of itself; it fetches what does.
+  if [[ " ${OPTIONS[*]-} " == *" --build-context "* ]] &&
+    is_older "$(docker version --format '{{.Server.Version}}')" 23.0; then
+    OPTIONS+=(--build-arg BUILDKIT_SYNTAX=docker/dockerfile:1)
+  fi
+  docker buildx build --load --tag "$TAG" --build-arg "STACK=$STACK" --build-arg "BASE_IMAGE=$BASE" \
+    --build-arg "REVISION=$revision" ${OPTIONS[@]+"${OPTIONS[@]}"} "$TRAINING" ||
+    fail 69 "the image could not be built" "$TRAINING/Dockerfile" "the step that failed is above" \
+      "behind a proxy: --ca-cert FILE, --pip-conf FILE; without a registry: --base-image NAME; disk: docker builder prune"
+  say "${BOLD}Built $TAG$PLAIN in $((SECONDS - begun)) s," \
+    "$(docker image inspect --format '{{.Size}}' "$TAG" | awk '{ printf "%.2f GB", $1 / 1e9 }')"
+}
+
+build_main() {
+  read_arguments "$@"
+  require_docker
+  check_builder
+  STACK="$(container_stack)"
+  case "$STACK" in
+    cu121) BASE="${BASE:-$(setting BASE_IMAGE "$CU121_BASE")}" ;;
+    current) BASE="${BASE:-$(setting BASE_IMAGE "$CURRENT_BASE")}" ;;
+    *) BASE="${BASE:-$(setting BASE_IMAGE "$CPU_BASE")}" ;;
+  esac
+  TAG="${TAG:-$(setting LORA_IMAGE "lora-trainer:$STACK")}"
+  check_files
+  check_room
+  build_image
+  if ((IS_PUSHED)); then
+    docker push "$TAG" || fail 69 "the image could not be pushed" "$TAG" "see above" \
+      "docker login, and a tag that names your registry: --tag registry.example/lora-trainer:$STACK"
+  fi
+  say "  ./training/run.sh"
+}
+
+build_main "$@"

@@ -1,0 +1,168 @@
+#!/usr/bin/env bash
+# A run in a container, for run.sh, which sources it after container.sh and sets COMMAND, CONFIG,
+# GPUS, PASSED, IS_BACKGROUND and STATE. It only defines functions.
+
+# Prints the id of this project's trainer while it runs, or fails.
+running_container() {
+  local id
+  has_engine || return 1
+  id="$(container_of trainer)"
+  [[ -n "$id" && "$(state_of "$id" Running)" == true ]] || return 1
+  printf '%s\n' "$id"
+}
+
+# quoted TEXT...: JSON strings with commas between them
+quoted() {
+  local text separator=''
+  for text; do
+    text="${text//\\/\\\\}" text="${text//\"/\\\"}" text="${text//$'\n'/\\n}" text="${text//$'\t'/\\t}"
+    # Compose replaces $NAME, unless the sign is doubled.
+    printf '%s"%s"' "$separator" "${text//\$/\$\$}"
+    separator=', '
+  done
+}
+
+# Writes what is this run's own, on top of the compose files: options, variables, certain GPUs.
+write_override() {
+  local service name lines=()
+  OVERRIDE="$STATE/$COMPOSE_PROJECT_NAME.compose.yml"
+  mkdir -p "$STATE"
+  while IFS='=' read -r name _; do
+    [[ "$name" == LORA_TRAINER_CONFIG ]] || lines+=("      $name: $(quoted "${!name}")")
+  done < <(env | grep -E '^LORA_TRAINER_[A-Z0-9_]+=')
+  {
+    printf 'services:\n'
+    for service in preflight trainer; do
+      printf '  %s:\n    command: [%s]\n' "$service" \
+        "$(quoted "$([[ "$service" == trainer ]] && echo train || echo preflight)" ${PASSED[@]+"${PASSED[@]}"})"
+      ((${#lines[@]} == 0)) || printf '    environment:\n'
+      ((${#lines[@]} == 0)) || printf '%s\n' "${lines[@]}"
+      [[ ! "$GPUS" =~ ^[0-9] ]] || printf '    deploy: {resources: {reservations: {devices: !override [%s]}}}\n' \
+        "{driver: nvidia, device_ids: [\"${GPUS//,/\", \"}\"], capabilities: [gpu]}"
+    done
+  } >"$OVERRIDE"
+}
+
+# Makes the image if it is not there. It may be that no registry is in reach.
+ensure_image() {
+  local image
+  image="$(setting LORA_IMAGE "lora-trainer:$STACK")"
+  if docker image inspect "$image" >/dev/null 2>&1; then
+    return
+  fi
+  say "The image $image is made first (once, some minutes)"
+  "$TRAINING/build.sh" --stack "$STACK" || {
+    [[ "$PLACE" == any ]] || exit 69
+    say "The image cannot be made here: training on the machine itself"
+    return 1
+  }
+}
+
+run_in_container() {
+  local id code
+  [[ "$GPUS" != none ]] || export LORA_STACK=cpu
+  STACK="$(container_stack)"
+  export LORA_STACK="$STACK"
+  if ! ensure_image; then
+    run_locally
+    return
+  fi
+  [[ "$STACK" == cpu ]] || require_gpu_runtime
+  choose_user
+  make_folders
+  limit_cpus
+  secret_file HF_TOKEN
+  secret_file WANDB_API_KEY
+  LORA_CONFIG="$(cd "$(dirname "$CONFIG")" && pwd)/$(basename "$CONFIG")"
+  export LORA_CONFIG
+  write_override
+  compose_command
+  if [[ "$COMMAND" == check ]]; then
+    exec "${COMPOSE[@]}" run --rm --no-deps --no-TTY trainer check ${PASSED[@]+"${PASSED[@]}"}
+  fi
+  if id="$(running_container)"; then
+    fail 75 "a run is under way in a container" "container ${id:0:12}" \
+      "it would be stopped by another one of the same name" \
+      "./training/run.sh logs | stop, or COMPOSE_PROJECT_NAME=another HEALTH_PORT=8081 ./training/run.sh"
+  fi
+  start_container
+  say "Dashboard: $(dashboard)"
+  if ((IS_BACKGROUND)); then
+    say "The run goes on in the container; ./training/run.sh logs | status | stop"
+    return
+  fi
+  follow_container
+  code="$(state_of "$ID" ExitCode)"
+  exit "${code:-70}"
+}
+
+# Sets ID. Preflight's fault is shown, and its exit code is ours.
+start_container() {
+  local id code output
+  if ! output="$("${COMPOSE[@]}" up --detach --no-build --force-recreate 2>&1)"; then
+    id="$(container_of preflight)"
+    code="$([[ -z "$id" ]] || state_of "$id" ExitCode)"
+    if [[ -n "$code" && "$code" != 0 && "$(state_of "$id" Status)" == exited ]]; then
+      docker logs "$id" >&2
+      exit "$code"
+    fi
+    explain_start "$output"
+  fi
+  ID="$(container_of trainer)"
+}
+
+explain_start() {
+  local why
+  why="$(tail -n 1 <<<"$1")"
+  case "$1" in
+    *"port is already allocated"* | *"address already in use"*)
+      fail 69 "the port is taken" "HEALTH_PORT=$(setting HEALTH_PORT 8080)" "$why" \
+        "HEALTH_PORT=8081 ./training/run.sh"
+      ;;
+    *"could not select device driver"* | *nvidia-container-cli* | *"unresolvable CDI"*)
+      fail 69 "the engine cannot give the container a GPU" "docker-compose.training.yml" "$why" \
+        "nvidia-smi on the host; set up the NVIDIA Container Toolkit; or ./training/run.sh --cpu"
+      ;;
+    *"bind source path does not exist"*)
+      fail 78 "a folder or file to be mounted does not exist" "docker-compose.training.yml" "$why" \
+        "make it, or name another one in .env.training"
+      ;;
+  esac
+  say "$1"
+  fail 70 "the container could not be started" "${COMPOSE[*]}" "$why" \
+    "see above; or ./training/run.sh --local"
+}
+
+dashboard() {
+  if ((IS_AIRGAPPED)); then
+    printf 'not to be reached without a network; ./training/health-check.sh asks inside\n'
+  else
+    printf 'http://127.0.0.1:%s\n' "$(setting HEALTH_PORT 8080)"
+  fi
+}
+
+# Shows the container's log until it has ended for good. A signal stops it, once.
+follow_container() {
+  local since='' log
+  trap stop_container INT TERM HUP
+  IS_STOPPING=0
+  while :; do
+    docker logs --follow ${since:+--since "$since"} "$ID" &
+    log=$!
+    # A trap ends `wait`, not the log: the container's last lines are still to come.
+    while kill -0 "$log" 2>/dev/null; do wait "$log" || true; done
+    since="$(date -u +%Y-%m-%dT%H:%M:%S.%NZ)"
+    case "$(state_of "$ID" Status)" in
+      running | restarting | created) sleep 0.2 ;;
+      *) break ;;
+    esac
+  done
+  trap - INT TERM HUP
+}
+
+stop_container() {
+  ((IS_STOPPING == 0)) || return 0
+  IS_STOPPING=1
+  say "Stopping; the checkpoint is being saved ($(setting LORA_STOP_GRACE 120s) at most)"
+  docker stop "$ID" >/dev/null 2>&1 &
+}

@@ -1,0 +1,69 @@
+"""The image, and what is not in it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+
+import pytest
+from composed import MARK, docker
+
+pytestmark = pytest.mark.docker
+
+
+def in_image(image, *command: str) -> str:
+    return docker("run", "--rm", "--network", "none", image.name, *command).stdout
+
+
+def test_the_image_builds_from_a_context_under_2_mb(image):
+    sizes = re.findall(r"transferring context: ([\d.]+)(kB|MB|B) ", image.log)
+    factors = {"B": 1, "kB": 1e3, "MB": 1e6}
+    assert sizes
+    assert max(float(number) * factors[unit] for number, unit in sizes) < 2e6
+
+
+def test_build_says_size_and_time(image):
+    assert re.search(r"Built lora-trainer:tested in \d+ s, \d+\.\d\d GB", image.log)
+
+
+def test_the_image_is_described_and_runs_as_user_1000(image):
+    found = json.loads(docker("image", "inspect", image.name).stdout)[0]["Config"]
+    assert found["User"] == "1000:1000"
+    assert found["Entrypoint"] == ["/usr/bin/tini", "--", "docker-entrypoint.sh"]
+    assert "8080/tcp" in found["ExposedPorts"]
+    assert found["Healthcheck"]["Test"] == ["CMD", "docker-entrypoint.sh", "healthcheck"]
+    assert found["Labels"]["org.opencontainers.image.title"] == "lora-trainer"
+    assert found["Labels"]["lora-trainer.stack"] == "cpu"
+
+
+def test_the_image_has_no_compiler_no_pip_and_no_package_cache(image):
+    script = (
+        "for name in cc gcc g++ clang make ld pip pip3; do command -v $name; done; "
+        "ls /opt/venv/bin | grep -E '^pip'; "
+        "find /var/cache/apt /var/lib/apt/lists /root /tmp -type f -size +0 2>/dev/null"
+    )
+    assert in_image(image, "bash", "-c", f"{script}; true") == ""
+
+
+def test_build_secrets_are_in_no_layer_and_not_in_the_history(image):
+    assert MARK not in docker("history", "--no-trunc", image.name).stdout
+    assert MARK not in docker("image", "inspect", image.name).stdout
+    saving = subprocess.Popen(["docker", "save", image.name], stdout=subprocess.PIPE)
+    assert saving.stdout is not None
+    with saving:
+        tail, needle = b"", MARK.encode()
+        while block := saving.stdout.read(1 << 22):
+            assert needle not in tail + block
+            tail = block[-len(needle) :]
+    assert saving.returncode == 0
+
+
+def test_other_commands_pass_through(image):
+    assert in_image(image, "echo", "two words").strip() == "two words"
+    assert json.loads(in_image(image, "schema"))["type"] == "object"
+
+
+def test_the_embedded_model_and_the_demo_dataset_are_inside(image):
+    assert in_image(image, "preflight").strip() == ""
+    assert "train.jsonl" in in_image(image, "ls", "/workspace/datasets/demo")
