@@ -15,8 +15,9 @@ import typer
 
 from .config import EMBEDDED_MODEL
 from .errors import ConfigError, DataError, Problem, StorageError, TrainerError
-from .machine import free_disk_bytes
+from .machine import free_disk_bytes, read_machine
 from .output import make_folder, output_folder
+from .plan import process_count
 from .sources import Settings
 from .trackers import missing_trackers
 
@@ -35,7 +36,14 @@ def preflight(settings: Settings) -> None:
 
 def preflight_faults(settings: Settings) -> list[TrainerError]:
     """Return what `preflight` finds."""
-    checks = (_check_output, _check_disk, _check_model, _check_data, _check_packages)
+    checks = (
+        _check_output,
+        _check_disk,
+        _check_model,
+        _check_data,
+        _check_packages,
+        _check_processes,
+    )
     return [fault for one in checks for fault in _faults_of(one, settings)]
 
 
@@ -114,6 +122,10 @@ def _check_packages(settings: Settings) -> None:
             )
         )
     raise_all(faults)
+
+
+def _check_processes(settings: Settings) -> None:
+    process_count(settings.config, read_machine())
 
 
 def check_all(settings: Settings, *, sample_rows: int = 0) -> None:

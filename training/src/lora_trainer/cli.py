@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if "click" in type(error).__module__:  # typer carries a click of its own
             return _end(_usage(error))
-        from .worker import disk_fault
+        from .faults import disk_fault
 
         if (fault := disk_fault(error)) is not None:
             return _end(fault)

@@ -175,6 +175,12 @@ class TrainingSection(Section):
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment decay")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's denominator term")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 switches it off")
+    nproc: Count | Auto = Field(
+        "auto", description="Processes that share each step; auto: one per visible GPU, else 1"
+    )
+    parallelism: Literal["auto", "ddp", "fsdp", "deepspeed"] = Field(
+        "auto", description="Each process holds the base (ddp) or a part (fsdp); auto: as it fits"
+    )
     padding_free: bool | Auto = Field(
         "auto", description="Concatenate a micro-batch's examples instead of padding them"
     )
@@ -274,6 +280,8 @@ NOT_IN_DIGEST = (
     ("data", "datasets_dir"),
     ("data", "dataset_cache_dir"),
     ("data", "preprocessing_num_workers"),
+    ("training", "nproc"),
+    ("training", "parallelism"),
 )
 SECRET_KEYS = frozenset({"hf_token"})
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from .data.batches import Rows
 from .model.forward import CausalLM, MicroBatch
+from .ranks import ALONE, Ranks
 
 # exp() of more is a number that says nothing; shown as infinite.
 LARGEST_EXPONENT = 50.0
@@ -50,26 +51,36 @@ def score(
     batch_examples: int,
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda _: None,
+    ranks: Ranks = ALONE,
 ) -> Score | None:
     """Score all rows; None when stopped before the end. Uses no random numbers.
 
-    `progress` is told how many rows are done, batch by batch.
+    `progress` is told how many rows are done, batch by batch. Several ranks take turns at
+    the batches, and add their figures up in the batches' order: the score is the same
+    whatever their number.
     """
     start = time.monotonic()
     was_training = causal.model.training
     causal.model.eval()
-    loss, hits, targets, done = 0.0, 0, 0, 0
+    batches = list(_by_length(rows, batch_examples))
+    figures = torch.zeros(len(batches), 3, dtype=torch.float64)
     try:
-        for batch in _by_length(rows, batch_examples):
+        for first in range(0, len(batches), ranks.count):
             if should_stop():
                 return None
-            micro = take(rows, batch)
-            batch_loss, batch_hits = causal.score(micro)
-            loss, hits, targets = loss + batch_loss, hits + batch_hits, targets + micro.targets
-            done += len(batch)
-            progress(done)
+            # Ranks that share a model must all go through it: at the end, once too often.
+            own = first + ranks.rank
+            micro = take(rows, batches[min(own, len(batches) - 1)])
+            if own < len(batches) or causal.is_sharded:
+                loss, hits = causal.score(micro)
+            if own < len(batches):
+                figures[own] = torch.tensor([loss, hits, micro.targets], dtype=torch.float64)
+            progress(min(len(rows), (first + ranks.count) * batch_examples))
     finally:
         causal.model.train(was_training)
+    rows_of_figures = ranks.summed(figures).tolist()
+    loss = sum(row[0] for row in rows_of_figures)
+    hits, targets = (int(sum(row[at] for row in rows_of_figures)) for at in (1, 2))
     seconds = time.monotonic() - start
     return Score(loss / max(1, targets), hits / max(1, targets), targets, seconds)
 
@@ -133,10 +144,12 @@ def answer(
     max_new_tokens: int,
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda _: None,
+    ranks: Ranks = ALONE,
 ) -> list[Answer] | None:
     """Answer every question greedily, in batches padded on the left; None when stopped.
 
-    `progress` is told how many are answered, batch by batch.
+    `progress` is told how many are answered, batch by batch. Several ranks take turns at
+    the batches; where they share a model, all answer all.
 
     An answer ends with the tokenizer's end token or with the token that ends the
     expected answers (a template's end of turn), or after `max_new_tokens`.
@@ -144,15 +157,26 @@ def answer(
     ends = {question.expected[-1] for question in asked} & set(tokenizer.all_special_ids)
     ends |= {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
     order = sorted(asked, key=lambda q: (len(q.expected), len(q.prompt), q.index))
-    found: list[Answer] = []
+    # Token ids plus one, so that nought is none, and ranks can add theirs up.
+    made = torch.zeros(len(order), max_new_tokens, dtype=torch.int64)
+    sharing = ALONE if causal.is_sharded else ranks
     with causal.generating() as model:
-        for start in range(0, len(order), batch_examples):
+        for first in range(0, len(order), batch_examples * sharing.count):
             if should_stop():
                 return None
+            start = first + batch_examples * sharing.rank
             batch = order[start : start + batch_examples]
-            made = _generate(model, tokenizer, batch, sorted(ends), max_new_tokens, causal.device)
-            found += [_decode(tokenizer, q, ids) for q, ids in zip(batch, made, strict=True)]
-            progress(len(found))
+            if batch:
+                answers = _generate(
+                    model, tokenizer, batch, sorted(ends), max_new_tokens, causal.device
+                )
+                for row, ids in enumerate(answers, start):
+                    made[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
+            progress(min(len(order), first + batch_examples * sharing.count))
+    found = [
+        _decode(tokenizer, question, [int(i) - 1 for i in row if i])
+        for question, row in zip(order, sharing.summed(made).tolist(), strict=True)
+    ]
     return sorted(found, key=lambda one: one.index)
 
 

@@ -92,6 +92,32 @@ class StepDone(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankFigures:
+    """One rank's own work: its seconds and tokens, without waiting; its memory in bytes."""
+
+    rank: int
+    seconds: float
+    tokens: int
+    memory_bytes: int
+    gpu_memory_bytes: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Return the rank's own speed."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RanksMeasured(Event):
+    """What each of several ranks did since the last such event, in order of rank."""
+
+    kind: ClassVar[str] = "ranks"
+    step: int
+    ranks: list[dict[str, float]]
+    slowest: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated(Event):
     """Held-out figures at a step."""
 
@@ -211,8 +237,9 @@ class Ended(Event):
 KINDS: Mapping[str, type[Event]] = {
     event.kind: event
     for event in (
-        RunStarted, PhaseChanged, Planned, Progress, StepDone, Evaluated, Generated, Sample,
-        CheckpointSaved, Resumed, Warned, Restarted, Failed, Finished, Stopped, Ended,
+        RunStarted, PhaseChanged, Planned, Progress, StepDone, RanksMeasured, Evaluated,
+        Generated, Sample, CheckpointSaved, Resumed, Warned, Restarted, Failed, Finished,
+        Stopped, Ended,
     )
 }  # fmt: skip
 

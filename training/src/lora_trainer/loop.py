@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,12 +21,22 @@ from .checkpoint import CheckpointStore, TrainState, take_snapshot
 from .config import TrainingSection
 from .data.batches import Rows, StepOrder, split_micro_batches
 from .errors import InternalError
-from .events import CheckpointSaved, Evaluated, Event, PhaseChanged, StepDone, progress_of
+from .events import (
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    PhaseChanged,
+    RankFigures,
+    RanksMeasured,
+    StepDone,
+    progress_of,
+)
 from .machine import peak_memory_bytes
 from .model.adapter import adapter_state
 from .model.forward import CausalLM
 from .optim import learning_rate, set_learning_rate
 from .plan import Plan
+from .ranks import ALONE, Ranks, own_batches, seed_of, sum_step
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ class Parts:
     logging_steps: int
     emit: Callable[[Event], None]
     should_stop: Callable[[], bool]
+    ranks: Ranks = ALONE
 
 
 def train(parts: Parts, state: TrainState) -> TrainState:
@@ -57,7 +68,7 @@ def train(parts: Parts, state: TrainState) -> TrainState:
         is_done = state.step >= parts.plan.total_steps or _is_out_of_patience(parts, state)
         must_end = is_done or parts.should_stop()
         if saved_step != state.step and (must_end or _is_save_due(parts, state)):
-            if state.step:
+            if state.step and parts.ranks.is_first:
                 _save(parts, state)
             saved_step = state.step
         if must_end:
@@ -66,9 +77,9 @@ def train(parts: Parts, state: TrainState) -> TrainState:
 
 
 def _step(parts: Parts, state: TrainState) -> TrainState:
-    """Do one optimizer step."""
+    """Do one optimizer step: of its micro-batches those that are this rank's."""
     start = time.monotonic()
-    training, plan = parts.training, parts.plan
+    training, plan, ranks = parts.training, parts.plan, parts.ranks
     batches = [
         evaluate.take(parts.rows, rows)
         for rows in split_micro_batches(
@@ -85,11 +96,21 @@ def _step(parts: Parts, state: TrainState) -> TrainState:
     )
     set_learning_rate(parts.optimizer, rate)
     summed = torch.zeros((), device=parts.causal.device)
-    for batch in batches:
-        share = parts.causal.loss(batch) / max(1, targets)
+    own = own_batches([batch.tokens for batch in batches], ranks, parts.causal.is_sharded)
+    for index, weight in own:
+        # Dropout follows from the place in the step, whoever computes it.
+        torch.manual_seed(seed_of(training.seed, state.step, index))
+        share = parts.causal.loss(batches[index]) * (weight / max(1, targets))
         share.backward()
         summed += share.detach()
-    loss = float(summed)
+    figures = RankFigures(
+        rank=ranks.rank,
+        seconds=time.monotonic() - start,
+        tokens=sum(batches[index].tokens for index, weight in own if weight),
+        memory_bytes=peak_memory_bytes(),
+        gpu_memory_bytes=_gpu_memory_bytes(),
+    )
+    loss, measured = sum_step(ranks, list(parts.parameters.values()), summed, figures)
     # An infinite bound measures the norm and scales nothing.
     bound = training.max_grad_norm or math.inf
     norm = float(torch.nn.utils.clip_grad_norm_(parts.parameters.values(), bound))
@@ -101,6 +122,8 @@ def _step(parts: Parts, state: TrainState) -> TrainState:
     after = state.after_step(tokens, targets, time.monotonic() - start)
     if after.step % parts.logging_steps == 0 or after.step in (1, plan.total_steps):
         parts.emit(_step_event(parts, state, after, loss=loss, rate=rate, norm=norm))
+        if len(measured) > 1:
+            parts.emit(ranks_event(after.step, measured))
     return after
 
 
@@ -125,6 +148,16 @@ def _step_event(
         tokens_seen=after.tokens_seen,
         memory_bytes=peak_memory_bytes(),
         gpu_memory_bytes=_gpu_memory_bytes(),
+    )
+
+
+def ranks_event(step: int, measured: Sequence[RankFigures]) -> RanksMeasured:
+    """Return what each rank did in a step, and which one the others waited for."""
+    slowest = max(measured, key=lambda one: one.seconds)
+    return RanksMeasured(
+        step=step,
+        slowest=slowest.rank,
+        ranks=[asdict(one) | {"tokens_per_second": one.tokens_per_second} for one in measured],
     )
 
 
@@ -160,6 +193,7 @@ def _evaluate(parts: Parts, state: TrainState) -> TrainState:
         batch_examples=parts.training.per_device_eval_batch_size,
         should_stop=parts.should_stop,
         progress=progress_of(parts.emit, "rows", len(parts.eval_rows)),
+        ranks=parts.ranks,
     )
     if score is None:
         return state

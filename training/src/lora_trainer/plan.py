@@ -11,12 +11,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from .config import Config
+from .errors import ConfigError
 from .machine import Machine
 
 Precision = Literal["float32", "bfloat16"]
+Parallelism = Literal["none", "ddp", "fsdp"]
 # What a process holds before any model: the interpreter, torch, transformers, peft
 # (487 MB measured on the CPU; CUDA's context comes on top on a GPU).
 RUNTIME_BYTES = 500 << 20
+# A base model that takes more of a device leaves no room to train on it.
+FITTING_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +49,24 @@ class DataProfile:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """What one of several processes has of the work; `micro_batch` 0: as configured."""
+
+    processes: int = 1
+    parallelism: Parallelism = "none"
+    micro_batch: int = 0
+
+
+ALL = Share()
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """The resolved run. `reasons` says, for each choice that was automatic, why."""
 
     device: Literal["cpu", "cuda"]
     processes: int
+    parallelism: Parallelism
     threads: int
     precision: Precision
     attention: str
@@ -87,9 +104,14 @@ def make_plan(
     precision: Precision,
     attention: str,
     padding_free: bool,
+    processes: int = 1,
+    parallelism: Parallelism = "none",
     reasons: tuple[str, ...] = (),
 ) -> Plan:
     """Resolve a run's numbers; `precision` and `attention` are measured by the caller.
+
+    A step is per_device_train_batch_size x gradient_accumulation_steps examples whatever
+    the number of processes: they share them out, and no number but the time changes.
 
     Raises:
         ValueError: there is nothing to train (no row); the data check refuses that first.
@@ -109,18 +131,22 @@ def make_plan(
         if training.warmup_steps is not None
         else math.ceil(training.warmup_ratio * total)
     )
-    checkpointing, why = _choose_checkpointing(config, machine, shape, data, precision)
+    # Where there are fewer micro-batches than processes, these become smaller.
+    micro_batch = min(training.per_device_train_batch_size, -(-step_examples // processes))
+    share = Share(processes, parallelism, micro_batch)
+    checkpointing, why = _choose_checkpointing(config, machine, shape, data, precision, share)
     return Plan(
         device="cuda" if machine.has_gpu else "cpu",
-        processes=1,
-        threads=machine.cores,
+        processes=processes,
+        parallelism=parallelism,
+        threads=max(1, machine.cores // processes),
         precision=precision,
         attention=attention,
         padding_free=padding_free,
         gradient_checkpointing=checkpointing,
         rows=data.rows,
-        micro_batch_examples=training.per_device_train_batch_size,
-        micro_batches=training.gradient_accumulation_steps,
+        micro_batch_examples=micro_batch,
+        micro_batches=-(-math.ceil(step_examples / micro_batch) // processes),
         step_examples=step_examples,
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
@@ -133,10 +159,10 @@ def make_plan(
         parameters=shape.parameters,
         trainable_parameters=shape.trainable_parameters,
         estimated_memory_bytes=estimate_memory_bytes(
-            config, shape, data, precision, has_checkpointing=checkpointing
+            config, shape, data, precision, has_checkpointing=checkpointing, share=share
         ),
-        memory_limit_bytes=_memory_limit_bytes(machine),
-        reasons=(*reasons, *why),
+        memory_limit_bytes=memory_limit_bytes(machine, processes),
+        reasons=(*reasons, *why, *_idle_reasons(config, step_examples, processes)),
     )
 
 
@@ -147,8 +173,9 @@ def estimate_memory_bytes(
     precision: Precision,
     *,
     has_checkpointing: bool,
+    share: Share = ALL,
 ) -> int:
-    """Estimate a step's peak memory in bytes: weights, adapter states, activations, logits.
+    """Estimate a process's peak memory in bytes: weights, adapter states, activations, logits.
 
     Counted for the worst micro-batch, all of whose examples are the longest one. A
     transformer layer keeps about 10 hidden-wide and 4 intermediate-wide tensors for
@@ -157,8 +184,8 @@ def estimate_memory_bytes(
     and one layer's full set.
     """
     width = 4 if precision == "float32" else 2
-    tokens = config.training.per_device_train_batch_size * data.longest
-    weights = shape.parameters * _weight_bytes(config, width)
+    tokens = (share.micro_batch or config.training.per_device_train_batch_size) * data.longest
+    weights = weights_bytes(config, shape, precision, share)
     # float32 master copy, gradient and AdamW's two moments.
     adapter = shape.trainable_parameters * 16
     layer = tokens * (10 * shape.hidden_size + 4 * shape.intermediate_size) * width
@@ -175,24 +202,105 @@ def estimate_memory_bytes(
     return int(RUNTIME_BYTES + weights + adapter + layers + logits)
 
 
+def weights_bytes(config: Config, shape: ModelShape, precision: Precision, share: Share) -> float:
+    """Return the bytes of the base model's weights in one process.
+
+    With fsdp each holds its part of every layer, two layers whole while they compute, and
+    embeddings and head, which are not shared out.
+    """
+    each = _weight_bytes(config, 4 if precision == "float32" else 2)
+    if share.parallelism != "fsdp":
+        return shape.parameters * each
+    whole = min(shape.parameters, 2 * shape.vocab_size * shape.hidden_size)
+    layers = shape.parameters - whole
+    return (whole + layers / share.processes + 2 * layers / shape.layers) * each
+
+
 def _weight_bytes(config: Config, width: int) -> float:
     if config.model.use_4bit:
         return 0.56  # 4 bits and the double-quantized constants
     return 1.03 if config.model.use_8bit else width
 
 
-def _memory_limit_bytes(machine: Machine) -> int:
-    return machine.gpus[0].memory_bytes if machine.has_gpu else machine.memory_bytes
+def memory_limit_bytes(machine: Machine, processes: int) -> int:
+    """Return what one process may use: its GPU's memory, or its part of the machine's."""
+    if machine.has_gpu:
+        return min(gpu.memory_bytes for gpu in machine.gpus)
+    return machine.memory_bytes // processes
+
+
+def choose_parallelism(
+    config: Config, machine: Machine, shape: ModelShape, precision: Precision, processes: int
+) -> tuple[Parallelism, str]:
+    """Return how processes share the work, and why where that was chosen."""
+    asked = config.training.parallelism
+    if processes == 1:
+        return "none", ""
+    if asked != "auto":
+        return ("fsdp" if asked == "fsdp" else "ddp"), ""
+    if config.model.use_4bit or config.model.use_8bit:
+        return "ddp", ""  # what is quantized cannot be cut
+    needed = RUNTIME_BYTES + weights_bytes(config, shape, precision, ALL)
+    limit = memory_limit_bytes(machine, processes)
+    if needed <= FITTING_SHARE * limit:
+        return "ddp", ""
+    return "fsdp", (
+        f"parallelism is fsdp: the base model needs {needed / 2**30:.1f} GB a process, and one "
+        f"has {limit / 2**30:.1f} GB"
+    )
+
+
+def process_count(config: Config, machine: Machine) -> int:
+    """Return how many processes train: one per visible GPU, unless the user says.
+
+    Raises:
+        ConfigError: more are asked for than there are GPUs.
+    """
+    asked, gpus = config.training.nproc, len(machine.gpus)
+    if asked == "auto":
+        return max(1, gpus)
+    if 0 < gpus < asked:
+        raise ConfigError.of(
+            f"nproc {asked} is more than the visible GPUs",
+            where="training.nproc",
+            why=f"each process has a GPU of its own, and there {'is' if gpus == 1 else 'are'} "
+            f"{gpus}",
+            remedy=f"--nproc {gpus}, or --nproc auto",
+        )
+    return asked
+
+
+def _idle_reasons(config: Config, step_examples: int, processes: int) -> tuple[str, ...]:
+    asked = config.training.per_device_train_batch_size
+    if processes <= step_examples // asked:
+        return ()
+    if step_examples < processes:
+        return (
+            f"{processes - step_examples} of {processes} processes have nothing to do: a step "
+            f"has {step_examples} examples; raise gradient_accumulation_steps",
+        )
+    return (
+        f"a micro-batch has {-(-step_examples // processes)} instead of {asked} examples, so that "
+        f"{processes} processes share a step of {step_examples}; raise "
+        f"gradient_accumulation_steps to {processes} to fill them",
+    )
 
 
 def _choose_checkpointing(
-    config: Config, machine: Machine, shape: ModelShape, data: DataProfile, precision: Precision
+    config: Config,
+    machine: Machine,
+    shape: ModelShape,
+    data: DataProfile,
+    precision: Precision,
+    share: Share,
 ) -> tuple[bool, tuple[str, ...]]:
     asked = config.model.gradient_checkpointing
     if asked != "auto":
         return bool(asked), ()
-    needed = estimate_memory_bytes(config, shape, data, precision, has_checkpointing=False)
-    limit = _memory_limit_bytes(machine)
+    needed = estimate_memory_bytes(
+        config, shape, data, precision, has_checkpointing=False, share=share
+    )
+    limit = memory_limit_bytes(machine, share.processes)
     if needed <= 0.8 * limit:
         return False, ()
     return True, (

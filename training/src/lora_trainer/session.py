@@ -5,6 +5,7 @@ Data is read before the weights are: a bad row is told in seconds, not after a d
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -46,8 +47,18 @@ from .machine import Machine, read_machine
 from .model import load, probe
 from .model.adapter import add_adapter, changes_base, load_adapter_state, trained_parameters
 from .model.forward import CausalLM
+from .model.shard import check_sharding
 from .optim import make_optimizer
-from .plan import ModelShape, Plan, make_plan
+from .plan import (
+    ModelShape,
+    Parallelism,
+    Plan,
+    Precision,
+    choose_parallelism,
+    make_plan,
+    process_count,
+)
+from .ranks import ALONE, Ranks
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors", "datasets")
 
@@ -68,6 +79,7 @@ class Session:
     store: CheckpointStore
     output_dir: Path
     initial: Path | None = None
+    ranks: Ranks = ALONE
     figures: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -137,6 +149,7 @@ class Session:
             logging_steps=self.config.monitoring.logging_steps,
             emit=emit,
             should_stop=should_stop,
+            ranks=self.ranks,
         )
 
     def export(self, order: Any, state: TrainState) -> Path:
@@ -153,22 +166,28 @@ class Session:
         )
 
 
-def open_session(config: Config, output_dir: Path, emit: Callable[[Event], None]) -> Session:
-    """Prepare data and model; every fault that a user can cause comes out as a TrainerError."""
+def open_session(
+    config: Config, output_dir: Path, emit: Callable[[Event], None], ranks: Ranks = ALONE
+) -> Session:
+    """Prepare data and model; every fault that a user can cause comes out as a TrainerError.
+
+    Rank 0 downloads and tokenizes; the others find what it left.
+    """
     machine = read_machine()
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(machine.cores)
+        torch.set_num_threads(max(1, machine.cores // ranks.count))
     torch.use_deterministic_algorithms(machine.has_gpu, warn_only=True)
-    source = load.locate(config.model)
-    tokenizer = load.load_tokenizer(source, config.model)
-    shape = load.load_config(source, config.model)
-    emit(PhaseChanged(phase="tokenizing"))
-    splits = open_data(config, source, tokenizer, emit)
+    with ranks.first_then_others():
+        source = load.locate(config.model)
+        tokenizer = load.load_tokenizer(source, config.model)
+        shape = load.load_config(source, config.model)
+        emit(PhaseChanged(phase="tokenizing"))
+        splits = open_data(config, source, tokenizer, emit)
     load.use_template(tokenizer, config.data.chat_template)
     emit(PhaseChanged(phase="loading", detail=source.name))
     for warning in data_warnings(config, splits):
         emit(Warned(message=warning))
-    session = _open_model(config, machine, source, shape, tokenizer, splits, output_dir)
+    session = _open_model(config, machine, source, shape, tokenizer, splits, output_dir, ranks)
     for reason in session.plan.reasons:
         emit(Warned(message=reason))
     return session
@@ -182,41 +201,58 @@ def _open_model(
     tokenizer: Any,
     splits: DataSplits,
     output_dir: Path,
+    ranks: Ranks,
 ) -> Session:
     device = "cuda" if machine.has_gpu and torch.cuda.is_available() else "cpu"
     used, why = precision.choose_precision(config.model.bf16, device)
     dtype = torch.bfloat16 if used == "bfloat16" else torch.float32
     # sdpa knows no soft-cap on the scores; eager computes it.
     attention = "eager" if getattr(shape, "attn_logit_softcapping", None) else "sdpa"
-    base = load.load_model(source, config.model, dtype=dtype, device=device, attention=attention)
-    _refuse_long_rows(config, base, splits)
-    parameters = sum(p.numel() for p in base.parameters())
-    model = add_adapter(base, config.lora, seed=config.training.seed)
-    causal = CausalLM(
-        model,
-        device=device,
-        padding_free=config.training.padding_free is not False,
-        chunk=config.training.loss_chunk_tokens,
-        precision=used,
-    )
+    parallelism, chosen = _parallelism_of(config, machine, shape, used, ranks)
+    with ranks.in_turn() if parallelism == "fsdp" else contextlib.nullcontext():
+        base = load.load_model(
+            source,
+            config.model,
+            dtype=dtype,
+            # It does not fit on the device before it is shared out.
+            device="cpu" if parallelism == "fsdp" else device,
+            attention=attention,
+        )
+        _refuse_long_rows(config, base, splits)
+        parameters = sum(p.numel() for p in base.parameters())
+        model = add_adapter(base, config.lora, seed=config.training.seed)
+        initial = output_dir / "initial_adapter" if changes_base(config.lora) else None
+        if initial is not None and ranks.is_first:
+            export.save_initial(model, initial)
+        causal = CausalLM(
+            model,
+            device=device,
+            padding_free=config.training.padding_free is not False,
+            chunk=config.training.loss_chunk_tokens,
+            precision=used,
+        )
+        trained = trained_parameters(model)
+        shape_of_base = _shape_of(base, parameters, trained)
+        if parallelism == "fsdp":
+            causal.shard(ranks.count)
     fallback = probe.verify(causal)
-    trained = trained_parameters(model)
     weights = [source.weight for source in source_specs(config, config.data.dataset)]
     rows_of_epoch = rows_of_epoch_in(splits, weights, config.training.seed)
     plan = make_plan(
         config,
         machine,
-        _shape_of(base, parameters, trained),
+        shape_of_base,
         profile_of(splits, rows_to_train(rows_of_epoch)),
         precision=used,
         attention="packed sdpa" if causal.packed is not None else attention,
         padding_free=causal.packed is not None,
-        reasons=tuple(reason for reason in (why, fallback) if reason),
+        processes=ranks.count,
+        parallelism=parallelism,
+        reasons=tuple(reason for reason in (why, chosen, fallback) if reason),
     )
     if plan.gradient_checkpointing:
         enable_checkpointing(base)
     digest = f"{config.digest()}-{data_digest(splits, weights)}"
-    initial = output_dir / "initial_adapter"
     return Session(
         config=config,
         plan=plan,
@@ -231,8 +267,33 @@ def _open_model(
             output_dir / "checkpoints", keep=config.output.save_total_limit, digest=digest
         ),
         output_dir=output_dir,
-        initial=export.save_initial(model, initial) if changes_base(config.lora) else None,
+        initial=initial,
+        ranks=ranks,
     )
+
+
+def _parallelism_of(
+    config: Config, machine: Machine, shape: Any, used: Precision, ranks: Ranks
+) -> tuple[Parallelism, str]:
+    """Choose before the weights are loaded: where they go depends on it."""
+    if ranks.count == 1:
+        return "none", ""
+    base = _unloaded(config, shape)
+    sized = _shape_of(base, sum(p.numel() for p in base.parameters()), {})
+    parallelism, why = choose_parallelism(config, machine, sized, used, ranks.count)
+    if parallelism == "fsdp":
+        check_sharding()
+    return parallelism, why
+
+
+def _unloaded(config: Config, shape: Any) -> Any:
+    """Return the base model without its weights, on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            shape, trust_remote_code=config.model.trust_remote_code
+        )
 
 
 def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Plan:
@@ -241,14 +302,10 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
     Raises:
         ConfigError, DataError: what training would refuse of adapter and lengths.
     """
-    from transformers import AutoModelForCausalLM
-
     machine = read_machine()
-    shape = load.load_config(source, config.model)
+    base = _unloaded(config, load.load_config(source, config.model))
+    used = precision.choose_precision(config.model.bf16, "cpu")[0]
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
-            shape, trust_remote_code=config.model.trust_remote_code
-        )
         base.requires_grad_(False)
         _refuse_long_rows(config, base, splits)
         parameters = sum(p.numel() for p in base.parameters())
@@ -256,14 +313,20 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
         lora = config.lora.model_copy(update={"init_lora_weights": True})
         trained = trained_parameters(add_adapter(base, lora, seed=config.training.seed))
     weights = [source.weight for source in source_specs(config, config.data.dataset)]
+    sized = _shape_of(base, parameters, trained)
+    processes = process_count(config, machine)
+    parallelism, why = choose_parallelism(config, machine, sized, used, processes)
     return make_plan(
         config,
         machine,
-        _shape_of(base, parameters, trained),
+        sized,
         profile_of(splits, rows_to_train(rows_of_epoch_in(splits, weights, config.training.seed))),
-        precision=precision.choose_precision(config.model.bf16, "cpu")[0],
+        precision=used,
         attention="packed sdpa",
         padding_free=config.training.padding_free is not False,
+        processes=processes,
+        parallelism=parallelism,
+        reasons=(why,) if why else (),
     )
 
 

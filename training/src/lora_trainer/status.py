@@ -65,6 +65,8 @@ class RunStatus:
     step: int = 0
     latest: said.StepDone | None = None
     recent: tuple[said.StepDone, ...] = ()
+    ranks: tuple[Mapping[str, float], ...] = ()  # of several processes, what each last did
+    slowest_rank: int | None = None
     steps_in_attempt: int = 0
     stepped_seconds: float = 0.0  # of all steps done, repeated ones too
     stepped_tokens: int = 0
@@ -207,6 +209,8 @@ def _apply(status: RunStatus, event: Event) -> RunStatus:
             return replace(status, progress=event)
         case said.StepDone():
             return _stepped(status, event)
+        case said.RanksMeasured(ranks=ranks, slowest=slowest):
+            return replace(status, ranks=tuple(ranks), slowest_rank=slowest)
         case said.Evaluated():
             return _evaluated(status, event)
         case said.Generated(when=when):
@@ -250,7 +254,14 @@ def _is_progress(status: RunStatus, event: Event) -> bool:
 def _fresh(status: RunStatus) -> RunStatus:
     """Forget what belonged to the process that is gone."""
     return replace(
-        status, phase="starting", detail="", progress=None, recent=(), steps_in_attempt=0
+        status,
+        phase="starting",
+        detail="",
+        progress=None,
+        recent=(),
+        steps_in_attempt=0,
+        ranks=(),
+        slowest_rank=None,
     )
 
 

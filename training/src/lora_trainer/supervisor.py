@@ -8,12 +8,9 @@ its own, ends at the next step boundary with a saved checkpoint.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import selectors
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -40,8 +37,10 @@ from .events import (
     Warned,
     parse_line,
 )
+from .group import WorkerGroup, cause_of
 from .live import LiveRun
 from .logfile import open_log
+from .machine import read_machine
 from .output import (
     DIGEST,
     DONE,
@@ -55,6 +54,7 @@ from .output import (
     write_json,
     write_text,
 )
+from .plan import process_count
 from .redaction import Redaction
 from .report import write_report
 from .server import LogTail, StatusServer, read_token
@@ -63,12 +63,6 @@ from .status import RunStatus
 from .watch import Watch
 from .worker import EVENTS_FD
 
-WORKER_DEFAULTS = {
-    "PYTHONUNBUFFERED": "1",
-    # A thread that waits for the others spins, on a shared core for as long as these
-    # need it: a step took 80 s instead of 2 (docs/decisions/0006-threads-that-wait.md).
-    "GOMP_SPINCOUNT": "1000",
-}
 # These exit codes mean the same again on a second try.
 FINAL_CODES = frozenset({0, 65, 69, 74, 75, 77, 78, 137, 143})
 STALLED = 70
@@ -111,7 +105,8 @@ class Supervisor:
         self.redaction = Redaction.of(os.environ, self.config.model.hf_token, self._token)
         self.live = LiveRun(self.redaction, monitoring.stall_timeout_seconds)
         self._events: EventFile | None = None
-        self._worker: subprocess.Popen[bytes] | None = None
+        self._processes = process_count(self.config, read_machine())
+        self._worker: WorkerGroup | None = None
         self._lock_file: IO[str] | None = None
         self._moved_to: Path | None = None
         self._signals = 0
@@ -239,22 +234,16 @@ class Supervisor:
         }
         place = self.output_dir / LOG
         with open_log(place, self.redaction) as log, os.fdopen(reading):
-            with contextlib.suppress(BrokenPipeError):
-                self._worker = worker = subprocess.Popen(
-                    [sys.executable, "-m", "lora_trainer.worker"],
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=(writing, self._lock_file.fileno()),
-                    start_new_session=True,
-                    env=WORKER_DEFAULTS | os.environ | {EVENTS_FD: str(writing)} | _python_path(),
-                )
-                os.close(writing)
-                if self._signals:  # one that came before there was a worker to pass it to
-                    worker.send_signal(signal.SIGTERM)
-                assert worker.stdin is not None
-                with worker.stdin as stdin:
-                    stdin.write(json.dumps(order).encode())
+            self._worker = worker = WorkerGroup(
+                order,
+                self._processes,
+                log=log,
+                pass_fds=(writing, self._lock_file.fileno()),
+                environment={EVENTS_FD: str(writing)},
+            )
+            os.close(writing)
+            if self._signals:  # one that came before there was a worker to pass it to
+                worker.send_signal(signal.SIGTERM)
             watch = Watch(
                 worker.pid,
                 self.output_dir / LOG,
@@ -266,8 +255,8 @@ class Supervisor:
         if failure is not None:
             return WorkerEnd(failure.exit_code, failure.problems[0]["what"], failure)
         if code == -signal.SIGKILL and watch.was_out_of_memory():
-            return WorkerEnd(code, "was killed by the kernel for memory")
-        return WorkerEnd(STALLED if stall else code, stall or cause_of(code))
+            return WorkerEnd(code, f"{worker.fallen}was killed by the kernel for memory")
+        return WorkerEnd(STALLED if stall else code, stall or f"{worker.fallen}{cause_of(code)}")
 
     def _follow(self, reading: int, watch: Watch) -> tuple[Failed | None, str]:
         """Take up what the worker says until it has ended; look after it in between.
@@ -287,8 +276,10 @@ class Supervisor:
                     *lines, torn = (torn + heard).split(b"\n")
                     events = filter(None, map(parse_line, map(_decoded, lines)))
                     for event in map(self.redaction.event, events):
-                        self.tell(event)
-                        failure = event if isinstance(event, Failed) else failure
+                        # Ranks that fail alike all say so: once is enough.
+                        if not (failure and isinstance(event, Failed)):
+                            self.tell(event)
+                            failure = event if isinstance(event, Failed) else failure
                 if time.monotonic() - checked >= WATCH_SECONDS:
                     checked = time.monotonic()
                     stall = stall or self._check(watch)
@@ -380,21 +371,5 @@ class Supervisor:
             self.tell(Warned(message=f"no report was written: {type(error).__name__}: {error}"))
 
 
-def cause_of(code: int) -> str:
-    """Return how a worker ended, in words."""
-    if code == -signal.SIGKILL:
-        return "was killed (SIGKILL: by the kernel for memory, or by someone)"
-    if code < 0:
-        return f"was ended by {signal.Signals(-code).name}"
-    return f"ended with exit code {code}"
-
-
 def _decoded(line: bytes) -> str:
     return line.decode("utf-8", "replace")
-
-
-def _python_path() -> dict[str, str]:
-    """Let the worker import this package from wherever the supervisor has it."""
-    own = str(Path(__file__).resolve().parents[1])
-    rest = os.environ.get("PYTHONPATH", "")
-    return {"PYTHONPATH": f"{own}{os.pathsep}{rest}" if rest else own}

@@ -122,7 +122,8 @@ def status_view(live: LiveRun, gauges: Gauges) -> Answer:
         "exit_code": status.exit_code,
         "gpus": gpus,
         "host": host_view(gauges),
-        "ranks": [],
+        "ranks": list(status.ranks),
+        "slowest_rank": status.slowest_rank,
         "timeline": [moment._asdict() for moment in live.timeline()],
         "health": health_view(live, gauges),
     }

@@ -8,13 +8,11 @@ LORA_TRAINER_EVENTS_FD names. It knows no HTTP and no terminal. Its exit code is
 from __future__ import annotations
 
 import contextlib
-import errno
 import faulthandler
 import json
 import os
 import platform
 import queue
-import re
 import signal
 import sys
 import threading
@@ -25,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .config import Config
-from .errors import AccessError, ConfigError, InternalError, StorageError, TrainerError
+from .errors import ConfigError
 from .events import (
     Event,
     Failed,
@@ -40,10 +38,11 @@ from .events import (
     parse_line,
     progress_of,
 )
+from .faults import explain
+from .group import PEER_LOST
 from .output import EVENTS
 from .watch import STACKS_SIGNAL
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 EVENTS_FD = "LORA_TRAINER_EVENTS_FD"
 
 
@@ -55,6 +54,9 @@ class Order:
     output_dir: Path
     run_name: str
     redacted: dict[str, Any]
+    rank: int = 0
+    ranks: int = 1
+    store: str = ""
 
     @staticmethod
     def read(text: str) -> Order:
@@ -65,6 +67,9 @@ class Order:
             Path(raw["output_dir"]),
             raw["run_name"],
             raw["redacted"],
+            raw["rank"],
+            raw["ranks"],
+            raw["store"],
         )
 
 
@@ -129,15 +134,21 @@ def main() -> int:
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
     pipe = EventPipe(int(os.environ[EVENTS_FD]))
     stop = StopFlag()
+    emit: Callable[[Event], None] = pipe.emit
     try:
-        pipe.emit(PhaseChanged(phase="starting"))
-        return run(Order.read(sys.stdin.read()), pipe.emit, stop)
+        order = Order.read(sys.stdin.read())
+        if order.rank > 0:
+            emit = _only_failures(pipe.emit)
+        emit(PhaseChanged(phase="starting"))
+        return run(order, emit, stop)
     except StopRequested:
-        pipe.emit(Stopped(step=stop.step, signal=stop.signal))
+        emit(Stopped(step=stop.step, signal=stop.signal))
         return 143
     except BaseException as error:
         with contextlib.suppress(OSError):  # the log may be on the disk that is full
             traceback.print_exc()
+        if is_peer_lost(error):
+            return PEER_LOST
         known = explain(error)
         problems = [asdict(problem) for problem in known.problems]
         pipe.emit(Failed(exit_code=known.exit_code, problems=problems))
@@ -146,76 +157,35 @@ def main() -> int:
         pipe.close()
 
 
-def explain(error: BaseException) -> TrainerError:
-    """Return the error with its exit code: ours as it is, others by what they mean."""
-    if isinstance(error, TrainerError):
-        return error
-    if (fault := disk_fault(error)) is not None:
-        return fault
-    kind = type(error).__name__
-    is_allocation = kind == "RuntimeError" and "can't allocate memory" in str(error)
-    if kind == "OutOfMemoryError" or isinstance(error, MemoryError) or is_allocation:
-        return _out_of_memory(error)
-    return InternalError.of(
-        f"the worker failed: {kind}",
-        where=_place_of(error),
-        why=str(error).strip().splitlines()[0][:300] if str(error).strip() else kind,
-        remedy="see train.log in the output folder for the traceback; start again to resume",
-    )
+def _only_failures(emit: Callable[[Event], None]) -> Callable[[Event], None]:
+    """Let a rank other than the first speak of nothing but its end."""
+    return lambda event: emit(event) if isinstance(event, Failed) else None
 
 
-def disk_fault(error: BaseException) -> TrainerError | None:
-    """Return what an operating system's refusal to write means; None for any other error."""
-    number = error.errno if isinstance(error, OSError) else None
-    # The safetensors library tells it in words alone.
-    if told := re.search(r"\(os error (\d+)\)", str(error)):
-        number = int(told[1])
-    place = str(getattr(error, "filename", None) or "output_dir")
-    if number in FULL:
-        return StorageError.of(
-            "the disk does not take what is written",
-            where=place,
-            why=os.strerror(number),
-            remedy="df -h; free some room, then start again: the run resumes by itself",
-        )
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return AccessError.of(
-            "a file may not be read or written",
-            where=place,
-            why=f"{os.strerror(number)}, as user {os.getuid()}",
-            remedy=f"sudo chown -R {os.getuid()}:{os.getgid()} {Path(place).parent}",
-        )
-    return None
+def is_peer_lost(error: BaseException) -> bool:
+    """Tell whether an error only says that another rank is gone, which that one explains."""
+    if "torch" not in sys.modules:
+        return False
+    from . import ranks
 
-
-def _out_of_memory(error: BaseException) -> TrainerError:
-    from .errors import MemoryKilledError
-
-    return MemoryKilledError.of(
-        "memory ran out",
-        where="training step",
-        why=(str(error).strip().splitlines() or ["no memory was left"])[0][:300],
-        remedy="lower per_device_train_batch_size or max_seq_length, set "
-        "gradient_checkpointing to true, or use_4bit to true; the run resumes by itself",
-    )
-
-
-def _place_of(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return ranks.is_peer_lost(error)
 
 
 def run(order: Order, emit: Callable[[Event], None], stop: StopFlag) -> int:
     """Load, prepare, train, evaluate, export."""
     from . import session as sessions
+    from .ranks import join
 
     emit(PhaseChanged(phase="loading", detail=order.config.model.model_name_or_path))
-    session = sessions.open_session(order.config, order.output_dir, emit)
+    ranks = join(order.rank, order.ranks, order.store)
+    session = sessions.open_session(order.config, order.output_dir, emit, ranks)
+    must_stop = ranks.agreed(stop.is_set)
     snapshot, skipped = _newest(order, session)
     for reason in skipped:
         emit(Warned(message=f"checkpoint skipped: {reason}"))
     emit(Planned(plan=session.plan.to_dict()))
-    _write_facts(order, session)
+    if ranks.is_first:
+        _write_facts(order, session)
     state = session.restore(snapshot)
     stop.step = state.step
     if state.step:
@@ -224,17 +194,19 @@ def run(order: Order, emit: Callable[[Event], None], stop: StopFlag) -> int:
         _recall(order, session, state.step)
     elif session.initial is not None:
         # This init changes the base: later, no switched-off adapter gives it back.
-        _answer(order, session, emit, stop, when="before", step=0)
-    state = _train(order, session, emit, stop, state)
+        _answer(order, session, emit, must_stop, when="before", step=0)
+    state = _train(order, session, emit, stop, must_stop, state)
     stop.step = state.step
-    if stop.is_set():
-        emit(Stopped(step=state.step, signal=stop.signal))
+    if must_stop():
+        emit(Stopped(step=state.step, signal=stop.signal or "SIGTERM"))
         return 143
     session.take_best(state, emit)
     if session.initial is None:
         with session.causal.model.disable_adapter():
-            _answer(order, session, emit, stop, when="before", step=0)
-    _answer(order, session, emit, stop, when="after", step=state.step)
+            _answer(order, session, emit, must_stop, when="before", step=0)
+    _answer(order, session, emit, must_stop, when="after", step=state.step)
+    if not ranks.is_first:
+        return 0
     emit(PhaseChanged(phase="exporting"))
     session.export(order, state)
     from .machine import peak_memory_bytes
@@ -267,7 +239,12 @@ def _newest(order: Order, session: Any) -> Any:
 
 
 def _train(
-    order: Order, session: Any, emit: Callable[[Event], None], stop: StopFlag, state: Any
+    order: Order,
+    session: Any,
+    emit: Callable[[Event], None],
+    stop: StopFlag,
+    must_stop: Callable[[], bool],
+    state: Any,
 ) -> Any:
     from .loop import train
     from .trackers import open_trackers
@@ -276,7 +253,7 @@ def _train(
         leaf: cell["value"] for part in order.redacted.values() for leaf, cell in part.items()
     }
     tracker = open_trackers(
-        order.config.monitoring.report_to,
+        order.config.monitoring.report_to if order.rank == 0 else [],
         order.output_dir / "logs",
         order.run_name,
         leaves,
@@ -293,7 +270,7 @@ def _train(
     stop.is_deferred = True
     try:
         emit(PhaseChanged(phase="training"))
-        return train(session.parts(tell, stop.is_set), state)
+        return train(session.parts(tell, must_stop), state)
     finally:
         tracker.close()
         stop.is_deferred = False
@@ -321,7 +298,7 @@ def _answer(
     order: Order,
     session: Any,
     emit: Callable[[Event], None],
-    stop: StopFlag,
+    must_stop: Callable[[], bool],
     *,
     when: Literal["before", "after"],
     step: int,
@@ -346,8 +323,9 @@ def _answer(
         asked,
         batch_examples=order.config.training.per_device_eval_batch_size,
         max_new_tokens=order.config.training.eval_max_new_tokens,
-        should_stop=stop.is_set,
+        should_stop=must_stop,
         progress=progress_of(emit, "answers", len(asked)),
+        ranks=session.ranks,
     )
     if not answers:
         return

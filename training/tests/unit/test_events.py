@@ -21,6 +21,7 @@ from lora_trainer.events import (
     PhaseChanged,
     Planned,
     Progress,
+    RanksMeasured,
     Restarted,
     Resumed,
     RunStarted,
@@ -41,6 +42,9 @@ EXAMPLES = [
     StepDone(
         time=1.5, step=1, epoch=0.1, loss=2.0, learning_rate=1e-3, grad_norm=1.0, step_seconds=0.5,
         tokens=10, trained_tokens=4, tokens_seen=10, memory_bytes=99, gpu_memory_bytes=5,
+    ),
+    RanksMeasured(
+        time=1.5, step=1, slowest=1, ranks=[{"rank": 0, "seconds": 0.5}, {"rank": 1, "seconds": 1}]
     ),
     Evaluated(
         time=1.5, step=1, eval_loss=1.0, eval_perplexity=2.7, eval_token_accuracy=0.5,

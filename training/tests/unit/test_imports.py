@@ -15,10 +15,10 @@ SOURCE = Path(lora_trainer.__file__).parent
 # Each module may import the layers above its own, and its own layer only where said.
 LAYERS = [
     {"errors", "compat", "gate", "connections"},
-    {"config", "machine", "events"},
+    {"config", "machine", "events", "faults"},
     {"redaction"},
     {"sources", "status", "health", "history", "curves", "plan", "terminal", "wording"},
-    {"data", "model", "optim", "checkpoint", "card", "output", "precision", "trackers"},
+    {"data", "model", "optim", "checkpoint", "card", "output", "precision", "trackers", "ranks", "group"},
     {"evaluate", "export", "report", "display", "live", "hardware", "logfile"},
     {"views", "exposition"},
     {"web"},

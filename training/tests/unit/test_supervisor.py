@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -26,10 +28,11 @@ from lora_trainer.errors import (
     TrainerError,
 )
 from lora_trainer.events import Event, Failed, PhaseChanged, StepDone, Warned, parse_line
+from lora_trainer.group import cause_of
 from lora_trainer.output import EventFile, archive, make_folder, write_text
 from lora_trainer.sources import resolve
 from lora_trainer.status import RunStatus, fold
-from lora_trainer.supervisor import Supervisor, cause_of
+from lora_trainer.supervisor import Supervisor
 
 Made = Callable[..., Supervisor]
 
@@ -69,7 +72,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
         )
         worker.write_text(f"#!/bin/sh\ncat > {tmp_path}/order\n{counted}\n{script}\n")
         worker.chmod(0o755)
-        monkeypatch.setattr(supervisor.sys, "executable", str(worker))
+        monkeypatch.setattr(sys, "executable", str(worker))
         settings = resolve(
             None, {}, ["--output_dir", str(tmp_path / "out"), "--health_port", "0", *arguments]
         )
@@ -199,13 +202,13 @@ def test_signal_before_there_is_a_worker_is_not_lost(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = made(WAITS)
-    popen = supervisor.subprocess.Popen
+    popen = subprocess.Popen
 
     def start_late(*arguments: object, **named: object) -> object:
         os.kill(os.getpid(), signal.SIGTERM)
         return popen(*arguments, **named)
 
-    monkeypatch.setattr(supervisor.subprocess, "Popen", start_late)
+    monkeypatch.setattr(subprocess, "Popen", start_late)
     with pytest.raises(StoppedError, match="stopped"):
         run.run()
 

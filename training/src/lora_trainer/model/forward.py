@@ -57,6 +57,7 @@ class CausalLM:
         self.chunk = chunk
         self.precision = precision
         self.native_attention = str(inner.config._attn_implementation)
+        self.is_sharded = False
         self.packed: PackedAttention | None = None
         if padding_free:
             self.packed = packed_attention.install(inner)
@@ -73,6 +74,13 @@ class CausalLM:
         with self._autocast():
             hidden_NW, labels_N = self._hidden(batch)
             return summed_loss_and_hits(self.head, hidden_NW, labels_N, self.chunk)
+
+    def shard(self, count: int) -> None:
+        """Share the frozen layers out over `count` ranks."""
+        from .shard import shard
+
+        shard(self.inner, self.decoder, self.device, count)
+        self.is_sharded = True
 
     def pad(self) -> None:
         """Go over to padded micro-batches, for a model that packing would compute wrongly."""

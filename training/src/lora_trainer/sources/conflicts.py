@@ -141,6 +141,21 @@ CONFLICTS = (
         HOLD_OUT,
     ),
     Conflict(
+        ("parallelism",),
+        lambda c: c.training.parallelism == "deepspeed",
+        "parallelism: deepspeed is not in this version",
+        "only the adapter is trained, so that ZeRO's sharded optimizer saves a few MB; what "
+        "helps is to shard the frozen base, which fsdp does",
+        "--parallelism fsdp",
+    ),
+    Conflict(
+        ("parallelism", "use_4bit", "use_8bit"),
+        lambda c: c.training.parallelism == "fsdp" and _is_quantized(c),
+        "parallelism: fsdp does not go with a quantized base model",
+        "bitsandbytes' packed weights cannot be cut and put together again by fully_shard",
+        "--parallelism ddp (4 bits take a seventh of float32's memory), or load it unquantized",
+    ),
+    Conflict(
         ("max_steps",),
         lambda c: c.training.max_steps == 0,
         "max_steps is 0",

@@ -1,0 +1,137 @@
+"""What the ranks of `test_ranks` do, in a module that their processes can import."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from families import VOCABULARY, tiny_model
+from test_equivalence import SETTINGS, ListRows, make_rows
+
+from lora_trainer.checkpoint import CheckpointStore, TrainState
+from lora_trainer.compat import enable_checkpointing
+from lora_trainer.config import Config, LoraSection
+from lora_trainer.data.batches import StepOrder
+from lora_trainer.events import Evaluated, RanksMeasured, StepDone
+from lora_trainer.loop import Parts, train
+from lora_trainer.machine import Machine
+from lora_trainer.model.adapter import add_adapter, trained_parameters
+from lora_trainer.model.forward import CausalLM
+from lora_trainer.optim import make_optimizer
+from lora_trainer.plan import DataProfile, ModelShape, Parallelism, make_plan
+from lora_trainer.ranks import PeerLostError, Ranks
+
+OWN = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 12}
+
+
+def make_parts(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) -> Any:
+    known = SETTINGS | OWN | own
+    family, dropout = known.pop("family", "llama"), known.pop("dropout", 0.0)
+    has_checkpointing = known.pop("has_checkpointing", False)
+    config = Config.model_validate({"training": known, "output": {"save_steps": 0}})
+    rows = make_rows()
+    base = tiny_model(family)
+    model = add_adapter(base, LoraSection(lora_r=4, lora_dropout=dropout), seed=11)
+    if has_checkpointing:
+        enable_checkpointing(base)
+    causal = CausalLM(model, device="cpu", padding_free=True, chunk=7, precision="float32")
+    if parallelism == "fsdp":
+        causal.shard(ranks.count)
+    parameters = trained_parameters(model)
+    plan = make_plan(
+        config,
+        Machine(cores=1, memory_bytes=1 << 34, gpus=()),
+        ModelShape("tiny", 2, 32, 48, VOCABULARY, 1, 1, 128),
+        DataProfile(len(rows), 1, 1, 20, eval_rows=9),
+        precision="float32",
+        attention="packed",
+        padding_free=True,
+        processes=ranks.count,
+        parallelism=parallelism,
+    )
+    events: list[Any] = []
+    parts = Parts(
+        causal=causal,
+        parameters=parameters,
+        optimizer=make_optimizer(parameters, config.training),
+        order=StepOrder(len(rows), plan.step_examples, seed=5),
+        rows=rows,
+        eval_rows=ListRows(rows[:9]),
+        store=CheckpointStore(folder / "checkpoints", keep=1, digest="x"),
+        plan=plan,
+        training=config.training,
+        logging_steps=1,
+        emit=events.append,
+        should_stop=ranks.agreed(lambda: False),
+        ranks=ranks,
+    )
+    return parts, events
+
+
+def trained(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) -> dict[str, Any]:
+    """Train; return the losses, evaluations and figures that were told, and the adapter."""
+    parts, events = make_parts(ranks, folder, parallelism, own)
+    state = train(parts, TrainState())
+    measured = [event for event in events if isinstance(event, RanksMeasured)]
+    return {
+        "step": state.step,
+        "losses": [event.loss for event in events if isinstance(event, StepDone)],
+        "evals": [event.eval_loss for event in events if isinstance(event, Evaluated)],
+        "ranks": [event.ranks for event in measured],
+        "slowest": [event.slowest for event in measured],
+        "held": sum(
+            (p.to_local() if hasattr(p, "to_local") else p).numel()
+            for p in parts.causal.decoder.layers.parameters()
+            if not p.requires_grad
+        ),
+        "adapter": {name: p.detach().clone() for name, p in parts.parameters.items()},
+    }
+
+
+def stopped(ranks: Ranks, folder: Path) -> int:
+    """Train until a signal reaches the last rank alone; return the step of the end."""
+    parts, events = make_parts(ranks, folder, "ddp", {})
+
+    def is_told() -> bool:
+        return ranks.rank == ranks.count - 1 and len(events) >= 8
+
+    return train(replace(parts, should_stop=ranks.agreed(is_told)), TrainState()).step
+
+
+def left_alone(ranks: Ranks) -> str:
+    """End at once, but on rank 0, which waits; return what it then learns."""
+    if not ranks.is_first:
+        return ""
+    try:
+        ranks.wait()
+    except PeerLostError:
+        return "lost"
+    return "met"
+
+
+def turns(ranks: Ranks, folder: Path) -> None:
+    """Write down who was first, and who was in turn."""
+    with ranks.first_then_others():
+        note(folder / "first", ranks.rank)
+    with ranks.in_turn():
+        note(folder / "turn", ranks.rank)
+
+
+def note(path: Path, rank: int) -> None:
+    with path.open("a") as file:
+        file.write(str(rank))
+
+
+def untouched(ranks: Ranks) -> list[bool]:
+    """Sum a step in which one parameter has a gradient on one rank, another on none."""
+    from lora_trainer.events import RankFigures
+    from lora_trainer.ranks import sum_step
+
+    seen, unseen = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    if ranks.rank == 1:
+        seen.grad = torch.ones(2)
+    own = RankFigures(rank=ranks.rank, seconds=1.0, tokens=1, memory_bytes=1024)
+    sum_step(ranks, [seen, unseen], torch.zeros(()), own)
+    return [seen.grad is not None, unseen.grad is not None]

@@ -1,0 +1,125 @@
+"""Several processes train what one trains: the same losses, the same adapter, one decision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks_at_work
+import torch
+from forked import together
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_trainer.ranks import Ranks, own_batches, seed_of, share_out
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function that trains in one process, once for each settings."""
+    made: dict[str, Any] = {}
+
+    def train(own: dict[str, Any]) -> Any:
+        if (key := str(own)) not in made:
+            folder = tmp_path_factory.mktemp("alone") / "run"
+            (made[key],) = together(1, folder, ranks_at_work.trained, folder, "none", own)
+        return made[key]
+
+    return train
+
+
+CASES = [
+    (2, "ddp", {}),
+    (4, "ddp", {}),
+    (2, "fsdp", {}),
+    (4, "fsdp", {}),
+    (2, "fsdp", {"has_checkpointing": True}),
+    (2, "fsdp", {"family": "llama-tied"}),
+    (2, "ddp", {"dropout": 0.2}),
+]
+
+
+@pytest.mark.parametrize(("count", "parallelism", "own"), CASES, ids=str)
+def test_ranks_train_what_one_process_trains(
+    alone: Any, tmp_path: Path, count: int, parallelism: str, own: dict[str, Any]
+) -> None:
+    expected = alone(own)
+    found = together(
+        count, tmp_path / "run", ranks_at_work.trained, tmp_path / "run", parallelism, own
+    )
+    assert found[0]["losses"] == pytest.approx(expected["losses"], abs=1e-4)
+    assert len(found[0]["losses"]) == 12
+    assert found[0]["evals"] == pytest.approx(expected["evals"], abs=1e-4)
+    for name, tensor in found[0]["adapter"].items():
+        torch.testing.assert_close(tensor, expected["adapter"][name], atol=1e-4, rtol=0)
+        for other in found[1:]:
+            assert torch.equal(tensor, other["adapter"][name])
+
+
+def test_sharded_ranks_hold_a_part_of_the_layers_each(alone: Any, tmp_path: Path) -> None:
+    own = {"max_steps": 1}
+    folder = tmp_path / "run"
+    found = together(2, folder, ranks_at_work.trained, folder, "fsdp", own)
+    assert [one["held"] for one in found] == [alone(own)["held"] / 2] * 2
+
+
+def test_every_rank_is_measured_and_the_slowest_named(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    first, other = together(2, folder, ranks_at_work.trained, folder, "ddp", {"max_steps": 3})
+    assert [[one["rank"] for one in step] for step in first["ranks"]] == [[0, 1]] * 3
+    for step, slowest in zip(first["ranks"], first["slowest"], strict=True):
+        assert step[slowest]["seconds"] == max(one["seconds"] for one in step)
+        assert all(one["memory_bytes"] > 50 << 20 for one in step)
+        assert all(one["tokens_per_second"] > 0 for one in step)
+    assert first["ranks"] == other["ranks"]
+
+
+def test_signal_that_reaches_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    first, other = together(2, folder, ranks_at_work.stopped, folder)
+    assert first == other
+    assert 0 < first < 12
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{first:06d}"]
+
+
+def test_rank_whose_peer_has_gone_says_so_instead_of_waiting(tmp_path: Path) -> None:
+    assert together(2, tmp_path / "run", ranks_at_work.left_alone)[0] == "lost"
+
+
+def test_rank_0_goes_first_and_all_take_their_turn(tmp_path: Path) -> None:
+    together(3, tmp_path / "run", ranks_at_work.turns, tmp_path)
+    assert (tmp_path / "first").read_text()[0] == "0"
+    assert (tmp_path / "turn").read_text() == "012"
+
+
+def test_parameter_without_a_gradient_on_any_rank_keeps_none(tmp_path: Path) -> None:
+    assert together(2, tmp_path / "run", ranks_at_work.untouched) == [[True, False]] * 2
+
+
+@given(st.lists(st.integers(1, 1000), max_size=30), st.integers(1, 9))
+def test_every_piece_is_shared_out_once_and_no_rank_has_two_more_than_another(
+    sizes: list[int], count: int
+) -> None:
+    shares = share_out(sizes, count)
+    assert sorted(piece for share in shares for piece in share) == list(range(len(sizes)))
+    assert max(map(len, shares)) <= -(-len(sizes) // count)
+    assert all(share == sorted(share) for share in shares)
+
+
+def test_the_largest_pieces_go_to_different_ranks() -> None:
+    assert share_out([9, 1, 8, 2], 2) == [[0, 1], [2, 3]]
+
+
+def test_one_process_takes_all_micro_batches_in_their_order() -> None:
+    assert own_batches([3, 1, 2], Ranks(), is_sharded=True) == [(0, 1.0), (1, 1.0), (2, 1.0)]
+
+
+def test_sharded_rank_without_work_goes_along_with_weight_nought() -> None:
+    assert own_batches([5], Ranks(1, 2), is_sharded=True) == [(0, 0.0)]
+    assert own_batches([5], Ranks(1, 2), is_sharded=False) == []
+
+
+def test_dropout_has_another_seed_at_each_place_of_a_run() -> None:
+    places = [(seed, step, index) for seed in (0, 1) for step in range(3) for index in range(3)]
+    assert len({seed_of(*place) for place in places}) == len(places)
