@@ -7,17 +7,20 @@ fraction of a second each.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-from lora_trainer.ranks import Ranks, join
+from lora_trainer.ranks import join
 
-SECONDS = 120.0
+SECONDS = 240.0
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["ranks_at_work"])
 
 
 def together(count: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -26,6 +29,10 @@ def together(count: int, folder: Path, work: Callable[..., Any], *arguments: Any
     `work` is a function of a module; what it returns must be plain data and tensors.
     """
     folder.mkdir(parents=True)
+    _context.set_forkserver_preload([work.__module__])
+    # Python 3.11's fork server looks for what it preloads on its own path alone.
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
     processes = [
         _context.Process(target=_one, args=(rank, count, folder, work, arguments))
         for rank in range(count)
@@ -43,5 +50,5 @@ def _one(
     rank: int, count: int, folder: Path, work: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
-    ranks: Ranks = join(rank, count, str(folder / "store"))
+    ranks = join(rank, count, str(folder / "store"))
     torch.save(work(ranks, *arguments), folder / f"{rank}.pt")

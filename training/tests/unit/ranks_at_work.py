@@ -101,7 +101,8 @@ def stopped(ranks: Ranks, folder: Path) -> int:
 
 
 def left_alone(ranks: Ranks) -> str:
-    """End at once, but on rank 0, which waits; return what it then learns."""
+    """Meet and end, but on rank 0, which waits on; return what it then learns."""
+    ranks.wait()
     if not ranks.is_first:
         return ""
     try:

@@ -98,7 +98,7 @@ def test_parameter_without_a_gradient_on_any_rank_keeps_none(tmp_path: Path) -> 
 
 
 @given(st.lists(st.integers(1, 1000), max_size=30), st.integers(1, 9))
-def test_every_piece_is_shared_out_once_and_no_rank_has_two_more_than_another(
+def test_every_piece_is_shared_out_once_and_no_rank_has_more_than_its_part(
     sizes: list[int], count: int
 ) -> None:
     shares = share_out(sizes, count)
