@@ -48,7 +48,7 @@ class WorkerGroup:
         order: Mapping[str, Any],
         count: int,
         *,
-        log: IO[bytes],
+        log: IO[bytes] | int,
         pass_fds: Sequence[int],
         environment: Mapping[str, str],
     ) -> None:
