@@ -12,7 +12,7 @@ import errno
 import logging
 import socket
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class StatusServer:
         allowed_hosts: Iterable[str] = (),
         folder: Path | None = None,
         log: LogTail | None = None,
+        on_fault: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.live = live
         self.host = host
@@ -52,6 +53,7 @@ class StatusServer:
         self._token = token
         self._allowed_hosts = tuple(allowed_hosts)
         self._log = log
+        self._on_fault = on_fault
         self._socket: socket.socket | None = None
         self._server: Any = None
         self._is_stopping = False
@@ -90,6 +92,10 @@ class StatusServer:
         loop.set_exception_handler(lambda *_: None)
         try:
             loop.run_until_complete(self._serve())
+        except Exception as error:  # the run goes on; nobody waits at a dead port
+            if self._socket is not None:
+                self._socket.close()
+            self._on_fault(f"the status server ended: {type(error).__name__}: {error}")
         finally:
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.run_until_complete(loop.shutdown_default_executor())

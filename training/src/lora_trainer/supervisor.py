@@ -170,6 +170,7 @@ class Supervisor:
             allowed_hosts=monitoring.health_allowed_hosts,
             folder=self.output_dir,
             log=LogTail(self.live, self.output_dir / LOG),
+            on_fault=self.note,
         )
         try:
             server.start()

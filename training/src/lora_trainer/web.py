@@ -29,11 +29,12 @@ from .gate import App, Gate
 from .hardware import Gauges
 from .live import LiveRun, frame, to_json
 
-MOST_STREAMS = 128
+MOST_STREAMS = 256
 MOST_AT_ONCE = 1000  # events that a stream is sent together; who missed more begins anew
 MOST_POINTS = 4096
 MOST_LINES = 1000
 PULSE_SECONDS = 0.25  # between looks at what is new: many steps make one write
+PULSE_STREAMS = 16  # of more streams each is written to less often, so that the cost stays
 TICK_SECONDS = 1.0
 SILENT_PULSES = 60  # without anything to say: a comment keeps proxies from closing
 PAGE = "index.html"
@@ -56,15 +57,17 @@ class Pulse:
 
     async def run(self) -> None:
         """Beat until cancelled."""
-        beats = 0
+        waited = 0.0
         while True:
-            await asyncio.sleep(PULSE_SECONDS)
+            crowd = max(1.0, self.streams / PULSE_STREAMS)
+            pause = min(PULSE_SECONDS * crowd, TICK_SECONDS)
+            await asyncio.sleep(pause)
             if not self.streams:
                 continue
             self.on_pulse()
-            beats += 1
-            if beats * PULSE_SECONDS >= TICK_SECONDS:
-                beats = 0
+            waited += pause
+            if waited >= TICK_SECONDS:
+                waited = 0.0
                 self.tick += 1
                 self.tick_frame = frame("tick", views.tick_view(self.live, self.gauges))
             self.woken.set()

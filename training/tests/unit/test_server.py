@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -221,6 +222,18 @@ def test_server_ends_with_its_process_whoever_is_connected(serve: Serve):
     one = serve(live_run(START))
     assert one._thread.daemon
     assert threading.current_thread() is not one._thread
+
+
+def test_server_that_cannot_run_says_so_and_leaves_the_port(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)  # as if it were not installed
+    told: list[str] = []
+    one = StatusServer(live_run(), port=0, on_fault=told.append)
+    one.start()
+    one._thread.join(30)
+    assert "uvicorn" in told[0]
+    with pytest.raises(ConnectionError):
+        ask(one, "/health")
+    one.stop()
 
 
 def test_port_that_is_taken_is_told_with_its_owner(serve: Serve):
