@@ -4,6 +4,7 @@ import { byId, el, setText, update } from "./dom.js";
 import { UNKNOWN, bytes, clock, count, duration, number, percent } from "./wording.js";
 
 const TONES = { finished: "good", failed: "bad", stopped: "warn", training: "busy" };
+const ENDINGS = ["finished", "failed", "stopped"];
 const CONNECTIONS = {
   connecting: "Connecting…",
   live: "Live",
@@ -25,7 +26,8 @@ export function showOverview(run) {
   announce(run, phase);
 }
 
-const isOver = (status) => status?.exit_code !== null && status?.exit_code !== undefined;
+/** Whether the run is over; after its last word the report may still be in the making. */
+const isOver = (status) => ENDINGS.includes(status?.phase) || Number.isFinite(status?.exit_code);
 
 function showConnection({ status, connection }) {
   const isGone = connection === "reconnecting" && isOver(status);
