@@ -43,6 +43,7 @@ export class Plot {
       tools: [],
       x_axis_type: shape.isTime ? "datetime" : "linear",
       y_axis_type: shape.isLog ? "log" : "linear",
+      y_range: new Bokeh.DataRange1d(shape.isFromZero ? { start: 0 } : {}),
       min_border: 4,
       outline_line_color: null,
       background_fill_color: null,
@@ -93,7 +94,6 @@ export class Plot {
     yaxis.formatter = TICKS[shape.isLog ? "log" : shape.format]();
     yaxis.ticker.desired_num_ticks = shape.height > 200 ? 6 : 4;
     figure.x_range.range_padding = 0.01;
-    if (shape.isFromZero) figure.y_range.start = 0;
   }
 
   #fill(figure, shape) {
