@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from run_events import evaluated
 
 from browser.runs import failed, finished, going_on, step
 from lora_trainer import web
@@ -26,6 +27,8 @@ def test_steps_and_phases_arrive_without_a_reload(page, serve):
     page.wait_for_text("#done", "Step 130")
     label = "return document.querySelector('#chart-loss .plot').ariaLabel"
     page.wait_for("the new steps' curve", lambda: "to step 130" in (page.js(label) or ""))
+    server.live.add(evaluated(130, 0.123))
+    page.wait_for("the new held-out point", lambda: "held out: 0.123 at step 130" in page.js(label))
     server.live.add(PhaseChanged(phase="evaluating", detail="held-out rows"))
     page.wait_for_text("#phase", "evaluating")
     page.wait_for_text("#phase-detail", "held-out rows")

@@ -106,6 +106,7 @@ function onEvent(kind, data) {
     if (run.status && data) run.status.progress = data;
     draw();
   } else {
+    if (kind === "eval") onEval(data);
     fetchStatus();
     if (BEGINNINGS.has(kind)) fetchHistory();
   }
@@ -122,6 +123,11 @@ function onStep(step) {
   }
   panels.schedule();
   draw();
+}
+
+function onEval(given) {
+  series.addEval(given);
+  panels.schedule();
 }
 
 function onTick({ health, metrics, host, gpus }) {

@@ -58,6 +58,15 @@ export class Series {
     return true;
   }
 
+  /** Take an evaluation; one of a step that is known already comes instead of it. */
+  addEval(given) {
+    if (typeof given?.step !== "number") return;
+    const { evals } = this;
+    while (evals.step.at(-1) >= given.step) for (const field of EVAL_FIELDS) evals[field].pop();
+    for (const field of EVAL_FIELDS) evals[field].push(given[field] ?? null);
+    this.version += 1;
+  }
+
   /** Take the machine's figures of a moment. */
   addMoment(time, host, gpus) {
     const { hardware } = this;
