@@ -106,26 +106,30 @@ def _check_data(settings: Settings) -> None:
 
 
 def _check_packages(settings: Settings) -> None:
-    from .model import load
+    from .model import quantize
 
     faults: list[TrainerError] = []
+    has_gpu = read_machine().has_gpu
     if problems := missing_trackers(settings.config.monitoring.report_to):
         faults.append(ConfigError(problems))
-    faults += _faults_of(lambda s: load.check_quantization(s.config.model), settings)
-    if settings.config.model.use_flash_attention is True:
-        faults.append(
-            ConfigError.of(
-                "use_flash_attention cannot be true",
-                where=str(settings.origins["use_flash_attention"]),
-                why="this version attends with PyTorch's own kernels, inside each example",
-                remedy="--use_flash_attention auto",
-            )
-        )
+    faults += _faults_of(lambda s: quantize.check_bitsandbytes(s.config, has_gpu=has_gpu), settings)
+    faults += _faults_of(_check_flash_attention, settings)
     raise_all(faults)
 
 
 def _check_processes(settings: Settings) -> None:
     process_count(settings.config, read_machine())
+
+
+def _check_flash_attention(settings: Settings) -> None:
+    """Refuse flash attention that is insisted on where it cannot be, by the reason's name."""
+    from .model import flash
+
+    model = settings.config.model
+    # What a GPU computes in, where bf16 does not forbid it; the worker measures it anew.
+    precision = "float32" if model.bf16 is False else "bfloat16"
+    where = settings.origins["use_flash_attention"].place
+    flash.choose(model.use_flash_attention, read_machine(), precision, where=where)
 
 
 def check_all(settings: Settings, *, sample_rows: int = 0) -> None:

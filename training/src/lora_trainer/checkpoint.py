@@ -33,6 +33,8 @@ from torch import Tensor
 FILES = ("adapter.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 MANIFEST = "manifest.json"
 PREFIX = "step-"
+# bitsandbytes keeps its number formats beside each 8-bit state; they never change.
+CODES = "qmap"
 TEMPORARY = ".writing-"
 
 
@@ -106,9 +108,10 @@ def take_snapshot(
 ) -> Snapshot:
     """Copy what a checkpoint holds; `digest` names the run it belongs to."""
     moments = {
-        f"{name}.{key}": value.detach().to("cpu", copy=True).contiguous()
+        f"{name}.{key}": torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
+        if not key.startswith(CODES)
     }
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -127,6 +130,11 @@ def restore_optimizer(
     parameters: Mapping[str, torch.nn.Parameter],
 ) -> None:
     """Put the moments back."""
+    places = {
+        id(parameter): (group, parameter, number, index)
+        for number, group in enumerate(optimizer.param_groups)
+        for index, parameter in enumerate(group["params"])
+    }
     for name, parameter in parameters.items():
         prefix = f"{name}."
         own = {
@@ -134,12 +142,25 @@ def restore_optimizer(
             for key, value in snapshot.optimizer.items()
             if key.startswith(prefix) and "." not in key.removeprefix(prefix)
         }
-        if own:
+        if own and hasattr(optimizer, "init_state"):
+            # bitsandbytes' state has buffers of its own kinds, paged ones among them.
+            optimizer.init_state(*places[id(parameter)])
+            _fill(optimizer.state[parameter], own)
+        elif own:
             # AdamW keeps `step` on the CPU and its moments beside the parameter.
             optimizer.state[parameter] = {
                 key: value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)
                 for key, value in own.items()
             }
+
+
+def _fill(state: dict[str, Any], saved: Mapping[str, Tensor]) -> None:
+    """Copy saved values into a state's own buffers; a step is a number there."""
+    for key, value in saved.items():
+        if isinstance(state[key], Tensor):
+            state[key].copy_(value)
+        else:
+            state[key] = int(value)
 
 
 def restore_generators(snapshot: Snapshot) -> None:

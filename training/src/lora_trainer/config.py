@@ -20,7 +20,7 @@ Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 Share = Annotated[float, Field(ge=0, le=1)]
-INITS = ("gaussian", "orthogonal", "pissa", "olora")
+INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
 Init = Annotated[
     str,
     Field(
@@ -90,7 +90,7 @@ class LoraSection(Section):
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead")
     use_dora: bool = Field(False, description="Weight-decomposed LoRA; vLLM cannot serve it")
     init_lora_weights: bool | Init = Field(
-        True, description="true, gaussian, orthogonal, pissa, pissa_niter_N or olora"
+        True, description="true, gaussian, orthogonal, pissa, pissa_niter_N, olora or loftq"
     )
     modules_to_save: list[str] = Field(
         default_factory=list, description="Modules trained in full; vLLM cannot serve such adapters"
@@ -163,6 +163,9 @@ class TrainingSection(Section):
     num_train_epochs: float = Field(1.0, gt=0, le=1e6, description="Passes over the data")
     max_steps: int = Field(
         -1, ge=-1, le=10**9, description="Optimizer steps; -1: as the epochs say"
+    )
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = Field(
+        "adamw", description="AdamW; with its state in 8 bits; or paged out where a GPU is full"
     )
     learning_rate: float = Field(2e-4, ge=0, le=10, description="Peak learning rate")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
@@ -349,6 +352,7 @@ ALIASES: dict[str, str] = {
     "batch_size": "per_device_train_batch_size",
     "lr": "learning_rate",
     "optim_beta1": "adam_beta1",
+    "optimizer": "optim",
     "hub_token": "hf_token",
     "token": "hf_token",
     "model": "model_name_or_path",
@@ -359,8 +363,8 @@ CONVERTED_ALIASES = frozenset(
     {
         "assistant_only_loss", "attn_implementation", "dataset_text_field",
         "disable_gradient_checkpointing", "dtype", "flash_attn", "lora_target_linear",
-        "mask_history", "pissa_init", "quantization_bit", "torch_dtype", "train_on_inputs",
-        "train_on_prompt",
+        "mask_history", "optimizer", "pissa_init", "quantization_bit", "torch_dtype",
+        "train_on_inputs", "train_on_prompt",
     }
 )  # fmt: skip
 # Leaves that may also be written as "a, b".

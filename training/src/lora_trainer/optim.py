@@ -1,9 +1,13 @@
-"""AdamW over the adapter's parameters, and the learning rate as a function of the step."""
+"""AdamW over the adapter's parameters, and the learning rate as a function of the step.
+
+Its state may be held in 8 bits, or paged out to the machine's memory where a GPU is full:
+bitsandbytes does that. Parameters of under 4,096 numbers keep a state of 32 bits there.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -17,7 +21,7 @@ def make_optimizer(
     parameters: dict[str, torch.nn.Parameter],
     section: TrainingSection,
     loraplus_lr_ratio: float | None = None,
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """Return AdamW over the named parameters; weight decay leaves vectors out.
 
     Each group carries `rate_factor`, the multiple of the step's learning rate it gets.
@@ -28,7 +32,7 @@ def make_optimizer(
         factor = loraplus_lr_ratio if is_b and loraplus_lr_ratio is not None else 1.0
         decay = section.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((factor, decay), []).append(parameter)
-    return torch.optim.AdamW(
+    return _adamw(section.optim)(
         [
             {"params": members, "weight_decay": decay, "rate_factor": factor}
             for (factor, decay), members in groups.items()
@@ -37,6 +41,19 @@ def make_optimizer(
         betas=(section.adam_beta1, section.adam_beta2),
         eps=section.adam_epsilon,
     )
+
+
+def _adamw(kind: str) -> Any:
+    if kind == "adamw":
+        return torch.optim.AdamW
+    import bitsandbytes.optim
+
+    names = {
+        "adamw_8bit": "AdamW8bit",
+        "paged_adamw_32bit": "PagedAdamW32bit",
+        "paged_adamw_8bit": "PagedAdamW8bit",
+    }
+    return getattr(bitsandbytes.optim, names[kind])
 
 
 def learning_rate(

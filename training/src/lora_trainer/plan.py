@@ -21,6 +21,18 @@ Parallelism = Literal["none", "ddp", "fsdp"]
 RUNTIME_BYTES = 500 << 20
 # A base model that takes more of a device leaves no room to train on it.
 FITTING_SHARE = 0.9
+# 4 bits: a float32 scale for 64 weights; or, double quantized, one byte for 64 and a float32
+# for 256 of those.
+SCALE_BYTES = 4 / 64
+DOUBLE_SCALE_BYTES = 1 / 64 + 4 / (64 * 256)
+# AdamW's two moments, a parameter; paged ones may leave the device. In 8 bits each has a
+# float32 scale for 256 numbers.
+MOMENT_BYTES = {
+    "adamw": 8.0,
+    "adamw_8bit": 2 + 8 / 256,
+    "paged_adamw_32bit": 0.0,
+    "paged_adamw_8bit": 0.0,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +47,8 @@ class ModelShape:
     parameters: int
     trainable_parameters: int
     max_positions: int
+    # Those that 4 and 8 bits leave alone: embeddings, norms, the head.
+    unquantized_parameters: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,19 +195,18 @@ def estimate_memory_bytes(
     transformer layer keeps about 10 hidden-wide and 4 intermediate-wide tensors for
     its backward pass (norm inputs, q, k, v, attention output, residuals; gate, up,
     activation, product); with gradient checkpointing one hidden-wide tensor a layer
-    and one layer's full set.
+    and one layer's full set. Quantized models have float32 norms, and with them float32
+    hidden states.
     """
     width = 4 if precision == "float32" else 2
+    hidden_width = 4 if _is_quantized(config) else width
     tokens = (share.micro_batch or config.training.per_device_train_batch_size) * data.longest
     weights = weights_bytes(config, shape, precision, share)
-    # float32 master copy, gradient and AdamW's two moments.
-    adapter = shape.trainable_parameters * 16
-    layer = tokens * (10 * shape.hidden_size + 4 * shape.intermediate_size) * width
-    layers = (
-        layer + shape.layers * tokens * shape.hidden_size * width
-        if has_checkpointing
-        else layer * shape.layers
-    )
+    # float32 master copy and gradient, and AdamW's two moments.
+    adapter = shape.trainable_parameters * (8 + MOMENT_BYTES[config.training.optim])
+    hidden = tokens * shape.hidden_size * hidden_width
+    layer = 10 * hidden + 4 * tokens * shape.intermediate_size * width
+    layers = layer + shape.layers * hidden if has_checkpointing else layer * shape.layers
     # logits, their float32 softmax and its gradient, one chunk at a time; an evaluation's
     # batch is often the larger one.
     scored = config.training.per_device_eval_batch_size * data.longest if data.eval_rows else 0
@@ -206,20 +219,31 @@ def weights_bytes(config: Config, shape: ModelShape, precision: Precision, share
     """Return the bytes of the base model's weights in one process.
 
     With fsdp each holds its part of every layer, two layers whole while they compute, and
-    embeddings and head, which are not shared out.
+    embeddings and head, which are not shared out. In 4 or 8 bits there is the one matrix
+    that is widened at a time.
     """
-    each = _weight_bytes(config, 4 if precision == "float32" else 2)
+    width = 4 if precision == "float32" else 2
+    if _is_quantized(config):
+        return _quantized_bytes(config, shape, width)
     if share.parallelism != "fsdp":
-        return shape.parameters * each
+        return shape.parameters * width
     whole = min(shape.parameters, 2 * shape.vocab_size * shape.hidden_size)
     layers = shape.parameters - whole
-    return (whole + layers / share.processes + 2 * layers / shape.layers) * each
+    return (whole + layers / share.processes + 2 * layers / shape.layers) * width
 
 
-def _weight_bytes(config: Config, width: int) -> float:
-    if config.model.use_4bit:
-        return 0.56  # 4 bits and the double-quantized constants
-    return 1.03 if config.model.use_8bit else width
+def _is_quantized(config: Config) -> bool:
+    return config.model.use_4bit or config.model.use_8bit
+
+
+def _quantized_bytes(config: Config, shape: ModelShape, width: int) -> float:
+    if config.model.use_8bit:
+        each = 1 + 4 / shape.hidden_size
+    else:
+        each = 0.5 + (DOUBLE_SCALE_BYTES if config.model.bnb_4bit_use_double_quant else SCALE_BYTES)
+    kept = shape.unquantized_parameters
+    widened = shape.hidden_size * shape.intermediate_size * width
+    return (shape.parameters - kept) * each + kept * width + widened
 
 
 def memory_limit_bytes(machine: Machine, processes: int) -> int:
@@ -238,8 +262,8 @@ def choose_parallelism(
         return "none", ""
     if asked != "auto":
         return ("fsdp" if asked == "fsdp" else "ddp"), ""
-    if config.model.use_4bit or config.model.use_8bit:
-        return "ddp", ""  # what is quantized cannot be cut
+    if _is_quantized(config) or config.training.optim != "adamw":
+        return "ddp", ""  # what is quantized, weights or moments, cannot be cut
     needed = RUNTIME_BYTES + weights_bytes(config, shape, precision, ALL)
     limit = memory_limit_bytes(machine, processes)
     if needed <= FITTING_SHARE * limit:

@@ -44,7 +44,7 @@ from .errors import ConfigError
 from .events import Event, PhaseChanged, Warned
 from .loop import Parts
 from .machine import Machine, read_machine
-from .model import load, probe
+from .model import flash, load, loftq, probe, quantize
 from .model.adapter import add_adapter, changes_base, load_adapter_state, trained_parameters
 from .model.forward import CausalLM
 from .model.shard import check_sharding
@@ -206,6 +206,7 @@ def _open_model(
     device = "cuda" if machine.has_gpu and torch.cuda.is_available() else "cpu"
     used, why = precision.choose_precision(config.model.bf16, device)
     dtype = torch.bfloat16 if used == "bfloat16" else torch.float32
+    kernel = flash.choose(config.model.use_flash_attention, machine, used)
     # sdpa knows no soft-cap on the scores; eager computes it.
     attention = "eager" if getattr(shape, "attn_logit_softcapping", None) else "sdpa"
     parallelism, chosen = _parallelism_of(config, machine, shape, used, ranks)
@@ -219,8 +220,10 @@ def _open_model(
             attention=attention,
         )
         _refuse_long_rows(config, base, splits)
-        parameters = sum(p.numel() for p in base.parameters())
+        parameters = quantize.count_parameters(base)
         model = add_adapter(base, config.lora, seed=config.training.seed)
+        if config.lora.init_lora_weights == loftq.INIT:
+            loftq.begin_from_residuals(model, load.weights_folder(source, config.model))
         initial = output_dir / "initial_adapter" if changes_base(config.lora) else None
         if initial is not None and ranks.is_first:
             export.save_initial(model, initial)
@@ -230,6 +233,7 @@ def _open_model(
             padding_free=config.training.padding_free is not False,
             chunk=config.training.loss_chunk_tokens,
             precision=used,
+            kernel=flash.VariableLength(kernel) if kernel is not None else None,
         )
         trained = trained_parameters(model)
         shape_of_base = _shape_of(base, parameters, trained)
@@ -244,7 +248,7 @@ def _open_model(
         shape_of_base,
         profile_of(splits, rows_to_train(rows_of_epoch)),
         precision=used,
-        attention="packed sdpa" if causal.packed is not None else attention,
+        attention=flash.described(kernel) if causal.packed is not None else attention,
         padding_free=causal.packed is not None,
         processes=ranks.count,
         parallelism=parallelism,
@@ -304,11 +308,12 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
     """
     machine = read_machine()
     base = _unloaded(config, load.load_config(source, config.model))
-    used = precision.choose_precision(config.model.bf16, "cpu")[0]
+    device = "cuda" if machine.has_gpu and torch.cuda.is_available() else "cpu"
+    used = precision.choose_precision(config.model.bf16, device)[0]
     with torch.device("meta"):
         base.requires_grad_(False)
         _refuse_long_rows(config, base, splits)
-        parameters = sum(p.numel() for p in base.parameters())
+        parameters = quantize.count_parameters(base)
         # PiSSA and OLoRA decompose weights, which are not there.
         lora = config.lora.model_copy(update={"init_lora_weights": True})
         trained = trained_parameters(add_adapter(base, lora, seed=config.training.seed))
@@ -316,13 +321,14 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
     sized = _shape_of(base, parameters, trained)
     processes = process_count(config, machine)
     parallelism, why = choose_parallelism(config, machine, sized, used, processes)
+    kernel = flash.choose(config.model.use_flash_attention, machine, used)
     return make_plan(
         config,
         machine,
         sized,
         profile_of(splits, rows_to_train(rows_of_epoch_in(splits, weights, config.training.seed))),
         precision=used,
-        attention="packed sdpa",
+        attention=flash.described(kernel),
         padding_free=config.training.padding_free is not False,
         processes=processes,
         parallelism=parallelism,
@@ -343,7 +349,9 @@ def _refuse_long_rows(config: Config, model: Any, splits: DataSplits) -> None:
         )
 
 
-def _shape_of(model: Any, parameters: int, trained: dict[str, torch.nn.Parameter]) -> ModelShape:
+def _shape_of(
+    model: Any, parameters: tuple[int, int], trained: dict[str, torch.nn.Parameter]
+) -> ModelShape:
     config = model.config
     return ModelShape(
         model_type=config.model_type,
@@ -351,9 +359,19 @@ def _shape_of(model: Any, parameters: int, trained: dict[str, torch.nn.Parameter
         hidden_size=config.hidden_size,
         intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocab_size=config.vocab_size,
-        parameters=parameters,
+        parameters=parameters[0],
+        unquantized_parameters=parameters[1],
         trainable_parameters=sum(p.numel() for p in trained.values()),
         max_positions=getattr(config, "max_position_embeddings", 0) or 0,
+    )
+
+
+def _loftq_note(config: Config) -> str:
+    if config.lora.init_lora_weights != loftq.INIT:
+        return ""
+    return (
+        "The adapter began as LoftQ's: it mends the rounding of the base model to 4 bits "
+        f"({config.model.bnb_4bit_quant_type}), so put it on the base loaded in the same way."
     )
 
 
@@ -390,5 +408,5 @@ def _card_facts(session: Session, order: Any, state: TrainState) -> card.CardFac
         versions=session.versions,
         use_dora=config.lora.use_dora,
         modules_to_save=tuple(config.lora.modules_to_save),
-        notes=(session.source.note,) if session.source.note else (),
+        notes=tuple(note for note in (session.source.note, _loftq_note(config)) if note),
     )

@@ -48,7 +48,10 @@ def add_adapter(model: Any, section: LoraSection, *, seed: int) -> Any:
         target_modules=targets,
         use_rslora=section.use_rslora,
         use_dora=section.use_dora,
-        init_lora_weights=section.init_lora_weights,
+        # LoftQ's first weights follow (loftq.py); PEFT's own would round the base itself.
+        init_lora_weights=True
+        if section.init_lora_weights == "loftq"
+        else section.init_lora_weights,
         modules_to_save=list(section.modules_to_save) or None,
     )
     torch.manual_seed(seed)

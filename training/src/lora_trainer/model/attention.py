@@ -3,7 +3,8 @@
 A micro-batch's examples stand one after another in a single row of T tokens; positions
 restart at each example. `PackedAttention` is registered with transformers under its own
 name and runs scaled dot-product attention a segment at a time, so the work is the sum of
-the squares of the lengths, not the square of the sum.
+the squares of the lengths, not the square of the sum; or flash-attn's kernel for variable
+lengths, where it can be had, on all segments at once.
 
 Legend: B batch (1 here), H heads, T tokens, D head width.
 """
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812  the field's usual name
 from torch import Tensor, nn
+
+from .flash import VariableLength
 
 NAME = "lora_trainer_packed"
 
@@ -31,8 +34,9 @@ class PackedAttention:
     micro-batch, so that gradient checkpointing's second forward sees the same ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kernel: VariableLength | None = None) -> None:
         self.lengths: Sequence[int] = ()
+        self.kernel = kernel
 
     def __call__(
         self,
@@ -58,6 +62,15 @@ class PackedAttention:
         for name in ("s_aux", "position_bias"):
             if others.get(name) is not None:
                 raise UnsupportedAttentionError(f"attention argument {name}")
+        if self.kernel is not None and not dropout:  # flash-attn 3 has no dropout
+            query_THD, key_THD, value_THD = (
+                part[0].transpose(0, 1) for part in (query_BHTD, key_BHTD, value_BHTD)
+            )
+            made_THD: Tensor = self.kernel(
+                query_THD, key_THD, value_THD, self.lengths,
+                scaling=scaling, window=sliding_window, softcap=softcap,
+            )  # fmt: skip
+            return made_THD[None], None
         groups = query_BHTD.shape[1] // key_BHTD.shape[1]
         if groups > 1:
             key_BHTD = key_BHTD.repeat_interleave(groups, dim=1)
@@ -106,11 +119,11 @@ def _causal_window(tokens: int, window: int | None, device: torch.device) -> Ten
     return is_seen if window is None else is_seen & (distance < window)
 
 
-def install(model: nn.Module) -> PackedAttention:
+def install(model: nn.Module, kernel: VariableLength | None = None) -> PackedAttention:
     """Register a `PackedAttention` with transformers and switch `model` to it."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    attention = PackedAttention()
+    attention = PackedAttention(kernel)
     _register(ALL_ATTENTION_FUNCTIONS, attention)
     try:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS

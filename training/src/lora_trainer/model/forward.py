@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import attention as packed_attention
 from .attention import PackedAttention
+from .flash import VariableLength
 from .head import Head, find_head, summed_loss, summed_loss_and_hits
 
 
@@ -46,7 +47,14 @@ class CausalLM:
     """
 
     def __init__(
-        self, model: Any, *, device: str, padding_free: bool, chunk: int, precision: str
+        self,
+        model: Any,
+        *,
+        device: str,
+        padding_free: bool,
+        chunk: int,
+        precision: str,
+        kernel: VariableLength | None = None,
     ) -> None:
         self.model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -60,7 +68,7 @@ class CausalLM:
         self.is_sharded = False
         self.packed: PackedAttention | None = None
         if padding_free:
-            self.packed = packed_attention.install(inner)
+            self.packed = packed_attention.install(inner, kernel)
 
     def loss(self, batch: MicroBatch) -> Tensor:
         """Return the summed cross entropy over the batch's targets, differentiable."""

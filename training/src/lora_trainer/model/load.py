@@ -5,7 +5,6 @@ Only safetensors are read; code of a model repository runs only when asked for.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from dataclasses import dataclass, replace
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import EMBEDDED_MODEL, ModelSection
-from ..errors import ConfigError, TrainerError, UnavailableError
-from . import embedded, hub
+from ..errors import TrainerError, UnavailableError
+from . import embedded, hub, quantize
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -199,14 +198,13 @@ def load_model(
 
     Raises:
         UnavailableError, AccessError: it cannot be had.
-        ConfigError: quantization is asked for and not available.
     """
     from transformers import AutoModelForCausalLM
 
     from ..compat import dtype_argument
 
     arguments = _hub_arguments(source, section) | dtype_argument(dtype)
-    quantization = _quantization(section, dtype)
+    quantization = quantize.quantization(section, dtype)
     if quantization is not None:
         arguments |= {"quantization_config": quantization, "device_map": {"": device}}
     with _hub_errors(source):
@@ -215,37 +213,25 @@ def load_model(
         )
     model.requires_grad_(False)
     model.config.use_cache = False
-    return model if quantization is not None else model.to(device)
+    if quantization is None:
+        return model.to(device)
+    quantize.prepare(model)
+    return model
 
 
-def check_quantization(section: ModelSection) -> None:
-    """Refuse a quantized base model where the package for it is missing.
+def weights_folder(source: ModelSource, section: ModelSection) -> Path:
+    """Return the folder of the weights' files, in the hub's cache once they were loaded."""
+    if source.is_local:
+        return Path(source.path)
+    from huggingface_hub import snapshot_download
 
-    Raises:
-        ConfigError: it is.
-    """
-    is_quantized = section.use_4bit or section.use_8bit
-    if is_quantized and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError.of(
-            "4- and 8-bit base models need bitsandbytes",
-            where="use_4bit" if section.use_4bit else "use_8bit",
-            why="the Python package bitsandbytes is not installed",
-            remedy="pip install bitsandbytes   (or set use_4bit and use_8bit to false)",
+    return Path(
+        snapshot_download(
+            source.path,
+            revision=source.revision,
+            cache_dir=section.model_cache_dir,
+            local_files_only=True,
         )
-
-
-def _quantization(section: ModelSection, dtype: Any) -> Any:
-    if not (section.use_4bit or section.use_8bit):
-        return None
-    check_quantization(section)
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=section.use_4bit,
-        load_in_8bit=section.use_8bit,
-        bnb_4bit_quant_type=section.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=section.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=dtype,
     )
 
 

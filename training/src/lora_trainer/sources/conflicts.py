@@ -65,6 +65,27 @@ CONFLICTS = (
         "use init_lora_weights: true, or load the model unquantized",
     ),
     Conflict(
+        ("init_lora_weights", "use_4bit", "use_8bit"),
+        lambda c: str(c.lora.init_lora_weights).startswith("olora") and _is_quantized(c),
+        "init_lora_weights: olora needs a model that is not quantized",
+        "it decomposes the weights and writes them back, which 4 and 8 bits would round again",
+        "use init_lora_weights: true, or load the model unquantized",
+    ),
+    Conflict(
+        ("init_lora_weights", "use_4bit"),
+        lambda c: c.lora.init_lora_weights == "loftq" and not c.model.use_4bit,
+        "init_lora_weights: loftq needs use_4bit",
+        "it mends what rounding to 4 bits took away",
+        "set use_4bit: true, or use init_lora_weights: true",
+    ),
+    Conflict(
+        ("init_lora_weights", "use_dora"),
+        lambda c: c.lora.init_lora_weights == "loftq" and c.lora.use_dora,
+        "init_lora_weights: loftq does not go with use_dora",
+        "DoRA's magnitudes are taken from the rounded weights before LoftQ mends them",
+        "switch use_dora off, or use init_lora_weights: true",
+    ),
+    Conflict(
         ("init_lora_weights", "modules_to_save"),
         lambda c: _changes_base(c) and bool(c.lora.modules_to_save),
         "init_lora_weights: pissa and olora do not go with modules_to_save",
@@ -154,6 +175,13 @@ CONFLICTS = (
         "parallelism: fsdp does not go with a quantized base model",
         "bitsandbytes' packed weights cannot be cut and put together again by fully_shard",
         "--parallelism ddp (4 bits take a seventh of float32's memory), or load it unquantized",
+    ),
+    Conflict(
+        ("parallelism", "optim"),
+        lambda c: c.training.parallelism == "fsdp" and c.training.optim != "adamw",
+        "parallelism: fsdp needs optim: adamw",
+        "bitsandbytes' optimizers do not know parameters that are spread over processes",
+        "--optim adamw, or --parallelism ddp",
     ),
     Conflict(
         ("max_steps",),

@@ -48,10 +48,11 @@ class Refused:
 Meaning = Means | Ignored | Refused
 ANY = None
 OWN_TOKENS = "the tokenizer's own special tokens are used"
-ADAMW = (
-    "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw", "adamw_8bit", "adamw_bnb_8bit",
-    "adamw_torch_8bit", "paged_adamw", "paged_adamw_8bit", "paged_adamw_32bit",
-)  # fmt: skip
+OPTIMIZERS = {
+    "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit", "adamw_torch_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+}  # fmt: skip
 
 # key -> the values that ask for what happens anyway (ANY: all of them), and why.
 NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
@@ -73,8 +74,6 @@ NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "eval_sample_packing": (ANY, "examples are concatenated without padding"),
     "pad_to_sequence_len": (ANY, "examples are concatenated without padding"),
     "group_by_length": (ANY, "without padding there is nothing to save by it"),
-    "optim": (ADAMW, "plain AdamW is the optimizer"),
-    "optimizer": (ADAMW, "plain AdamW is the optimizer"),
     "fp16": ((False,), "use bf16, which needs no loss scaling; auto measures it first"),
     "tf32": (ANY, "the precision is chosen by measurement"),
     "eval_strategy": (("steps",), "use eval_steps; 0 evaluates at the end only"),
@@ -180,6 +179,8 @@ def normalise(leaf: str, value: Any) -> Any:
         return normalise_datasets(value)
     if leaf == "chat_template" and isinstance(value, str) and OWN_TEMPLATE.fullmatch(value):
         return None
+    if leaf == "optim" and isinstance(value, str):
+        return OPTIMIZERS.get(value, value)
     if (leaf, value) == ("lr_scheduler_type", "constant_with_warmup"):
         return "constant"  # our constant follows a warmup too
     return value

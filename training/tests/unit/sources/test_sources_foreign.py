@@ -33,6 +33,9 @@ from resolving import from_file, problem_in, values_of
         ({"dataset_text_field": "body"}, "dataset_columns", {"text": "body"}),
         ({"lr_scheduler_type": "constant_with_warmup"}, "lr_scheduler_type", "constant"),
         ({"disable_gradient_checkpointing": True}, "gradient_checkpointing", False),
+        ({"optim": "adamw_torch_fused"}, "optim", "adamw"),
+        ({"optim": "adamw_bnb_8bit"}, "optim", "adamw_8bit"),
+        ({"optimizer": "paged_adamw"}, "optim", "paged_adamw_32bit"),
     ],
 )  # fmt: skip
 def test_other_spellings_mean_the_same(folder, content, leaf, value):
@@ -172,7 +175,8 @@ weight_decay: 0.0
     assert values["chat_template"] is None
     assert values["dataset"][0].format == "auto"
     warned = " ".join(resolved.warnings)
-    keys = ("optimizer", "wandb_project", "wandb_watch", "wandb_log_model", "special_tokens")
+    assert values["optim"] == "paged_adamw_8bit"
+    keys = ("wandb_project", "wandb_watch", "wandb_log_model", "special_tokens")
     assert all(key in warned for key in keys)
     assert "strange" not in warned
 

@@ -1,0 +1,214 @@
+"""4- and 8-bit base models through bitsandbytes: whether they can be had, and what they need.
+
+Legend of memory: 4 bits keep half a byte a weight and one scale for 64 of them; double
+quantization keeps those scales in 8 bits, with one float32 for 256 of them. 8 bits keep a
+byte a weight and one float32 scale a row. Only linear layers are quantized: embeddings,
+norms and the head stay in the compute precision. Nothing here imports torch by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from ..config import Config, ModelSection
+from ..errors import ConfigError, Problem
+
+PACKAGE = "bitsandbytes"
+# The first release whose 4- and 8-bit training on a CPU is tested here; 0.45.5 has none.
+FIRST_ON_CPU = (0, 50)
+INSTALL = "pip install --no-deps bitsandbytes==0.50.2"
+QUANTIZED = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' classes, and PEFT's around them
+
+
+def is_quantized(section: ModelSection) -> bool:
+    """Tell whether the base model is to be held in fewer bits."""
+    return section.use_4bit or section.use_8bit
+
+
+def installed_version() -> str:
+    """Return the installed bitsandbytes' version; empty where there is none."""
+    try:
+        return importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def check_bitsandbytes(config: Config, *, has_gpu: bool) -> None:
+    """Refuse what bitsandbytes cannot do here.
+
+    Raises:
+        ConfigError: a key asks for it, and it is missing, too old, or wants a GPU.
+    """
+    problems = [
+        problem
+        for asked, without in _asked(config)
+        if (problem := _problem(asked, without, has_gpu)) is not None
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _asked(config: Config) -> list[tuple[str, str]]:
+    """Return each key that needs bitsandbytes, and how to do without."""
+    found = []
+    if config.model.use_4bit:
+        found.append(("use_4bit: true", "--use_4bit false"))
+    if config.model.use_8bit:
+        found.append(("use_8bit: true", "--use_8bit false"))
+    if config.training.optim != "adamw":
+        found.append((f"optim: {config.training.optim}", "--optim adamw"))
+    return found
+
+
+def _problem(asked: str, without: str, has_gpu: bool) -> Problem | None:
+    version = installed_version()
+    if "paged" in asked and not has_gpu:
+        return Problem(
+            "paged optimizers need a GPU",
+            asked,
+            "they move their state between the GPU's memory and this machine's; no GPU can be used",
+            f"--optim {'adamw_8bit' if '8bit' in asked else 'adamw'}",
+        )
+    if not version:
+        return Problem(
+            f"{asked} needs bitsandbytes",
+            asked,
+            "the Python package bitsandbytes is not installed",
+            f"{INSTALL}   (or {without})",
+        )
+    if not has_gpu and _release(version) < FIRST_ON_CPU:
+        return Problem(
+            f"{asked} needs a GPU, or a newer bitsandbytes",
+            asked,
+            f"bitsandbytes {version} does not train on a CPU, and no GPU can be used; 0.50.2 does, "
+            "with torch 2.4 or newer",
+            f"{INSTALL}   (or {without})",
+        )
+    return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def quantization(section: ModelSection, dtype: Any) -> Any:
+    """Return transformers' description of the quantization; None for a plain base model."""
+    if not is_quantized(section):
+        return None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=section.use_4bit,
+        load_in_8bit=section.use_8bit,
+        bnb_4bit_quant_type=section.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=section.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def prepare(model: Any) -> None:
+    """Make a quantized base model fit for training.
+
+    Of what PEFT's `prepare_model_for_kbit_training` does: everything is frozen, and norms
+    are float32. Embeddings and head, which it widens too, stay as they are (on Llama 2 7B
+    that would cost half a gigabyte); our head computes its loss in float32 anyway. Input
+    gradients come with gradient checkpointing (`compat.enable_checkpointing`).
+    """
+    import torch
+
+    # It says at every product that float32 inputs are cast.
+    logging.getLogger(PACKAGE).setLevel(logging.ERROR)
+    model.requires_grad_(False)
+    for module in model.modules():
+        if "norm" in type(module).__name__.lower():
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(torch.float32)
+        elif is_quantized_linear(module) and model.device.type == "cpu":
+            _compute_as_in_training(module)
+
+
+def is_quantized_linear(module: Any) -> bool:
+    """Tell a linear layer that bitsandbytes holds in 4 or 8 bits."""
+    return type(module).__name__ in QUANTIZED and not hasattr(module, "base_layer")
+
+
+def _compute_as_in_training(module: Any) -> None:
+    """Let an evaluation on a CPU compute what the training computes.
+
+    In evaluation bitsandbytes would round the 8-bit layers' inputs to 8 bits too (30 times
+    slower, measured), and on CPUs with AVX512-BF16 repack the 4-bit weights for a kernel
+    in bfloat16 that knows no gradient, so that training after it would learn nothing.
+    """
+    module.support_avx512bf16_for_cpu = False
+    if type(module).__name__ == "Linear8bitLt":
+        module.training = True
+        module.train = lambda _mode=True: module
+
+
+def is_prepacked(model: Any) -> bool:
+    """Tell whether a layer's weights were repacked for inference."""
+    states = (getattr(p, "quant_state", None) for p in model.parameters())
+    return any(getattr(state, "packing_format_for_cpu", False) for state in states)
+
+
+@contextlib.contextmanager
+def rows_apart(model: Any) -> Iterator[None]:
+    """Let no row of an 8-bit product depend on the others, for a comparison.
+
+    LLM.int8() computes the columns that hold an outlier, anywhere in the batch, in 16 bits:
+    what a row comes to depends on its neighbours (a mean loss by 0.03 on SmolLM2). With no
+    threshold it does not.
+    """
+    states = [m.state for m in model.modules() if is_quantized_linear(m) and hasattr(m, "state")]
+    before = [state.threshold for state in states]
+    try:
+        for state in states:
+            state.threshold = 0.0
+        yield
+    finally:
+        for state, threshold in zip(states, before, strict=True):
+            state.threshold = threshold
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Return a base model's parameters, and those of them that quantization leaves alone."""
+    head = model.get_output_embeddings()
+    linear = {
+        id(module.weight): _numbers(module.weight)
+        for module in model.modules()
+        if hasattr(module, "in_features") and module is not head
+    }
+    total = {id(p): _numbers(p) for p in model.parameters()}
+    return sum(total.values()), sum(n for key, n in total.items() if key not in linear)
+
+
+def _numbers(parameter: Any) -> int:
+    """Return how many numbers a parameter holds; 4-bit ones are packed."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None else parameter.numel()
+
+
+def held_bytes(model: Any) -> int:
+    """Return the bytes of a base model's weights with their scales, shared ones counted once."""
+    found: dict[int, int] = {}
+
+    def add(tensor: Any) -> None:
+        if tensor is not None:
+            found[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+
+    for parameter in model.parameters():
+        add(parameter)
+        add(getattr(parameter, "SCB", None))
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            add(state.absmax)
+            add(state.state2.absmax if state.state2 is not None else None)
+    for module in model.modules():
+        add(getattr(getattr(module, "state", None), "SCB", None))
+    return sum(found.values())

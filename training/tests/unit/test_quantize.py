@@ -1,0 +1,268 @@
+"""A base model in 4 and 8 bits: what it computes, what it holds, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from faults.tiny_model import write_model
+from lora_trainer.checkpoint import TrainState, restore_optimizer, take_snapshot
+from lora_trainer.config import Config, LoraSection, ModelSection, TrainingSection
+from lora_trainer.errors import ConfigError
+from lora_trainer.model import load, loftq, quantize
+from lora_trainer.model.adapter import add_adapter, trained_parameters
+from lora_trainer.model.forward import CausalLM, MicroBatch
+from lora_trainer.model.probe import verify
+from lora_trainer.optim import make_optimizer
+from lora_trainer.plan import DataProfile, ModelShape, estimate_memory_bytes
+
+KINDS = {
+    "nf4": {"use_4bit": True, "bnb_4bit_use_double_quant": False},
+    "nf4-double": {"use_4bit": True},
+    "fp4": {"use_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+    "fp4-double": {"use_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "8bit": {"use_8bit": True},
+}
+needs_bitsandbytes = pytest.mark.skipif(
+    quantize._release(quantize.installed_version() or "0") < quantize.FIRST_ON_CPU,
+    reason="this stack's bitsandbytes does not train on a CPU",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("quantize") / "model")
+
+
+def load_base(folder: Path, dtype=torch.float32, **keys):
+    section = ModelSection(model_name_or_path=str(folder), **keys)
+    source = load.locate(section)
+    return load.load_model(source, section, dtype=dtype, device="cpu", attention="sdpa")
+
+
+def causal_of(model) -> CausalLM:
+    return CausalLM(model, device="cpu", padding_free=True, chunk=5, precision="float32")
+
+
+def make_batch() -> MicroBatch:
+    draw = np.random.default_rng(1)
+    ids = [draw.integers(3, 200, length) for length in (9, 17, 4)]
+    return MicroBatch(ids, [np.arange(len(one)) > 2 for one in ids])
+
+
+def train(causal: CausalLM, optimizer, batch: MicroBatch, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        loss = causal.loss(batch) / batch.targets
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_base_learns_packed_and_in_chunks(folder, kind):
+    model = add_adapter(load_base(folder, **KINDS[kind]), LoraSection(lora_r=4), seed=1)
+    causal = causal_of(model)
+    assert verify(causal) == ""
+    assert causal.packed is not None
+    model.train()
+    batch = make_batch()
+    parameters = trained_parameters(model)
+    assert all(p.dtype == torch.float32 for p in parameters.values())
+    optimizer = make_optimizer(parameters, TrainingSection(learning_rate=0.01))
+    before = causal.score(batch)[0] / batch.targets
+    losses = train(causal, optimizer, batch, 8)
+    # An evaluation computes what a training step does.
+    assert losses[0] == pytest.approx(before, rel=1e-5)
+    assert losses[-1] < losses[0] - 0.3
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", ["nf4-double", "8bit"])
+def test_chunked_loss_and_gradients_are_those_of_the_whole_logits(folder, kind):
+    batch, results = make_batch(), []
+    for is_ours in (True, False):
+        model = add_adapter(load_base(folder, **KINDS[kind]), LoraSection(lora_r=4), seed=1)
+        model.train()
+        if is_ours:
+            loss = causal_of(model).loss(batch)
+        else:
+            loss = torch.zeros(())
+            for ids, marks in zip(batch.ids, batch.is_trained, strict=True):
+                labels = torch.where(torch.as_tensor(marks), torch.as_tensor(ids), -100)[None]
+                own = model(input_ids=torch.as_tensor(ids)[None], labels=labels).loss
+                loss = loss + own * int(marks[1:].sum())
+        loss.backward()
+        gradients = {n: p.grad for n, p in trained_parameters(model).items()}
+        results.append((float(loss.detach()), gradients))
+    (loss, gradients), (expected, expected_gradients) = results
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-5)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", KINDS)
+def test_plan_knows_what_a_quantized_base_holds(folder, kind):
+    model = load_base(folder, **KINDS[kind])
+    plain = load_base(folder)
+    assert quantize.count_parameters(model) == quantize.count_parameters(plain)
+    parameters, kept = quantize.count_parameters(plain)
+    assert quantize.held_bytes(plain) == 4 * parameters
+    data = DataProfile(1, 1, 1, 1)
+
+    def estimated(**keys) -> int:
+        shape = ModelShape("llama", 2, 32, 64, 1, parameters, 0, 256, kept)
+        config = Config(model=ModelSection(**keys), training=TrainingSection(loss_chunk_tokens=1))
+        return estimate_memory_bytes(config, shape, data, "float32", has_checkpointing=False)
+
+    saved = quantize.held_bytes(plain) - quantize.held_bytes(model)
+    # The plan adds one matrix that is widened at a time (32 x 64 float32).
+    assert estimated() - estimated(**KINDS[kind]) + 4 * 32 * 64 == pytest.approx(saved, rel=0.05)
+
+
+@needs_bitsandbytes
+def test_only_norms_are_widened(folder):
+    model = load_base(folder, dtype=torch.bfloat16, use_4bit=True)
+    types = {name: p.dtype for name, p in model.named_parameters()}
+    assert types["model.norm.weight"] == torch.float32
+    assert types["model.layers.0.input_layernorm.weight"] == torch.float32
+    assert types["model.embed_tokens.weight"] == types["lm_head.weight"] == torch.bfloat16
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@needs_bitsandbytes
+def test_evaluation_repacks_no_weights_that_training_needs(folder, monkeypatch):
+    model = load_base(folder, use_4bit=True)
+    layers = [m for m in model.modules() if quantize.is_quantized_linear(m)]
+    assert layers
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    model.eval()
+    causal_of(model).score(make_batch())
+    assert not quantize.is_prepacked(model)
+
+
+@needs_bitsandbytes
+def test_rows_of_eight_bit_products_stand_alone_while_they_are_compared(folder):
+    model = load_base(folder, use_8bit=True)
+    layers = [m for m in model.modules() if quantize.is_quantized_linear(m)]
+    with quantize.rows_apart(model):
+        assert {layer.state.threshold for layer in layers} == {0.0}
+    assert {layer.state.threshold for layer in layers} == {6.0}
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("alpha", [4, 16])
+def test_loftq_begins_nearer_to_the_full_weights(folder, alpha):
+    full = load_file(folder / "model.safetensors")
+    section = LoraSection(lora_r=4, lora_alpha=alpha, init_lora_weights="loftq")
+    model = add_adapter(load_base(folder, use_4bit=True), section, seed=1)
+    layers = {n: m for n, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    loftq.begin_from_residuals(model, folder)
+    for name, layer in layers.items():
+        residual = full[f"{name}.weight"] - loftq._widened(layer.get_base_layer().weight)
+        left = residual - layer.get_delta_weight("default").detach()
+        kept = torch.linalg.svdvals(residual)[4:]
+        # Eckart and Young: what is left are the singular values beyond the rank.
+        assert float(left.norm()) == pytest.approx(float(kept.norm()), rel=1e-3)
+
+
+@needs_bitsandbytes
+def test_loftq_refuses_weights_under_other_names(folder, tmp_path):
+    section = LoraSection(lora_r=4, init_lora_weights="loftq")
+    model = add_adapter(load_base(folder, use_4bit=True), section, seed=1)
+    save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match="loftq"):
+        loftq.begin_from_residuals(model, tmp_path)
+
+
+def test_a_low_rank_beyond_the_matrix_is_filled_with_zeros():
+    residual = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    a, b = loftq.low_rank(residual, 4)
+    assert (a.shape, b.shape) == ((4, 5), (3, 4))
+    torch.testing.assert_close(b @ a, residual)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_optimizer_state_survives_a_checkpoint_to_the_byte(optim):
+    def begin():
+        torch.manual_seed(1)
+        # One of the two is large enough to be held in 8 bits.
+        shapes = {"large": (64, 128), "small": (8, 4)}
+        parameters = {n: torch.nn.Parameter(torch.randn(s)) for n, s in shapes.items()}
+        return parameters, make_optimizer(parameters, TrainingSection(optim=optim))
+
+    def step(parameters, optimizer, number):
+        draw = torch.Generator().manual_seed(number)
+        for parameter in parameters.values():
+            parameter.grad = torch.randn(parameter.shape, generator=draw)
+        optimizer.step()
+
+    parameters, optimizer = begin()
+    for number in range(3):
+        step(parameters, optimizer, number)
+    taken = take_snapshot(TrainState(step=3), {}, optimizer, parameters, "x")
+    resumed, other = begin()
+    for name, parameter in resumed.items():
+        parameter.data.copy_(parameters[name].data)
+    restore_optimizer(taken, other, resumed)
+    for number in range(3, 6):
+        step(parameters, optimizer, number)
+        step(resumed, other, number)
+    for name, parameter in resumed.items():
+        assert torch.equal(parameter, parameters[name])
+    if optim == "adamw_8bit":
+        assert taken.optimizer["large.state1"].dtype == torch.uint8
+        assert taken.optimizer["small.state1"].dtype == torch.float32
+        assert not any("qmap" in key for key in taken.optimizer)
+
+
+def refusal(monkeypatch, version: str, *, has_gpu: bool = False, **sections) -> str:
+    def answer(_name: str) -> str:
+        if not version:
+            raise importlib.metadata.PackageNotFoundError
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", answer)
+    config = Config.model_validate(sections)
+    try:
+        quantize.check_bitsandbytes(config, has_gpu=has_gpu)
+    except ConfigError as error:
+        return error.block()
+    return ""
+
+
+def test_quantization_without_the_package_is_refused_with_the_command(monkeypatch):
+    told = refusal(monkeypatch, "", model={"use_4bit": True}, training={"optim": "adamw_8bit"})
+    assert told.count("is not installed") == 2
+    assert "pip install --no-deps bitsandbytes==0.50.2" in told
+
+
+@pytest.mark.parametrize(
+    ("version", "has_gpu", "is_refused"),
+    [("0.45.5", False, True), ("0.45.5", True, False), ("0.50.2", False, False)],
+)
+def test_only_newer_versions_quantize_on_a_cpu(monkeypatch, version, has_gpu, is_refused):
+    told = refusal(monkeypatch, version, has_gpu=has_gpu, model={"use_8bit": True})
+    assert ("0.45.5 does not train on a CPU" in told) is is_refused
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_paged_optimizers_need_a_gpu(monkeypatch, has_gpu):
+    told = refusal(monkeypatch, "0.50.2", has_gpu=has_gpu, training={"optim": "paged_adamw_8bit"})
+    assert ("--optim adamw_8bit" in told) is not has_gpu
+
+
+def test_nothing_is_asked_of_bitsandbytes_by_the_defaults(monkeypatch):
+    assert refusal(monkeypatch, "") == ""
+    assert json.loads(Config().model_dump_json())["training"]["optim"] == "adamw"
