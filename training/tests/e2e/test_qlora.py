@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from checkout import TRAINING
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -79,7 +78,6 @@ def mean_loss(causal: CausalLM, session: sessions.Session) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantized_smollm2_learns_resumes_and_fits_the_full_base(kind: str, tmp_path: Path):
-    torch.set_num_threads(2)
     config, output, resumed = config_of(kind), tmp_path / "whole", tmp_path / "resumed"
     session = run(config, output)
     assert session.causal.packed is not None
