@@ -64,6 +64,7 @@ class Figures:
         for name, text, value in _counts(status):
             yield CounterMetricFamily(f"{PREFIX}_{name}", text, value)
         yield from self._gpus()
+        yield from _ranks(status)
 
     def _health(self) -> list[Figure]:
         judged = self.live.health()
@@ -205,6 +206,23 @@ def _training(status: RunStatus) -> list[Figure]:
             ("checkpoint_duration_seconds", "Time that saving it took", saved.seconds),
         ]
     return found
+
+
+def _ranks(status: RunStatus) -> Iterator[Metric]:
+    columns = [
+        ("rank_tokens_per_second", "Speed of one of several processes, waiting left out"),
+        ("rank_memory_bytes", "Memory of one of several processes"),
+        ("rank_gpu_memory_bytes", "GPU memory of one of several processes"),
+    ]
+    for name, text in columns if status.ranks else ():
+        family = GaugeMetricFamily(f"{PREFIX}_{name}", text, labels=["rank"])
+        for figures in status.ranks:
+            rank = dict(figures)
+            if rank.get("seconds"):
+                rank["tokens_per_second"] = rank["tokens"] / rank["seconds"]
+            if (value := rank.get(name.removeprefix("rank_"))) is not None:
+                family.add_metric([str(int(rank["rank"]))], value)
+        yield family
 
 
 def _counts(status: RunStatus) -> list[tuple[str, str, float]]:

@@ -6,10 +6,15 @@ from pathlib import Path
 
 from run_events import RUN, sample, saved, stepped
 
-from lora_trainer.events import Failed, PhaseChanged, Restarted, Warned
+from lora_trainer.events import Failed, PhaseChanged, RanksMeasured, Restarted, Warned
 from lora_trainer.hardware import Gauges, GpuReading, HostReading, Reading
 from lora_trainer.live import LiveRun
 from lora_trainer.redaction import Redaction
+
+RANKS = [
+    {"rank": rank, "seconds": 2.0, "tokens": 100, "memory_bytes": 7, "gpu_memory_bytes": 0}
+    for rank in range(2)
+]
 
 
 def gauges_of() -> Gauges:
@@ -35,6 +40,7 @@ def full_run() -> LiveRun:
         stepped(41, loss=float("nan")),
         saved(41),
         sample(41, "after"),
+        RanksMeasured(time=42.0, step=41, ranks=RANKS, slowest=1),
         Warned(time=42.0, message="w"),
         PhaseChanged(time=42.0, phase="saving"),
         Restarted(time=42.0, attempt=1, cause="killed", exit_code=-9),

@@ -8,13 +8,14 @@ import re
 from pathlib import Path
 
 import pytest
-from live_runs import full_run, gauges_of, live_run
+from live_runs import RANKS, full_run, gauges_of, live_run
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_openmetrics,
 )
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from run_events import PLAN, RUN, START, stepped
 
+from lora_trainer.events import RanksMeasured
 from lora_trainer.exposition import JSON_TYPE, OPENMETRICS_TYPE, TEXT_TYPE, expose, negotiate
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -107,8 +108,15 @@ def test_format_is_the_one_that_is_asked_for(accept, kind):
     assert negotiate(accept) == kind
 
 
+def test_each_rank_has_its_speed_and_its_memory():
+    told = samples(live_run(START, PLAN, RanksMeasured(step=1, ranks=RANKS, slowest=1)))
+    assert told["lora_trainer_rank_tokens_per_second", (("rank", "1"),)] == 50.0
+    assert told["lora_trainer_rank_memory_bytes", (("rank", "0"),)] == 7
+
+
 def series() -> set[str]:
-    both = [*samples(full_run()), *samples(live_run(*RUN[:-2]))]
+    ranks = RanksMeasured(step=40, ranks=RANKS, slowest=1)
+    both = [*samples(full_run()), *samples(live_run(*RUN[:-2], ranks))]
     return {name for name, _ in both} | {"lora_trainer_gpu_utilization_ratio"}
 
 
