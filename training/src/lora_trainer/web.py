@@ -113,7 +113,7 @@ class Pages:
         self.pulse = Pulse(live, gauges, on_pulse=read_log)
         self._read_log = read_log
         self._files = static_files()
-        self._series: tuple[tuple[int, int], bytes] = ((-1, -1), b"")
+        self._series: tuple[tuple[int, int, float], bytes] = ((-1, -1, 0.0), b"")
 
     def routes(self) -> list[Route]:
         """Return what is served where."""
@@ -154,7 +154,8 @@ class Pages:
     async def history(self, request: Request) -> Response:
         """Return the series; computed once for all who ask while nothing happens."""
         wanted = _whole(request, "max_points", 500, MOST_POINTS)
-        key = (self.live.sequence, wanted)
+        reading = self.gauges.latest
+        key = (self.live.sequence, wanted, reading.time if reading else 0.0)
         if self._series[0] != key:
             made = await run_in_threadpool(
                 lambda: to_json(views.history_view(self.live, self.gauges, wanted)).encode()

@@ -79,6 +79,16 @@ def test_history_has_columns_of_one_length_and_no_more_points_than_asked(serve: 
     assert len(ask(one, "/history").json()["points"]["step"]) == 500
 
 
+def test_history_of_the_machine_goes_on_while_the_run_is_silent(serve: Serve):
+    one = serve(live_run(START))
+    until = time.monotonic() + 60
+    lengths = set()
+    while len(lengths) < 2 and time.monotonic() < until:
+        lengths.add(len(ask(one, "/history").json()["hardware"]["time"]))
+        time.sleep(0.1)
+    assert len(lengths) >= 2
+
+
 @pytest.mark.parametrize("query", ["max_points=0", "max_points=x", "max_points=-1", "max_points="])
 def test_senseless_number_of_points_is_refused(serve: Serve, query):
     assert ask(serve(live_run()), f"/history?{query}").code == 400
