@@ -15,6 +15,8 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.keys import Keys
 
 SECONDS = 30.0
+# Chromium breaks off what it loads when an interface comes or goes, as containers' do.
+NETWORK_CHANGED = "net::ERR_NETWORK_CHANGED"
 BROWSER, DRIVER = "chromium", "chromedriver"
 QUIET = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
@@ -60,6 +62,7 @@ class Page:
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         # A driver that is named is not looked for, and not downloaded.
         service = Service(shutil.which(DRIVER) or DRIVER)
+        self._said: list[str] = []  # by the console, not yet asked for
         self.driver = webdriver.Chrome(options=options, service=service)
         self.driver.set_script_timeout(SECONDS)
 
@@ -69,8 +72,11 @@ class Page:
         """Open an address, in a window of that size, for a reader with these preferences."""
         self.resize(size)
         self.prefer(scheme, motion)
-        self.errors()
-        self.driver.get(url)
+        for _ in range(3):
+            self.errors()
+            self.driver.get(url)
+            if not any(NETWORK_CHANGED in said for said in self._console()):
+                break
 
     def prefer(self, scheme: str, motion: str = "") -> None:
         """Take on a reader's preferences: light or dark, reduced motion."""
@@ -124,11 +130,18 @@ class Page:
 
     def errors(self) -> list[str]:
         """Return what went wrong since the last call: faults, refusals, failed requests."""
-        return [
+        self._console()
+        said, self._said = self._said, []
+        return [message for message in said if NETWORK_CHANGED not in message]
+
+    def _console(self) -> list[str]:
+        new = [
             entry["message"]
             for entry in self.driver.get_log("browser")
             if entry["level"] in ("SEVERE", "WARNING") and entry["source"] != "rendering"
         ]
+        self._said += new
+        return new
 
     def shoot(self, name: str, scheme: str) -> None:
         """Take a picture of the whole page, if a folder for pictures is given."""

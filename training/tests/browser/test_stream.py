@@ -9,7 +9,7 @@ from run_events import evaluated
 
 from browser.runs import failed, finished, going_on, step
 from lora_trainer import web
-from lora_trainer.events import PhaseChanged, Restarted
+from lora_trainer.events import PhaseChanged, RanksMeasured, Restarted
 
 pytestmark = pytest.mark.browser
 LONG = 100_000
@@ -34,6 +34,20 @@ def test_steps_and_phases_arrive_without_a_reload(page, serve):
     page.wait_for_text("#phase-detail", "held-out rows")
     assert page.js("return window.isSame")
     assert page.errors() == []
+
+
+def test_each_of_several_processes_has_its_row(page, serve):
+    server = serve(*going_on())
+    page.open(server.url)
+    page.wait_for_text("#connection", "Live")
+    assert not page.is_shown("#ranks")
+    ranks = [
+        {"rank": 0, "seconds": 0.5, "tokens": 900, "memory_bytes": 2_000_000_000},
+        {"rank": 1, "seconds": 0.7, "tokens": 900, "memory_bytes": 3_000_000_000},
+    ]
+    server.live.add(RanksMeasured(step=121, ranks=ranks, slowest=1))
+    page.wait_for_text("#ranks", "3.0 GB")
+    assert len(page.driver.find_elements("css selector", "#ranks tbody tr")) == 2
 
 
 def test_log_lines_arrive_as_they_are_written(page, serve):

@@ -7,7 +7,7 @@ import { byId, setText } from "./dom.js";
 import { showOverview } from "./overview.js";
 import { Panels } from "./panels.js";
 import { hasBokeh } from "./plot.js";
-import { Log, showMachine, showRecords } from "./records.js";
+import { Log, showMachine, showRanks, showRecords } from "./records.js";
 import { MAX_POINTS, Series } from "./series.js";
 import { Stream } from "./stream.js";
 import { count } from "./wording.js";
@@ -18,7 +18,7 @@ const BEGINNINGS = new Set(["run_started", "restart", "resumed", "reset"]);
 
 const run = {
   status: null, health: null, metrics: null, host: null, gpus: null, latest: null,
-  connection: "connecting", fetched: 0,
+  connection: "connecting", fetched: 0, ticked: 0, // both in seconds since the epoch
 };
 const series = new Series();
 const panels = new Panels(byId("charts"), byId("machine-charts"), series);
@@ -101,6 +101,7 @@ function draw() {
 function onEvent(kind, data) {
   if (kind === "step") onStep(data);
   else if (kind === "tick") onTick(data ?? {});
+  else if (kind === "ranks") showRanks(data?.ranks);
   else if (kind === "log") log.add(data?.lines ?? []);
   else if (kind === "progress") {
     if (run.status && data) run.status.progress = data;
@@ -133,6 +134,7 @@ function onEval(given) {
 function onTick({ health, metrics, host, gpus }) {
   run.health = health ?? run.health;
   run.metrics = metrics ?? run.metrics;
+  run.ticked = Date.now() / 1000;
   const isNewPhase = run.status && health && health.phase !== run.status.phase;
   if (isNewPhase) fetchStatus();
   if (host || gpus) {

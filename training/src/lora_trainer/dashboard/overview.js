@@ -98,7 +98,8 @@ function progressOf(status) {
   return { done: status?.step ?? 0, total: status?.total_steps ?? 0, unit: "" };
 }
 
-function showProgress({ status, metrics, fetched }, phase) {
+function showProgress(run, phase) {
+  const { status, metrics } = run;
   const { done, total, unit } = progressOf(status);
   const bar = byId("progress");
   const isUnknown = !(total > 0);
@@ -113,17 +114,21 @@ function showProgress({ status, metrics, fetched }, phase) {
   const epochs = !unit && Number.isFinite(epoch) ? ` · epoch ${epoch.toFixed(2)}` : "";
   setText(byId("done"), `${steps}${share}${epochs}`);
   bar.setAttribute("aria-valuetext", `${steps}${share}`);
-  setText(byId("left"), timeLeft(status, metrics, fetched));
+  setText(byId("left"), timeLeft(run));
 }
 
-function timeLeft(status, metrics, fetched) {
-  const since = isOver(status) ? 0 : Math.max(0, Date.now() / 1000 - fetched);
+function timeLeft({ status, metrics, fetched, ticked }) {
+  const now = Date.now() / 1000;
+  const isStill = isOver(status) || status?.is_running === false;
   const elapsed = status?.elapsed_seconds;
+  const since = isStill ? 0 : Math.max(0, now - fetched);
   const passed = Number.isFinite(elapsed) ? duration(elapsed + since) : UNKNOWN;
   if (isOver(status)) return `took ${passed}`;
-  const left = metrics?.eta_seconds;
-  if (!Number.isFinite(left)) return `${passed} so far`;
-  return `${duration(left)} left · ends about ${clock(Date.now() / 1000 + left, false)} · ${passed} so far`;
+  if (isStill) return `broken off after ${passed}`;
+  if (!Number.isFinite(metrics?.eta_seconds)) return `${passed} so far`;
+  const end = ticked + metrics.eta_seconds;
+  const left = duration(Math.max(0, end - now));
+  return `${left} left · ends about ${clock(end, false)} · ${passed} so far`;
 }
 
 function showTiles(status, metrics, { latest, host, gpus }) {

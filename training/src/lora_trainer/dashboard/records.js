@@ -13,10 +13,15 @@ export function showRecords(status) {
   section("samples", pairs(status.samples ?? []), samples);
   section("timeline", moments(status), timeline);
   section("checkpoints", status.checkpoints ?? [], checkpointTable);
-  section("warnings", status.warnings ?? [], warnings);
-  section("ranks", status.ranks ?? [], objectTable);
+  section("warnings", allWarnings(status), warnings);
+  showRanks(status.ranks);
   section("plan", Object.entries(status.plan ?? {}), plan);
   section("about", about(status), facts);
+}
+
+/** Show what each process of several does. */
+export function showRanks(ranks) {
+  section("ranks", ranks ?? [], objectTable);
 }
 
 /** Show the machine's figures. */
@@ -133,6 +138,12 @@ function checkpointTable(shown) {
   const cells = [...shown].reverse().map(({ step, path, bytes: size, seconds, is_best: isBest }) =>
     [count(step), bytes(size), duration(seconds), path.split("/").at(-1), isBest ? "best" : ""]);
   return [heads(["step", "size", "saved in", "folder", ""]), el("tbody", {}, ...rows(cells))];
+}
+
+function allWarnings(status) {
+  const leftOut = status.warnings_left_out ?? 0;
+  const more = leftOut ? [{ message: `${count(leftOut)} more are left out here`, count: 1 }] : [];
+  return [...(status.warnings ?? []), ...more];
 }
 
 function warnings(shown) {

@@ -6,8 +6,8 @@
 
 const KINDS = [
   "run_started", "phase", "plan", "progress", "step", "eval", "generated", "sample",
-  "checkpoint", "resumed", "warning", "restart", "failed", "finished", "stopped", "ended",
-  "tick", "log", "reset",
+  "checkpoint", "resumed", "warning", "restart", "ranks", "failed", "finished", "stopped",
+  "ended", "tick", "log", "reset",
 ];
 const SILENCE_MS = 15_000; // the server ticks every second
 const DELAYS_MS = [500, 1000, 2000, 4000, 8000, 15_000];

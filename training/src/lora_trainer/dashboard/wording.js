@@ -68,7 +68,7 @@ export function value(key, given) {
   if (typeof given === "boolean") return given ? "yes" : "no";
   if (typeof given === "number") {
     if (key.endsWith("_bytes")) return bytes(given);
-    if (key.endsWith("_seconds")) return duration(given);
+    if (key.endsWith("seconds")) return duration(given);
     if (key.endsWith("_percent")) return percent(given / 100, 0);
     if (key.endsWith("_celsius")) return `${Math.round(given)} °C`;
     if (key.endsWith("_watts")) return `${Math.round(given)} W`;
