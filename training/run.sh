@@ -13,7 +13,8 @@
 #   --check         check config, data, model, disk and permissions; train nothing
 #   --resume        go on from the newest sound checkpoint, as is the default; never: start anew
 #   --cpu           leave the GPUs alone
-#   --gpus LIST     all (default), none, or numbers as nvidia-smi shows them: 0 or 0,1
+#   --gpus LIST     all (default), none, or numbers as nvidia-smi shows them: 0 or 0,1; each trains
+#                   with a process of its own, which share every step
 #   --background    return once the run has begun; it outlives this terminal
 #   --docker        in a container, or not at all
 #   --local         on this machine itself

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lora_trainer.config import Config
+from lora_trainer.errors import ConfigError
 from lora_trainer.machine import (
     UNLIMITED_BYTES,
     Gpu,
@@ -14,7 +15,13 @@ from lora_trainer.machine import (
     peak_memory_bytes,
     read_machine,
 )
-from lora_trainer.plan import DataProfile, ModelShape, make_plan
+from lora_trainer.plan import (
+    DataProfile,
+    ModelShape,
+    choose_parallelism,
+    make_plan,
+    process_count,
+)
 
 SHAPE = ModelShape("llama", 30, 576, 1536, 49152, 134_515_008, 4_884_480, 8192)
 MACHINE = Machine(cores=2, memory_bytes=24 << 30, gpus=())
@@ -98,3 +105,89 @@ def test_this_machine_is_read():
 
 def test_free_disk_is_told_for_a_folder_that_is_not_there_yet(tmp_path):
     assert free_disk_bytes(tmp_path / "a" / "b") > 0
+
+
+GPUS = tuple(Gpu(index, "A100", 40 << 30, (8, 0)) for index in range(4))
+FOUR = Machine(cores=16, memory_bytes=1 << 38, gpus=GPUS)
+SEVEN_BILLION = ModelShape("llama", 32, 4096, 11008, 32000, 6_738_415_616, 40_000_000, 4096)
+SEVENTY_BILLION = ModelShape("llama", 80, 8192, 28672, 32000, 68_976_648_192, 80_000_000, 4096)
+
+
+def parallelism_of(shape, machine=FOUR, processes=4, **sections):
+    config = Config.model_validate(sections)
+    return choose_parallelism(config, machine, shape, "bfloat16", processes)
+
+
+def test_each_visible_gpu_has_a_process_and_a_cpu_one():
+    assert process_count(Config(), FOUR) == 4
+    assert process_count(Config(), MACHINE) == 1
+    assert process_count(Config.model_validate({"training": {"nproc": 3}}), MACHINE) == 3
+
+
+def test_more_processes_than_gpus_are_refused():
+    with pytest.raises(ConfigError, match="nproc 5 is more than the visible GPUs"):
+        process_count(Config.model_validate({"training": {"nproc": 5}}), FOUR)
+
+
+def test_base_that_fits_on_one_device_is_whole_on_each():
+    assert parallelism_of(SEVEN_BILLION) == ("ddp", "")
+    assert parallelism_of(SEVEN_BILLION, processes=1) == ("none", "")
+
+
+def test_base_that_does_not_fit_on_one_device_is_shared_out():
+    parallelism, why = parallelism_of(SEVENTY_BILLION)
+    assert parallelism == "fsdp"
+    assert "the base model needs 129.0 GB a process, and one has 40.0 GB" in why
+
+
+def test_processes_without_a_gpu_share_the_memory_of_the_machine():
+    small = Machine(cores=4, memory_bytes=32 << 30, gpus=())
+    assert parallelism_of(SEVEN_BILLION, small, 2)[0] == "ddp"
+    assert parallelism_of(SEVEN_BILLION, small, 4)[0] == "fsdp"
+
+
+def test_quantized_base_is_never_shared_out():
+    assert parallelism_of(SEVENTY_BILLION, model={"use_4bit": True})[0] == "ddp"
+
+
+def test_parallelism_that_was_asked_for_is_taken():
+    asked = {"training": {"parallelism": "fsdp"}}
+    assert parallelism_of(SEVEN_BILLION, **asked) == ("fsdp", "")
+
+
+def shared(processes, parallelism="ddp", **training):
+    return make_plan(
+        Config.model_validate({"training": training}),
+        FOUR,
+        SEVEN_BILLION,
+        DataProfile(101, 5000, 1000, 50, eval_rows=8),
+        precision="bfloat16",
+        attention="packed",
+        padding_free=True,
+        processes=processes,
+        parallelism=parallelism,
+    )
+
+
+def test_steps_do_not_depend_on_the_number_of_processes():
+    training = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    one, four = shared(1, "none", **training), shared(4, **training)
+    assert (one.step_examples, one.total_steps) == (four.step_examples, four.total_steps)
+    assert (one.micro_batches, four.micro_batches) == (4, 1)
+    assert four.micro_batch_examples == 2
+
+
+def test_micro_batch_is_cut_where_a_step_has_too_few_for_the_processes():
+    plan = shared(4, per_device_train_batch_size=6)
+    assert (plan.micro_batch_examples, plan.micro_batches, plan.step_examples) == (2, 1, 6)
+    assert "raise gradient_accumulation_steps to 4" in plan.reasons[-1]
+
+
+def test_processes_without_an_example_are_told_of():
+    plan = shared(4, per_device_train_batch_size=3)
+    assert plan.reasons[-1].startswith("1 of 4 processes have nothing to do")
+
+
+def test_sharing_a_base_out_takes_less_memory_a_process():
+    whole, part = shared(4), shared(4, "fsdp")
+    assert part.estimated_memory_bytes < whole.estimated_memory_bytes - (8 << 30)
