@@ -6,9 +6,11 @@
 # fails; the last lines say what did. Tests marked `gpu` run where a GPU is, those marked
 # `browser` where chromium and chromedriver are, those marked `docker` where an engine answers.
 #
-# Usage: test.sh [--fast] [PYTEST ARGUMENT ...]
+# Usage: test.sh [--fast] [--stack] [PYTEST ARGUMENT ...]
 #
 #   --fast   leave out the tests marked `slow`, which train the embedded model
+#   --stack  only what another stack can change: neither linters nor the page's and
+#            the container's tests, nor those marked `any_stack`
 #   --help   this text
 #
 # Variables:
@@ -33,6 +35,14 @@ check() {
   say "  $((SECONDS - begun)) s"
 }
 
+check_sources() {
+  check "ruff format" "$VENV/bin/ruff" format --check .
+  check "ruff check" "$VENV/bin/ruff" check .
+  check mypy "$VENV/bin/mypy"
+  check_shell
+  check locks check_locks
+}
+
 check_shell() {
   local scripts=("$TRAINING"/*.sh "$TRAINING"/*/*.sh "$TRAINING"/../.ci/*)
   check shellcheck "$VENV/bin/shellcheck" --external-sources "${scripts[@]}"
@@ -47,42 +57,56 @@ check_locks() {
   say "  not resolved: no package registry is in reach"
 }
 
-check_tests() {
-  local marks=()
-  if ! gpu_stack >/dev/null; then
-    say "No NVIDIA GPU can be used here: tests marked gpu are left out"
-    marks+=("not gpu")
-  fi
-  if ! { command -v chromium && command -v chromedriver; } >/dev/null; then
-    say "No Chromium here (apt-get install chromium chromium-driver): tests marked browser are left out"
-    marks+=("not browser")
-  fi
-  if [[ "${LORA_REQUIRE_DOCKER:-0}" != 1 ]] && ! docker version >/dev/null 2>&1; then
-    say "No Docker engine answers here: tests marked docker are left out"
-    marks+=("not docker")
-  fi
-  if [[ "${1:-}" == --fast ]]; then
-    marks+=("not slow")
-    shift
-  fi
-  if ((${#marks[@]})); then
-    set -- -m "$(printf ' and %s' "${marks[@]}" | sed 's/^ and //')" "$@"
-  fi
-  check pytest "$VENV/bin/python" -m pytest "$@"
+# leave_out MARKER WHY
+leave_out() {
+  say "$2: tests marked $1 are left out"
+  MARKS+=("not $1")
 }
 
-test_main() {
-  if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then
-    print_header "${BASH_SOURCE[0]}"
-    exit 0
+# Tests run side by side, a core each and a file at a time, the long ones' folders first; those
+# that take every core, or a whole engine, run alone. The user's own choice runs as it is given.
+check_tests() {
+  local pytest=("$VENV/bin/python" -m pytest) alone="slow or docker or browser" marks=""
+  MARKS=()
+  gpu_stack >/dev/null || leave_out gpu "No NVIDIA GPU can be used here"
+  if ((! EVERYTHING)); then
+    MARKS+=("not (any_stack or browser or docker)")
+  else
+    { command -v chromium && command -v chromedriver; } >/dev/null ||
+      leave_out browser "No Chromium here (apt-get install chromium chromium-driver)"
+    [[ "${LORA_REQUIRE_DOCKER:-0}" == 1 ]] || docker version >/dev/null 2>&1 ||
+      leave_out docker "No Docker engine answers here"
   fi
+  ((ALL)) || MARKS+=("not slow")
+  ((! ${#MARKS[@]})) || marks="$(printf ' and %s' "${MARKS[@]}")"
+  if (($#)); then
+    check pytest "${pytest[@]}" -m "${marks# and }" "$@"
+    return
+  fi
+  check "pytest, side by side" "${pytest[@]}" -n logical --maxprocesses 4 --dist loadfile \
+    --no-loadscope-reorder -m "not ($alone)$marks"
+  check "pytest, one by one" some_or_none "${pytest[@]}" -m "($alone)$marks"
+}
+
+some_or_none() { "$@" || (($? == 5)); } # pytest's exit code where no test was chosen
+
+test_main() {
+  ALL=1 EVERYTHING=1
+  while (($#)); do
+    case "$1" in
+      --help | -h)
+        print_header "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+      --fast) ALL=0 ;;
+      --stack) EVERYTHING=0 ;;
+      *) break ;;
+    esac
+    shift
+  done
   prepare_test_environment
   cd "$TRAINING"
-  check "ruff format" "$VENV/bin/ruff" format --check .
-  check "ruff check" "$VENV/bin/ruff" check .
-  check mypy "$VENV/bin/mypy"
-  check_shell
-  check locks check_locks
+  ((! EVERYTHING)) || check_sources
   check_tests "$@"
   if ((${#FAILED[@]})); then
     say "${RED}${BOLD}Failed: $(printf '%s, ' "${FAILED[@]}" | sed 's/, $//')$PLAIN"

@@ -30,3 +30,9 @@ def enable_checkpointing(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     # Frozen embeddings give no gradient that the first block's recomputation could start from.
     model.enable_input_require_grads()
+
+
+def decoder(model: Any) -> Any:
+    """Return what is below the head; Gemma 3 lacks the attribute it names in transformers 4.50."""
+    below = getattr(model, model.base_model_prefix, None)
+    return model.get_decoder() if below is None else below

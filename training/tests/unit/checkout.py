@@ -12,7 +12,10 @@ import time
 from pathlib import Path
 
 TRAINING = Path(__file__).resolve().parents[2]
-TOOLS = "awk bash cat chmod cp date df dirname env grep mkdir mv rm sed sh sleep tail uname wc"
+TOOLS = (
+    "awk bash cat chmod cp date df dirname env grep mkdir mktemp mv rm sed sh sha256sum sleep tail"
+    " uname wc"
+)
 BASE_PYTHON = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info[1]}"
 
 PYTHON = """#!/bin/sh

@@ -14,7 +14,7 @@ from families import FAMILIES, VOCABULARY, tiny_model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_trainer.checkpoint import CheckpointStore, TrainState
-from lora_trainer.compat import enable_checkpointing
+from lora_trainer.compat import MAJOR, enable_checkpointing
 from lora_trainer.config import Config, LoraSection
 from lora_trainer.data.batches import StepOrder
 from lora_trainer.errors import UnavailableError
@@ -149,9 +149,16 @@ def plain(model, rows, order: StepOrder, *, lora: LoraSection, own=None):
     return losses, {name: p.detach().clone() for name, p in parameters.items()}
 
 
+# transformers 4.50 computes every layer's attention in the window that Qwen 2 has in its last
+# ones only; packing gives each layer its own, is found to differ, and is not used.
+WINDOW_IN_EVERY_LAYER = {"qwen2-window"} if MAJOR < 5 else set()
+
+
 @pytest.mark.parametrize("padding_free", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_step_of_every_family_equals_plain_transformers(family, padding_free, tmp_path):
+    if padding_free and family in WINDOW_IN_EVERY_LAYER:
+        pytest.skip("test_packing_is_proven_on_every_family shows that it is padded")
     rows, lora = make_rows(), LoraSection(lora_r=4, lora_alpha=8)
     losses, adapter, order = ours(
         tiny_model(family), rows, tmp_path, padding_free=padding_free, lora=lora
@@ -195,6 +202,9 @@ def test_packing_is_proven_on_every_family(family):
     causal = CausalLM(
         tiny_model(family), device="cpu", padding_free=True, chunk=16, precision="float32"
     )
+    if family in WINDOW_IN_EVERY_LAYER:
+        assert verify(causal).startswith("padding is used")
+        return
     assert verify(causal) == ""
     assert causal.packed is not None
 

@@ -1,6 +1,7 @@
 """run.sh, test.sh and .ci/run: what they install, pass on and refuse, with a fake pip."""
 
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -23,6 +24,8 @@ def public_checkout() -> Iterator[Checkout]:
         Path(folder).chmod(0o755)
         yield Checkout(Path(folder))
 
+
+pytestmark = pytest.mark.any_stack
 
 ROOMY_DISK = "#!/bin/sh\necho title; echo disk 9 9 99000000 9 /\n"
 FIRST_INSTALLATION = ["venv", "cpu.txt", "cpu-torch.txt", "embedded.txt"]
@@ -355,19 +358,40 @@ MAKE_LINTERS = (
 
 def test_test_sh_goes_on_after_a_failure_and_names_it_last(checkout: Checkout) -> None:
     (checkout.root / "pip-does").write_text(MAKE_LINTERS)
-    result = checkout.run("training/test.sh", "--fast", "tests/unit")
+    result = checkout.run("training/test.sh", "--fast")
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == "Failed: mypy"
-    for sign in (
-        "ruff format",
-        "ruff check",
-        "shellcheck --external",
-        "shfmt --diff",
-        "locks --check",
-    ):
+    for sign in ("ruff format", "ruff check", "shellcheck --external", "shfmt --diff"):
         assert sign in result.stdout
-    marks = "not gpu and not browser and not docker and not slow"
-    assert f"-m pytest -m {marks} tests/unit" in result.stdout
+    assert "locks --check" in result.stdout
+
+
+def test_test_sh_runs_tests_side_by_side_but_the_heavy_ones_alone(checkout: Checkout) -> None:
+    (checkout.root / "pip-does").write_text(MAKE_LINTERS)
+    first, second = pytest_calls(checkout.run("training/test.sh", "--fast"))
+    assert "-n logical" in first
+    here = "not gpu and not browser and not docker and not slow"
+    assert f"-m not (slow or docker or browser) and {here}" in first
+    assert second == f"-m pytest -m (slow or docker or browser) and {here}"
+
+
+def test_test_sh_passes_the_users_choice_on_to_one_pytest(checkout: Checkout) -> None:
+    (checkout.root / "pip-does").write_text(MAKE_LINTERS)
+    (call,) = pytest_calls(checkout.run("training/test.sh", "tests/unit", "-k", "a"))
+    assert call == "-m pytest -m not gpu and not browser and not docker tests/unit -k a"
+
+
+def test_test_sh_for_another_stack_leaves_out_what_no_stack_changes(checkout: Checkout) -> None:
+    (checkout.root / "pip-does").write_text(MAKE_LINTERS)
+    result = checkout.run("training/test.sh", "--stack")
+    assert result.returncode == 0, result.stderr
+    assert all("not (any_stack or browser or docker)" in call for call in pytest_calls(result))
+    assert "ruff" not in result.stdout
+    assert "locks" not in result.stdout
+
+
+def pytest_calls(result: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in result.stdout.splitlines() if "pytest" in line]
 
 
 @pytest.mark.parametrize(
@@ -409,7 +433,31 @@ def ci_checkout(checkout: Checkout) -> Checkout:
 def test_ci_calls_the_command_of_the_readme(ci_checkout: Checkout) -> None:
     result = ci_checkout.run(".ci/run")
     assert result.returncode == 0, result.stderr
+    assert result.stdout == "tested --ours\ntested --stack\n"
+
+
+def test_ci_tests_the_second_stack_in_an_environment_that_outlives_the_checkout(
+    ci_checkout: Checkout,
+) -> None:
+    ci_checkout.write_tool("df", ROOMY_DISK)
+    script = ci_checkout.training / "test.sh"
+    script.write_text('#!/bin/sh\necho "$* $LORA_STACK $LORA_VENV"; [ "$1" = --stack ]\n')
+    results = [ci_checkout.run(".ci/run", XDG_CACHE_HOME=str(ci_checkout.root)) for _ in range(2)]
+    for result in results:
+        assert result.returncode == 1
+        assert result.stderr.splitlines()[-1] == "Failed: ./training/test.sh --ours"
+        *_, last = result.stdout.splitlines()
+        assert re.fullmatch(rf"--stack cu121 {ci_checkout.root}/lora-trainer/venv-cu121-\w+", last)
+    made = ["venv", "cu121.txt", "cu121-torch.txt", "embedded.txt", "cu121-test.txt"]
+    assert ci_checkout.calls() == made
+
+
+def test_ci_says_where_no_python_serves_the_second_stack(ci_checkout: Checkout) -> None:
+    newer = '#!/bin/sh\ncase "$3" in 14) echo 12 "$0" ;; *) exit 1 ;; esac\n'
+    ci_checkout.write_tool("python3", newer)
+    result = ci_checkout.run(".ci/run")
     assert result.stdout == "tested --ours\n"
+    assert "cu121 is not tested: no Python 3.10 or 3.11" in result.stderr
 
 
 def test_ci_installs_the_browser_where_it_is_missing(ci_checkout: Checkout) -> None:
@@ -420,6 +468,7 @@ def test_ci_installs_the_browser_where_it_is_missing(ci_checkout: Checkout) -> N
         "apt-get update",
         "apt-get install --yes --no-install-recommends chromium chromium-driver",
         "tested --ours",
+        "tested --stack",
     ]
 
 

@@ -8,6 +8,7 @@ manifest of sha256 that every later start verifies (0.6 s); what differs is made
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import shutil
@@ -50,7 +51,9 @@ def prepare(cache: Path) -> Path:
     """
     source = gguf_path()
     size = source.stat().st_size
-    folder = cache / f"SmolLM2-135M-Instruct-{size}-{RECIPE}"
+    # transformers 4 cannot read a tokenizer that transformers 5 has saved.
+    major = importlib.metadata.version("transformers").split(".")[0]
+    folder = cache / f"SmolLM2-135M-Instruct-{size}-{RECIPE}-transformers{major}"
     if is_sound(folder):
         return folder
     cache.mkdir(parents=True, exist_ok=True)

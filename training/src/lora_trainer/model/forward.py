@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .. import compat
 from . import attention as packed_attention
 from .attention import PackedAttention
 from .flash import VariableLength
@@ -59,7 +60,7 @@ class CausalLM:
         self.model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.inner = inner
-        self.decoder = getattr(inner, inner.base_model_prefix)
+        self.decoder = compat.decoder(inner)
         self.head: Head = find_head(inner)
         self.device = device
         self.chunk = chunk
