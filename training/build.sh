@@ -51,7 +51,7 @@ need_value() {
 need_file() {
   [[ -r "$2" ]] || fail 78 "what $1 names cannot be read" "$1 $2" \
     "$([[ -e "$2" ]] && echo "no permission" || echo "there is no such file or folder")" "build.sh --help"
-  FOUND="$(cd "$(dirname "$2")" && pwd)/$(basename "$2")"
+  FOUND="$(cd "$(dirname "$2")" && pwd)/${2##*/}"
 }
 
 read_arguments() {

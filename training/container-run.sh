@@ -73,7 +73,7 @@ run_in_container() {
   limit_cpus
   secret_file HF_TOKEN
   secret_file WANDB_API_KEY
-  LORA_CONFIG="$(cd "$(dirname "$CONFIG")" && pwd)/$(basename "$CONFIG")"
+  LORA_CONFIG="$(cd "$(dirname "$CONFIG")" && pwd)/${CONFIG##*/}"
   export LORA_CONFIG
   write_override
   compose_command

@@ -41,7 +41,7 @@ require_docker() {
   command -v docker >/dev/null || fail 69 "Docker is not installed" "PATH=$PATH" \
     "no command docker was found" "install Docker $LEAST_ENGINE or newer, or: ./training/run.sh --local"
   version="$(docker version --format '{{.Server.Version}}' 2>/dev/null)" || {
-    why="$(docker version 2>&1 >/dev/null | tail -n 1)"
+    why="$(docker version 2>&1 >/dev/null | tail -n 1 || true)"
     case "$why" in
       *"permission denied"*)
         fail 77 "the Docker engine may not be used" "${DOCKER_HOST:-/var/run/docker.sock}" "$why" \

@@ -15,6 +15,10 @@ import typer
 from .errors import ConfigError, InternalError, TrainerError
 
 if TYPE_CHECKING:
+    from .events import Event
+    from .status import RunStatus
+
+if TYPE_CHECKING:
     from .trained import Trained
 
 DEBUG = "LORA_TRAINER_DEBUG"
@@ -52,11 +56,23 @@ def train(context: typer.Context, config: ConfigFile = None, debug: Debug = Fals
         os.environ[DEBUG] = "1"
     settings = resolve(config, os.environ, context.args)
     from .check import preflight
+    from .transcript import Transcript
 
-    with Display(logging_steps=settings.config.monitoring.logging_steps) as display:
-        supervisor = Supervisor(settings, display.show, note=display.note)
+    steps = settings.config.monitoring.logging_steps
+    name = settings.config.output.run_name or "run"
+    with Display(logging_steps=steps) as display, Transcript(os.environ, name, steps) as kept:
+
+        def show(event: Event, status: RunStatus) -> None:
+            display.show(event, status)
+            kept.show(event, status)
+
+        def note(text: str) -> None:
+            display.note(text)
+            kept.note(text)
+
+        supervisor = Supervisor(settings, show, note=note)
         if (supervisor.output_dir / "DONE").exists():
-            display.note(f"a finished run is in {supervisor.output_dir}")
+            note(f"a finished run is in {supervisor.output_dir}")
         supervisor.run(preflight)
 
 

@@ -20,7 +20,7 @@ def project(make_project) -> Iterator[Project]:
         "running",
         max_steps=1_000_000,
         save_steps=1000,
-        stall_timeout_seconds=6,
+        stall_timeout_seconds=20,
         health_linger_seconds=120,
         max_restarts=0,
     )

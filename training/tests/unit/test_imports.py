@@ -31,7 +31,7 @@ LAYERS = [
         "group",
     },
     {"evaluate", "export", "report", "display", "live", "hardware", "logfile"},
-    {"views", "exposition"},
+    {"views", "exposition", "transcript"},
     {"web"},
     {"server"},
     {"loop"},
@@ -45,7 +45,7 @@ LAYERS = [
 OPEN_LAYERS = {3}
 LIGHT = ["cli", "supervisor", "sources", "status", "display", "report", "check", "plan", "worker"]
 LIGHT += ["live", "hardware", "views", "web", "server", "connections", "logfile", "exposition"]
-LIGHT += ["viewer"]
+LIGHT += ["viewer", "transcript"]
 LIGHT += ["chat", "comparison", "extract", "merge", "target", "trained"]
 
 

@@ -12,7 +12,9 @@ from .literal import from_text
 
 PREFIX = "LORA_TRAINER_"
 # Read elsewhere in the program; no keys of the configuration.
-RESERVED = frozenset(f"{PREFIX}{name}" for name in ("CONFIG", "DEBUG", "CACHE", "EVENTS_FD"))
+RESERVED = frozenset(
+    f"{PREFIX}{name}" for name in ("CONFIG", "DEBUG", "CACHE", "EVENTS_FD", "LOG_DIR")
+)
 # Names that other tools use too; the first that is set wins, LORA_TRAINER_* before all.
 WELL_KNOWN = (
     ("HF_TOKEN", "hf_token"),

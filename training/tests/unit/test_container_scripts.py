@@ -1,0 +1,272 @@
+"""The container's scripts against a fake docker: what no engine here can show."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from checkout import TRAINING, Checkout
+
+# Answers from files of the checkout's root; writes down what it is asked to do.
+DOCKER = """#!/bin/sh
+echo "docker $*" >>"{root}/docker-calls"
+case "$*" in
+  "version"*) cat "{root}/engine" 2>/dev/null || {{ cat "{root}/engine-error" >&2; exit 1; }} ;;
+  "compose version --short") cat "{root}/compose-version" ;;
+  "compose version") ;;
+  "buildx version") echo "github.com/docker/buildx v0.13.1 x" ;;
+  "info --format {{{{.DockerRootDir}}}}") echo "{root}" ;;
+  "info --format {{{{.NCPU}}}}") echo 2 ;;
+  "info "*) cat "{root}/runtimes" ;;
+  "image inspect --format"*) echo 1760000000 ;;
+  "image inspect"*) [ -e "{root}/has-image" ] ;;
+  "ps "*trainer*) cat "{root}/container" 2>/dev/null ;;
+  *" up "*) env | grep -E '^(LORA_|HF_|WANDB)' | sort >"{root}/up-environment" ;;
+  "inspect --format {{{{.State.Status}}}}"*) echo exited ;;
+  "inspect --format {{{{.State.Running}}}}"*) echo true ;;
+  "inspect --format {{{{.State.ExitCode}}}}"*) cat "{root}/exit-code" ;;
+esac
+"""
+TOOLS = (
+    "cut",
+    "git",
+    "head",
+    "id",
+    "mapfile",
+    "ls",
+    "stat",
+    "tr",
+    "sort",
+    "chown",
+    "setsid",
+    "touch",
+)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    checkout = Checkout(tmp_path)
+    for tool in TOOLS:
+        if found := shutil.which(tool):
+            (checkout.bin / tool).symlink_to(found)
+    shutil.copy(TRAINING / "Dockerfile", checkout.training)
+    shutil.copy(TRAINING / ".dockerignore", checkout.training)
+    (tmp_path / "public" / "datasets").mkdir(parents=True)
+    checkout.write_tool("docker", DOCKER)
+    for name, text in {
+        "engine": "26.1.5",
+        "engine-error": "Cannot connect to the Docker daemon",
+        "compose-version": "2.26.1",
+        "runtimes": "runc",
+        "exit-code": "0",
+        "has-image": "",
+    }.items():
+        (tmp_path / name).write_text(text + "\n")
+    return checkout
+
+
+def calls(checkout: Checkout) -> str:
+    log = checkout.root / "docker-calls"
+    return log.read_text() if log.exists() else ""
+
+
+def with_gpu(checkout: Checkout, line: str) -> None:
+    checkout.write_tool("nvidia-smi", f"#!/bin/sh\necho '{line}'\n")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "stack"),
+    [
+        ("580.65.06, 9.0", "current"),
+        ("535.104.05, 8.6", "cu121"),
+        ("525.60.13, 7.0", "cu121"),
+        ("470.82.01, 8.6", "cpu"),
+        ("580.65.06, 7.0", "cu121"),
+        ("570.10.01, 12.0", "cpu"),
+        ("", "cpu"),
+    ],
+)
+def test_build_picks_the_stack_by_gpu_and_driver(checkout: Checkout, gpu: str, stack: str) -> None:
+    with_gpu(checkout, gpu)
+    checkout.write_tool("df", "#!/bin/sh\necho title; echo disk 9 9 99000000 9 /\n")
+    result = checkout.run("training/build.sh")
+    assert result.returncode == 0, result.stderr
+    assert f"--build-arg STACK={stack} " in calls(checkout)
+    assert f"--tag lora-trainer:{stack} " in calls(checkout)
+    assert "1.76 GB" in result.stderr
+
+
+def test_build_refuses_a_full_disk_with_74(checkout: Checkout) -> None:
+    checkout.write_tool("df", "#!/bin/sh\necho title; echo disk 9 9 5000000 9 /\n")
+    result = checkout.run("training/build.sh", "--stack", "cpu")
+    assert result.returncode == 74
+    assert "buildx build" not in calls(checkout)
+
+
+def test_build_secrets_and_wheels_are_passed_as_such(checkout: Checkout) -> None:
+    certificate = checkout.root / "ca.pem"
+    certificate.write_text("x")
+    checkout.write_tool("df", "#!/bin/sh\necho title; echo disk 9 9 99000000 9 /\n")
+    arguments = ("--ca-cert", str(certificate), "--wheels", str(checkout.root), "--no-cache")
+    result = checkout.run("training/build.sh", "--stack=cpu", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert f"--secret id=ca_cert,src={certificate}" in calls(checkout)
+    assert f"--build-context wheels={checkout.root}" in calls(checkout)
+    assert "--no-cache" in calls(checkout)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "code", "said"),
+    [
+        ("engine", "19.03.15", 69, "the Docker engine is too old"),
+        ("compose-version", "2.17.3", 69, "Docker Compose is too old"),
+    ],
+)
+def test_old_versions_are_refused_by_name(
+    checkout: Checkout, file: str, text: str, code: int, said: str
+) -> None:
+    (checkout.root / file).write_text(text + "\n")
+    for script in (("training/build.sh",), ("training/run.sh", "--docker")):
+        result = checkout.run(*script)
+        assert result.returncode == code
+        assert said in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        ("permission denied while trying to connect", 77),
+        ("Cannot connect to the Docker daemon", 69),
+    ],
+)
+def test_docker_insists_on_an_engine(checkout: Checkout, error: str, code: int) -> None:
+    (checkout.root / "engine").unlink()
+    (checkout.root / "engine-error").write_text(error + "\n")
+    result = checkout.run("training/run.sh", "--docker")
+    assert result.returncode == code
+    assert error in result.stderr
+
+
+def test_without_an_engine_the_run_is_local(checkout: Checkout) -> None:
+    (checkout.root / "engine").unlink()
+    result = checkout.run("training/run.sh")
+    assert result.stdout.startswith("trainer train")
+
+
+def test_an_engine_that_answers_gets_the_run_as_the_caller(checkout: Checkout) -> None:
+    (checkout.root / "container").write_text("")
+    result = checkout.run(
+        "training/run.sh", "--background", "--learning_rate", "1e-4 $x", HF_TOKEN="s3"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "docker-compose.cpu.yml" in calls(checkout)
+    override = (checkout.training / ".cache" / "lora-trainer.compose.yml").read_text()
+    assert 'command: ["train", "--learning_rate", "1e-4 $$x"]' in override
+    seen = dict(
+        line.split("=", 1) for line in (checkout.root / "up-environment").read_text().splitlines()
+    )
+    assert seen["LORA_UID"] == (str(os.getuid()) if os.getuid() else "1000")
+    assert seen["LORA_CPUS"] == "2"
+    assert seen["HF_TOKEN"] == ""
+    assert Path(seen["HF_TOKEN_FILE"]).read_text() == "s3\n"
+    assert "s3" not in calls(checkout) + override + result.stderr
+
+
+def test_a_gpu_needs_the_toolkit_and_a_list_becomes_device_ids(checkout: Checkout) -> None:
+    with_gpu(checkout, "535.104.05, 8.6")
+    refused = checkout.run("training/run.sh", "--docker", "--background")
+    assert refused.returncode == 69
+    assert "nvidia-ctk" in refused.stderr
+    (checkout.root / "runtimes").write_text("nvidia runc\n")
+    (checkout.root / "container").write_text("")
+    result = checkout.run("training/run.sh", "--docker", "--background", "--gpus", "0,2")
+    assert result.returncode == 0, result.stderr
+    override = (checkout.training / ".cache" / "lora-trainer.compose.yml").read_text()
+    assert 'device_ids: ["0", "2"]' in override
+    assert "docker-compose.cpu.yml" not in calls(checkout).splitlines()[-1]
+
+
+def test_a_run_under_way_is_not_replaced(checkout: Checkout) -> None:
+    (checkout.root / "container").write_text("0123456789abcdef\n")
+    result = checkout.run("training/run.sh", "--docker")
+    assert result.returncode == 75
+    assert " up " not in calls(checkout)
+
+
+def test_health_check_names_a_fault_and_its_remedy_as_json(checkout: Checkout) -> None:
+    (checkout.root / "container").write_text("0123456789abcdef\n")
+    (checkout.root / "exit-code").write_text("77\n")
+    result = checkout.run("training/health-check.sh", "--json")
+    assert result.returncode == 1
+    found = json.loads(result.stdout)
+    assert not found["is_healthy"]
+    assert "no permission" in found["problems"][0]["what"]
+    assert found["problems"][0]["remedy"]
+
+
+def entrypoint(root: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the entrypoint over a workspace in a folder, with a trainer that prints its arguments."""
+    tools = root / "tools"
+    tools.mkdir(exist_ok=True)
+    (tools / "lora-trainer").write_text('#!/bin/sh\necho "$@"\n')
+    (tools / "lora-trainer").chmod(0o755)
+    for name in ("datasets", "outputs", "models", "logs"):
+        (root / "workspace" / name).mkdir(parents=True, exist_ok=True)
+    default = root / "default.json"
+    default.write_text("{}")
+    given = {"LORA_WORKSPACE": str(root / "workspace"), "LORA_DEFAULT_CONFIG": str(default)}
+    return subprocess.run(
+        [TRAINING / "docker-entrypoint.sh", *arguments],
+        env={"PATH": f"{tools}:/usr/bin:/bin"} | given | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_entrypoint_writes_the_default_config_where_none_is_mounted(tmp_path: Path) -> None:
+    done = entrypoint(tmp_path, "--max_steps", "2")
+    config = tmp_path / "workspace" / "config.json"
+    assert done.stdout == f"train --config {config} --max_steps 2\n"
+    assert config.read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "stack", "said"),
+    [
+        (None, "cu121", "no GPU is visible"),
+        ("", "cu121", "no GPU answers"),
+        ("470.82.01, 8.6", "cu121", "the driver is too old"),
+        ("535.104.05, 8.6", "current", "the driver is too old"),
+        ("580.65.06, 12.0", "cu121", "does not serve this GPU"),
+        ("580.65.06, 7.0", "current", "does not serve this GPU"),
+        ("535.104.05, 8.6", "cu121", ""),
+        (None, "cpu", ""),
+    ],
+)
+def test_entrypoint_checks_driver_and_gpu_against_the_stack(
+    tmp_path: Path, gpu: str | None, stack: str, said: str
+) -> None:
+    (tmp_path / "tools").mkdir()
+    if gpu is not None:
+        (tmp_path / "tools" / "nvidia-smi").write_text(f"#!/bin/sh\necho '{gpu}'\n")
+        (tmp_path / "tools" / "nvidia-smi").chmod(0o755)
+    warned = entrypoint(tmp_path, LORA_STACK=stack)
+    assert warned.returncode == 0, warned.stderr
+    assert (said in warned.stderr) if said else ("GPU" not in warned.stderr)
+    insisted = entrypoint(tmp_path, LORA_STACK=stack, LORA_REQUIRE_GPU="1")
+    assert insisted.returncode == (69 if said else 0)
+
+
+def test_entrypoint_drops_secrets_that_are_empty_and_hands_wandb_its_own(tmp_path: Path) -> None:
+    empty, key = tmp_path / "empty", tmp_path / "key"
+    empty.write_text("")
+    key.write_text("k3y\n")
+    names = {"HF_TOKEN_FILE": str(empty), "HF_TOKEN": "", "WANDB_API_KEY_FILE": str(key)}
+    seen = entrypoint(tmp_path, "env", **names).stdout
+    assert "HF_TOKEN" not in seen
+    assert "WANDB_API_KEY=k3y\n" in seen
