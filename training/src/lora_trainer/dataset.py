@@ -16,7 +16,7 @@ from .data.encoder import TokenizerFactory
 from .data.locate import SourceSpec, hub_id, locate
 from .data.prepare import DataSplits, PrepareSettings, prepare_splits
 from .data.split import epoch_rows
-from .errors import DataError, TrainerError
+from .errors import ConfigError, DataError, TrainerError
 from .events import Event, progress_of
 from .model import load
 from .plan import DataProfile
@@ -167,3 +167,20 @@ def profile_of(splits: DataSplits, rows: int) -> DataProfile:
         longest=int(lengths.max()),
         eval_rows=len(splits.eval_rows),
     )
+
+
+def refuse_long_rows(config: Config, model: Any, splits: DataSplits) -> None:
+    """Refuse rows beyond the positions that the model knows.
+
+    Raises:
+        ConfigError: a row is longer.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(int(d.lengths.max()) for d in (splits.train, splits.eval) if d is not None)
+    if limit and longest > limit:
+        raise ConfigError.of(
+            f"max_seq_length {config.data.max_seq_length} is more than the model can take",
+            where="data.max_seq_length",
+            why=f"the longest row has {longest} tokens, the model {limit} positions",
+            remedy=f"--max_seq_length {limit}",
+        )

@@ -36,18 +36,18 @@ from .dataset import (
     hub_ids,
     open_data,
     profile_of,
+    refuse_long_rows,
     rows_of_epoch_in,
     rows_to_train,
     source_specs,
 )
-from .errors import ConfigError
 from .events import Event, PhaseChanged, Warned
 from .loop import Parts
 from .machine import Machine, read_machine
 from .model import flash, load, loftq, probe, quantize
 from .model.adapter import add_adapter, changes_base, load_adapter_state, trained_parameters
 from .model.forward import CausalLM
-from .model.shard import check_sharding
+from .model.shard import check_sharding, make_mesh
 from .optim import make_optimizer
 from .plan import (
     ModelShape,
@@ -210,16 +210,18 @@ def _open_model(
     # sdpa knows no soft-cap on the scores; eager computes it.
     attention = "eager" if getattr(shape, "attn_logit_softcapping", None) else "sdpa"
     parallelism, chosen = _parallelism_of(config, machine, shape, used, ranks)
-    with ranks.in_turn() if parallelism == "fsdp" else contextlib.nullcontext():
+    mesh = make_mesh(device, ranks.count) if parallelism == "fsdp" else None
+    # Where the base does not fit on a device, a copy for each rank may not fit in memory.
+    with contextlib.nullcontext() if mesh is None else ranks.in_turn():
         base = load.load_model(
             source,
             config.model,
             dtype=dtype,
-            # It does not fit on the device before it is shared out.
-            device="cpu" if parallelism == "fsdp" else device,
+            # It goes to the device layer by layer, while these are shared out.
+            device=device if mesh is None else "cpu",
             attention=attention,
         )
-        _refuse_long_rows(config, base, splits)
+        refuse_long_rows(config, base, splits)
         parameters = quantize.count_parameters(base)
         model = add_adapter(base, config.lora, seed=config.training.seed)
         if config.lora.init_lora_weights == loftq.INIT:
@@ -237,8 +239,8 @@ def _open_model(
         )
         trained = trained_parameters(model)
         shape_of_base = _shape_of(base, parameters, trained)
-        if parallelism == "fsdp":
-            causal.shard(ranks.count)
+        if mesh is not None:
+            causal.shard(mesh)
     fallback = probe.verify(causal)
     weights = [source.weight for source in source_specs(config, config.data.dataset)]
     rows_of_epoch = rows_of_epoch_in(splits, weights, config.training.seed)
@@ -283,7 +285,7 @@ def _parallelism_of(
     if ranks.count == 1:
         return "none", ""
     base = _unloaded(config, shape)
-    sized = _shape_of(base, sum(p.numel() for p in base.parameters()), {})
+    sized = _shape_of(base, quantize.count_parameters(base), {})
     parallelism, why = choose_parallelism(config, machine, sized, used, ranks.count)
     if parallelism == "fsdp":
         check_sharding()
@@ -312,7 +314,7 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
     used = precision.choose_precision(config.model.bf16, device)[0]
     with torch.device("meta"):
         base.requires_grad_(False)
-        _refuse_long_rows(config, base, splits)
+        refuse_long_rows(config, base, splits)
         parameters = quantize.count_parameters(base)
         # PiSSA and OLoRA decompose weights, which are not there.
         lora = config.lora.model_copy(update={"init_lora_weights": True})
@@ -334,19 +336,6 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
         parallelism=parallelism,
         reasons=(why,) if why else (),
     )
-
-
-def _refuse_long_rows(config: Config, model: Any, splits: DataSplits) -> None:
-    """Refuse rows beyond the positions that the model knows."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    longest = max(int(d.lengths.max()) for d in (splits.train, splits.eval) if d is not None)
-    if limit and longest > limit:
-        raise ConfigError.of(
-            f"max_seq_length {config.data.max_seq_length} is more than the model can take",
-            where="data.max_seq_length",
-            why=f"the longest row has {longest} tokens, the model {limit} positions",
-            remedy=f"--max_seq_length {limit}",
-        )
 
 
 def _shape_of(

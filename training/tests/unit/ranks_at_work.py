@@ -19,6 +19,7 @@ from lora_trainer.loop import Parts, train
 from lora_trainer.machine import Machine
 from lora_trainer.model.adapter import add_adapter, trained_parameters
 from lora_trainer.model.forward import CausalLM
+from lora_trainer.model.shard import make_mesh
 from lora_trainer.optim import make_optimizer
 from lora_trainer.plan import DataProfile, ModelShape, Parallelism, make_plan
 from lora_trainer.ranks import PeerLostError, Ranks
@@ -38,7 +39,7 @@ def make_parts(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) 
         enable_checkpointing(base)
     causal = CausalLM(model, device="cpu", padding_free=True, chunk=7, precision="float32")
     if parallelism == "fsdp":
-        causal.shard(ranks.count)
+        causal.shard(make_mesh("cpu", ranks.count))
     parameters = trained_parameters(model)
     plan = make_plan(
         config,

@@ -84,11 +84,11 @@ class CausalLM:
             hidden_NW, labels_N = self._hidden(batch)
             return summed_loss_and_hits(self.head, hidden_NW, labels_N, self.chunk)
 
-    def shard(self, count: int) -> None:
-        """Share the frozen layers out over `count` ranks."""
+    def shard(self, mesh: Any) -> None:
+        """Share the frozen layers out over the mesh's ranks."""
         from .shard import shard
 
-        shard(self.inner, self.decoder, self.device, count)
+        shard(self.inner, self.decoder, self.device, mesh)
         self.is_sharded = True
 
     def pad(self) -> None:

@@ -33,16 +33,21 @@ def check_sharding() -> None:
         ) from None
 
 
-def shard(model: Any, decoder: nn.Module, device: str, count: int) -> None:
+def make_mesh(device: str, count: int) -> Any:
+    """Return the mesh of all ranks, who must make it at the same time."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device, (count,))
+
+
+def shard(model: Any, decoder: nn.Module, device: str, mesh: Any) -> None:
     """Share out the decoder's layers, and move what is left whole to the device.
 
     Raises:
         UnavailableError: the decoder's layers were not found.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device, (count,))
     layers = _layers_of(model, decoder)
     own = {p for layer in layers for p in layer.parameters() if not p.requires_grad}
     whole = {p for p in model.parameters() if p not in own}
