@@ -58,6 +58,14 @@ def merge(trained: Trained, target: Path) -> None:
             remedy="name a run's folder, or an adapter's",
         )
     refuse_existing(target)
+    if trained.config.lora.init_lora_weights == "loftq":
+        raise ConfigError.of(
+            "a LoftQ adapter cannot be merged",
+            where="lora.init_lora_weights: loftq",
+            why="it makes up for the rounding of its quantized base model, and a merged model "
+            "is not rounded",
+            remedy="serve the adapter on the base model as it was quantized for training",
+        )
     # Quantized weights cannot take a sum: the adapter goes into the model as it was before.
     whole = trained.as_loaded(use_4bit=False, use_8bit=False)
     source = locate_base(whole)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from faults.tiny_model import write_model, write_rows
 from lora_trainer.card import CardFacts, write_model_card
 from lora_trainer.checkpoint import CheckpointStore, TrainState, take_snapshot
+from lora_trainer.compat import dtype_argument
 from lora_trainer.config import Config
 from lora_trainer.export import save_adapter, save_initial
 from lora_trainer.model.adapter import adapter_state, add_adapter, changes_base, trained_parameters
@@ -58,7 +59,7 @@ def make_run(root: Path, *keys: str, is_finished: bool = True) -> Path:
 
 def adapted(base: Path, config: Config):
     """Return the base model with a fresh adapter, as training begins."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, **dtype_argument(torch.float32))
     model.requires_grad_(False)
     return add_adapter(model, config.lora, seed=1).eval()
 

@@ -12,11 +12,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_trainer import cli, target
+from lora_trainer.compat import dtype_argument
 from lora_trainer.trained import config_of_run
 
 
 def loaded(folder: Path, base: Path):
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, **dtype_argument(torch.float32))
     return PeftModel.from_pretrained(model, folder)
 
 

@@ -12,11 +12,12 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_trainer import cli, merge, target
+from lora_trainer.compat import dtype_argument
 from lora_trainer.trained import config_of_run
 
 
 def of_disk(folder: Path):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, **dtype_argument(torch.float32))
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
@@ -109,3 +110,14 @@ def test_what_cannot_be_merged_is_told_before_the_model_is_loaded(
     for words in ("no adapter to merge", "there already", "no room", "not enough memory"):
         assert words in told
     assert not out.exists()
+
+
+def test_adapter_that_makes_up_for_rounding_is_not_merged_into_unrounded_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path)
+    record = json.loads((run / "config.resolved.json").read_text())
+    record["lora"]["init_lora_weights"]["value"] = "loftq"
+    (run / "config.resolved.json").write_text(json.dumps(record))
+    assert cli.main(["merge", str(run), str(tmp_path / "out")]) == 78
+    assert "LoftQ adapter cannot be merged" in capsys.readouterr().err

@@ -118,6 +118,7 @@ def test_a_spreadsheets_semicolons_delimit(tmp_path):
     [
         (b'{"text": "' + SECRET.encode() + b'"', "broken JSON, at column"),
         (b'{"text": "' + SECRET.encode() + b'\xff"}', "not valid UTF-8, at byte"),
+        (b'{"messages"', "broken JSON, at column 12"),
         (b"[1, 2]", "is a JSON list, expected an object"),
         (b"null", "is a JSON NoneType"),
         (b'{"text": "a\0b"}', "a NUL character"),

@@ -186,7 +186,8 @@ def _json_line_rows(stream: BinaryIO, shown: str) -> Iterator[Row | BadRow]:
             continue
         where, text = line
         try:
-            value = json.loads(text)
+            # Without its line break: a row cut off would be told to break on the next line.
+            value = json.loads(text.rstrip("\r\n"))
         except json.JSONDecodeError as error:
             nul = ", a NUL character stands in it" if "\0" in text else ""
             yield BadRow(where, f"broken JSON, at column {error.colno}{nul}")

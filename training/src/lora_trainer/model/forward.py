@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import compat
 from . import attention as packed_attention
+from . import fused
 from .attention import PackedAttention
 from .flash import VariableLength
 from .head import Head, find_head, summed_loss, summed_loss_and_hits
@@ -44,7 +45,8 @@ class CausalLM:
     """A causal language model as the loop sees it: a micro-batch in, a summed loss out.
 
     `model` is the transformers or PEFT model; its decoder and head are called apart, so
-    that only supervised positions reach the head.
+    that only supervised positions reach the head. `has_fused_lora` has each projection that
+    is covered computed by one function (docs/decisions/0010); no run asks for it yet.
     """
 
     def __init__(
@@ -56,7 +58,10 @@ class CausalLM:
         chunk: int,
         precision: str,
         kernel: VariableLength | None = None,
+        has_fused_lora: bool = False,
     ) -> None:
+        if has_fused_lora:
+            fused.install(model)
         self.model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.inner = inner
