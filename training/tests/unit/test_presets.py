@@ -1,0 +1,102 @@
+"""Every preset under configs/ is valid, and trains once it is scaled down."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from faults.tiny_model import write_model, write_rows
+from lora_trainer import session as sessions
+from lora_trainer.config import Config, leaf_sections
+from lora_trainer.events import Event, StepDone
+from lora_trainer.loop import train
+from lora_trainer.machine import Gpu, Machine
+from lora_trainer.model import quantize
+from lora_trainer.plan import DataProfile, ModelShape, make_plan
+from lora_trainer.sources import resolve
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs"
+PRESETS = sorted(path.stem for path in FOLDER.glob("*.json"))
+# Llama 2 7B: 32 layers, 2 x 131 million parameters in embeddings and head.
+LLAMA = ModelShape("llama", 32, 4096, 11008, 32000, 6_738_415_616, 39_976_960, 4096, 262_410_240)
+
+
+def resolved(name: str, *arguments: str) -> Config:
+    path = FOLDER / f"{name}.json"
+    return resolve(path, environ={}, arguments=list(arguments)).config
+
+
+def test_the_presets_that_users_expect_are_there_and_explained():
+    expected = {"llama-2-7b-qlora", "low-memory", "fast", "multi-gpu"}
+    assert expected <= set(PRESETS)
+    table = (FOLDER / "README.md").read_text()
+    assert set(re.findall(r"^\| \[([\w-]+)\.json\]", table, re.MULTILINE)) == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_passes_the_checks_of_a_config(name):
+    path = FOLDER / f"{name}.json"
+    assert json.loads(path.read_text())["$schema"] == "../config.schema.json"
+    found = resolve(path, environ={}, arguments=[])
+    assert not found.warnings
+    # Flash attention is not insisted on: a machine without it would refuse the preset.
+    assert found.config.model.use_flash_attention == "auto"
+
+
+def test_presets_do_what_their_names_say():
+    low, fast = resolved("low-memory"), resolved("fast")
+    assert low.model.use_4bit
+    training = low.training
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (4, 2)
+    assert low.data.max_seq_length == 1024
+    assert (fast.training.per_device_train_batch_size, fast.training.num_train_epochs) == (16, 1)
+    assert fast.monitoring.logging_steps == 50
+    assert resolved("multi-gpu").training.nproc == "auto"
+
+
+def test_llama_2_7b_in_4_bits_is_planned_into_16_gb():
+    config = resolved("llama-2-7b-qlora")
+    machine = Machine(8, 64 << 30, (Gpu(0, "a GPU of 16 GB", 16 << 30, (8, 6)),))
+    data = DataProfile(rows=1000, tokens=500_000, trained_tokens=100_000, longest=2048)
+    plan = make_plan(
+        config, machine, LLAMA, data, precision="bfloat16", attention="", padding_free=True
+    )
+    assert plan.estimated_memory_bytes < 13e9
+    assert plan.estimated_memory_bytes > 3.9e9
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_scaled_down_preset_trains(name, tmp_path):
+    config = resolved(name)
+    if quantize.is_quantized(config.model) and (
+        quantize._release(quantize.installed_version() or "0") < quantize.FIRST_ON_CPU
+    ):
+        pytest.skip("this stack's bitsandbytes does not train on a CPU")
+    scaled = {
+        "model_name_or_path": str(write_model(tmp_path / "model")),
+        "dataset": str(write_rows(tmp_path / "rows.jsonl", 0, 64)),
+        "eval_dataset": None,
+        "dataset_cache_dir": str(tmp_path / "cache"),
+        "preprocessing_num_workers": 1,
+        "max_seq_length": 128,
+        "max_steps": 6,
+        "learning_rate": 0.02,
+        "warmup_ratio": 0.0,
+        "logging_steps": 1,
+        "eval_steps": 0,
+        "bf16": False,
+    }
+    content = config.model_dump()
+    for leaf, value in scaled.items():
+        content[leaf_sections()[leaf]][leaf] = value
+    events: list[Event] = []
+    output = tmp_path / "out"
+    output.mkdir()
+    session = sessions.open_session(Config.model_validate(content), output, events.append)
+    train(session.parts(events.append, lambda: False), session.restore(None))
+    losses = [event.loss for event in events if isinstance(event, StepDone)]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
