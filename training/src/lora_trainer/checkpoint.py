@@ -295,6 +295,8 @@ def verify(path: Path) -> None:
         manifest = json.loads((path / MANIFEST).read_text())
         if set(manifest) != set(FILES):
             raise CorruptCheckpointError(f"{MANIFEST} does not name the files of a checkpoint")
+        for name in sorted({file.name for file in path.iterdir()} - {*FILES, MANIFEST}):
+            raise CorruptCheckpointError(f"{name} is no file of a checkpoint; it was not opened")
         for name, entry in manifest.items():
             data = (path / name).read_bytes()
             if len(data) != entry["bytes"]:

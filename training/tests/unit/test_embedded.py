@@ -71,3 +71,12 @@ def test_the_licence_of_a_local_model_is_read_from_its_card(tmp_path):
     assert load.find_license(load.ModelSource(str(tmp_path), "x")) == "mit"
     (tmp_path / "README.md").write_text("no front matter\n")
     assert load.find_license(load.ModelSource(str(tmp_path), "x")) == ""
+
+
+def test_a_file_planted_in_the_cache_makes_the_folder_unsound(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    manifest = {"config.json": embedded._entry(tmp_path / "config.json")}
+    (tmp_path / embedded.MANIFEST).write_text(json.dumps(manifest))
+    assert embedded.is_sound(tmp_path)
+    (tmp_path / "training_args.bin").write_bytes(b"pickled")
+    assert not embedded.is_sound(tmp_path)

@@ -74,9 +74,11 @@ def prepare(cache: Path) -> Path:
 
 
 def is_sound(folder: Path) -> bool:
-    """Tell whether a prepared folder has every file of its manifest, by sha256."""
+    """Tell whether a prepared folder has the files of its manifest and no other, by sha256."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
+        if {path.name for path in folder.iterdir()} != {*manifest, MANIFEST}:
+            return False  # a file that was put there by others
         return all(
             (folder / name).stat().st_size == entry["bytes"]
             and _sha256(folder / name) == entry["sha256"]

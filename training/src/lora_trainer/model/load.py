@@ -98,7 +98,23 @@ def local_problems(folder: Path) -> list[TrainerError]:
         str(folder),
         files,
         "save it again with model.save_pretrained(folder) under a trusted environment",
-    )
+    ) or _stray_pickles(folder, files)
+
+
+def _stray_pickles(folder: Path, files: list[str]) -> list[TrainerError]:
+    """Refuse pickled files beside sound weights: nobody needs them, and any tool may open them."""
+    pickled = [file for file in files if file.endswith(PICKLES)]
+    if not pickled:
+        return []
+    return [
+        UnavailableError.of(
+            "the base model's folder holds pickled files",
+            where=f"model_name_or_path: {folder}",
+            why=f"{', '.join(pickled[:3])} can run code when loaded; nothing here opens them",
+            remedy=f"mkdir {folder}.pickled && "
+            f"mv {' '.join(str(folder / file) for file in pickled)} {folder}.pickled",
+        )
+    ]
 
 
 def _unsafe_weights(name: str, files: list[str], remedy: str) -> list[TrainerError]:

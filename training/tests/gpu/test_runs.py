@@ -1,0 +1,120 @@
+"""Whole runs on GPUs: QLoRA, flash attention, DDP and FSDP on two, memory against the plan.
+
+One command, for who has a GPU: ./training/test.sh tests/gpu
+Each test asks for as many GPUs as it needs, and is skipped where there are fewer.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from faults.trainer import Trainer, losses, of_kind
+
+GPUS = torch.cuda.device_count()
+CAPABILITY = torch.cuda.get_device_capability() if GPUS else (0, 0)
+EMBEDDED = "embedded/SmolLM2-135M-Instruct"
+DEMO = Path(__file__).resolve().parents[3] / "public/datasets/demo"
+HAS_FLASH = any(importlib.util.find_spec(n) for n in ("flash_attn", "flash_attn_interface"))
+STEPS = 12
+pytestmark = pytest.mark.gpu
+
+
+def needs(count: int):
+    return pytest.mark.skipif(count > GPUS, reason=f"needs {count} GPU(s), {GPUS} can be used")
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory) -> Trainer:
+    made = Trainer(tmp_path_factory.mktemp("gpu"))
+    made.settings |= {
+        "model_name_or_path": EMBEDDED,
+        "dataset": str(DEMO / "train.jsonl"),
+        "eval_dataset": None,
+        "load_best_model_at_end": False,
+        "eval_steps": 0,
+        "lora_dropout": 0.0,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "save_steps": 0,
+        "learning_rate": 1e-3,
+        "nproc": 1,
+    }
+    return made
+
+
+def run(trainer: Trainer, name: str, **changed) -> tuple[dict, dict[int, float], dict]:
+    """Train; return the plan, the loss of each step, and the last step's event."""
+    output = trainer.root / name
+    ended = trainer.train(output, **changed)
+    assert ended.code == 0, ended.err
+    told = {step: found.pop() for step, found in losses(output).items()}
+    plan = json.loads((output / "plan.json").read_text())
+    assert plan["device"] == "cuda"
+    return plan, told, of_kind(output, "step")[-1]
+
+
+@pytest.fixture(scope="module")
+def plain(trainer):
+    return run(trainer, "float32", bf16=False)
+
+
+@needs(1)
+def test_the_plan_foresees_the_peak_memory(plain, page):
+    plan, _, last = plain
+    used, foreseen = last["gpu_memory_bytes"], plan["estimated_memory_bytes"]
+    page(f"memory, float32      {used / 1e9:.2f} GB used, {foreseen / 1e9:.2f} GB foreseen")
+    # The estimate holds the runtime too, which the allocator does not count.
+    assert 0.3 * foreseen < used < 1.2 * foreseen
+
+
+@needs(1)
+@pytest.mark.parametrize("kind", ["use_4bit", "use_8bit"])
+def test_qlora_learns_on_a_gpu(trainer, plain, page, kind):
+    plan, told, last = run(trainer, kind, optim="adamw_8bit", **{kind: True})
+    used, foreseen = last["gpu_memory_bytes"], plan["estimated_memory_bytes"]
+    page(f"{kind:<20} loss {told[1]:.3f} to {told[STEPS]:.3f}, {used / 1e9:.2f} GB used")
+    assert told[STEPS] < told[1] - 0.3
+    assert used < plain[2]["gpu_memory_bytes"]
+    assert used < 1.2 * foreseen
+
+
+@needs(1)
+def test_paged_optimizer_takes_the_same_steps(trainer, plain, page):
+    _, told, _ = run(trainer, "paged", optim="paged_adamw_32bit", bf16=False)
+    page(f"paged_adamw_32bit    last loss {told[STEPS]:.4f}, adamw's {plain[1][STEPS]:.4f}")
+    assert told[STEPS] == pytest.approx(plain[1][STEPS], rel=1e-3)
+
+
+@needs(1)
+@pytest.mark.skipif(not HAS_FLASH, reason="flash-attn is not installed")
+@pytest.mark.skipif(CAPABILITY < (8, 0), reason="needs compute capability 8.0")
+def test_flash_attention_trains_as_pytorchs_own(trainer, page):
+    plan, told, last = run(trainer, "flash", use_flash_attention=True)
+    assert "flash-attn" in plan["attention"]
+    _, own, slower = run(trainer, "sdpa", use_flash_attention=False)
+    page(
+        f"{plan['attention']:<20} {last['step_seconds']:.3f} s a step, "
+        f"packed sdpa {slower['step_seconds']:.3f} s"
+    )
+    assert told[1] == pytest.approx(own[1], rel=2e-2)
+    assert told[STEPS] == pytest.approx(own[STEPS], rel=0.1)
+
+
+@needs(2)
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+def test_two_gpus_train_what_one_does(trainer, plain, page, parallelism):
+    plan, told, last = run(trainer, parallelism, nproc=2, parallelism=parallelism, bf16=False)
+    assert (plan["processes"], plan["parallelism"]) == (2, parallelism)
+    worst = max(abs(told[step] / plain[1][step] - 1) for step in told)
+    page(
+        f"{parallelism} on 2 GPUs        {last['step_seconds']:.3f} s a step, one GPU "
+        f"{plain[2]['step_seconds']:.3f} s; losses differ by {worst:.1e}"
+    )
+    assert told[1] == pytest.approx(plain[1][1], rel=1e-4)
+    assert told[STEPS] == pytest.approx(plain[1][STEPS], rel=1e-2)
