@@ -26,6 +26,8 @@ def _watch(event, arguments):
         is_own_pipe = any(f.endswith("lora_trainer/data/pool.py") for f in files)
         told = ("own pipe " if is_own_pipe else "file ") + ".".join(map(str, arguments))
     elif event == "open" and str(arguments[0]).endswith((".bin", ".pt", ".pth", ".pkl")):
+        if "/lora-trainer/datasets/" in str(arguments[0]):
+            return  # tokenized rows: plain arrays, mapped into memory
         told = f"opened {arguments[0]}"
     else:
         return
