@@ -14,6 +14,7 @@ import torch
 from families import FAMILIES, tiny_model
 from test_equivalence import make_rows
 
+from lora_trainer.compat import MAJOR
 from lora_trainer.errors import ConfigError
 from lora_trainer.evaluate import take
 from lora_trainer.machine import Gpu, Machine
@@ -128,6 +129,8 @@ def test_every_family_through_the_kernel_equals_its_own_forward(
         tiny_model(family), device="cpu", padding_free=True, chunk=16, precision="float32",
         kernel=variable,
     )  # fmt: skip
+    if family == "qwen2-window" and MAJOR < 5:
+        pytest.skip("transformers 4.50 has its window in every layer: padding is used")
     assert verify(causal) == ""
     assert causal.packed is not None
     calls = sys.modules[kernel.module].CALLS
