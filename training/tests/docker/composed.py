@@ -169,9 +169,10 @@ class Project:
     def processes(self, word: str) -> list[int]:
         """Return the ids, as the container sees them, of processes with a word in their command."""
         script = (
-            "import glob, sys\nfor name in glob.glob('/proc/[0-9]*/cmdline'):\n"
+            "import glob, os, sys\nfor name in glob.glob('/proc/[0-9]*/cmdline'):\n"
             "    text = open(name).read().split(chr(0))\n"
-            "    if sys.argv[1] in text: print(name.split('/')[2])"
+            "    pid = name.split('/')[2]\n"
+            "    if sys.argv[1] in text and pid != str(os.getpid()): print(pid)"
         )
         return sorted(map(int, self.inside("python3", "-IS", "-c", script, word).split()))
 
