@@ -2,7 +2,7 @@
 
 `WorkerGroup` looks like a single process to the supervisor. A rank that ends badly ends
 the group, since the others would wait for it for ever; its exit code is the group's. The
-supervisor does here what torchrun would (docs/decisions/0009-ranks-without-a-wrapper.md
+supervisor does here what torchrun would (docs/decisions/0012-ranks-without-a-wrapper.md
 says why). Imports no torch.
 """
 

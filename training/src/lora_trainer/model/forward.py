@@ -46,7 +46,7 @@ class CausalLM:
 
     `model` is the transformers or PEFT model; its decoder and head are called apart, so
     that only supervised positions reach the head. `has_fused_lora` has each projection that
-    is covered computed by one function (docs/decisions/0010); no run asks for it yet.
+    is covered computed by one function (docs/decisions/0013); no run asks for it yet.
     """
 
     def __init__(
