@@ -10,10 +10,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from lora_trainer.aliases import ALIASES, COMMA_LISTS, CONVERTED_ALIASES
 from lora_trainer.config import (
-    ALIASES,
-    COMMA_LISTS,
-    CONVERTED_ALIASES,
     NOT_IN_DIGEST,
     Config,
     DataSection,

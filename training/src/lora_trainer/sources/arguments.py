@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import ALIASES, CONVERTED_ALIASES, leaf_sections, section_names, sections
+from ..aliases import ALIASES, CONVERTED_ALIASES
+from ..config import leaf_sections, section_names, sections
 from ..errors import Problem
 from .foreign import NO_MEANING
 from .given import Layer, did_you_mean

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..config import ALIASES, SECRET_KEYS, leaf_sections
+from ..aliases import ALIASES
+from ..config import SECRET_KEYS, leaf_sections
 from ..errors import Problem
 from .given import Layer, did_you_mean
 from .literal import from_text

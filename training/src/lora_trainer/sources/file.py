@@ -6,7 +6,8 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from ..config import ALIASES, section_names
+from ..aliases import ALIASES
+from ..config import section_names
 from ..errors import AccessError, ConfigError, Problem
 from .given import Layer, found, unknown_key
 from .text import MAX_BYTES, Document, read_json, read_yaml

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import ALIASES, COMMA_LISTS, leaf_sections
+from ..aliases import ALIASES, COMMA_LISTS
+from ..config import leaf_sections
 from .entries import normalise_datasets, unreadable_datasets
 
 NAMES = re.compile(r"\s*[\w.\-]+(\s*,\s*[\w.\-]+)*\s*")

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import ALIASES, SECRET_KEYS, leaf_sections, section_names
+from ..aliases import ALIASES
+from ..config import SECRET_KEYS, leaf_sections, section_names
 from ..errors import Problem
 from .foreign import NO_MEANING, Ignored, Refused, interpret
 from .text import Document, Pointer, shown_key

@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..config import ALIASES, CONVERTED_ALIASES, leaf_sections, sections
+from ..aliases import ALIASES, CONVERTED_ALIASES
+from ..config import leaf_sections, sections
 from .foreign import DATASETS, NO_MEANING, normalise
 from .text import read_yaml
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ..config import ALIASES, sections
+from ..aliases import ALIASES
+from ..config import sections
 from .allowed import limits_of, spec_at, words_of
 
 BEGIN, END = "<!-- keys:begin -->", "<!-- keys:end -->"

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from resolving import write
 
-from lora_trainer.config import ALIASES, leaf_sections
+from lora_trainer.aliases import ALIASES
+from lora_trainer.config import leaf_sections
 from lora_trainer.errors import AccessError, ConfigError
 from lora_trainer.sources import resolve
 from lora_trainer.sources.foreign import NO_MEANING
