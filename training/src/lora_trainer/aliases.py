@@ -77,7 +77,7 @@ CONVERTED_ALIASES = frozenset(
     {
         "assistant_only_loss", "attn_implementation", "dataset_text_field",
         "disable_gradient_checkpointing", "dtype", "flash_attn", "lora_target_linear",
-        "mask_history", "optimizer", "pissa_init", "quantization_bit", "torch_dtype",
+        "mask_history", "pissa_init", "quantization_bit", "torch_dtype",
         "train_on_inputs", "train_on_prompt",
     }
 )  # fmt: skip
