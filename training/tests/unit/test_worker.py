@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,7 +35,7 @@ def test_stop_after_the_training_tells_the_step_that_is_saved(
 
     monkeypatch.setenv(worker.EVENTS_FD, str(writing))
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    monkeypatch.setattr(worker.Order, "read", staticmethod(lambda _: None))
+    monkeypatch.setattr(worker.Order, "read", staticmethod(lambda _: SimpleNamespace(rank=0)))
     monkeypatch.setattr(worker.faulthandler, "register", lambda *_, **__: None)
     monkeypatch.setattr(worker, "run", run)
     assert worker.main() == 143
