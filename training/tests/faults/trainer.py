@@ -149,7 +149,11 @@ class Run:
     @property
     def worker(self) -> int:
         """Return the worker's process id."""
-        return next(pid for pid in self.family() if "lora_trainer.worker" in _command(pid))
+        return self.ranks()[0]
+
+    def ranks(self) -> list[int]:
+        """Return the process ids of all workers, in order of rank."""
+        return [pid for pid in self.family() if "lora_trainer.worker" in _command(pid)]
 
     def family(self) -> list[int]:
         """Return the supervisor's process id and those of all its descendants."""
