@@ -355,15 +355,6 @@ def _shape_of(
     )
 
 
-def _loftq_note(config: Config) -> str:
-    if config.lora.init_lora_weights != loftq.INIT:
-        return ""
-    return (
-        "The adapter began as LoftQ's: it mends the rounding of the base model to 4 bits "
-        f"({config.model.bnb_4bit_quant_type}), so put it on the base loaded in the same way."
-    )
-
-
 def _card_facts(session: Session, order: Any, state: TrainState) -> card.CardFacts:
     config, figures = session.config, session.figures
     profile = profile_of(session.splits, session.order.rows)
@@ -397,5 +388,5 @@ def _card_facts(session: Session, order: Any, state: TrainState) -> card.CardFac
         versions=session.versions,
         use_dora=config.lora.use_dora,
         modules_to_save=tuple(config.lora.modules_to_save),
-        notes=tuple(note for note in (session.source.note, _loftq_note(config)) if note),
+        notes=tuple(n for n in (session.source.note, loftq.note(config.lora, config.model)) if n),
     )

@@ -173,6 +173,9 @@ def is_peer_lost(error: BaseException) -> bool:
 
 def run(order: Order, emit: Callable[[Event], None], stop: StopFlag) -> int:
     """Load, prepare, train, evaluate, export."""
+    from .model import quantize
+
+    quantize.leave_out(order.config)
     from . import session as sessions
     from .ranks import join
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +67,34 @@ def train(causal: CausalLM, optimizer, batch: MicroBatch, steps: int) -> list[fl
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     return losses
+
+
+@pytest.mark.parametrize(
+    ("settings", "own_config", "is_hidden"),
+    [
+        ({}, {}, True),
+        ({"use_4bit": True}, {}, False),
+        ({"optim": "adamw_8bit"}, {}, False),
+        ({}, {"quantization_config": {"load_in_4bit": True}}, False),
+        ({}, None, False),
+    ],
+    ids=["not needed", "4 bits", "8-bit optimizer", "base held in 4 bits", "base on the hub"],
+)
+def test_package_that_nothing_needs_is_not_imported(
+    tmp_path, monkeypatch, settings, own_config, is_hidden
+):
+    monkeypatch.delitem(sys.modules, quantize.PACKAGE, raising=False)
+    if own_config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(own_config))
+    training = TrainingSection(**{k: v for k, v in settings.items() if k == "optim"})
+    section = ModelSection(
+        model_name_or_path=str(tmp_path) if own_config is not None else "someone/model",
+        **{k: v for k, v in settings.items() if k != "optim"},
+    )
+    quantize.leave_out(Config(model=section, training=training))
+    assert (quantize.PACKAGE in sys.modules) == is_hidden
+    assert not is_hidden or importlib.util.find_spec(quantize.PACKAGE) is None
+    monkeypatch.delitem(sys.modules, quantize.PACKAGE, raising=False)
 
 
 @needs_bitsandbytes

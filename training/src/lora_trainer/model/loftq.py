@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import LoraSection, ModelSection
 from ..errors import ConfigError
 
 INIT = "loftq"
@@ -82,3 +83,13 @@ class _Weights:
             why=f"its files hold no {name}: the layers of this architecture are stored otherwise",
             remedy="--init_lora_weights true",
         )
+
+
+def note(lora: LoraSection, model: ModelSection) -> str:
+    """Return what users of the adapter must know; empty without this init."""
+    if lora.init_lora_weights != INIT:
+        return ""
+    return (
+        "The adapter began as LoftQ's: it mends the rounding of the base model to 4 bits "
+        f"({model.bnb_4bit_quant_type}), so put it on the base loaded in the same way."
+    )
