@@ -1,0 +1,43 @@
+"""Every combination of the compose files is valid, and each file changes what it is for."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import pytest
+from composed import TRAINING, docker
+
+pytestmark = pytest.mark.docker
+CPU, AIRGAPPED = "docker-compose.cpu.yml", "docker-compose.airgapped.yml"
+
+
+def resolved(*overrides: str) -> dict[str, Any]:
+    """Return the trainer's service as Compose understands the files, which it does silently."""
+    files = [TRAINING / name for name in ("docker-compose.training.yml", *overrides)]
+    flags = [part for file in files for part in ("--file", str(file))]
+    settings = ["--env-file", str(TRAINING / ".env.training")]
+    kept = {
+        name: os.environ[name]
+        for name in ("PATH", "HOME", "DOCKER_HOST", "DOCKER_CONFIG")
+        if name in os.environ
+    }
+    done = docker("compose", *flags, *settings, "config", "--format", "json", env=kept)
+    assert done.stderr == ""
+    service: dict[str, Any] = json.loads(done.stdout)["services"]["trainer"]
+    return service
+
+
+@pytest.mark.parametrize("overrides", [(), (CPU,), (AIRGAPPED,), (CPU, AIRGAPPED)], ids="+".join)
+def test_every_combination_of_the_files_is_valid(engine: None, overrides: tuple[str, ...]) -> None:
+    service = resolved(*overrides)
+    has_gpu = "devices" in service["deploy"]["resources"].get("reservations", {})
+    assert has_gpu == (CPU not in overrides)
+    assert (service.get("network_mode") == "none") == (AIRGAPPED in overrides)
+    if AIRGAPPED not in overrides:
+        assert [port["host_ip"] for port in service["ports"]] == ["127.0.0.1"]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["read_only"] is True
+    limits = service["deploy"]["resources"]["limits"]
+    assert (limits["memory"], limits["cpus"]) == ("17179869184", 4)
