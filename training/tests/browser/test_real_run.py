@@ -23,7 +23,7 @@ pytestmark = pytest.mark.browser
 STEPS, KILLED_AFTER = 150, 60
 CHANGED: dict[str, Any] = {
     "max_steps": STEPS, "save_steps": 20, "eval_steps": 50, "eval_generate": True,
-    "eval_max_new_tokens": 8, "sample_count": 2, "run_name": "tiny", "health_linger_seconds": 120,
+    "eval_max_new_tokens": 8, "sample_count": 2, "run_name": "tiny", "health_linger_seconds": 900,
     "load_best_model_at_end": False,
 }  # fmt: skip
 
