@@ -10,8 +10,9 @@ Three measurements on this machine, over loopback alone:
            of one run that alternate (none, all, all, none, ...), so that what else changes
            on the machine meets both; tokens of the steps that lie wholly in a stretch
 Slow clients either send a request byte by byte or leave its answer unread. The clients'
-own work is on this machine too; they run at the lowest priority, and their share of the
-processors is told. Prints a line for each figure and, last, all of it as JSON.
+own work is on this machine too; they run at the lowest priority, and their share of a
+processor is told beside the supervisor's own, with them and without. Prints a line for each
+figure and, last, all of it as JSON.
 """
 
 from __future__ import annotations
@@ -59,6 +60,11 @@ class Job:
             lines = (self.output / "events.jsonl").read_text().splitlines()
             return [json.loads(line) for line in lines if line.startswith('{"event": "step"')]
         return []
+
+    def processor_seconds(self) -> float:
+        """Return what the supervisor, without its worker, has used so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> None:
         """Have it save and end."""
@@ -214,12 +220,23 @@ def speed(steps: list[dict[str, Any]], begin: float, end: float) -> float:
     return sum(s["tokens"] for s in inside) / sum(s["step_seconds"] for s in inside)
 
 
-def client_costs(one: Job, pairs: int, seconds: float) -> tuple[list[float], float]:
-    """Return the share of the speed that clients cost, for each pair, and their own use."""
+@dataclass
+class Costs:
+    """What clients cost: of the speed in each pair, and shares of one processor."""
+
+    pairs: list[float]
+    clients: float
+    supervisor: dict[bool, float]  # with them and without
+
+
+def client_costs(one: Job, pairs: int, seconds: float) -> Costs:
+    """Return what clients cost."""
     stretches: list[tuple[bool, float, float]] = []
     uses = []
+    served: dict[bool, list[float]] = {True: [], False: []}
     for number in range(pairs):
         for has_clients in (False, True) if number % 2 == 0 else (True, False):
+            before, since = one.processor_seconds(), time.monotonic()
             if has_clients:
                 begin, end, used = with_clients(one, seconds)
                 uses.append(used)
@@ -227,6 +244,8 @@ def client_costs(one: Job, pairs: int, seconds: float) -> tuple[list[float], flo
                 begin = time.time() + 1.0
                 time.sleep(seconds)
                 end = time.time()
+            share = (one.processor_seconds() - before) / (time.monotonic() - since)
+            served[has_clients].append(share)
             stretches.append((has_clients, begin, end))
             assert one.process.poll() is None, "the run ended before it was measured: --steps"
     steps = one.steps()
@@ -235,7 +254,8 @@ def client_costs(one: Job, pairs: int, seconds: float) -> tuple[list[float], flo
         pair = stretches[2 * number : 2 * number + 2]
         speeds = {has: speed(steps, begin, end) for has, begin, end in pair}
         costs.append(1 - speeds[True] / speeds[False])
-    return costs, statistics.mean(uses)
+    supervisor = {has: statistics.mean(shares) for has, shares in served.items()}
+    return Costs(costs, statistics.mean(uses), supervisor)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -279,12 +299,15 @@ def main() -> None:
             p99 = waits[int(0.99 * len(waits))]
             print(f"health   p50 {waits[len(waits) // 2] * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms, "
                   f"slowest {waits[-1] * 1e3:.1f} ms, of {len(waits)}")  # fmt: skip
-            costs, used = client_costs(one, options.pairs, options.seconds)
-        low, high = interval(costs)
-        print(f"clients  {statistics.mean(costs):.2%} of the speed ({low:.2%} to {high:.2%}); "
-              f"the clients themselves took {used:.1%} of a processor")  # fmt: skip
-    print(json.dumps({"first_seconds": first, "health_p99_seconds": p99, "client_costs": costs,
-                      "client_processor_share": used, "cores": os.cpu_count()}))  # fmt: skip
+            costs = client_costs(one, options.pairs, options.seconds)
+        low, high = interval(costs.pairs)
+        print(f"clients  {statistics.mean(costs.pairs):.2%} of the speed ({low:.2%} to {high:.2%});"
+              f" of a processor they took {costs.clients:.1%}, the supervisor"
+              f" {costs.supervisor[True]:.2%}, {costs.supervisor[False]:.2%} alone")  # fmt: skip
+    print(json.dumps({"first_seconds": first, "health_p99_seconds": p99,
+                      "client_costs": costs.pairs, "client_processor_share": costs.clients,
+                      "supervisor_processor_share": list(costs.supervisor.values()),
+                      "cores": os.cpu_count()}))  # fmt: skip
 
 
 if __name__ == "__main__":

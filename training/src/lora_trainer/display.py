@@ -276,6 +276,8 @@ def panel_rows(
         facts.append(f"best eval {number(best.eval_loss)} at step {best.step}")
     if status.checkpoints:
         facts.append(f"checkpoint at step {status.checkpoints[-1].step}")
+    if status.ranks:
+        facts.append(f"{len(status.ranks)} processes, the slowest {status.slowest_rank}")
     if status.restarts:
         facts.append(f"restarts {len(status.restarts)}")
     facts.append(f"elapsed {duration(status.elapsed_seconds + waited)}")

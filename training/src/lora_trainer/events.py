@@ -242,6 +242,7 @@ KINDS: Mapping[str, type[Event]] = {
         Stopped, Ended,
     )
 }  # fmt: skip
+FIELDS = {event: frozenset(f.name for f in fields(event)) for event in KINDS.values()}
 
 
 def parse_line(line: str) -> Event | None:
@@ -253,7 +254,7 @@ def parse_line(line: str) -> Event | None:
     try:
         raw = json.loads(line)
         kind = KINDS[raw["event"]]
-        known = {f.name for f in fields(kind)}
+        known = FIELDS[kind]
         return kind(**{name: value for name, value in raw.items() if name in known})
     except (ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -219,31 +219,31 @@ def weights_bytes(config: Config, shape: ModelShape, precision: Precision, share
     """Return the bytes of the base model's weights in one process.
 
     With fsdp each holds its part of every layer, two layers whole while they compute, and
-    embeddings and head, which are not shared out. In 4 or 8 bits there is the one matrix
-    that is widened at a time.
+    embeddings and head, which are not shared out.
     """
     width = 4 if precision == "float32" else 2
+    whole = float(min(shape.parameters, 2 * shape.vocab_size * shape.hidden_size) * width)
+    layers = shape.parameters * width - whole
     if _is_quantized(config):
-        return _quantized_bytes(config, shape, width)
-    if share.parallelism != "fsdp":
-        return shape.parameters * width
-    whole = min(shape.parameters, 2 * shape.vocab_size * shape.hidden_size)
-    layers = shape.parameters - whole
-    return (whole + layers / share.processes + 2 * layers / shape.layers) * width
+        whole, layers = _quantized_bytes(config, shape, width)
+    if share.parallelism == "fsdp":
+        layers = layers / share.processes + 2 * layers / shape.layers
+    return whole + layers
 
 
 def _is_quantized(config: Config) -> bool:
     return config.model.use_4bit or config.model.use_8bit
 
 
-def _quantized_bytes(config: Config, shape: ModelShape, width: int) -> float:
+def _quantized_bytes(config: Config, shape: ModelShape, width: int) -> tuple[float, float]:
+    """Return the bytes of what stays wide, a matrix widened to compute included, and the rest."""
     if config.model.use_8bit:
         each = 1 + 4 / shape.hidden_size
     else:
         each = 0.5 + (DOUBLE_SCALE_BYTES if config.model.bnb_4bit_use_double_quant else SCALE_BYTES)
     kept = shape.unquantized_parameters
     widened = shape.hidden_size * shape.intermediate_size * width
-    return (shape.parameters - kept) * each + kept * width + widened
+    return kept * width + widened, (shape.parameters - kept) * each
 
 
 def memory_limit_bytes(machine: Machine, processes: int) -> int:
@@ -262,8 +262,6 @@ def choose_parallelism(
         return "none", ""
     if asked != "auto":
         return ("fsdp" if asked == "fsdp" else "ddp"), ""
-    if _is_quantized(config) or config.training.optim != "adamw":
-        return "ddp", ""  # what is quantized, weights or moments, cannot be cut
     needed = RUNTIME_BYTES + weights_bytes(config, shape, precision, ALL)
     limit = memory_limit_bytes(machine, processes)
     if needed <= FITTING_SHARE * limit:

@@ -62,6 +62,17 @@ class Ranks:
                 torch.distributed.all_reduce(tensor)
         return tensor
 
+    def gather(self, part: Tensor, whole: Tensor) -> None:
+        """Put every rank's part, in the ranks' order, into `whole`."""
+        if self.count == 1:
+            whole.copy_(part)
+            return
+        with _peers():
+            if whole.device.type == "cpu":  # torch 2.1.2's gloo gathers into a list alone
+                torch.distributed.all_gather(list(whole.chunk(self.count)), part)
+            else:
+                torch.distributed.all_gather_into_tensor(whole, part)
+
     def wait(self) -> None:
         """Wait until every rank is here."""
         self.is_any(False)

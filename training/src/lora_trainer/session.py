@@ -47,7 +47,7 @@ from .machine import Machine, read_machine
 from .model import flash, load, loftq, probe, quantize
 from .model.adapter import add_adapter, changes_base, load_adapter_state, trained_parameters
 from .model.forward import CausalLM
-from .model.shard import check_sharding, make_mesh
+from .model.shard import choose_sharing
 from .optim import make_optimizer
 from .plan import (
     ModelShape,
@@ -210,15 +210,19 @@ def _open_model(
     # sdpa knows no soft-cap on the scores; eager computes it.
     attention = "eager" if getattr(shape, "attn_logit_softcapping", None) else "sdpa"
     parallelism, chosen = _parallelism_of(config, machine, shape, used, ranks)
-    mesh = make_mesh(device, ranks.count) if parallelism == "fsdp" else None
+    is_quantized = quantize.is_quantized(config.model)
+    share = None
+    if parallelism == "fsdp":
+        share = choose_sharing(device, ranks, is_quantized=is_quantized)
+    # It goes to the device layer by layer, while these are shared out, if it can be packed here.
+    is_by_layers = share is not None and (not is_quantized or quantize.works_on_cpu())
     # Where the base does not fit on a device, a copy for each rank may not fit in memory.
-    with contextlib.nullcontext() if mesh is None else ranks.in_turn():
+    with contextlib.nullcontext() if share is None else ranks.in_turn():
         base = load.load_model(
             source,
             config.model,
             dtype=dtype,
-            # It goes to the device layer by layer, while these are shared out.
-            device=device if mesh is None else "cpu",
+            device="cpu" if is_by_layers else device,
             attention=attention,
         )
         refuse_long_rows(config, base, splits)
@@ -239,8 +243,8 @@ def _open_model(
         )
         trained = trained_parameters(model)
         shape_of_base = _shape_of(base, parameters, trained)
-        if mesh is not None:
-            causal.shard(mesh)
+        if share is not None:
+            causal.shard(share)
     fallback = probe.verify(causal)
     weights = [source.weight for source in source_specs(config, config.data.dataset)]
     rows_of_epoch = rows_of_epoch_in(splits, weights, config.training.seed)
@@ -286,10 +290,7 @@ def _parallelism_of(
         return "none", ""
     base = _unloaded(config, shape)
     sized = _shape_of(base, quantize.count_parameters(base), {})
-    parallelism, why = choose_parallelism(config, machine, sized, used, ranks.count)
-    if parallelism == "fsdp":
-        check_sharding()
-    return parallelism, why
+    return choose_parallelism(config, machine, sized, used, ranks.count)
 
 
 def _unloaded(config: Config, shape: Any) -> Any:

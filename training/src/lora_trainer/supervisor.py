@@ -246,7 +246,7 @@ class Supervisor:
             if self._signals:  # one that came before there was a worker to pass it to
                 worker.send_signal(signal.SIGTERM)
             watch = Watch(
-                worker.pid,
+                worker.pids,
                 self.output_dir / LOG,
                 self.config.monitoring.stall_timeout_seconds,
             )

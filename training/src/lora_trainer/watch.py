@@ -1,4 +1,4 @@
-"""Looks after the worker between its events: stall, memory and disk.
+"""Looks after the worker, all its ranks, between its events: stall, memory and disk.
 
 A stall is no progress for longer than `health.stall_timeout` allows. The stacks of all
 threads then go to the worker's log, so that what hung can be seen afterwards, and the
@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from .hardware import memory_bytes
@@ -32,15 +33,16 @@ OOM_SCORE = 500
 class Watch:
     """What is known of one worker beside its events; asked about once a second."""
 
-    def __init__(self, pid: int, log: Path, stall_timeout_seconds: float) -> None:
-        self.pid = pid
+    def __init__(self, pids: Sequence[int], log: Path, stall_timeout_seconds: float) -> None:
+        self.pids = tuple(pids)
         self.log = log
         self.started = time.time()
         self._stall_timeout_seconds = stall_timeout_seconds
         self._oom_kills = oom_kills()
         self._told: set[str] = set()
-        with contextlib.suppress(OSError):
-            Path(f"/proc/{pid}/oom_score_adj").write_text(str(OOM_SCORE))
+        for pid in self.pids:
+            with contextlib.suppress(OSError):
+                Path(f"/proc/{pid}/oom_score_adj").write_text(str(OOM_SCORE))
 
     def stall(self, status: RunStatus, now: float) -> str:
         """Return in words that the worker is stalled at the wall-clock time, or nothing."""
@@ -65,15 +67,16 @@ class Watch:
         return oom_kills() > self._oom_kills
 
     def record_stacks(self) -> bool:
-        """Have the worker write its threads' stacks to its log; tell whether it did.
+        """Have every rank write its threads' stacks to the log; tell whether any did.
 
         One that was stopped by a signal is continued: its handler runs first.
         """
         before = _size(self.log)
         until = time.monotonic() + STACKS_SECONDS
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, STACKS_SIGNAL)
-            os.kill(self.pid, signal.SIGCONT)
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, STACKS_SIGNAL)
+                os.kill(pid, signal.SIGCONT)
         last, changed = before, time.monotonic()
         while time.monotonic() < until:
             time.sleep(0.05)
@@ -84,9 +87,10 @@ class Watch:
         return last > before
 
     def end(self) -> None:
-        """Kill the worker and all that it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        """Kill every rank and all that it started."""
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
 
     def _memory(self) -> str:
         used, limit = memory_bytes()

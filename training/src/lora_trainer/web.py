@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import importlib.resources
 import importlib.util
 import mimetypes
@@ -208,8 +209,16 @@ class Pages:
         return self._file(PAGE)
 
     async def static(self, request: Request) -> Response:
-        """Return a file of the dashboard, known by its name alone."""
-        return self._file(request.path_params["name"])
+        """Return a file of the dashboard, known by its name alone.
+
+        Not again to who has it: the chart library alone is over a megabyte.
+        """
+        found = self._file(request.path_params["name"])
+        tag = f'"{hashlib.sha256(found.body).hexdigest()[:32]}"'
+        if tag in request.headers.get("if-none-match", ""):
+            found = Response(status_code=304)
+        found.headers.update({"etag": tag, "cache-control": "private, no-cache"})
+        return found
 
     def _file(self, name: str) -> Response:
         found = self._files.get(name)

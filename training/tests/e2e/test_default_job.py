@@ -100,7 +100,7 @@ def test_plain_peft_loads_the_adapter_and_answers_as_the_samples_say(job):
 
     folder, _ = job
     final = folder / "final_model"
-    base = AutoModelForCausalLM.from_pretrained(locate(ModelSection()).path, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(locate(ModelSection()).path).float()
     model = PeftModel.from_pretrained(base, str(final)).eval()
     tokenizer = AutoTokenizer.from_pretrained(str(final))
     row = json.loads(

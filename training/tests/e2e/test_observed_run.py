@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -71,6 +73,7 @@ class Watched:
     first: dict[str, Any]
     second_start: Any = None
     bodies: list[bytes] = field(default_factory=list)
+    streamed: list[bytes] = field(default_factory=list)
     health: list[tuple[int, str]] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
@@ -102,6 +105,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
     try:
         _, body = first_answer(run.process, port)
         seen = Watched(output, time.monotonic() - begin, json.loads(body))
+        listener = threading.Thread(target=stream, args=(port, seen.streamed), daemon=True)
+        listener.start()
         watch(run, port, seen)
         again = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=60, check=False
@@ -110,15 +115,28 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
         seen.had_address = (output / "server.json").exists()
         for path in ENDPOINTS:
             seen.bodies.append(get(port, path)[1])
-        seen.bodies.append(get(port, "/metrics", Accept="text/plain")[1])
+        for kind in ("text/plain", "application/openmetrics-text"):
+            seen.bodies.append(get(port, "/metrics", Accept=kind)[1])
         seen.last = json.loads(get(port, "/status")[1])
         run.process.send_signal(signal.SIGTERM)
         ended = run.wait()
+        listener.join(SECONDS)
     finally:
         run.kill() if run.process.poll() is None else None
     seen.code, seen.printed = ended.code, ended.out + ended.err
     seen.printed += again.stdout + again.stderr
     return seen
+
+
+def stream(port: int, kept: list[bytes]) -> None:
+    """Keep all that /events says until the server ends."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
+    connection.request("GET", "/events", headers={"Authorization": f"Bearer {TOKEN}"})
+    answer = connection.getresponse()
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        while said := answer.read1(1 << 16):
+            kept.append(said)
+    connection.close()
 
 
 def watch(run: Run, port: int, seen: Watched) -> None:
@@ -173,7 +191,15 @@ def test_no_secret_is_in_any_answer_file_or_line(watched: Watched):
     assert "login failed for ***" in (watched.output / "train.log").read_text()
     files = [path for path in watched.output.rglob("*") if path.is_file()]
     assert len(files) > 10
-    told = [*watched.bodies, watched.printed.encode(), *(path.read_bytes() for path in files)]
+    events = b"".join(watched.streamed)
+    assert b"event: step" in events
+    assert b"login failed for ***" in events
+    told = [
+        *watched.bodies,
+        events,
+        watched.printed.encode(),
+        *(path.read_bytes() for path in files),
+    ]
     assert any(b"login failed for ***" in body for body in watched.bodies)
     for secret in (*CANARIES.values(), TOKEN, "canary-of-the-config-0123"):
         assert not [one[:200] for one in told if secret.encode() in one]

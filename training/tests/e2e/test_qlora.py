@@ -30,7 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        quantize._release(quantize.installed_version() or "0") < quantize.FIRST_ON_CPU,
+        not quantize.works_on_cpu(),
         reason="this stack's bitsandbytes does not train on a CPU",
     ),
 ]

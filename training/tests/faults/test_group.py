@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch.distributed.fsdp
 
 from faults.trainer import (
     STEPS,
@@ -30,8 +29,6 @@ from faults.trainer import (
 from lora_trainer.status import replay
 
 KILLED, FIRST_STOP, SECOND_STOP = 13, 30, 42
-# fully_shard came with torch 2.6; before, fsdp is refused by name (tests/unit/test_ranks.py).
-LAST = "fsdp" if hasattr(torch.distributed.fsdp, "fully_shard") else "ddp"
 TOLD = random.Random(8).randrange(2)  # the rank that is killed
 
 
@@ -65,7 +62,7 @@ def chain(trainer: Trainer) -> Chain:
     run.wait_for(at_step(SECOND_STOP))
     run.process.send_signal(signal.SIGTERM)
     alone = run.wait()
-    sharded = trainer.train(output, nproc=2, parallelism=LAST)
+    sharded = trainer.train(output, nproc=2, parallelism="fsdp")
     return Chain(output, first, alone, sharded, saved, len(status.ranks))
 
 
@@ -95,7 +92,7 @@ def test_run_on_two_ranks_then_one_then_two_sharded_ends_with_the_bytes_of_one(
     assert chain.sharded.code == 0, chain.sharded.err
     plans = [event["plan"] for event in of_kind(chain.output, "plan")]
     assert [(plan["processes"], plan["parallelism"]) for plan in plans] == [
-        (2, "ddp"), (2, "ddp"), (1, "none"), (2, LAST),
+        (2, "ddp"), (2, "ddp"), (1, "none"), (2, "fsdp"),
     ]  # fmt: skip
     found, expected = losses(chain.output), losses(undisturbed)
     assert found.keys() == set(range(1, STEPS + 1))

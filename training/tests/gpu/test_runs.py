@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from faults.trainer import Trainer, losses, of_kind
+from lora_trainer.model import quantize
 
 GPUS = torch.cuda.device_count()
 CAPABILITY = torch.cuda.get_device_capability() if GPUS else (0, 0)
@@ -118,3 +119,19 @@ def test_two_gpus_train_what_one_does(trainer, plain, page, parallelism):
     )
     assert told[1] == pytest.approx(plain[1][1], rel=1e-4)
     assert told[STEPS] == pytest.approx(plain[1][STEPS], rel=1e-2)
+
+
+@needs(2)
+@pytest.mark.skipif(not quantize.installed_version(), reason="bitsandbytes is not installed")
+def test_two_gpus_share_a_base_in_4_bits(trainer, page):
+    keys = {"use_4bit": True, "nproc": 2}
+    _, whole, more = run(trainer, "ddp-4bit", parallelism="ddp", **keys)
+    plan, parts, less = run(trainer, "fsdp-4bit", parallelism="fsdp", **keys)
+    assert (plan["processes"], plan["parallelism"]) == (2, "fsdp")
+    page(
+        f"fsdp in 4 bits, 2 GPUs {less['step_seconds']:.3f} s a step, "
+        f"{less['gpu_memory_bytes'] / 2**20:.0f} MB; ddp {more['step_seconds']:.3f} s, "
+        f"{more['gpu_memory_bytes'] / 2**20:.0f} MB"
+    )
+    assert parts[1] == pytest.approx(whole[1], rel=1e-3)
+    assert parts[STEPS] == pytest.approx(whole[STEPS], rel=5e-2)

@@ -20,14 +20,16 @@ from test_equivalence import SETTINGS, ListRows, make_rows
 
 from lora_trainer.checkpoint import CheckpointStore, TrainState
 from lora_trainer.compat import enable_checkpointing
-from lora_trainer.config import Config, LoraSection
+from lora_trainer.config import Config, LoraSection, ModelSection
 from lora_trainer.data.batches import StepOrder
 from lora_trainer.events import Evaluated, RanksMeasured, StepDone
 from lora_trainer.loop import Parts, train
 from lora_trainer.machine import Machine
 from lora_trainer.model.adapter import add_adapter, trained_parameters
 from lora_trainer.model.forward import CausalLM
-from lora_trainer.model.shard import make_mesh
+from lora_trainer.model.gather import GatheredLayers
+from lora_trainer.model.load import ModelSource, load_model
+from lora_trainer.model.shard import choose_sharing
 from lora_trainer.optim import make_optimizer
 from lora_trainer.plan import DataProfile, ModelShape, Parallelism, make_plan
 from lora_trainer.ranks import PeerLostError, Ranks
@@ -38,16 +40,17 @@ OWN = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_
 def make_parts(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) -> Any:
     known = SETTINGS | OWN | own
     family, dropout = known.pop("family", "llama"), known.pop("dropout", 0.0)
-    has_checkpointing = known.pop("has_checkpointing", False)
+    has_checkpointing, bits = known.pop("has_checkpointing", False), known.pop("bits", 0)
+    is_gathered = known.pop("is_gathered", bits > 0)
     config = Config.model_validate({"training": known, "output": {"save_steps": 0}})
     rows = make_rows()
-    base = tiny_model(family)
+    base = tiny_model(family) if not bits else quantized_model(family, bits, folder, ranks)
     model = add_adapter(base, LoraSection(lora_r=4, lora_dropout=dropout), seed=11)
     if has_checkpointing:
         enable_checkpointing(base)
     causal = CausalLM(model, device="cpu", padding_free=True, chunk=7, precision="float32")
     if parallelism == "fsdp":
-        causal.shard(make_mesh("cpu", ranks.count))
+        causal.shard(choose_sharing("cpu", ranks, is_quantized=is_gathered))
     parameters = trained_parameters(model)
     plan = make_plan(
         config,
@@ -79,6 +82,17 @@ def make_parts(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) 
     return parts, events
 
 
+def quantized_model(family: str, bits: int, folder: Path, ranks: Ranks) -> Any:
+    """Return the family's model, its layers packed by bitsandbytes."""
+    place = folder / "base"
+    with ranks.first_then_others():
+        if ranks.is_first:
+            tiny_model(family).save_pretrained(place)
+    section = ModelSection(model_name_or_path=str(place), **{f"use_{bits}bit": True})
+    source = ModelSource(str(place), family)
+    return load_model(source, section, dtype=torch.float32, device="cpu", attention="eager")
+
+
 def trained(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) -> dict[str, Any]:
     """Train; return the losses, evaluations and figures that were told, and the adapter."""
     parts, events = make_parts(ranks, folder, parallelism, own)
@@ -97,6 +111,25 @@ def trained(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) -> 
         ),
         "adapter": {name: p.detach().clone() for name, p in parts.parameters.items()},
     }
+
+
+def gathered(ranks: Ranks) -> dict[str, Any]:
+    """Share a model's layers out; return what this rank keeps, and what it finds when."""
+    base = tiny_model("llama")
+    layers = base.model.layers
+    before = [p.detach().clone() for p in layers[1].parameters()]
+    shared = GatheredLayers(layers, "cpu", ranks)
+    released = [p.numel() for p in layers.parameters()]
+    seen: list[bool] = []
+
+    def look(*_: Any) -> None:
+        pairs = zip(layers[1].parameters(), before, strict=True)
+        seen.append(all(torch.equal(now, then) for now, then in pairs))
+        seen.append(all(p.numel() == 0 for p in layers[0].parameters()))
+
+    layers[1].self_attn.register_forward_hook(look)
+    base(input_ids=torch.arange(5)[None])
+    return {"kept": shared.kept_bytes, "released": released, "seen": seen}
 
 
 def stopped(ranks: Ranks, folder: Path) -> int:

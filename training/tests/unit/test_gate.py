@@ -109,6 +109,15 @@ def test_every_answer_carries_the_security_headers(plain: StatusServer):
         assert not [name for name in one.headers if name.startswith("access-control")]
 
 
+def test_file_of_the_page_is_sent_once_to_who_keeps_it(plain: StatusServer):
+    first = ask(plain, "/static/app.js")
+    assert (first.code, first.headers["cache-control"]) == (200, "private, no-cache")
+    again = ask(plain, "/static/app.js", **{"If-None-Match": first.headers["etag"]})
+    assert (again.code, again.body) == (304, b"")
+    other = ask(plain, "/static/style.css", **{"If-None-Match": first.headers["etag"]})
+    assert other.code == 200
+
+
 @pytest.mark.parametrize(
     "data",
     [

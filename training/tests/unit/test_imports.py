@@ -16,7 +16,7 @@ SOURCE = Path(lora_trainer.__file__).parent
 LAYERS = [
     {"errors", "aliases", "compat", "gate", "connections"},
     {"config", "machine", "events", "faults"},
-    {"redaction"},
+    {"redaction", "ranks"},
     {"sources", "status", "health", "history", "curves", "plan", "terminal", "wording"},
     {
         "data",
@@ -27,7 +27,6 @@ LAYERS = [
         "output",
         "precision",
         "trackers",
-        "ranks",
         "group",
     },
     {"evaluate", "export", "report", "display", "live", "hardware", "logfile"},

@@ -146,8 +146,12 @@ def test_processes_without_a_gpu_share_the_memory_of_the_machine():
     assert parallelism_of(SEVEN_BILLION, small, 4)[0] == "fsdp"
 
 
-def test_quantized_base_is_never_shared_out():
+def test_base_that_fits_in_4_bits_is_whole_on_each_and_otherwise_shared_out():
+    small = Machine(8, 1 << 38, (Gpu(0, "small", 24 << 30, (8, 9)),) * 4)
     assert parallelism_of(SEVENTY_BILLION, model={"use_4bit": True})[0] == "ddp"
+    parallelism, why = parallelism_of(SEVENTY_BILLION, small, model={"use_4bit": True})
+    assert parallelism == "fsdp"
+    assert "one has 24.0 GB" in why
 
 
 def test_parallelism_that_was_asked_for_is_taken():

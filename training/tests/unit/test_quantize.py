@@ -32,7 +32,7 @@ KINDS = {
     "8bit": {"use_8bit": True},
 }
 needs_bitsandbytes = pytest.mark.skipif(
-    quantize._release(quantize.installed_version() or "0") < quantize.FIRST_ON_CPU,
+    not quantize.works_on_cpu(),
     reason="this stack's bitsandbytes does not train on a CPU",
 )
 

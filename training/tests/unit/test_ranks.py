@@ -9,10 +9,12 @@ import pytest
 import ranks_at_work
 import torch
 import torch.distributed.fsdp
+from families import tiny_model
 from forked import together
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_trainer.model.quantize import works_on_cpu
 from lora_trainer.ranks import Ranks, own_batches, seed_of, share_out
 
 
@@ -32,7 +34,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 needs_fully_shard = pytest.mark.skipif(
     not hasattr(torch.distributed.fsdp, "fully_shard"),
-    reason="fully_shard came with torch 2.6; check_sharding refuses by name",
+    reason="fully_shard came with torch 2.6: model/gather.py shares the layers out",
+)
+needs_bitsandbytes = pytest.mark.skipif(
+    not works_on_cpu(), reason="this stack's bitsandbytes does not train on a CPU"
 )
 CASES = [
     (2, "ddp", {}),
@@ -41,6 +46,14 @@ CASES = [
     pytest.param(4, "fsdp", {}, marks=needs_fully_shard),
     pytest.param(2, "fsdp", {"has_checkpointing": True}, marks=needs_fully_shard),
     pytest.param(2, "fsdp", {"family": "llama-tied"}, marks=needs_fully_shard),
+    (2, "fsdp", {"is_gathered": True}),
+    (4, "fsdp", {"is_gathered": True, "family": "gemma2"}),
+    (2, "fsdp", {"is_gathered": True, "has_checkpointing": True, "dropout": 0.2}),
+    pytest.param(2, "fsdp", {"bits": 4}, marks=needs_bitsandbytes),
+    pytest.param(2, "fsdp", {"bits": 4, "has_checkpointing": True}, marks=needs_bitsandbytes),
+    pytest.param(2, "fsdp", {"bits": 8}, marks=needs_bitsandbytes),
+    pytest.param(2, "fsdp", {"bits": 4, "optim": "adamw_8bit"}, marks=needs_bitsandbytes),
+    pytest.param(2, "ddp", {"bits": 4}, marks=needs_bitsandbytes),
     (2, "ddp", {"dropout": 0.2}),
 ]
 
@@ -68,6 +81,14 @@ def test_sharded_ranks_hold_a_part_of_the_layers_each(alone: Any, tmp_path: Path
     folder = tmp_path / "run"
     found = together(2, folder, ranks_at_work.trained, folder, "fsdp", own)
     assert [one["held"] for one in found] == [alone(own)["held"] / 2] * 2
+
+
+def test_gathered_layer_is_whole_while_it_computes_and_in_parts_otherwise(tmp_path: Path) -> None:
+    first, other = together(2, tmp_path / "run", ranks_at_work.gathered)
+    layers = tiny_model("llama").model.layers
+    assert first["kept"] == other["kept"] == sum(p.nbytes for p in layers.parameters()) / 2
+    assert set(first["released"]) == {0}
+    assert first["seen"] == other["seen"] == [True, True]
 
 
 def test_every_rank_is_measured_and_the_slowest_named(tmp_path: Path) -> None:

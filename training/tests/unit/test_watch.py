@@ -29,24 +29,30 @@ HANGS = (
 
 
 @pytest.fixture
-def hanging(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def ranks(tmp_path: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
     with (tmp_path / "train.log").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", HANGS],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            start_new_session=True,
-        )
-    assert process.stdout is not None
-    process.stdout.readline()
-    yield process
-    process.kill()
-    process.wait()
-    process.stdout.close()
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", HANGS],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+            )
+            for _ in range(2)
+        ]
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.readline()
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
 
 
-def watched(tmp_path: Path, pid: int = 0, limit: float = 10.0) -> Watch:
-    seen = Watch(pid or os.getpid(), tmp_path / "train.log", limit)
+def watched(tmp_path: Path, *pids: int, limit: float = 10.0) -> Watch:
+    seen = Watch(pids or [os.getpid()], tmp_path / "train.log", limit)
     seen.started = 0.0  # the tests' clocks begin there
     return seen
 
@@ -76,13 +82,16 @@ def test_a_short_limit_does_not_end_a_long_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_stopped", [False, True], ids=["hanging", "stopped by SIGSTOP"])
-def test_stacks_of_a_worker_that_hangs_are_in_its_log(
-    tmp_path: Path, hanging: subprocess.Popen[bytes], is_stopped: bool
+def test_stacks_of_every_rank_of_a_worker_that_hangs_are_in_its_log(
+    tmp_path: Path, ranks: list[subprocess.Popen[bytes]], is_stopped: bool
 ) -> None:
     if is_stopped:
-        os.kill(hanging.pid, signal.SIGSTOP)
-    assert watched(tmp_path, hanging.pid).record_stacks()
-    assert "a_place_to_hang_in" in (tmp_path / "train.log").read_text()
+        os.kill(ranks[1].pid, signal.SIGSTOP)
+    seen = watched(tmp_path, *(process.pid for process in ranks))
+    assert seen.record_stacks()
+    assert (tmp_path / "train.log").read_text().count("in a_place_to_hang_in") == 2
+    seen.end()
+    assert [process.wait(5) for process in ranks] == [-signal.SIGKILL] * 2
 
 
 def test_worker_that_cannot_show_its_stacks_does_not_hold_up_its_end(

@@ -89,11 +89,11 @@ class CausalLM:
             hidden_NW, labels_N = self._hidden(batch)
             return summed_loss_and_hits(self.head, hidden_NW, labels_N, self.chunk)
 
-    def shard(self, mesh: Any) -> None:
-        """Share the frozen layers out over the mesh's ranks."""
+    def shard(self, share: Any) -> None:
+        """Share the frozen layers out over the ranks, as `shard.choose_sharing` chose."""
         from .shard import shard
 
-        shard(self.inner, self.decoder, self.device, mesh)
+        shard(self.inner, self.decoder, self.device, share)
         self.is_sharded = True
 
     def pad(self) -> None:

@@ -101,7 +101,7 @@ def _problem(asked: str, without: str, has_gpu: bool) -> Problem | None:
             "the Python package bitsandbytes is not installed",
             f"{INSTALL}   (or {without})",
         )
-    if not has_gpu and _release(version) < FIRST_ON_CPU:
+    if not has_gpu and not works_on_cpu():
         return Problem(
             f"{asked} needs a GPU, or a newer bitsandbytes",
             asked,
@@ -114,6 +114,11 @@ def _problem(asked: str, without: str, has_gpu: bool) -> Problem | None:
 
 def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def works_on_cpu() -> bool:
+    """Tell whether the installed bitsandbytes can pack weights, and train with them, on a CPU."""
+    return _release(installed_version() or "0") >= FIRST_ON_CPU
 
 
 def quantization(section: ModelSection, dtype: Any) -> Any:

@@ -1,59 +1,60 @@
-"""Share the frozen base model's layers out over the ranks, with PyTorch's FSDP2.
+"""Share the frozen base model's layers out over the ranks.
 
 Each rank keeps a part of every decoder layer and gathers the whole layer while it
 computes. Embeddings, head and all that is trained stay whole on every rank: these are a
 small part, and the adapter is then saved and exported as one process does it.
-Source: torch.distributed.fsdp.fully_shard.
+
+PyTorch's FSDP2 does it where it can (torch.distributed.fsdp.fully_shard: torch 2.6 and
+newer, weights that are numbers); `gather` does it elsewhere.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed.fsdp
 from torch import nn
 
 from ..errors import UnavailableError
+from ..ranks import Ranks
+from .gather import GatheredLayers
+
+Sharing = Callable[[nn.ModuleList, nn.Module, set[nn.Parameter]], None]
 
 
-def check_sharding() -> None:
-    """Refuse a PyTorch without `fully_shard` that leaves parameters out.
+def choose_sharing(device: str, ranks: Ranks, *, is_quantized: bool) -> Sharing:
+    """Return how layers are shared out here; all ranks must ask at the same time."""
+    fully_shard = getattr(torch.distributed.fsdp, "fully_shard", None)
 
-    Raises:
-        UnavailableError: it is too old.
-    """
-    try:
-        from torch.distributed.fsdp import fully_shard  # noqa: F401
-    except ImportError:
-        raise UnavailableError.of(
-            "parallelism: fsdp needs a newer PyTorch",
-            where="parallelism",
-            why=f"torch {torch.__version__} has no torch.distributed.fsdp.fully_shard",
-            remedy="use the current stack, or --parallelism ddp with --use_4bit true",
-        ) from None
+    def gather(layers: nn.ModuleList, _: nn.Module, __: set[nn.Parameter]) -> None:
+        GatheredLayers(layers, device, ranks)
 
+    if fully_shard is None or is_quantized:
+        return gather
 
-def make_mesh(device: str, count: int) -> Any:
-    """Return the mesh of all ranks, who must make it at the same time."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh(device, (count,))
+    mesh = init_device_mesh(device, (ranks.count,))
+
+    def share(layers: nn.ModuleList, decoder: nn.Module, whole: set[nn.Parameter]) -> None:
+        for module in (*layers, decoder):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+
+    return share
 
 
-def shard(model: Any, decoder: nn.Module, device: str, mesh: Any) -> None:
+def shard(model: Any, decoder: nn.Module, device: str, share: Sharing) -> None:
     """Share out the decoder's layers, and move what is left whole to the device.
 
     Raises:
         UnavailableError: the decoder's layers were not found.
     """
-    from torch.distributed.fsdp import fully_shard
-
     layers = _layers_of(model, decoder)
     own = {p for layer in layers for p in layer.parameters() if not p.requires_grad}
     whole = {p for p in model.parameters() if p not in own}
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    fully_shard(decoder, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    share(layers, decoder, whole)
     with torch.no_grad():
         for parameter in whole:
             parameter.data = parameter.data.to(device)

@@ -170,20 +170,6 @@ CONFLICTS = (
         "--parallelism fsdp",
     ),
     Conflict(
-        ("parallelism", "use_4bit", "use_8bit"),
-        lambda c: c.training.parallelism == "fsdp" and _is_quantized(c),
-        "parallelism: fsdp does not go with a quantized base model",
-        "bitsandbytes' packed weights cannot be cut and put together again by fully_shard",
-        "--parallelism ddp (4 bits take a seventh of float32's memory), or load it unquantized",
-    ),
-    Conflict(
-        ("parallelism", "optim"),
-        lambda c: c.training.parallelism == "fsdp" and c.training.optim != "adamw",
-        "parallelism: fsdp needs optim: adamw",
-        "bitsandbytes' optimizers do not know parameters that are spread over processes",
-        "--optim adamw, or --parallelism ddp",
-    ),
-    Conflict(
         ("max_steps",),
         lambda c: c.training.max_steps == 0,
         "max_steps is 0",

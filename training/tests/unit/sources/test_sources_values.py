@@ -86,7 +86,6 @@ def test_no_error_shows_a_secret(folder, path, environ, arguments):
         ({"init_lora_weights": "olora", "use_dora": True}, "use_dora"),
         ({"init_lora_weights": "olora", "use_8bit": True}, "not quantized"),
         ({"init_lora_weights": "loftq"}, "needs use_4bit"),
-        ({"parallelism": "fsdp", "optim": "adamw_8bit"}, "needs optim: adamw"),
         ({"init_lora_weights": "loftq", "use_4bit": True, "use_dora": True}, "use_dora"),
         ({"init_lora_weights": "orthogonal", "lora_r": 7}, "even lora_r"),
         ({"use_flash_attention": True, "bf16": False}, "bf16 is off"),
