@@ -206,7 +206,7 @@ def _open_model(
     device = "cuda" if machine.has_gpu and torch.cuda.is_available() else "cpu"
     used, why = precision.choose_precision(config.model.bf16, device)
     dtype = torch.bfloat16 if used == "bfloat16" else torch.float32
-    kernel = flash.choose(config.model.use_flash_attention, machine, used)
+    kernel = flash.choose(config.model.use_flash_attention, machine, used, model=shape)
     # sdpa knows no soft-cap on the scores; eager computes it.
     attention = "eager" if getattr(shape, "attn_logit_softcapping", None) else "sdpa"
     parallelism, chosen = _parallelism_of(config, machine, shape, used, ranks)
@@ -324,7 +324,7 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
     sized = _shape_of(base, parameters, trained)
     processes = process_count(config, machine)
     parallelism, why = choose_parallelism(config, machine, sized, used, processes)
-    kernel = flash.choose(config.model.use_flash_attention, machine, used)
+    kernel = flash.choose(config.model.use_flash_attention, machine, used, model=base.config)
     return make_plan(
         config,
         machine,

@@ -103,9 +103,18 @@ def _gateway(project: Project) -> str:
     return next(network["Gateway"] for network in networks)
 
 
-def test_the_log_is_rotated(project):
+def test_the_log_is_rotated(project, make_project):
     log = project.inspect()["HostConfig"]["LogConfig"]
     assert log == {"Type": "json-file", "Config": {"max-file": "5", "max-size": "10m"}}
+    other = make_project("rotating")
+    other.environment |= {"LORA_LOG_SIZE": "100k", "LORA_LOG_FILES": "2"}
+    name = f"{other.name}-counting"
+    command = ("trainer", "seq", "1", "20000")  # 1.6 MB of json-file
+    other.compose("run", "--detach", "--no-deps", "--name", name, *command)
+    assert docker("wait", name).stdout.strip() == "0"
+    kept = docker("logs", name).stdout.split()
+    assert kept[-1] == "20000"
+    assert 500 < len(kept) < 4000
 
 
 def test_secrets_are_in_a_file_and_nowhere_else(project):

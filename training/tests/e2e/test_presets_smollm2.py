@@ -23,6 +23,7 @@ SCALED = {
     "eval_dataset": None,
     "max_steps": STEPS,
     "max_seq_length": 256,
+    "gradient_accumulation_steps": 1,
     "warmup_ratio": 0.0,
     "learning_rate": 0.002,
     "logging_steps": 1,

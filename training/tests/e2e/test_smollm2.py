@@ -19,9 +19,9 @@ pytestmark = pytest.mark.slow
 
 def smollm2():
     model = AutoModelForCausalLM.from_pretrained(
-        locate(ModelSection()).path, dtype=torch.float32, attn_implementation="sdpa"
+        locate(ModelSection()).path, attn_implementation="sdpa"
     )
-    return model.requires_grad_(False)
+    return model.float().requires_grad_(False)
 
 
 def test_every_step_of_smollm2_equals_plain_transformers(tmp_path: Path):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import FAMILIES, tiny_model
 from test_equivalence import make_rows
+from transformers import LlamaConfig
 
 from lora_trainer.compat import MAJOR
 from lora_trainer.errors import ConfigError
@@ -204,6 +205,16 @@ def test_insisting_on_it_is_refused_by_the_reason(
     assert reason in told.value.block()
     assert "a.json:3" in told.value.block()
     assert "--use_flash_attention auto" in told.value.block()
+
+
+def test_heads_wider_than_the_kernel_takes_are_left_to_pytorch(tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, "flash_attn")
+    wide = LlamaConfig(hidden_size=1024, num_attention_heads=2)  # heads of 512
+    assert flash.choose("auto", machine((8, 0)), "bfloat16", model=wide) is None
+    assert flash.choose("auto", machine((8, 0)), "bfloat16", model=LlamaConfig()) == flash.FLASH_2
+    with pytest.raises(ConfigError, match="use_flash_attention cannot be true") as told:
+        flash.choose(True, machine((8, 0)), "bfloat16", model=wide)
+    assert "heads of up to 256, this model's have 512" in told.value.block()
 
 
 def test_the_plan_names_the_kernel():

@@ -32,20 +32,16 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return train
 
 
-needs_fully_shard = pytest.mark.skipif(
-    not hasattr(torch.distributed.fsdp, "fully_shard"),
-    reason="fully_shard came with torch 2.6: model/gather.py shares the layers out",
-)
 needs_bitsandbytes = pytest.mark.skipif(
     not works_on_cpu(), reason="this stack's bitsandbytes does not train on a CPU"
 )
 CASES = [
     (2, "ddp", {}),
     (4, "ddp", {}),
-    pytest.param(2, "fsdp", {}, marks=needs_fully_shard),
-    pytest.param(4, "fsdp", {}, marks=needs_fully_shard),
-    pytest.param(2, "fsdp", {"has_checkpointing": True}, marks=needs_fully_shard),
-    pytest.param(2, "fsdp", {"family": "llama-tied"}, marks=needs_fully_shard),
+    (2, "fsdp", {}),
+    (4, "fsdp", {}),
+    (2, "fsdp", {"has_checkpointing": True}),
+    (2, "fsdp", {"family": "llama-tied"}),
     (2, "fsdp", {"is_gathered": True}),
     (4, "fsdp", {"is_gathered": True, "family": "gemma2"}),
     (2, "fsdp", {"is_gathered": True, "has_checkpointing": True, "dropout": 0.2}),
@@ -75,7 +71,10 @@ def test_ranks_train_what_one_process_trains(
             assert torch.equal(tensor, other["adapter"][name])
 
 
-@needs_fully_shard
+@pytest.mark.skipif(
+    not hasattr(torch.distributed.fsdp, "fully_shard"),
+    reason="fully_shard came with torch 2.6: model/gather.py shares the layers out",
+)
 def test_sharded_ranks_hold_a_part_of_the_layers_each(alone: Any, tmp_path: Path) -> None:
     own = {"max_steps": 1}
     folder = tmp_path / "run"

@@ -34,13 +34,19 @@ class Kernel:
 FLASH_2 = Kernel("flash-attn 2", "flash_attn")
 FLASH_3 = Kernel("flash-attn 3", "flash_attn_interface")
 AMPERE = (8, 0)
+WIDEST = 256  # numbers a head, of either version
 HOPPER = 9  # flash-attn 3 is written for it; on later GPUs version 2 runs
 
 
 def choose(
-    asked: bool | Literal["auto"], machine: Machine, precision: str, *, where: str = ""
+    asked: bool | Literal["auto"],
+    machine: Machine,
+    precision: str,
+    *,
+    model: Any = None,
+    where: str = "",
 ) -> Kernel | None:
-    """Return the kernel to use; None for PyTorch's own.
+    """Return the kernel to use; None for PyTorch's own. `model` is the base model's config.
 
     Raises:
         ConfigError: it is insisted on, and cannot be used; the reason by name.
@@ -48,6 +54,11 @@ def choose(
     if asked is False:
         return None
     kernel, why = _find(machine, precision)
+    if kernel is not None and (width := _head_width(model)) > WIDEST:
+        kernel, why = (
+            None,
+            f"{kernel.name} takes heads of up to {WIDEST}, this model's have {width}",
+        )
     if kernel is None and asked is True:
         raise ConfigError.of(
             "use_flash_attention cannot be true here",
@@ -56,6 +67,13 @@ def choose(
             remedy=REMEDY,
         )
     return kernel
+
+
+def _head_width(model: Any) -> int:
+    if model is None:
+        return 0
+    own = getattr(model, "head_dim", None)
+    return int(own or model.hidden_size // model.num_attention_heads)
 
 
 def _find(machine: Machine, precision: str) -> tuple[Kernel | None, str]:
