@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A run in a container, for run.sh, which sources it after container.sh and sets COMMAND, CONFIG,
-# GPUS, PASSED, IS_BACKGROUND and STATE. It only defines functions.
+# PLACE, GPUS, PASSED, IS_BACKGROUND, IS_AIRGAPPED and STATE. It only defines functions.
 
 # Prints the id of this project's trainer while it runs, or fails.
 running_container() {

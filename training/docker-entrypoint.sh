@@ -17,7 +17,8 @@
 #   that is empty counts as not given
 #   LORA_TRAINER_<KEY>    a key of the config
 #
-# Exit codes: the trainer's; from here 69 no usable GPU, 77 a mount that may not be written, 78 config
+# Exit codes: the trainer's; from here 69 no usable GPU, 74 a full disk, 77 a mount that may not be
+# written, 78 config
 set -Eeuo pipefail
 
 readonly WORKSPACE="${LORA_WORKSPACE:-/workspace}"
@@ -216,7 +217,7 @@ entrypoint_main() {
       find_config
       exec lora-trainer check --config "$CONFIG" "${@:2}"
       ;;
-    chat | evaluate | merge | export | schema | keys) exec lora-trainer "$@" ;;
+    chat | evaluate | merge | export | dashboard | schema | keys) exec lora-trainer "$@" ;;
     *) exec "$@" ;;
   esac
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes training/.venv from the locks of one stack (requirements/lock.sh tells which there are).
 # Sourced by run.sh, test.sh and .ci/run, which set the shell's options; it only defines
-# functions, of which they call prepare_environment.
+# functions, of which they call prepare_environment or prepare_test_environment.
 #
 # The environment is ready when its stamp names the stack's locks, the Python and the place
 # that it was made from, and the checkout whose sources it runs. The stamp goes first and comes

@@ -26,8 +26,8 @@
 #   logs            show and follow what the run prints
 #   status          the same as health-check.sh
 #
-# In a container the config's dataset paths are looked for in LORA_DATASETS (public/datasets), and
-# results go to LORA_OUTPUTS (public/outputs), as the user who called.
+# A dataset's name is looked for in public/datasets too; a container sees that folder alone
+# (LORA_DATASETS), and writes results to LORA_OUTPUTS (public/outputs) as the user who called.
 #
 # Variables:
 #   LORA_TRAINER_CONFIG   the config file where --config is not given
@@ -44,7 +44,7 @@
 #
 # Exit codes: 0 finished, 65 data, 69 unavailable (Docker, Python, packages, model, device), 70
 # internal fault, 74 disk, 75 another run is under way, 77 no permission, 78 config, 137 memory,
-# 143 stopped by a signal
+# 143 stopped by a signal, 130 Ctrl-C before the run began
 set -Eeuo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=environment.sh
@@ -146,6 +146,9 @@ run_locally() {
     *) export CUDA_VISIBLE_DEVICES="$GPUS" ;;
   esac
   prepare_environment
+  # As in a container: a dataset's name alone is looked for there too.
+  [[ ! -d "$TRAINING/../public/datasets" ]] ||
+    export DATASETS_DIR="${DATASETS_DIR:-$(cd "$TRAINING/../public/datasets" && pwd)}"
   set -- "$VENV/bin/python" -m lora_trainer.cli "$COMMAND" --config "$CONFIG" \
     ${PASSED[@]+"${PASSED[@]}"}
   ((IS_BACKGROUND)) || exec "$@"

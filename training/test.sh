@@ -2,13 +2,13 @@
 # Check everything that this machine can check: ./training/test.sh
 #
 # Makes training/.venv as run.sh does, adds the tests' own packages, then runs ruff (format and
-# lint), mypy, shellcheck, shfmt, the check of the locks and pytest. All of them run, whatever
+# lint), mypy, shellcheck, shfmt, hadolint, the check of the locks and pytest. All of them run, whatever
 # fails; the last lines say what did. Tests marked `gpu` run where a GPU is, those marked
 # `browser` where chromium and chromedriver are, those marked `docker` where an engine answers.
 #
 # Usage: test.sh [--fast] [--stack] [PYTEST ARGUMENT ...]
 #
-#   --fast   leave out the tests marked `slow`, which train the embedded model
+#   --fast   leave out the tests marked `slow`: long runs, most of the embedded model
 #   --stack  only what another stack can change: neither linters nor the page's and
 #            the container's tests, nor those marked `any_stack`
 #   --help   this text
@@ -18,7 +18,7 @@
 #   LORA_REQUIRE_DOCKER    1: a docker test that cannot run is a failure
 #   LORA_TEST_BASE_IMAGE   the base of the image that the docker tests build (default: the cpu stack's)
 #   LORA_TEST_CA_CERT, LORA_TEST_WHEELS   for that build: build.sh's --ca-cert and --wheels
-# Exit codes: 0 all passed, 1 something failed, 69, 74 and 77 as for run.sh
+# Exit codes: 0 all passed, 1 something failed, 69, 74, 75, 77, 78 and 143 as for run.sh
 set -Eeuo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=environment.sh

@@ -1,6 +1,6 @@
 """What differs between the supported versions of the libraries, and why; nothing else does.
 
-The `cu121` stack has transformers 4.50.3, the others 5.x (DESIGN section 5).
+The `cu121` stack, and any on Python 3.10, has transformers 4.50.3, the others 5.x.
 """
 
 from __future__ import annotations

@@ -82,6 +82,14 @@ def test_gpu_flags_decide_what_the_trainer_sees(
     assert checkout.run("training/run.sh", *flags).stdout.splitlines()[1] == f"gpus {seen}"
 
 
+def test_a_datasets_name_is_looked_for_where_a_container_sees_it(checkout: Checkout) -> None:
+    assert "datasets unset" in checkout.run("training/run.sh").stdout
+    folder = checkout.root / "public" / "datasets"
+    folder.mkdir(parents=True)
+    assert f"datasets {folder}" in checkout.run("training/run.sh").stdout
+    assert "datasets /mine" in checkout.run("training/run.sh", DATASETS_DIR="/mine").stdout
+
+
 @pytest.mark.parametrize(
     "arguments", [("stop", "now"), ("--gpus", "two"), ("--config",), ("--config", "missing.json")]
 )

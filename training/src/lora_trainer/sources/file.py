@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ SUFFIXES = (".json", ".yaml", ".yml")
 
 
 def read_file(path: Path) -> Layer:
-    """Return the values of a config file, JSON by its suffix or its first brace, else YAML.
+    """Return the values of a config file, JSON or YAML.
 
     Keys stand in their section or at the top level; both may be mixed.
 
@@ -37,10 +38,21 @@ def read_file(path: Path) -> Layer:
 
 
 def parse(text: str, path: Path) -> Document:
-    """Return the text of a config file as a document."""
+    """Return the text of a config file as a document: JSON by its suffix or its first brace.
+
+    YAML under a name in .json is taken for what it is: in a container every config has one.
+    """
     suffix = path.suffix.lower()
     is_json = suffix == ".json" or (suffix not in SUFFIXES and text.lstrip().startswith("{"))
+    is_json = is_json and not _begins_with_key(text)
     return read_json(text, str(path)) if is_json else read_yaml(text, str(path))
+
+
+def _begins_with_key(text: str) -> bool:
+    """Tell whether the first line that is no comment is a key of YAML's."""
+    lines = (line.strip() for line in text.splitlines())
+    first = next((line for line in lines if line and not line.startswith(("#", "---"))), "")
+    return bool(re.match(r"[A-Za-z_]\w*:(\s|$)", first))
 
 
 def _take(layer: Layer, document: Document, key: str, value: Any) -> None:

@@ -32,6 +32,11 @@ def test_yaml_yes_is_text_and_refused_for_a_switch(folder):
     assert problem.remedy == "write true"
 
 
+@pytest.mark.parametrize("text", ["lora_r: 4\n", "# mine\n---\nlora:\n  lora_r: 4\n"])
+def test_yaml_that_a_container_sees_as_config_json_is_read(folder, text):
+    assert from_file(folder, text, "config.json").config.lora.lora_r == 4
+
+
 def test_empty_yaml_and_null_keys_give_the_defaults(folder):
     assert from_file(folder, "# nothing\n", "c.yaml").config == resolve(None, {}, []).config
     resolved = from_file(folder, "lora_r:\nwarmup_steps: null\nadapter:\nlora:\n", "c.yaml")
