@@ -113,6 +113,8 @@ def _check_packages(settings: Settings) -> None:
     if problems := missing_trackers(settings.config.monitoring.report_to):
         faults.append(ConfigError(problems))
     faults += _faults_of(lambda s: quantize.check_bitsandbytes(s.config, has_gpu=has_gpu), settings)
+    if settings.config.training.parallelism == "fsdp":
+        faults += _faults_of(lambda s: quantize.check_sharing(s.config), settings)
     faults += _faults_of(_check_flash_attention, settings)
     raise_all(faults)
 

@@ -167,9 +167,7 @@ def answer(
             start = first + batch_examples * sharing.rank
             batch = order[start : start + batch_examples]
             if batch:
-                answers = _generate(
-                    model, tokenizer, batch, sorted(ends), max_new_tokens, causal.device
-                )
+                answers = _generate(causal, model, tokenizer, batch, sorted(ends), max_new_tokens)
                 for row, ids in enumerate(answers, start):
                     made[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
             progress(min(len(order), first + batch_examples * sharing.count))
@@ -181,12 +179,12 @@ def answer(
 
 
 def _generate(
+    causal: CausalLM,
     model: Any,
     tokenizer: Any,
     batch: Sequence[Question],
     ends: list[int],
     max_new_tokens: int,
-    device: str,
 ) -> list[list[int]]:
     longest = max(len(question.prompt) for question in batch)
     ids = torch.full((len(batch), longest), tokenizer.pad_token_id or 0)
@@ -195,8 +193,10 @@ def _generate(
         ids[row, longest - len(question.prompt) :] = torch.tensor(question.prompt)
         mask[row, longest - len(question.prompt) :] = 1
     output = model.generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
+        input_ids=ids.to(causal.device),
+        attention_mask=mask.to(causal.device),
+        # Ranks that gather layers together go on until each has its answers.
+        synced_gpus=causal.is_sharded,
         do_sample=False,
         temperature=None,
         top_p=None,

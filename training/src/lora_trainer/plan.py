@@ -236,14 +236,19 @@ def _is_quantized(config: Config) -> bool:
 
 
 def _quantized_bytes(config: Config, shape: ModelShape, width: int) -> tuple[float, float]:
-    """Return the bytes of what stays wide, a matrix widened to compute included, and the rest."""
+    """Return the bytes of what each process has whole, and of the packed weights.
+
+    Whole are what is not quantized, the scales, and the matrix that is widened at a time.
+    """
     if config.model.use_8bit:
-        each = 1 + 4 / shape.hidden_size
+        each, scale = 1.0, 4 / shape.hidden_size
     else:
-        each = 0.5 + (DOUBLE_SCALE_BYTES if config.model.bnb_4bit_use_double_quant else SCALE_BYTES)
+        each = 0.5
+        scale = DOUBLE_SCALE_BYTES if config.model.bnb_4bit_use_double_quant else SCALE_BYTES
     kept = shape.unquantized_parameters
     widened = shape.hidden_size * shape.intermediate_size * width
-    return kept * width + widened, (shape.parameters - kept) * each
+    packed = shape.parameters - kept
+    return kept * width + packed * scale + widened, packed * each
 
 
 def memory_limit_bytes(machine: Machine, processes: int) -> int:

@@ -13,20 +13,30 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed.fsdp
 from torch import Tensor
 
 from .events import RankFigures
 
 # A rank waits for another as long as that one lives: tokenizing may take hours.
 PATIENCE = datetime.timedelta(days=7)
-# What the backends say when a peer has gone.
-LOST_WORDS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+# What gloo and NCCL say when a peer has gone; what else they raise is a fault of this rank.
+LOST_WORDS = (
+    "Connection closed",
+    "Connection reset",
+    "Broken pipe",
+    "Socket closed",
+    "gloo::IoException",
+    "ncclRemoteError",
+    "ncclSystemError",
+)
 
 
 class PeerLostError(Exception):
@@ -110,6 +120,10 @@ def join(rank: int, count: int, store: str) -> Ranks:
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         torch.cuda.set_device(rank)
+        if not hasattr(torch.distributed.fsdp, "fully_shard"):
+            # Later versions do so by themselves: memory that was gathered into is free again
+            # at once, instead of when the processor has caught up with the GPU.
+            os.environ.setdefault("TORCH_NCCL_AVOID_RECORD_STREAMS", "1")
     with _peers():
         torch.distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
@@ -125,14 +139,11 @@ def is_peer_lost(error: BaseException) -> bool:
     """Tell whether an error only says that another rank is gone."""
     if isinstance(error, PeerLostError):
         return True
-    kinds = tuple(
-        getattr(torch.distributed, name)
-        for name in ("DistBackendError", "DistNetworkError", "DistError")
-        if hasattr(torch.distributed, name)
+    # Not memory that has run out; torch's own errors of collectives are RuntimeErrors too.
+    is_known = isinstance(error, RuntimeError) and not isinstance(
+        error, torch.cuda.OutOfMemoryError
     )
-    if isinstance(error, kinds):
-        return True
-    return type(error) is RuntimeError and any(word in str(error) for word in LOST_WORDS)
+    return is_known and any(word in str(error) for word in LOST_WORDS)
 
 
 @contextlib.contextmanager
@@ -140,6 +151,8 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if not is_peer_lost(error):
+            raise
         raise PeerLostError(str(error)) from error
 
 

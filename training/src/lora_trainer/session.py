@@ -181,6 +181,7 @@ def open_session(
         source = load.locate(config.model)
         tokenizer = load.load_tokenizer(source, config.model)
         shape = load.load_config(source, config.model)
+        config = quantize.as_stored(config, shape, has_gpu=machine.has_gpu)
         emit(PhaseChanged(phase="tokenizing"))
         splits = open_data(config, source, tokenizer, emit)
     load.use_template(tokenizer, config.data.chat_template)
@@ -205,24 +206,25 @@ def _open_model(
 ) -> Session:
     device = "cuda" if machine.has_gpu and torch.cuda.is_available() else "cpu"
     used, why = precision.choose_precision(config.model.bf16, device)
+    if ranks.is_any(used == "float32"):  # a clock, or another GPU, may have told them different
+        used = "float32"
     dtype = torch.bfloat16 if used == "bfloat16" else torch.float32
     kernel = flash.choose(config.model.use_flash_attention, machine, used, model=shape)
     # sdpa knows no soft-cap on the scores; eager computes it.
     attention = "eager" if getattr(shape, "attn_logit_softcapping", None) else "sdpa"
     parallelism, chosen = _parallelism_of(config, machine, shape, used, ranks)
-    is_quantized = quantize.is_quantized(config.model)
     share = None
     if parallelism == "fsdp":
-        share = choose_sharing(device, ranks, is_quantized=is_quantized)
-    # It goes to the device layer by layer, while these are shared out, if it can be packed here.
-    is_by_layers = share is not None and (not is_quantized or quantize.works_on_cpu())
+        quantize.check_sharing(config)
+        share = choose_sharing(device, ranks, is_packed=quantize.is_quantized(config.model))
     # Where the base does not fit on a device, a copy for each rank may not fit in memory.
     with contextlib.nullcontext() if share is None else ranks.in_turn():
         base = load.load_model(
             source,
             config.model,
             dtype=dtype,
-            device="cpu" if is_by_layers else device,
+            # It goes to the device layer by layer, while these are shared out.
+            device=device if share is None else "cpu",
             attention=attention,
         )
         refuse_long_rows(config, base, splits)
@@ -245,7 +247,7 @@ def _open_model(
         shape_of_base = _shape_of(base, parameters, trained)
         if share is not None:
             causal.shard(share)
-    fallback = probe.verify(causal)
+    fallback = probe.verify(causal, ranks.is_any)
     weights = [source.weight for source in source_specs(config, config.data.dataset)]
     rows_of_epoch = rows_of_epoch_in(splits, weights, config.training.seed)
     plan = make_plan(
@@ -310,7 +312,9 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
         ConfigError, DataError: what training would refuse of adapter and lengths.
     """
     machine = read_machine()
-    base = _unloaded(config, load.load_config(source, config.model))
+    shape = load.load_config(source, config.model)
+    config = quantize.as_stored(config, shape, has_gpu=machine.has_gpu)
+    base = _unloaded(config, shape)
     device = "cuda" if machine.has_gpu and torch.cuda.is_available() else "cpu"
     used = precision.choose_precision(config.model.bf16, device)[0]
     with torch.device("meta"):

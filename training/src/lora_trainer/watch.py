@@ -22,7 +22,7 @@ from .wording import size
 
 # The worker's handler of this signal writes the stacks of all its threads to its log.
 STACKS_SIGNAL = signal.SIGUSR1
-STACKS_SECONDS = 5.0  # the longest that is waited for them
+STACKS_SECONDS = 5.0  # the longest that is waited for them, a second or more for each rank
 QUIET_LOG_SECONDS = 0.5  # a log that has not grown for so long has them all
 HIGH_MEMORY = 0.95  # share of the machine's or the cgroup's that is worth a warning
 # The kernel, short of memory, takes the process with the highest score: the worker, which
@@ -67,16 +67,20 @@ class Watch:
         return oom_kills() > self._oom_kills
 
     def record_stacks(self) -> bool:
-        """Have every rank write its threads' stacks to the log; tell whether any did.
+        """Have one rank after the other write its threads' stacks; tell whether any did.
 
         One that was stopped by a signal is continued: its handler runs first.
         """
+        seconds = max(1.0, STACKS_SECONDS / len(self.pids))
+        wrote = [self._stacks_of(pid, seconds) for pid in self.pids]
+        return any(wrote)
+
+    def _stacks_of(self, pid: int, seconds: float) -> bool:
         before = _size(self.log)
-        until = time.monotonic() + STACKS_SECONDS
-        for pid in self.pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, STACKS_SIGNAL)
-                os.kill(pid, signal.SIGCONT)
+        until = time.monotonic() + seconds
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, STACKS_SIGNAL)
+            os.kill(pid, signal.SIGCONT)
         last, changed = before, time.monotonic()
         while time.monotonic() < until:
             time.sleep(0.05)

@@ -6,6 +6,7 @@ took 8 s for a second's work.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import peft  # noqa: F401
 import torch
 import torch._dynamo
 import torch.distributed.fsdp
-import transformers.models.llama.modeling_llama  # noqa: F401
+import transformers.models.llama.modeling_llama
 from families import VOCABULARY, tiny_model
 from test_equivalence import SETTINGS, ListRows, make_rows
 
@@ -34,6 +35,10 @@ from lora_trainer.optim import make_optimizer
 from lora_trainer.plan import DataProfile, ModelShape, Parallelism, make_plan
 from lora_trainer.ranks import PeerLostError, Ranks
 
+with contextlib.suppress(ImportError):
+    import bitsandbytes  # noqa: F401
+    import transformers.integrations.bitsandbytes  # noqa: F401
+
 OWN = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 12}
 
 
@@ -50,7 +55,7 @@ def make_parts(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) 
         enable_checkpointing(base)
     causal = CausalLM(model, device="cpu", padding_free=True, chunk=7, precision="float32")
     if parallelism == "fsdp":
-        causal.shard(choose_sharing("cpu", ranks, is_quantized=is_gathered))
+        causal.shard(choose_sharing("cpu", ranks, is_packed=is_gathered))
     parameters = trained_parameters(model)
     plan = make_plan(
         config,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 from faults.tiny_model import write_model
 from lora_trainer.checkpoint import TrainState, restore_optimizer, take_snapshot
@@ -255,6 +256,48 @@ def test_optimizer_state_survives_a_checkpoint_to_the_byte(optim):
         assert taken.optimizer["large.state1"].dtype == torch.uint8
         assert taken.optimizer["small.state1"].dtype == torch.float32
         assert not any("qmap" in key for key in taken.optimizer)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", ["nf4", "8bit"])
+def test_base_that_is_stored_in_fewer_bits_is_taken_as_it_is(folder, kind, tmp_path):
+    base = load_base(folder, **KINDS[kind])
+    base.save_pretrained(tmp_path)
+    section, source = ModelSection(), load.ModelSource(str(tmp_path), "stored")
+    config = quantize.as_stored(Config(), load.load_config(source, section), has_gpu=False)
+    assert (config.model.use_4bit, config.model.use_8bit) == (kind == "nf4", kind == "8bit")
+    if kind == "nf4":
+        assert config.model.bnb_4bit_use_double_quant is False  # as stored; true by default
+    stored = load.load_model(source, section, dtype=torch.float32, device="cpu", attention="sdpa")
+    assert quantize.held_bytes(stored) == quantize.held_bytes(base)
+    batch = make_batch()
+    assert causal_of(stored).score(batch) == pytest.approx(causal_of(base).score(batch), rel=1e-5)
+    model = add_adapter(stored, LoraSection(lora_r=4), seed=1)
+    model.train()
+    optimizer = make_optimizer(trained_parameters(model), TrainingSection(learning_rate=0.01))
+    losses = train(causal_of(model), optimizer, batch, 8)
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_base_that_something_else_packed_is_refused_by_its_name():
+    shape = LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ConfigError, match="quantized by gptq"):
+        quantize.as_stored(Config(), shape, has_gpu=True)
+    assert quantize.as_stored(Config(), LlamaConfig(), has_gpu=False) == Config()
+
+
+@pytest.mark.parametrize(("version", "is_refused"), [("0.45.5", True), ("0.50.2", False)])
+def test_packed_base_is_shared_out_only_if_it_can_be_packed_beside_the_gpu(
+    monkeypatch, version, is_refused
+):
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+    config = Config.model_validate({"model": {"use_4bit": True}})
+    if is_refused:
+        with pytest.raises(ConfigError, match="fsdp with a base in 4 or 8 bits"):
+            quantize.check_sharing(config)
+    else:
+        quantize.check_sharing(config)
+    quantize.check_sharing(Config())
 
 
 def refusal(monkeypatch, version: str, *, has_gpu: bool = False, **sections) -> str:

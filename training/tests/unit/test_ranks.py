@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_trainer.model.quantize import works_on_cpu
-from lora_trainer.ranks import Ranks, own_batches, seed_of, share_out
+from lora_trainer.ranks import PeerLostError, Ranks, is_peer_lost, own_batches, seed_of, share_out
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,23 @@ def test_signal_that_reaches_one_rank_stops_all_at_the_same_step(tmp_path: Path)
 
 def test_rank_whose_peer_has_gone_says_so_instead_of_waiting(tmp_path: Path) -> None:
     assert together(2, tmp_path / "run", ranks_at_work.left_alone)[0] == "lost"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (PeerLostError("gone"), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"), True),
+        (RuntimeError("NCCL error: remote process exited, ncclRemoteError"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (RuntimeError("NCCL error: unhandled cuda error"), False),
+        (torch.cuda.OutOfMemoryError("in a gather: Connection closed"), False),
+        (ValueError("Connection closed"), False),
+    ],
+    ids=str,
+)
+def test_only_a_peer_that_is_gone_is_no_fault_of_this_rank(error: Exception, is_lost: bool) -> None:
+    assert is_peer_lost(error) is is_lost
 
 
 def test_rank_0_goes_first_and_all_take_their_turn(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -188,8 +188,18 @@ def when(is_it: Callable[[], bool], act: Callable[[], object]) -> threading.Thre
 WAITS = "trap 'exit 143' TERM INT; while :; do sleep 0.02; done"
 
 
+@pytest.fixture
+def hangup_is_heard() -> Iterator[None]:
+    """Let a hangup end this process again, should the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_signal_is_passed_on_and_ends_as_stopped(made: Made, number: int) -> None:
+def test_signal_is_passed_on_and_ends_as_stopped(
+    made: Made, number: int, hangup_is_heard: None
+) -> None:
     run = made(says(step_line(9)) + WAITS)
     thread = when(lambda: run.status.step == 9, lambda: os.kill(os.getpid(), number))
     with pytest.raises(StoppedError, match="stopped at step 9"):

@@ -55,10 +55,8 @@ def choose(
         return None
     kernel, why = _find(machine, precision)
     if kernel is not None and (width := _head_width(model)) > WIDEST:
-        kernel, why = (
-            None,
-            f"{kernel.name} takes heads of up to {WIDEST}, this model's have {width}",
-        )
+        why = f"{kernel.name} takes heads of up to {WIDEST}, this model's have {width}"
+        kernel = None
     if kernel is None and asked is True:
         raise ConfigError.of(
             "use_flash_attention cannot be true here",

@@ -105,6 +105,12 @@ def _padded(parameter: Tensor) -> int:
     return size + -size % ALIGNMENT_BYTES
 
 
+def move(parameter: Any, device: str) -> None:
+    """Move a parameter that stays whole, with what bitsandbytes keeps beside it."""
+    _point(parameter, parameter.data.to(device))
+    _move_scales(parameter, device)
+
+
 def _point(parameter: Any, data: Tensor) -> None:
     """Let a parameter be `data`; bitsandbytes' 8-bit ones say it twice until their first use."""
     parameter.data = data

@@ -215,21 +215,27 @@ def load_model(
     Raises:
         UnavailableError, AccessError: it cannot be had.
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
     from ..compat import dtype_argument
 
     arguments = _hub_arguments(source, section) | dtype_argument(dtype)
-    quantization = quantize.quantization(section, dtype)
-    if quantization is not None:
-        arguments |= {"quantization_config": quantization, "device_map": {"": device}}
+    is_stored = quantize.is_packed(load_config(source, section))
+    is_quantized = is_stored or quantize.is_quantized(section)
+    if is_quantized:
+        if device == "cuda":  # by its number: threads that load begin at the first one
+            device = f"cuda:{torch.cuda.current_device()}"
+        arguments["device_map"] = {"": device}
+        if not is_stored:
+            arguments["quantization_config"] = quantize.quantization(section, dtype)
     with _hub_errors(source):
         model = AutoModelForCausalLM.from_pretrained(
             source.path, attn_implementation=attention, use_safetensors=True, **arguments
         )
     model.requires_grad_(False)
     model.config.use_cache = False
-    if quantization is None:
+    if not is_quantized:
         return model.to(device)
     quantize.prepare(model)
     return model

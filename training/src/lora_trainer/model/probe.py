@@ -9,6 +9,7 @@ compared with itself, in the same bits: rounding explains no more there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +41,11 @@ class Difference:
         return bool(np.isfinite(self.value)) and abs(self.value) <= self.tolerance
 
 
-def verify(causal: CausalLM) -> str:
+def verify(causal: CausalLM, is_any: Callable[[bool], bool] = bool) -> str:
     """Check head and packing; switch `causal` to padding where packing is not exact.
 
-    Returns a sentence for the plan when padding is used instead, else an empty string.
+    Several ranks decide together: `is_any` tells whether any of them says so. Returns a
+    sentence for the plan when padding is used instead, else an empty string.
 
     Raises:
         UnavailableError: the model does something to its logits that we do not do.
@@ -52,12 +54,12 @@ def verify(causal: CausalLM) -> str:
     causal.model.eval()
     try:
         with rows_apart(causal.inner):
-            return _verify(causal)
+            return _verify(causal, is_any)
     finally:
         causal.model.train(was_training)
 
 
-def _verify(causal: CausalLM) -> str:
+def _verify(causal: CausalLM, is_any: Callable[[bool], bool]) -> str:
     batch = _sample(causal.inner)
     if causal.packed is not None:
         try:
@@ -65,7 +67,7 @@ def _verify(causal: CausalLM) -> str:
         except UnsupportedAttentionError as error:
             reason = f"padding is used: this architecture needs {error}"
         else:
-            if packed.is_small:
+            if not is_any(not packed.is_small):
                 return ""
             reason = f"padding is used: concatenated examples differ by {packed.value:.1e}"
         causal.pad()

@@ -73,6 +73,57 @@ def check_bitsandbytes(config: Config, *, has_gpu: bool) -> None:
         raise ConfigError(problems)
 
 
+def check_sharing(config: Config) -> None:
+    """Refuse to share out a base that would first have to be packed, whole, on each device.
+
+    Raises:
+        ConfigError: the installed bitsandbytes packs on a GPU alone.
+    """
+    if is_quantized(config.model) and not works_on_cpu():
+        raise ConfigError.of(
+            "parallelism: fsdp with a base in 4 or 8 bits needs a newer bitsandbytes",
+            where="parallelism",
+            why=f"bitsandbytes {installed_version() or '(none)'} packs weights on a GPU alone, "
+            "which would have to hold all of them first",
+            remedy="the current stack (bitsandbytes 0.50), or --parallelism ddp",
+        )
+
+
+def is_packed(base_config: Any) -> bool:
+    """Tell whether a base model's own files hold its weights in fewer bits."""
+    return getattr(base_config, "quantization_config", None) is not None
+
+
+def as_stored(config: Config, base_config: Any, *, has_gpu: bool) -> Config:
+    """Return the config with the bits that the base model's own files hold.
+
+    Raises:
+        ConfigError: another method than bitsandbytes packed them, or it cannot be used here.
+    """
+    if not is_packed(base_config):
+        return config
+    own = base_config.quantization_config
+    stored = own if isinstance(own, dict) else own.to_dict()
+    method = str(getattr(stored.get("quant_method"), "value", stored.get("quant_method")))
+    bits = {
+        "use_4bit": bool(stored.get("load_in_4bit")),
+        "use_8bit": bool(stored.get("load_in_8bit")),
+    }
+    if method not in ("bitsandbytes", "None") or not any(bits.values()):
+        raise ConfigError.of(
+            f"the base model is quantized by {method}",
+            where="model_name_or_path",
+            why="adapters are trained on plain weights, or on those that bitsandbytes packed",
+            remedy="name the model that it was made from, with --use_4bit true",
+        )
+    kinds = {
+        k: stored[k] for k in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant") if k in stored
+    }
+    config = config.model_copy(update={"model": config.model.model_copy(update=bits | kinds)})
+    check_bitsandbytes(config, has_gpu=has_gpu)
+    return config
+
+
 def _asked(config: Config) -> list[tuple[str, str]]:
     """Return each key that needs bitsandbytes, and how to do without."""
     found = []

@@ -19,19 +19,19 @@ from torch import nn
 
 from ..errors import UnavailableError
 from ..ranks import Ranks
-from .gather import GatheredLayers
+from .gather import GatheredLayers, move
 
 Sharing = Callable[[nn.ModuleList, nn.Module, set[nn.Parameter]], None]
 
 
-def choose_sharing(device: str, ranks: Ranks, *, is_quantized: bool) -> Sharing:
+def choose_sharing(device: str, ranks: Ranks, *, is_packed: bool) -> Sharing:
     """Return how layers are shared out here; all ranks must ask at the same time."""
     fully_shard = getattr(torch.distributed.fsdp, "fully_shard", None)
 
     def gather(layers: nn.ModuleList, _: nn.Module, __: set[nn.Parameter]) -> None:
         GatheredLayers(layers, device, ranks)
 
-    if fully_shard is None or is_quantized:
+    if fully_shard is None or is_packed:
         return gather
 
     from torch.distributed.device_mesh import init_device_mesh
@@ -49,15 +49,21 @@ def shard(model: Any, decoder: nn.Module, device: str, share: Sharing) -> None:
     """Share out the decoder's layers, and move what is left whole to the device.
 
     Raises:
-        UnavailableError: the decoder's layers were not found.
+        UnavailableError: the decoder's layers were not found, or are left out at random.
     """
     layers = _layers_of(model, decoder)
+    if getattr(model.config, "layerdrop", 0):
+        raise UnavailableError.of(
+            f"models of type {model.config.model_type} with layerdrop cannot be sharded",
+            where="parallelism: fsdp",
+            why="each process would leave other layers out, and wait for ever for the rest",
+            remedy="--parallelism ddp",
+        )
     own = {p for layer in layers for p in layer.parameters() if not p.requires_grad}
     whole = {p for p in model.parameters() if p not in own}
     share(layers, decoder, whole)
-    with torch.no_grad():
-        for parameter in whole:
-            parameter.data = parameter.data.to(device)
+    for parameter in whole:
+        move(parameter, device)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
