@@ -160,14 +160,14 @@ def answer(
     # Token ids plus one, so that nought is none, and ranks can add theirs up.
     made = torch.zeros(len(order), max_new_tokens, dtype=torch.int64)
     sharing = ALONE if causal.is_sharded else ranks
-    with causal.generating() as model:
+    with causal.generating():
         for first in range(0, len(order), batch_examples * sharing.count):
             if should_stop():
                 return None
             start = first + batch_examples * sharing.rank
             batch = order[start : start + batch_examples]
             if batch:
-                answers = _generate(causal, model, tokenizer, batch, sorted(ends), max_new_tokens)
+                answers = _generate(causal, tokenizer, batch, sorted(ends), max_new_tokens)
                 for row, ids in enumerate(answers, start):
                     made[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
             progress(min(len(order), first + batch_examples * sharing.count))
@@ -180,7 +180,6 @@ def answer(
 
 def _generate(
     causal: CausalLM,
-    model: Any,
     tokenizer: Any,
     batch: Sequence[Question],
     ends: list[int],
@@ -192,7 +191,7 @@ def _generate(
     for row, question in enumerate(batch):
         ids[row, longest - len(question.prompt) :] = torch.tensor(question.prompt)
         mask[row, longest - len(question.prompt) :] = 1
-    output = model.generate(
+    output = causal.model.generate(
         input_ids=ids.to(causal.device),
         attention_mask=mask.to(causal.device),
         # Ranks that gather layers together go on until each has its answers.

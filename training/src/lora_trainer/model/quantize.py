@@ -102,14 +102,13 @@ def as_stored(config: Config, base_config: Any, *, has_gpu: bool) -> Config:
     """
     if not is_packed(base_config):
         return config
-    own = base_config.quantization_config
-    stored = own if isinstance(own, dict) else own.to_dict()
-    method = str(getattr(stored.get("quant_method"), "value", stored.get("quant_method")))
+    stored = base_config.quantization_config
+    method = stored.get("quant_method", PACKAGE)
     bits = {
         "use_4bit": bool(stored.get("load_in_4bit")),
         "use_8bit": bool(stored.get("load_in_8bit")),
     }
-    if method not in ("bitsandbytes", "None") or not any(bits.values()):
+    if method != PACKAGE or not any(bits.values()):
         raise ConfigError.of(
             f"the base model is quantized by {method}",
             where="model_name_or_path",

@@ -28,7 +28,7 @@ def choose_sharing(device: str, ranks: Ranks, *, is_packed: bool) -> Sharing:
     """Return how layers are shared out here; all ranks must ask at the same time."""
     fully_shard = getattr(torch.distributed.fsdp, "fully_shard", None)
 
-    def gather(layers: nn.ModuleList, _: nn.Module, __: set[nn.Parameter]) -> None:
+    def gather(layers: nn.ModuleList, *_: Any) -> None:
         GatheredLayers(layers, device, ranks)
 
     if fully_shard is None or is_packed:
