@@ -73,6 +73,7 @@ class Page:
         self.resize(size)
         self.prefer(scheme, motion)
         for _ in range(3):
+            self.driver.get("about:blank")  # the page before may still ask for a server long gone
             self.errors()
             self.driver.get(url)
             if not any(NETWORK_CHANGED in said for said in self._console()):
