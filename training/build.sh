@@ -4,11 +4,13 @@
 # Picks the stack that this machine's GPU and driver can use, checks what the build needs, builds,
 # and says what came out of it.
 #
-# Usage: build.sh [--stack NAME] [--base-image NAME] [--tag NAME] [--ca-cert FILE] [--pip-conf FILE]
-#                 [--apt-sources FILE] [--wheels FOLDER] [--network NAME] [--no-cache] [--push]
+# Usage: build.sh [--stack NAME] [--extra NAME] [--base-image NAME] [--tag NAME] [--ca-cert FILE]
+#                 [--pip-conf FILE] [--apt-sources FILE] [--wheels FOLDER] [--network NAME]
+#                 [--no-cache] [--push]
 #
 #   --stack NAME        cu121 (driver 525+, capability 7.0 to 9.0), current (driver 580+, capability
 #                       7.5+) or cpu; default: what the GPU and its driver can use, else cpu
+#   --extra NAME        deepspeed: for parallelism: deepspeed, on the stacks current and cpu
 #   --base-image NAME   another base, of Debian or Ubuntu; pin it with name@sha256:... The default
 #                       for cu121 carries CUDA and cuDNN, which torch brings too: with
 #                       --base-image ubuntu:22.04 the image is smaller by what it carries
@@ -55,7 +57,7 @@ need_file() {
 }
 
 read_arguments() {
-  STACK='' BASE='' TAG='' IS_PUSHED=0
+  STACK='' BASE='' TAG='' EXTRA='' IS_PUSHED=0
   OPTIONS=()
   while (($#)); do
     case "$1" in
@@ -69,7 +71,7 @@ read_arguments() {
         ;;
       --no-cache) OPTIONS+=(--no-cache) ;;
       --push) IS_PUSHED=1 ;;
-      --stack | --base-image | --tag | --network | --ca-cert | --pip-conf | --apt-sources | --wheels)
+      --stack | --extra | --base-image | --tag | --network | --ca-cert | --pip-conf | --apt-sources | --wheels)
         need_value "$@"
         read_value "$1" "$2"
         shift
@@ -84,6 +86,7 @@ read_arguments() {
 read_value() {
   case "$1" in
     --stack) export LORA_STACK="$2" ;;
+    --extra) EXTRA="$2" ;;
     --base-image) BASE="$2" ;;
     --tag) TAG="$2" ;;
     --network) OPTIONS+=(--network "$2") ;;
@@ -107,6 +110,17 @@ check_builder() {
     "the client does not know the command" "install the package docker-buildx-plugin (Debian 13: docker-buildx)"
   ! is_older "$version" "$LEAST_BUILDX" || fail 69 "Docker's buildx is too old" "docker buildx version" \
     "it is $version, needed is $LEAST_BUILDX" "update the package docker-buildx-plugin"
+}
+
+check_extra() {
+  case "$EXTRA" in
+    '') ;;
+    deepspeed)
+      [[ "$STACK" != cu121 ]] || fail 78 "the stack cu121 has no DeepSpeed" "--extra deepspeed" \
+        "it is not tested with torch 2.1.2" "leave --extra out: parallelism: fsdp shares the base model out there"
+      ;;
+    *) fail 78 "the extra is not known" "--extra $EXTRA" "there is one: deepspeed" "build.sh --help" ;;
+  esac
 }
 
 check_files() {
@@ -141,7 +155,7 @@ build_image() {
     OPTIONS+=(--build-arg BUILDKIT_SYNTAX=docker/dockerfile:1)
   fi
   docker buildx build --load --tag "$TAG" --build-arg "STACK=$STACK" --build-arg "BASE_IMAGE=$BASE" \
-    --build-arg "REVISION=$revision" ${OPTIONS[@]+"${OPTIONS[@]}"} "$TRAINING" ||
+    --build-arg "EXTRA=$EXTRA" --build-arg "REVISION=$revision" ${OPTIONS[@]+"${OPTIONS[@]}"} "$TRAINING" ||
     fail 69 "the image could not be built" "$TRAINING/Dockerfile" "the step that failed is above" \
       "behind a proxy: --ca-cert FILE, --pip-conf FILE; without a registry: --base-image NAME; disk: docker builder prune"
   say "${BOLD}Built $TAG$PLAIN in $((SECONDS - begun)) s," \
@@ -159,6 +173,7 @@ build_main() {
     *) BASE="${BASE:-$(setting BASE_IMAGE "$CPU_BASE")}" ;;
   esac
   TAG="${TAG:-$(setting LORA_IMAGE "lora-trainer:$STACK")}"
+  check_extra
   check_files
   check_room
   build_image

@@ -247,11 +247,10 @@ prepare_environment() {
 
 # prepare_test_environment: adds the tests' own packages, which replace none of the trainer's
 prepare_test_environment() {
-  local lock wanted stamp=''
+  local lock wanted stamp='' locks=("$LOCKS/cpu-test.txt" "$LOCKS/deepspeed.txt")
   prepare_environment
-  lock="$LOCKS/$STACK-test.txt"
-  [[ "$STACK" != current ]] || lock="$LOCKS/cpu-test.txt"
-  wanted="$(digest "$lock")"
+  [[ "$STACK" != cu121 ]] || locks=("$LOCKS/cu121-test.txt")
+  wanted="$(digest "${locks[@]}")"
   [[ -r "$VENV/stamp-test" ]] && read -r stamp <"$VENV/stamp-test"
   [[ "$stamp" != "$wanted" ]] || return 0
   exec 8>>"$VENV.test.lock"
@@ -260,7 +259,9 @@ prepare_test_environment() {
   LOG="$VENV/install-test.log"
   : >"$LOG"
   say "${BOLD}Adding the tests' packages$PLAIN"
-  install "from requirements/${lock##*/}" --require-hashes -r "$lock"
+  for lock in "${locks[@]}"; do
+    install "from requirements/${lock##*/}" --require-hashes -r "$lock"
+  done
   write_stamp "$VENV/stamp-test" "$wanted"
   trap - INT TERM HUP
   exec 8>&-

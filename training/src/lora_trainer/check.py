@@ -106,7 +106,7 @@ def _check_data(settings: Settings) -> None:
 
 
 def _check_packages(settings: Settings) -> None:
-    from .model import quantize
+    from .model import quantize, zero
 
     faults: list[TrainerError] = []
     has_gpu = read_machine().has_gpu
@@ -115,6 +115,8 @@ def _check_packages(settings: Settings) -> None:
     faults += _faults_of(lambda s: quantize.check_bitsandbytes(s.config, has_gpu=has_gpu), settings)
     if settings.config.training.parallelism == "fsdp":
         faults += _faults_of(lambda s: quantize.check_sharing(s.config), settings)
+    if settings.config.training.parallelism == "deepspeed":
+        faults += _faults_of(lambda s: zero.check(s.config), settings)
     faults += _faults_of(_check_flash_attention, settings)
     raise_all(faults)
 

@@ -21,9 +21,15 @@ def dtype_argument(dtype: Any) -> dict[str, Any]:
     return {"dtype" if MAJOR >= 5 else "torch_dtype": dtype}
 
 
-def enable_checkpointing(model: Any) -> None:
-    """Recompute activations in the backward pass: the method was renamed in transformers 5."""
-    how = {"use_reentrant": False}
+def enable_checkpointing(model: Any, *, lets_go: bool = False) -> None:
+    """Recompute activations in the backward pass: the method was renamed in transformers 5.
+
+    `lets_go` of weights after each use: then what was saved cannot be compared with what is
+    recomputed, among which empty weights would be found.
+    """
+    how: dict[str, Any] = {"use_reentrant": False}
+    if lets_go:
+        how["determinism_check"] = "none"
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
     else:

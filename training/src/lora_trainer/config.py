@@ -184,7 +184,12 @@ class TrainingSection(Section):
         "auto", description="Processes that share each step; auto: one per visible GPU, else 1"
     )
     parallelism: Literal["auto", "ddp", "fsdp", "deepspeed"] = Field(
-        "auto", description="Each process holds the base (ddp) or a part (fsdp); auto: as it fits"
+        "auto",
+        description="Each process holds the base (ddp), or a part; auto: ddp or fsdp, as it fits",
+    )
+    offload_param_device: Literal["none", "cpu"] = Field(
+        "none",
+        description="With deepspeed: cpu keeps the frozen layers in the host's memory",
     )
     padding_free: bool | Auto = Field(
         "auto", description="Concatenate a micro-batch's examples instead of padding them"
@@ -287,6 +292,7 @@ NOT_IN_DIGEST = (
     ("data", "preprocessing_num_workers"),
     ("training", "nproc"),
     ("training", "parallelism"),
+    ("training", "offload_param_device"),
 )
 SECRET_KEYS = frozenset({"hf_token"})
 

@@ -15,7 +15,7 @@ from .errors import ConfigError
 from .machine import Machine
 
 Precision = Literal["float32", "bfloat16"]
-Parallelism = Literal["none", "ddp", "fsdp"]
+Parallelism = Literal["none", "ddp", "fsdp", "deepspeed"]
 # What a process holds before any model: the interpreter, torch, transformers, peft
 # (487 MB measured on the CPU; CUDA's context comes on top on a GPU).
 RUNTIME_BYTES = 500 << 20
@@ -64,11 +64,15 @@ class DataProfile:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one of several processes has of the work; `micro_batch` 0: as configured."""
+    """What one of several processes has of the work; `micro_batch` 0: as configured.
+
+    `is_offloaded`: its part of the layers lies in the host's memory.
+    """
 
     processes: int = 1
     parallelism: Parallelism = "none"
     micro_batch: int = 0
+    is_offloaded: bool = False
 
 
 ALL = Share()
@@ -147,7 +151,9 @@ def make_plan(
     )
     # Where there are fewer micro-batches than processes, these become smaller.
     micro_batch = min(training.per_device_train_batch_size, -(-step_examples // processes))
-    share = Share(processes, parallelism, micro_batch)
+    # Where there is no GPU, the host's memory is where the layers are anyway.
+    is_offloaded = config.training.offload_param_device == "cpu" and machine.has_gpu
+    share = Share(processes, parallelism, micro_batch, is_offloaded)
     checkpointing, why = _choose_checkpointing(config, machine, shape, data, precision, share)
     return Plan(
         device="cuda" if machine.has_gpu else "cpu",
@@ -218,16 +224,17 @@ def estimate_memory_bytes(
 def weights_bytes(config: Config, shape: ModelShape, precision: Precision, share: Share) -> float:
     """Return the bytes of the base model's weights in one process.
 
-    With fsdp each holds its part of every layer, two layers whole while they compute, and
-    embeddings and head, which are not shared out.
+    With fsdp and deepspeed each holds its part of every layer, two layers whole while they
+    compute, and embeddings and head, which are not shared out.
     """
     width = 4 if precision == "float32" else 2
     whole = float(min(shape.parameters, 2 * shape.vocab_size * shape.hidden_size) * width)
     layers = shape.parameters * width - whole
     if _is_quantized(config):
         whole, layers = _quantized_bytes(config, shape, width)
-    if share.parallelism == "fsdp":
-        layers = layers / share.processes + 2 * layers / shape.layers
+    if share.parallelism in ("fsdp", "deepspeed"):
+        kept = 0 if share.is_offloaded else layers / share.processes
+        layers = kept + 2 * layers / shape.layers
     return whole + layers
 
 
@@ -263,17 +270,28 @@ def choose_parallelism(
 ) -> tuple[Parallelism, str]:
     """Return how processes share the work, and why where that was chosen."""
     asked = config.training.parallelism
-    if processes == 1:
+    if processes == 1 and config.training.offload_param_device == "none":
         return "none", ""
-    if asked != "auto":
-        return ("fsdp" if asked == "fsdp" else "ddp"), ""
     needed = RUNTIME_BYTES + weights_bytes(config, shape, precision, ALL)
     limit = memory_limit_bytes(machine, processes)
+    if asked == "deepspeed":
+        return asked, _reading_reason(needed * processes, machine)
+    if asked != "auto":
+        return asked, ""
     if needed <= FITTING_SHARE * limit:
         return "ddp", ""
     return "fsdp", (
         f"parallelism is fsdp: the base model needs {needed / 2**30:.1f} GB a process, and one "
         f"has {limit / 2**30:.1f} GB"
+    )
+
+
+def _reading_reason(needed: float, machine: Machine) -> str:
+    if needed <= machine.memory_bytes:
+        return ""
+    return (
+        f"with deepspeed all processes read the base model at once: {needed / 2**30:.1f} GB, and "
+        f"the machine has {machine.memory_bytes / 2**30:.1f} GB; with fsdp one after another"
     )
 
 

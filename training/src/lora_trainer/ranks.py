@@ -117,22 +117,32 @@ def join(rank: int, count: int, store: str) -> Ranks:
     """
     if count == 1:
         return ALONE
-    has_gpu = torch.cuda.is_available()
-    if has_gpu:
+    if torch.cuda.is_available():
         torch.cuda.set_device(rank)
         if not hasattr(torch.distributed.fsdp, "fully_shard"):
             # Later versions do so by themselves: memory that was gathered into is free again
             # at once, instead of when the processor has caught up with the GPU.
             os.environ.setdefault("TORCH_NCCL_AVOID_RECORD_STREAMS", "1")
+    ranks = Ranks(rank, count)
     with _peers():
-        torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=count,
-            timeout=PATIENCE,
-        )
-    return Ranks(rank, count)
+        _meet(ranks, init_method=f"file://{store}")
+    return ranks
+
+
+def form_group(ranks: Ranks) -> None:
+    """Make even a rank alone a group of PyTorch's, for a library that wants one."""
+    if not torch.distributed.is_initialized():
+        _meet(ranks, store=torch.distributed.HashStore())  # type: ignore[attr-defined]
+
+
+def _meet(ranks: Ranks, **where: Any) -> None:
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        rank=ranks.rank,
+        world_size=ranks.count,
+        timeout=PATIENCE,
+        **where,
+    )
 
 
 def is_peer_lost(error: BaseException) -> bool:

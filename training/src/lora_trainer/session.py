@@ -44,7 +44,7 @@ from .dataset import (
 from .events import Event, PhaseChanged, Warned
 from .loop import Parts
 from .machine import Machine, read_machine
-from .model import flash, load, loftq, probe, quantize
+from .model import flash, load, loftq, probe, quantize, zero
 from .model.adapter import add_adapter, changes_base, load_adapter_state, trained_parameters
 from .model.forward import CausalLM
 from .model.shard import choose_sharing
@@ -214,11 +214,13 @@ def _open_model(
     attention = "eager" if getattr(shape, "attn_logit_softcapping", None) else "sdpa"
     parallelism, chosen = _parallelism_of(config, machine, shape, used, ranks)
     share = None
-    if parallelism == "fsdp":
-        quantize.check_sharing(config)
-        share = choose_sharing(device, ranks, is_packed=quantize.is_quantized(config.model))
-    # Where the base does not fit on a device, a copy for each rank may not fit in memory.
-    with contextlib.nullcontext() if share is None else ranks.in_turn():
+    if parallelism in ("fsdp", "deepspeed"):
+        zero.check(config) if parallelism == "deepspeed" else quantize.check_sharing(config)
+        is_packed = quantize.is_quantized(config.model)
+        share = choose_sharing(parallelism, config.training, device, ranks, is_packed=is_packed)
+    # Where the base does not fit on a device, a copy for each rank may not fit in memory; but
+    # DeepSpeed has all ranks compare theirs, one weight after the other.
+    with ranks.in_turn() if parallelism == "fsdp" else contextlib.nullcontext():
         base = load.load_model(
             source,
             config.model,
@@ -263,7 +265,7 @@ def _open_model(
         reasons=tuple(reason for reason in (why, chosen, fallback) if reason),
     )
     if plan.gradient_checkpointing:
-        enable_checkpointing(base)
+        enable_checkpointing(base, lets_go=parallelism == "deepspeed")
     digest = f"{config.digest()}-{data_digest(splits, weights)}"
     return Session(
         config=config,
@@ -288,7 +290,7 @@ def _parallelism_of(
     config: Config, machine: Machine, shape: Any, used: Precision, ranks: Ranks
 ) -> tuple[Parallelism, str]:
     """Choose before the weights are loaded: where they go depends on it."""
-    if ranks.count == 1:
+    if ranks.count == 1 and config.training.offload_param_device == "none":
         return "none", ""
     base = _unloaded(config, shape)
     sized = _shape_of(base, quantize.count_parameters(base), {})

@@ -12,13 +12,16 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from extras import needs_deepspeed
 from faults.trainer import (
     STEPS,
     Ended,
     Trainer,
     adapter_digest,
+    adapter_of,
     at_step,
     events_of,
     losses,
@@ -100,6 +103,38 @@ def test_run_on_two_ranks_then_one_then_two_sharded_ends_with_the_bytes_of_one(
         for value in values:
             assert value == pytest.approx(min(expected[step]), abs=1e-4)
     assert adapter_digest(chain.output) == adapter_digest(undisturbed)
+
+
+@pytest.fixture(scope="module")
+def chain_of_deepspeed(trainer: Trainer) -> tuple[Path, list[Ended]]:
+    """Kill one of two ranks that share the base by DeepSpeed, stop both; end alone without it."""
+    output = trainer.root / "deepspeed"
+    run = trainer.start(output, nproc=2, parallelism="deepspeed")
+    run.wait_for(at_step(KILLED))
+    os.kill(run.ranks()[TOLD], signal.SIGKILL)
+    run.wait_for(at_step(FIRST_STOP))
+    run.process.send_signal(signal.SIGTERM)
+    return output, [run.wait(), trainer.train(output, nproc=1)]
+
+
+@needs_deepspeed
+def test_run_with_deepspeed_restarts_and_goes_on_without_it(
+    chain_of_deepspeed: tuple[Path, list[Ended]], undisturbed: Path
+) -> None:
+    output, starts = chain_of_deepspeed
+    assert [start.code for start in starts] == [143, 0], [start.err for start in starts]
+    plans = [event["plan"]["parallelism"] for event in of_kind(output, "plan")]
+    assert plans == ["deepspeed", "deepspeed", "none"]
+    assert len(of_kind(output, "restart")) == 1
+    found, expected = losses(output), losses(undisturbed)
+    assert found.keys() == set(range(1, STEPS + 1))
+    for step, values in found.items():
+        for value in values:
+            assert value == pytest.approx(min(expected[step]), abs=1e-4)
+    ended, whole = adapter_of(output), adapter_of(undisturbed)
+    assert ended.keys() == whole.keys()
+    for name, array in ended.items():
+        np.testing.assert_allclose(array, whole[name], atol=1e-4, rtol=0)
 
 
 def test_each_event_is_told_by_one_rank(chain: Chain) -> None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.numpy import load_file
+
 from faults.tiny_model import write_model, write_rows
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
@@ -227,6 +229,11 @@ def adapter_digest(output: Path) -> str:
     return hashlib.sha256(
         (output / "final_model" / "adapter_model.safetensors").read_bytes()
     ).hexdigest()
+
+
+def adapter_of(output: Path) -> dict[str, Any]:
+    """Return the exported adapter's tensors, as arrays by name."""
+    return load_file(output / "final_model" / "adapter_model.safetensors")
 
 
 def steps_saved(output: Path) -> list[int]:

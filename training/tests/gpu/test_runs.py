@@ -1,4 +1,4 @@
-"""Whole runs on GPUs: QLoRA, flash attention, DDP and FSDP on two, memory against the plan.
+"""Whole runs on GPUs: QLoRA, flash attention, DDP, FSDP and DeepSpeed, memory against the plan.
 
 One command, for who has a GPU: ./training/test.sh tests/gpu
 Each test asks for as many GPUs as it needs, and is skipped where there are fewer.
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from extras import needs_deepspeed
 from faults.trainer import Trainer, losses, of_kind
 from lora_trainer.model import quantize
 
@@ -108,7 +109,9 @@ def test_flash_attention_trains_as_pytorchs_own(trainer, page):
 
 
 @needs(2)
-@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "parallelism", ["ddp", "fsdp", pytest.param("deepspeed", marks=needs_deepspeed)]
+)
 def test_two_gpus_train_what_one_does(trainer, plain, page, parallelism):
     plan, told, last = run(trainer, parallelism, nproc=2, parallelism=parallelism, bf16=False)
     assert (plan["processes"], plan["parallelism"]) == (2, parallelism)
@@ -117,6 +120,22 @@ def test_two_gpus_train_what_one_does(trainer, plain, page, parallelism):
         f"{parallelism} on 2 GPUs        {last['step_seconds']:.3f} s a step, one GPU "
         f"{plain[2]['step_seconds']:.3f} s; losses differ by {worst:.1e}"
     )
+    assert told[1] == pytest.approx(plain[1][1], rel=1e-4)
+    assert told[STEPS] == pytest.approx(plain[1][STEPS], rel=1e-2)
+
+
+@needs(1)
+@needs_deepspeed
+def test_layers_in_the_hosts_memory_train_as_those_on_the_gpu(trainer, plain, page):
+    keys = {"parallelism": "deepspeed", "offload_param_device": "cpu", "nproc": 1, "bf16": False}
+    plan, told, last = run(trainer, "offloaded", **keys)
+    used, whole = last["gpu_memory_bytes"], plain[2]["gpu_memory_bytes"]
+    page(
+        f"offloaded            {last['step_seconds']:.3f} s a step, {used / 2**20:.0f} MB; on the "
+        f"GPU {plain[2]['step_seconds']:.3f} s, {whole / 2**20:.0f} MB"
+    )
+    assert plan["parallelism"] == "deepspeed"
+    assert used < whole
     assert told[1] == pytest.approx(plain[1][1], rel=1e-4)
     assert told[STEPS] == pytest.approx(plain[1][STEPS], rel=1e-2)
 

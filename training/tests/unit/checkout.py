@@ -67,7 +67,7 @@ class Checkout:
         for script in (TRAINING.parent / ".ci").iterdir():
             shutil.copy(script, root / ".ci")
         for stack in ("cpu", "current", "cu121"):
-            for name in (stack, f"{stack}-torch", f"{stack}-test", "embedded"):
+            for name in (stack, f"{stack}-torch", f"{stack}-test", "embedded", "deepspeed"):
                 (self.training / "requirements" / f"{name}.txt").write_text(f"{name}==1\n")
         self.write_lock_sh(status=0)
         (self.training / "config.json").write_text("{}")

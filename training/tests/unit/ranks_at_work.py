@@ -52,10 +52,11 @@ def make_parts(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) 
     base = tiny_model(family) if not bits else quantized_model(family, bits, folder, ranks)
     model = add_adapter(base, LoraSection(lora_r=4, lora_dropout=dropout), seed=11)
     if has_checkpointing:
-        enable_checkpointing(base)
+        enable_checkpointing(base, lets_go=parallelism == "deepspeed")
     causal = CausalLM(model, device="cpu", padding_free=True, chunk=7, precision="float32")
-    if parallelism == "fsdp":
-        causal.shard(choose_sharing("cpu", ranks, is_packed=is_gathered))
+    if parallelism in ("fsdp", "deepspeed"):
+        training = config.training
+        causal.shard(choose_sharing(parallelism, training, "cpu", ranks, is_packed=is_gathered))
     parameters = trained_parameters(model)
     plan = make_plan(
         config,
@@ -109,13 +110,19 @@ def trained(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) -> 
         "evals": [event.eval_loss for event in events if isinstance(event, Evaluated)],
         "ranks": [event.ranks for event in measured],
         "slowest": [event.slowest for event in measured],
-        "held": sum(
-            (p.to_local() if hasattr(p, "to_local") else p).numel()
-            for p in parts.causal.decoder.layers.parameters()
-            if not p.requires_grad
-        ),
+        "held": sum(map(held, parts.causal.decoder.layers.parameters())),
         "adapter": {name: p.detach().clone() for name, p in parts.parameters.items()},
     }
+
+
+def held(parameter: torch.nn.Parameter) -> int:
+    """Return how many numbers of a frozen matrix this rank has."""
+    if parameter.requires_grad:
+        return 0
+    if hasattr(parameter, "ds_id"):
+        return parameter.ds_tensor.numel() if len(parameter.ds_shape) > 1 else 0
+    own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return own.numel() if parameter.dim() > 1 else 0
 
 
 def gathered(ranks: Ranks) -> dict[str, Any]:

@@ -100,6 +100,26 @@ def test_build_picks_the_stack_by_gpu_and_driver(checkout: Checkout, gpu: str, s
     assert "1.76 GB" in result.stderr
 
 
+def test_build_takes_an_extra_of_the_stacks_that_have_it(checkout: Checkout) -> None:
+    checkout.write_tool("df", "#!/bin/sh\necho title; echo disk 9 9 99000000 9 /\n")
+    result = checkout.run("training/build.sh", "--stack", "current", "--extra", "deepspeed")
+    assert result.returncode == 0, result.stderr
+    assert "--build-arg EXTRA=deepspeed " in calls(checkout)
+
+
+@pytest.mark.parametrize(
+    ("stack", "extra", "said"),
+    [("cu121", "deepspeed", "has no DeepSpeed"), ("cpu", "flash", "the extra is not known")],
+)
+def test_build_refuses_an_extra_that_is_not_there(
+    checkout: Checkout, stack: str, extra: str, said: str
+) -> None:
+    result = checkout.run("training/build.sh", "--stack", stack, "--extra", extra)
+    assert result.returncode == 78
+    assert said in result.stderr
+    assert "buildx build" not in calls(checkout)
+
+
 def test_build_refuses_a_full_disk_with_74(checkout: Checkout) -> None:
     checkout.write_tool("df", "#!/bin/sh\necho title; echo disk 9 9 5000000 9 /\n")
     result = checkout.run("training/build.sh", "--stack", "cpu")

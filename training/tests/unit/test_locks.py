@@ -11,6 +11,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from lora_trainer.model import zero
+
 TRAINING = Path(__file__).resolve().parents[2]
 LOCKS = TRAINING / "requirements"
 HASHED = sorted(path.name for path in LOCKS.glob("*.txt") if path.name != "cpu-torch.txt")
@@ -48,11 +50,14 @@ def locked(*names: str, environment: dict[str, str] | None = None) -> dict[str, 
 def asked(stack: str) -> list[Requirement]:
     pins = "cu121" if stack == "cu121" else "current"
     names = ["requirements.txt", f"requirements/{pins}.in", "requirements/test.in"]
+    if stack != "cu121":
+        names.append("requirements/deepspeed.in")
     return [entry for name in names for entry in requirements(TRAINING / name)]
 
 
 def files(stack: str) -> list[str]:
-    return [f"{stack}.txt", f"{stack}-torch.txt", f"{stack}-test.txt"]
+    extra = [] if stack == "cu121" else ["deepspeed.txt"]
+    return [f"{stack}.txt", f"{stack}-torch.txt", f"{stack}-test.txt", *extra]
 
 
 def python(minor: int) -> dict[str, str]:
@@ -85,6 +90,10 @@ def test_locks_satisfy_what_the_in_files_ask_for(stack: str, minor: int) -> None
 
 def test_both_builds_of_torch_have_one_version() -> None:
     assert locked("cpu-torch.txt")["torch"] == locked("current-torch.txt")["torch"] + "+cpu"
+
+
+def test_deepspeed_that_is_asked_for_is_the_one_that_was_tested() -> None:
+    assert zero.INSTALL.endswith(f"=={locked('deepspeed.txt')['deepspeed']}")
 
 
 def needed(entries: list[Requirement]) -> Iterator[Requirement]:

@@ -159,6 +159,16 @@ def test_parallelism_that_was_asked_for_is_taken():
     assert parallelism_of(SEVEN_BILLION, **asked) == ("fsdp", "")
 
 
+def test_offloading_is_for_one_process_too():
+    asked = {"training": {"parallelism": "deepspeed", "offload_param_device": "cpu"}}
+    assert parallelism_of(SEVEN_BILLION, processes=1, **asked) == ("deepspeed", "")
+    assert parallelism_of(SEVEN_BILLION, **asked) == ("deepspeed", "")
+    _, why = parallelism_of(SEVENTY_BILLION, **asked)
+    assert "515.9 GB, and the machine has 256.0 GB" in why
+    del asked["training"]["offload_param_device"]
+    assert parallelism_of(SEVEN_BILLION, processes=1, **asked) == ("none", "")
+
+
 def shared(processes, parallelism="ddp", **training):
     return make_plan(
         Config.model_validate({"training": training}),
@@ -195,3 +205,8 @@ def test_processes_without_an_example_are_told_of():
 def test_sharing_a_base_out_takes_less_memory_a_process():
     whole, part = shared(4), shared(4, "fsdp")
     assert part.estimated_memory_bytes < whole.estimated_memory_bytes - (8 << 30)
+
+
+def test_layers_in_the_hosts_memory_take_none_of_the_gpu():
+    kept, gone = (shared(1, "deepspeed", offload_param_device=device) for device in ("none", "cpu"))
+    assert gone.estimated_memory_bytes < 4 << 30 < 12 << 30 < kept.estimated_memory_bytes

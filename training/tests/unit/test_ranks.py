@@ -14,6 +14,7 @@ from forked import together
 from hypothesis import given
 from hypothesis import strategies as st
 
+from extras import needs_deepspeed
 from lora_trainer.model.quantize import works_on_cpu
 from lora_trainer.ranks import PeerLostError, Ranks, is_peer_lost, own_batches, seed_of, share_out
 
@@ -51,6 +52,16 @@ CASES = [
     pytest.param(2, "fsdp", {"bits": 4, "optim": "adamw_8bit"}, marks=needs_bitsandbytes),
     pytest.param(2, "ddp", {"bits": 4}, marks=needs_bitsandbytes),
     (2, "ddp", {"dropout": 0.2}),
+    pytest.param(2, "deepspeed", {}, marks=needs_deepspeed),
+    pytest.param(2, "deepspeed", {"family": "llama-tied"}, marks=needs_deepspeed),
+    pytest.param(
+        4,
+        "deepspeed",
+        {"family": "gemma2", "has_checkpointing": True, "dropout": 0.2},
+        marks=needs_deepspeed,
+    ),
+    pytest.param(2, "deepspeed", {"offload_param_device": "cpu"}, marks=needs_deepspeed),
+    pytest.param(1, "deepspeed", {"offload_param_device": "cpu"}, marks=needs_deepspeed),
 ]
 
 
@@ -71,14 +82,25 @@ def test_ranks_train_what_one_process_trains(
             assert torch.equal(tensor, other["adapter"][name])
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.distributed.fsdp, "fully_shard"),
-    reason="fully_shard came with torch 2.6: model/gather.py shares the layers out",
+@pytest.mark.parametrize(
+    "parallelism",
+    [
+        pytest.param(
+            "fsdp",
+            marks=pytest.mark.skipif(
+                not hasattr(torch.distributed.fsdp, "fully_shard"),
+                reason="fully_shard came with torch 2.6: model/gather.py shares the layers out",
+            ),
+        ),
+        pytest.param("deepspeed", marks=needs_deepspeed),
+    ],
 )
-def test_sharded_ranks_hold_a_part_of_the_layers_each(alone: Any, tmp_path: Path) -> None:
+def test_sharded_ranks_hold_a_part_of_the_layers_each(
+    alone: Any, tmp_path: Path, parallelism: str
+) -> None:
     own = {"max_steps": 1}
     folder = tmp_path / "run"
-    found = together(2, folder, ranks_at_work.trained, folder, "fsdp", own)
+    found = together(2, folder, ranks_at_work.trained, folder, parallelism, own)
     assert [one["held"] for one in found] == [alone(own)["held"] / 2] * 2
 
 

@@ -422,7 +422,7 @@ def test_test_sh_adds_its_packages_once(checkout: Checkout) -> None:
     checkout.run("training/run.sh")
     checkout.run("training/test.sh")
     checkout.run("training/test.sh")
-    assert checkout.calls() == [*FIRST_INSTALLATION, "cpu-test.txt"]
+    assert checkout.calls() == [*FIRST_INSTALLATION, "cpu-test.txt", "deepspeed.txt"]
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ computes. Embeddings, head and all that is trained stay whole on every rank: the
 small part, and the adapter is then saved and exported as one process does it.
 
 PyTorch's FSDP2 does it where it can (torch.distributed.fsdp.fully_shard: torch 2.6 and
-newer, weights that are numbers); `gather` does it elsewhere.
+newer, weights that are numbers); `gather` does it elsewhere, `zero` where DeepSpeed is asked for.
 """
 
 from __future__ import annotations
@@ -17,15 +17,30 @@ import torch
 import torch.distributed.fsdp
 from torch import nn
 
+from ..config import TrainingSection
 from ..errors import UnavailableError
+from ..plan import Parallelism
 from ..ranks import Ranks
+from . import zero
 from .gather import GatheredLayers, move
 
 Sharing = Callable[[nn.ModuleList, nn.Module, set[nn.Parameter]], None]
 
 
-def choose_sharing(device: str, ranks: Ranks, *, is_packed: bool) -> Sharing:
+def choose_sharing(
+    parallelism: Parallelism,
+    training: TrainingSection,
+    device: str,
+    ranks: Ranks,
+    *,
+    is_packed: bool,
+) -> Sharing:
     """Return how layers are shared out here; all ranks must ask at the same time."""
+    if parallelism == "deepspeed":
+        is_offloaded = training.offload_param_device == "cpu"
+        return lambda layers, decoder, _: zero.share(
+            layers, decoder, device, ranks, is_offloaded=is_offloaded
+        )
     fully_shard = getattr(torch.distributed.fsdp, "fully_shard", None)
 
     def gather(layers: nn.ModuleList, *_: Any) -> None:

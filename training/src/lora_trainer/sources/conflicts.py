@@ -162,12 +162,13 @@ CONFLICTS = (
         HOLD_OUT,
     ),
     Conflict(
-        ("parallelism",),
-        lambda c: c.training.parallelism == "deepspeed",
-        "parallelism: deepspeed is not in this version",
-        "only the adapter is trained, so that ZeRO's sharded optimizer saves a few MB; what "
-        "helps is to shard the frozen base, which fsdp does",
-        "--parallelism fsdp",
+        ("offload_param_device", "parallelism"),
+        lambda c: (
+            c.training.offload_param_device != "none" and c.training.parallelism != "deepspeed"
+        ),
+        "offload_param_device without parallelism: deepspeed",
+        "it is DeepSpeed that brings a layer from the host's memory to the GPU",
+        "--parallelism deepspeed",
     ),
     Conflict(
         ("max_steps",),

@@ -105,7 +105,7 @@ NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "dataloader_num_workers": (ANY, "batches come from memory-mapped files"),
     "remove_unused_columns": (ANY, "only the columns of the format are read"),
     "ddp_timeout": (ANY, "stall_timeout_seconds watches over the run"),
-    "deepspeed": (("",), "use parallelism: fsdp, which shares out the frozen base"),
+    "deepspeed": (("",), "use parallelism: deepspeed, whose settings follow from the model"),
     "fsdp": (("", []), "use parallelism: fsdp"),
     "fsdp_config": (({},), "use parallelism: fsdp, which has nothing to set"),
     "wandb_project": (ANY, "set the environment variable WANDB_PROJECT"),

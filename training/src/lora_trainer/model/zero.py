@@ -1,0 +1,150 @@
+"""Share the frozen layers out by DeepSpeed's ZeRO stage 3, through Accelerate.
+
+DeepSpeed is given the layers' frozen modules and nothing else. The adapter, its optimizer
+and the checkpoint stay as one process has them, so that a run goes on with another number
+of processes, or without DeepSpeed. What it can do that fsdp cannot: leave the layers in
+the host's memory and bring each to the GPU as it computes (`offload_param_device`).
+
+It is an extra, installed by hand (`INSTALL`). Source: https://arxiv.org/abs/1910.02054.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from ..config import Config
+from ..errors import ConfigError
+from .quantize import is_quantized
+
+if TYPE_CHECKING:  # `check` answers without torch
+    from torch import nn
+
+    from ..ranks import Ranks
+
+PACKAGE = "deepspeed"
+INSTALL = "pip install deepspeed==0.19.8"
+# What torch 2.1.2 lacks on a CPU is what DeepSpeed gathers with, so none of it is tested there.
+FIRST_TORCH = (2, 6)
+
+
+def check(config: Config) -> None:
+    """Refuse `parallelism: deepspeed` where it cannot be; imports neither torch nor DeepSpeed.
+
+    Raises:
+        ConfigError: the base is in 4 or 8 bits, DeepSpeed is missing, or torch is too old.
+    """
+    if is_quantized(config.model):
+        why = "ZeRO does not know the scales that bitsandbytes keeps beside its packed weights"
+        _refuse("with a base in 4 or 8 bits is not supported", why, "--parallelism fsdp")
+    torch = importlib.metadata.version("torch")
+    if tuple(int(part) for part in torch.split(".")[:2]) < FIRST_TORCH:
+        why = f"with torch {torch} it cannot be tested without a GPU, and was not"
+        _refuse("needs torch 2.6 or newer", why, "--parallelism fsdp, or the current stack")
+    try:
+        importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        why = "the Python package deepspeed is not found: an extra, which no lock holds"
+        _refuse("needs DeepSpeed", why, f"{INSTALL}   # or --parallelism fsdp")
+
+
+def _refuse(what: str, why: str, remedy: str) -> None:
+    raise ConfigError.of(
+        f"parallelism: deepspeed {what}", where="training.parallelism", why=why, remedy=remedy
+    )
+
+
+def share(
+    layers: nn.ModuleList, decoder: nn.Module, device: str, ranks: Ranks, *, is_offloaded: bool
+) -> None:
+    """Share the layers' frozen weights out; all ranks must, at the same time.
+
+    Weights of modules that are trained in part (a bias, say) stay whole on every rank.
+    Afterwards `torch.nn.functional.linear` is DeepSpeed's, in the whole process: it keeps
+    the weight's name for the backward pass instead of its numbers.
+    """
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from torch import nn
+
+    from ..ranks import form_group
+    from .gather import move
+
+    class FrozenModules(nn.ModuleList):
+        """What DeepSpeed takes for the model; its forward pass says that the real one begins."""
+
+        def forward(self) -> None:
+            """Compute nothing; ZeRO's hooks begin the order of their gathers anew."""
+
+    form_group(ranks)
+    deepspeed = _imported(device, ranks)
+    frozen = FrozenModules(module for module in layers.modules() if _is_frozen(module))
+    settings = _settings(frozen, len(layers), device, is_offloaded)
+    plugin = DeepSpeedPlugin(hf_ds_config=settings)
+    accelerator = Accelerator(
+        deepspeed_plugin=plugin, mixed_precision="bf16" if settings["bf16"]["enabled"] else "no"
+    )
+    # Before Accelerate would move all of it to the device at once.
+    deepspeed.zero.Init(module=frozen, config_dict_or_path=settings)
+    accelerator.prepare(frozen)
+    decoder.register_forward_pre_hook(lambda *_: frozen())
+    for parameter in layers.parameters():
+        if not hasattr(parameter, "ds_id"):
+            move(parameter, device)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    own = list(module.parameters(recurse=False))
+    return bool(own) and not any(parameter.requires_grad for parameter in own)
+
+
+def _imported(device: str, ranks: Ranks) -> Any:
+    """Import DeepSpeed, and tell it and Accelerate in which process they are."""
+    import torch
+
+    place = {"RANK": ranks.rank, "LOCAL_RANK": ranks.rank, "WORLD_SIZE": ranks.count}
+    place["LOCAL_WORLD_SIZE"] = ranks.count
+    os.environ |= {key: str(value) for key, value in place.items()}
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": device}
+    # Without it Accelerate would choose the number of threads anew.
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    # DeepSpeed 0.19 calls by its old name what torch 2.13 has renamed; users can do nothing.
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*", FutureWarning)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Sums through shared memory, for its inference: compiled at the first start,
+    # for half a minute, where a compiler is, and failing where none is.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _settings(frozen: nn.Module, layers: int, device: str, is_offloaded: bool) -> dict[str, Any]:
+    """Return DeepSpeed's settings; sizes are counts of weights.
+
+    As with fsdp a layer is whole while it computes, and the next one on its way. Norms and
+    biases are small, and stay whole once they were gathered.
+    """
+    import torch
+
+    parameters = list(frozen.parameters())
+    layer = -(-sum(parameter.numel() for parameter in parameters) // max(1, layers))
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "stage3_max_live_parameters": 2 * layer,
+        "stage3_prefetch_bucket_size": layer,
+        "stage3_max_reuse_distance": layer,
+        "stage3_param_persistence_threshold": max(
+            (p.numel() for p in parameters if p.dim() < 2), default=0
+        ),
+    }
+    if is_offloaded:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": device != "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # asked for, and of no use without its optimizer
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": parameters[0].dtype == torch.bfloat16},
+    }

@@ -1,0 +1,20 @@
+"""Marks of tests that need what no stack, or not every one, has."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_trainer.config import Config
+from lora_trainer.errors import ConfigError
+from lora_trainer.model import zero
+
+
+def _why_no_deepspeed() -> str:
+    try:
+        zero.check(Config())
+    except ConfigError as error:
+        return error.problems[0].why
+    return ""
+
+
+needs_deepspeed = pytest.mark.skipif(bool(_why_no_deepspeed()), reason=_why_no_deepspeed())
