@@ -140,7 +140,7 @@ class WorkerGroup:
 def _defaults(count: int) -> dict[str, str]:
     """Return what a worker's environment says where the user's does not."""
     if count == 1:
-        return WORKER_DEFAULTS
+        return WORKER_DEFAULTS | LOOPBACK
     threads = max(1, read_machine().cores // count)
     return WORKER_DEFAULTS | LOOPBACK | {"OMP_NUM_THREADS": str(threads)}
 

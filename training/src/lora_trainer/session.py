@@ -99,7 +99,8 @@ class Session:
     @property
     def versions(self) -> dict[str, str]:
         """Return the versions and the machine that the result depends on."""
-        found = {name: importlib.metadata.version(name) for name in LIBRARIES}
+        extra = (zero.PACKAGE,) if self.plan.parallelism == "deepspeed" else ()
+        found = {name: importlib.metadata.version(name) for name in (*LIBRARIES, *extra)}
         return found | {"machine": platform.machine(), "system": platform.system()}
 
     def note(self, figures: dict[str, float]) -> None:
@@ -249,7 +250,9 @@ def _open_model(
         shape_of_base = _shape_of(base, parameters, trained)
         if share is not None:
             causal.shard(share)
-    fallback = probe.verify(causal, ranks.is_any)
+    named = zero.names_what_it_cannot if parallelism == "deepspeed" else contextlib.nullcontext
+    with named():
+        fallback = probe.verify(causal, ranks.is_any)
     weights = [source.weight for source in source_specs(config, config.data.dataset)]
     rows_of_epoch = rows_of_epoch_in(splits, weights, config.training.seed)
     plan = make_plan(
@@ -290,7 +293,7 @@ def _parallelism_of(
     config: Config, machine: Machine, shape: Any, used: Precision, ranks: Ranks
 ) -> tuple[Parallelism, str]:
     """Choose before the weights are loaded: where they go depends on it."""
-    if ranks.count == 1 and config.training.offload_param_device == "none":
+    if ranks.count == 1 and config.training.parallelism != "deepspeed":
         return "none", ""
     base = _unloaded(config, shape)
     sized = _shape_of(base, quantize.count_parameters(base), {})

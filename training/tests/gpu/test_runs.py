@@ -126,18 +126,19 @@ def test_two_gpus_train_what_one_does(trainer, plain, page, parallelism):
 
 @needs(1)
 @needs_deepspeed
-def test_layers_in_the_hosts_memory_train_as_those_on_the_gpu(trainer, plain, page):
-    keys = {"parallelism": "deepspeed", "offload_param_device": "cpu", "nproc": 1, "bf16": False}
-    plan, told, last = run(trainer, "offloaded", **keys)
-    used, whole = last["gpu_memory_bytes"], plain[2]["gpu_memory_bytes"]
+def test_layers_in_the_hosts_memory_train_as_those_on_the_gpu(trainer, page):
+    _, expected, more = run(trainer, "on the GPU", nproc=1)
+    keys = {"parallelism": "deepspeed", "offload_param_device": "cpu", "nproc": 1}
+    plan, told, less = run(trainer, "offloaded", **keys)
     page(
-        f"offloaded            {last['step_seconds']:.3f} s a step, {used / 2**20:.0f} MB; on the "
-        f"GPU {plain[2]['step_seconds']:.3f} s, {whole / 2**20:.0f} MB"
+        f"offloaded            {less['step_seconds']:.3f} s a step, "
+        f"{less['gpu_memory_bytes'] / 2**20:.0f} MB; on the GPU {more['step_seconds']:.3f} s, "
+        f"{more['gpu_memory_bytes'] / 2**20:.0f} MB"
     )
     assert plan["parallelism"] == "deepspeed"
-    assert used < whole
-    assert told[1] == pytest.approx(plain[1][1], rel=1e-4)
-    assert told[STEPS] == pytest.approx(plain[1][STEPS], rel=1e-2)
+    assert less["gpu_memory_bytes"] < more["gpu_memory_bytes"]
+    assert told[1] == pytest.approx(expected[1], rel=1e-3)
+    assert told[STEPS] == pytest.approx(expected[STEPS], rel=5e-2)
 
 
 @needs(2)

@@ -47,13 +47,15 @@ def make_parts(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) 
     family, dropout = known.pop("family", "llama"), known.pop("dropout", 0.0)
     has_checkpointing, bits = known.pop("has_checkpointing", False), known.pop("bits", 0)
     is_gathered = known.pop("is_gathered", bits > 0)
-    config = Config.model_validate({"training": known, "output": {"save_steps": 0}})
     rows = make_rows()
     base = tiny_model(family) if not bits else quantized_model(family, bits, folder, ranks)
-    model = add_adapter(base, LoraSection(lora_r=4, lora_dropout=dropout), seed=11)
+    lora = LoraSection(lora_r=4, lora_dropout=dropout, use_dora=known.pop("use_dora", False))
+    dtype = known.pop("dtype", "float32")
+    model = add_adapter(base.to(getattr(torch, dtype)) if not bits else base, lora, seed=11)
+    config = Config.model_validate({"training": known, "output": {"save_steps": 0}})
     if has_checkpointing:
         enable_checkpointing(base, lets_go=parallelism == "deepspeed")
-    causal = CausalLM(model, device="cpu", padding_free=True, chunk=7, precision="float32")
+    causal = CausalLM(model, device="cpu", padding_free=True, chunk=7, precision=dtype)
     if parallelism in ("fsdp", "deepspeed"):
         training = config.training
         causal.shard(choose_sharing(parallelism, training, "cpu", ranks, is_packed=is_gathered))
@@ -120,7 +122,9 @@ def held(parameter: torch.nn.Parameter) -> int:
     if parameter.requires_grad:
         return 0
     if hasattr(parameter, "ds_id"):
-        return parameter.ds_tensor.numel() if len(parameter.ds_shape) > 1 else 0
+        # Its part, and what was not let go of.
+        own = parameter.ds_tensor.numel() + parameter.numel()
+        return own if len(parameter.ds_shape) > 1 else 0
     own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     return own.numel() if parameter.dim() > 1 else 0
 

@@ -166,7 +166,9 @@ def test_offloading_is_for_one_process_too():
     _, why = parallelism_of(SEVENTY_BILLION, **asked)
     assert "515.9 GB, and the machine has 256.0 GB" in why
     del asked["training"]["offload_param_device"]
-    assert parallelism_of(SEVEN_BILLION, processes=1, **asked) == ("none", "")
+    parallelism, why = parallelism_of(SEVEN_BILLION, processes=1, **asked)
+    assert parallelism == "none"
+    assert why.startswith("deepspeed is not used")
 
 
 def shared(processes, parallelism="ddp", **training):
@@ -209,4 +211,4 @@ def test_sharing_a_base_out_takes_less_memory_a_process():
 
 def test_layers_in_the_hosts_memory_take_none_of_the_gpu():
     kept, gone = (shared(1, "deepspeed", offload_param_device=device) for device in ("none", "cpu"))
-    assert gone.estimated_memory_bytes < 4 << 30 < 12 << 30 < kept.estimated_memory_bytes
+    assert gone.estimated_memory_bytes < 5 << 30 < 12 << 30 < kept.estimated_memory_bytes

@@ -43,6 +43,7 @@ CASES = [
     (4, "fsdp", {}),
     (2, "fsdp", {"has_checkpointing": True}),
     (2, "fsdp", {"family": "llama-tied"}),
+    (2, "fsdp", {"use_dora": True}),
     (2, "fsdp", {"is_gathered": True}),
     (4, "fsdp", {"is_gathered": True, "family": "gemma2"}),
     (2, "fsdp", {"is_gathered": True, "has_checkpointing": True, "dropout": 0.2}),
@@ -60,7 +61,9 @@ CASES = [
         {"family": "gemma2", "has_checkpointing": True, "dropout": 0.2},
         marks=needs_deepspeed,
     ),
-    pytest.param(2, "deepspeed", {"offload_param_device": "cpu"}, marks=needs_deepspeed),
+    pytest.param(
+        2, "deepspeed", {"dtype": "bfloat16", "has_checkpointing": True}, marks=needs_deepspeed
+    ),
     pytest.param(1, "deepspeed", {"offload_param_device": "cpu"}, marks=needs_deepspeed),
 ]
 

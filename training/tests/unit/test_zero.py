@@ -11,8 +11,9 @@ from families import tiny_model
 from torch import nn
 
 from lora_trainer.config import Config
-from lora_trainer.errors import ConfigError
+from lora_trainer.errors import ConfigError, UnavailableError
 from lora_trainer.model import zero
+from lora_trainer.ranks import PeerLostError, Ranks
 
 DEEPSPEED = {"training": {"parallelism": "deepspeed"}}
 INSTALLED = {"torch": "2.13.0+cpu", "deepspeed": "0.19.8"}
@@ -80,10 +81,41 @@ def test_offloaded_layers_are_pinned_where_a_gpu_copies_them() -> None:
         assert offload == {"device": "cpu", "pin_memory": is_pinned}
 
 
-def test_only_modules_that_hold_nothing_trained_are_shared_out() -> None:
+def test_only_modules_whose_weights_are_their_own_and_frozen_are_shared_out() -> None:
     frozen, part = nn.Linear(2, 2), nn.Linear(2, 2)
     frozen.requires_grad_(False)
     part.weight.requires_grad_(False)
-    assert zero._is_frozen(frozen)
-    assert not zero._is_frozen(part)
-    assert not zero._is_frozen(nn.Sequential(frozen))
+    assert zero._is_shared(frozen)
+    assert not zero._is_shared(part)
+    assert not zero._is_shared(nn.Sequential(frozen))
+    # GPT-OSS' attention has weights of its own beside projections that may be adapted.
+    around = nn.Sequential(frozen)
+    around.register_parameter("sinks", nn.Parameter(torch.zeros(2), requires_grad=False))
+    assert not zero._is_shared(around)
+    assert not zero._is_shared(nn.Conv1d(2, 2, 1).requires_grad_(False))
+
+
+def test_experts_that_are_modules_of_their_own_are_refused_for_several_processes() -> None:
+    layer = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])})
+    with pytest.raises(UnavailableError, match="cannot share this model out"):
+        zero.share(nn.ModuleList([layer]), layer, "cpu", Ranks(0, 2), is_offloaded=False)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (IndexError("tensor of size 0"), UnavailableError),
+        (RuntimeError("The size of tensor a (0) must match"), UnavailableError),
+        (PeerLostError("gone"), PeerLostError),
+        (torch.cuda.OutOfMemoryError("no more"), torch.cuda.OutOfMemoryError),
+        (UnavailableError.of("a head that is not known", where="x", why="y"), UnavailableError),
+    ],
+    ids=str,
+)
+def test_a_model_that_reads_weights_of_others_is_refused_by_name(
+    error: Exception, raised: type[Exception]
+) -> None:
+    with pytest.raises(raised) as caught, zero.names_what_it_cannot():
+        raise error
+    is_named = "outside of the module" in str(getattr(caught.value, "problems", ""))
+    assert is_named is not isinstance(error, raised)

@@ -70,9 +70,9 @@ def shard(model: Any, decoder: nn.Module, device: str, share: Sharing) -> None:
     if getattr(model.config, "layerdrop", 0):
         raise UnavailableError.of(
             f"models of type {model.config.model_type} with layerdrop cannot be sharded",
-            where="parallelism: fsdp",
+            where="training.parallelism",
             why="each process would leave other layers out, and wait for ever for the rest",
-            remedy="--parallelism ddp",
+            remedy="--parallelism ddp, and nothing offloaded",
         )
     own = {p for layer in layers for p in layer.parameters() if not p.requires_grad}
     whole = {p for p in model.parameters() if p not in own}
@@ -92,7 +92,7 @@ def _layers_of(model: Any, decoder: nn.Module) -> nn.ModuleList:
             return module
     raise UnavailableError.of(
         f"models of type {model.config.model_type} cannot be sharded",
-        where="parallelism: fsdp",
+        where="training.parallelism",
         why=f"no list of {count} layers was found in it",
-        remedy="--parallelism ddp",
+        remedy="--parallelism ddp, and nothing offloaded",
     )

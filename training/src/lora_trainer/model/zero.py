@@ -10,14 +10,16 @@ It is an extra, installed by hand (`INSTALL`). Source: https://arxiv.org/abs/191
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
-from ..errors import ConfigError
+from ..errors import ConfigError, TrainerError, UnavailableError
 from .quantize import is_quantized
 
 if TYPE_CHECKING:  # `check` answers without torch
@@ -47,8 +49,8 @@ def check(config: Config) -> None:
     try:
         importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
-        why = "the Python package deepspeed is not found: an extra, which no lock holds"
-        _refuse("needs DeepSpeed", why, f"{INSTALL}   # or --parallelism fsdp")
+        remedy = f"{INSTALL} (for an image: ./build.sh --extra deepspeed), or --parallelism fsdp"
+        _refuse("needs DeepSpeed", "the Python package deepspeed, an extra, is not found", remedy)
 
 
 def _refuse(what: str, why: str, remedy: str) -> None:
@@ -62,9 +64,13 @@ def share(
 ) -> None:
     """Share the layers' frozen weights out; all ranks must, at the same time.
 
-    Weights of modules that are trained in part (a bias, say) stay whole on every rank.
-    Afterwards `torch.nn.functional.linear` is DeepSpeed's, in the whole process: it keeps
-    the weight's name for the backward pass instead of its numbers.
+    Weights that stand beside trained ones (a frozen weight with a trained bias, say) stay
+    whole on every rank. Afterwards `torch.nn.functional.linear` is DeepSpeed's, in the whole
+    process: for the backward pass it keeps the weight's name instead of its numbers, and
+    each projection's input, which PyTorch's does not need where the weight is frozen.
+
+    Raises:
+        UnavailableError: experts are modules of their own, of which ranks would take others.
     """
     from accelerate import Accelerator, DeepSpeedPlugin
     from torch import nn
@@ -78,9 +84,13 @@ def share(
         def forward(self) -> None:
             """Compute nothing; ZeRO's hooks begin the order of their gathers anew."""
 
+    for name, module in layers.named_modules():
+        if ranks.count > 1 and name.endswith("experts") and isinstance(module, nn.ModuleList):
+            why = f"of {name} each process would gather others, and wait for ever for the rest"
+            raise _model_refusal(why)
     form_group(ranks)
     deepspeed = _imported(device, ranks)
-    frozen = FrozenModules(module for module in layers.modules() if _is_frozen(module))
+    frozen = FrozenModules(module for module in layers.modules() if _is_shared(module))
     settings = _settings(frozen, len(layers), device, is_offloaded)
     plugin = DeepSpeedPlugin(hf_ds_config=settings)
     accelerator = Accelerator(
@@ -95,9 +105,46 @@ def share(
             move(parameter, device)
 
 
-def _is_frozen(module: nn.Module) -> bool:
+@contextlib.contextmanager
+def names_what_it_cannot() -> Iterator[None]:
+    """Refuse by name a model whose first forward pass finds weights that are not there.
+
+    Raises:
+        UnavailableError: a module reads another one's weights.
+    """
+    import torch
+
+    from ..ranks import is_peer_lost
+
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        if is_peer_lost(error) or isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        why = f"weights are read outside of the module that has them ({error})"
+        raise _model_refusal(why) from error
+
+
+def _model_refusal(why: str) -> TrainerError:
+    return UnavailableError.of(
+        "DeepSpeed cannot share this model out",
+        where="parallelism: deepspeed",
+        why=why,
+        remedy="--parallelism fsdp",
+    )
+
+
+def _is_shared(module: nn.Module) -> bool:
+    """Tell whether ZeRO takes a module: all its weights are its own, and frozen.
+
+    Convolutions are small, and read by others than themselves (Mamba's kin do).
+    """
+    from torch import nn
+
     own = list(module.parameters(recurse=False))
-    return bool(own) and not any(parameter.requires_grad for parameter in own)
+    is_whole = len(own) == len(list(module.parameters()))
+    is_frozen = not any(parameter.requires_grad for parameter in own)
+    return bool(own) and is_whole and is_frozen and not isinstance(module, nn.Conv1d)
 
 
 def _imported(device: str, ranks: Ranks) -> Any:
@@ -117,15 +164,17 @@ def _imported(device: str, ranks: Ranks) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Sums through shared memory, for its inference: compiled at the first start,
     # for half a minute, where a compiler is, and failing where none is.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def _settings(frozen: nn.Module, layers: int, device: str, is_offloaded: bool) -> dict[str, Any]:
     """Return DeepSpeed's settings; sizes are counts of weights.
 
-    As with fsdp a layer is whole while it computes, and the next one on its way. Norms and
-    biases are small, and stay whole once they were gathered.
+    A layer is whole while it computes, the next one on its way, and what arrives lies in a
+    buffer first: up to 3.4 layers were found whole at a time. Norms and biases are small,
+    and stay whole once they were gathered.
     """
     import torch
 

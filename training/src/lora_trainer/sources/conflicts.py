@@ -162,6 +162,13 @@ CONFLICTS = (
         HOLD_OUT,
     ),
     Conflict(
+        ("use_dora", "parallelism"),
+        lambda c: c.lora.use_dora and c.training.parallelism == "deepspeed",
+        "use_dora does not go with parallelism: deepspeed",
+        "DoRA reads a frozen weight outside of its layer, when DeepSpeed has let go of it",
+        "--parallelism fsdp, or switch use_dora off",
+    ),
+    Conflict(
         ("offload_param_device", "parallelism"),
         lambda c: (
             c.training.offload_param_device != "none" and c.training.parallelism != "deepspeed"

@@ -91,6 +91,8 @@ def test_no_error_shows_a_secret(folder, path, environ, arguments):
         ({"use_flash_attention": True, "bf16": False}, "bf16 is off"),
         ({"loraplus_lr_ratio": 1e6, "learning_rate": 1}, "over 10"),
         ({"chat_template": "llama3"}, "chat_template"),
+        ({"use_dora": True, "parallelism": "deepspeed"}, "use_dora"),
+        ({"offload_param_device": "cpu"}, "offload_param_device without"),
     ],
 )
 def test_conflicting_values_are_refused(folder, content, words):
