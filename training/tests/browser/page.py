@@ -112,6 +112,12 @@ class Page:
         """Return how many pixels of a chart have the colour of its line."""
         return self.js(INKED, chart, ink)
 
+    def summary(self, chart: str) -> str:
+        """Return what a screen reader says of a chart; empty until it is drawn."""
+        return self.js(
+            "return document.querySelector(arguments[0])?.ariaLabel ?? ''", f"#chart-{chart} .plot"
+        )
+
     def press(self, key: str) -> None:
         """Press a key, wherever the focus is."""
         ActionChains(self.driver).send_keys(getattr(Keys, key.upper())).perform()

@@ -40,9 +40,7 @@ def test_every_chart_has_a_curve_a_summary_and_a_table(page, serve):
     page.resize((DESKTOP[0], 4000))
     for chart in CHARTS:
         page.wait_for(chart, lambda chart=chart: page.inked(chart) > 50)
-        summary = page.js(
-            "return document.querySelector(arguments[0]).ariaLabel", f"#chart-{chart} .plot"
-        )
+        summary = page.summary(chart)
         assert "to step 120" in summary
         page.js("document.querySelector(arguments[0]).open = true", f"#chart-{chart} details")
         page.wait_for_text(f"#chart-{chart} table", "step 120")
@@ -61,8 +59,7 @@ def test_smoothing_range_and_scale_can_be_set(page, serve):
     assert page.text("#smoothing-value") == "off"
     page.wait_for("another curve", lambda: page.inked("loss") != before)
     page.js(set_value, "range", "0.1")
-    label = "return document.querySelector('#chart-loss .plot').ariaLabel"
-    page.wait_for("the last tenth", lambda: "step 108 to step 120" in page.js(label))
+    page.wait_for("the last tenth", lambda: "step 108 to step 120" in page.summary("loss"))
     page.js("document.getElementById('log-scale').click()")
     page.wait_for("a logarithmic curve", lambda: page.inked("loss") > 100)
     assert page.errors() == []

@@ -25,10 +25,11 @@ def test_steps_and_phases_arrive_without_a_reload(page, serve):
     for number in range(121, 131):
         server.live.add(step(number, time.time()))
     page.wait_for_text("#done", "Step 130")
-    label = "return document.querySelector('#chart-loss .plot').ariaLabel"
-    page.wait_for("the new steps' curve", lambda: "to step 130" in (page.js(label) or ""))
+    page.wait_for("the new steps' curve", lambda: "to step 130" in page.summary("loss"))
     server.live.add(evaluated(130, 0.123))
-    page.wait_for("the new held-out point", lambda: "held out: 0.123 at step 130" in page.js(label))
+    page.wait_for(
+        "the new held-out point", lambda: "held out: 0.123 at step 130" in page.summary("loss")
+    )
     server.live.add(PhaseChanged(phase="evaluating", detail="held-out rows"))
     page.wait_for_text("#phase", "evaluating")
     page.wait_for_text("#phase-detail", "held-out rows")
@@ -92,8 +93,7 @@ def test_a_worker_that_restarts_is_followed(page, serve):
         server.live.add(event)
     page.wait_for_text("#done", "Step 100")
     page.wait_for("health again", lambda: not page.is_shown("#trouble"))
-    label = "return document.querySelector('#chart-loss .plot').ariaLabel"
-    page.wait_for("the curve went back", lambda: "to step 100" in page.js(label))
+    page.wait_for("the curve went back", lambda: "to step 100" in page.summary("loss"))
 
 
 @pytest.mark.parametrize("end", [finished, failed])
