@@ -160,7 +160,7 @@ def _check_rows(settings: Settings, sample_rows: int) -> None:
     """Tokenize all rows, audit their masks, say what they come to."""
     from .dataset import data_warnings, open_data
     from .model import load
-    from .session import preview
+    from .preview import preview
 
     config = settings.config
     source = load.locate(config.model)

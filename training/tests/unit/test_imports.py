@@ -35,6 +35,7 @@ LAYERS = [
     {"server"},
     {"loop"},
     {"dataset", "watch", "claim"},
+    {"preview"},
     {"session", "target", "trained"},
     {"worker", "check", "chat", "comparison", "extract", "merge"},
     {"supervisor", "viewer"},

@@ -1,0 +1,102 @@
+"""What can be known of a run before any weight is loaded: how it is shared out, and its plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import precision
+from .config import Config
+from .data.prepare import DataSplits
+from .dataset import profile_of, refuse_long_rows, rows_of_epoch_in, rows_to_train, source_specs
+from .machine import Machine, read_machine
+from .model import flash, load, quantize
+from .model.adapter import add_adapter, trained_parameters
+from .plan import (
+    ModelShape,
+    Parallelism,
+    Plan,
+    Precision,
+    choose_parallelism,
+    make_plan,
+    process_count,
+)
+from .ranks import Ranks
+
+
+def parallelism_before_loading(
+    config: Config, machine: Machine, shape: Any, used: Precision, ranks: Ranks
+) -> tuple[Parallelism, str]:
+    """Return how ranks share the work, and why: where weights are loaded to depends on it."""
+    if ranks.count == 1 and config.training.parallelism != "deepspeed":
+        return "none", ""
+    base = _unloaded(config, shape)
+    sized = shape_of(base, quantize.count_parameters(base), {})
+    return choose_parallelism(config, machine, sized, used, ranks.count)
+
+
+def _unloaded(config: Config, shape: Any) -> Any:
+    """Return the base model without its weights, on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            shape, trust_remote_code=config.model.trust_remote_code
+        )
+
+
+def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Plan:
+    """Return the plan without loading weights: the model is built on the meta device.
+
+    Raises:
+        ConfigError, DataError: what training would refuse of adapter and lengths.
+    """
+    machine = read_machine()
+    shape = load.load_config(source, config.model)
+    config = quantize.as_stored(config, shape, has_gpu=machine.has_gpu)
+    base = _unloaded(config, shape)
+    device = "cuda" if machine.has_gpu and torch.cuda.is_available() else "cpu"
+    used = precision.choose_precision(config.model.bf16, device)[0]
+    with torch.device("meta"):
+        base.requires_grad_(False)
+        refuse_long_rows(config, base, splits)
+        parameters = quantize.count_parameters(base)
+        # PiSSA and OLoRA decompose weights, which are not there.
+        lora = config.lora.model_copy(update={"init_lora_weights": True})
+        trained = trained_parameters(add_adapter(base, lora, seed=config.training.seed))
+    weights = [source.weight for source in source_specs(config, config.data.dataset)]
+    sized = shape_of(base, parameters, trained)
+    processes = process_count(config, machine)
+    parallelism, why = choose_parallelism(config, machine, sized, used, processes)
+    kernel = flash.choose(config.model.use_flash_attention, machine, used, model=base.config)
+    return make_plan(
+        config,
+        machine,
+        sized,
+        profile_of(splits, rows_to_train(rows_of_epoch_in(splits, weights, config.training.seed))),
+        precision=used,
+        attention=flash.described(kernel),
+        padding_free=config.training.padding_free is not False,
+        processes=processes,
+        parallelism=parallelism,
+        reasons=(why,) if why else (),
+    )
+
+
+def shape_of(
+    model: Any, parameters: tuple[int, int], trained: dict[str, torch.nn.Parameter]
+) -> ModelShape:
+    """Return what the plan needs to know of a model: all its parameters, and those trained."""
+    config = model.config
+    return ModelShape(
+        model_type=config.model_type,
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        vocab_size=config.vocab_size,
+        parameters=parameters[0],
+        unquantized_parameters=parameters[1],
+        trainable_parameters=sum(p.numel() for p in trained.values()),
+        max_positions=getattr(config, "max_position_embeddings", 0) or 0,
+    )
