@@ -118,12 +118,13 @@ def _tiles(
     losses = [loss for _, loss in _series(history, lambda point: point.loss)]
     latest = losses[-max(1, len(losses) // 20) :]
     loss = short(sum(latest) / len(latest)) if latest else "not finite"
+    over = f"mean of the last {len(latest)} steps" if len(latest) > 1 else "of the last step"
     return [
         ("Training time", trained, f"{duration(_since_start(status, status.last_time))} in all"),
         ("Steps", done, f"{last.epoch:.2f} epochs"),
         ("Speed", speed, f"{tokens:,} tokens"),
         ("Peak memory", size(on_gpu or memory), kind),
-        ("Training loss", loss, f"mean of the last {len(latest)} steps"),
+        ("Training loss", loss, over),
     ]
 
 
