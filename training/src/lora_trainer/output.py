@@ -84,10 +84,11 @@ def make_folder(folder: Path) -> None:
 def archive(folder: Path) -> Path:
     """Move a run's files to a numbered folder beside it, so that nothing is lost.
 
-    A mount point's neighbours are other disks: its run moves to a folder inside. What is
-    not this run's, such as the folders of named runs, stays where it is.
+    A folder that holds more than this run, such as named runs, keeps the run inside: what is
+    not the run's stays where it is. So does a mount point, whose neighbours are other disks.
     """
-    is_beside = not folder.is_mount() and os.access(folder.parent, os.W_OK)
+    is_alone = all(path.name in OWN or path.name == LOCK for path in folder.iterdir())
+    is_beside = is_alone and not folder.is_mount() and os.access(folder.parent, os.W_OK)
     parent, name = (folder.parent, folder.name) if is_beside else (folder, "run")
     number = 1
     while (aside := parent / f"{name}.{number}").exists():

@@ -90,7 +90,7 @@ def test_the_default_job_needs_no_network_and_its_adapter_loads_on_the_host(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "finished 2 steps" in done.stdout
     assert project.inspect()["HostConfig"]["NetworkMode"] == "none"
-    folder = project.root / "outputs" / "demo"
+    folder = project.root / "outputs"
     owners = {path.stat().st_uid for path in folder.rglob("*")}
     assert owners == {UID if os.getuid() == 0 else os.getuid()}
     _load(folder / "final_model")

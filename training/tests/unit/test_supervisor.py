@@ -463,8 +463,21 @@ def test_archiving_leaves_what_is_not_the_runs_own(tmp_path: Path) -> None:
     (folder / "mine.txt").write_text("mine")
     (folder / "events.jsonl").write_text("{}\n")
     aside = archive(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["mine.txt", "named-run"]
+    assert sorted(path.name for path in folder.iterdir()) == ["mine.txt", "named-run", "run.1"]
     assert [path.name for path in aside.iterdir()] == ["events.jsonl"]
+
+
+def test_default_run_is_archived_inside_and_leaves_named_runs_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "outputs"
+    for run in (folder, folder / "named", folder / "run.1"):
+        (run / "final_model").mkdir(parents=True)
+        (run / output.DONE).write_text(run.name)
+    assert archive(folder) == folder / "run.2"
+    assert sorted(path.name for path in folder.iterdir()) == ["named", "run.1", "run.2"]
+    assert (folder / "named" / output.DONE).read_text() == "named"
+    assert (folder / "run.1" / output.DONE).read_text() == "run.1"
+    assert (folder / "run.2" / output.DONE).read_text() == "outputs"
+    assert not folder.with_name("outputs.1").exists()
 
 
 SHOWS_STACKS = "trap 'echo the stacks >&2' USR1; while :; do sleep 0.02; done"

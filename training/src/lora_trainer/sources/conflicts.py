@@ -39,6 +39,14 @@ def _changes_base(config: Config) -> bool:
     return str(config.lora.init_lora_weights).startswith(("pissa", "olora"))
 
 
+# A run without a name has its files in the output folder itself, beside the folders of named runs.
+NAMES_OF_A_RUNS_FILES = frozenset(
+    {
+        "checkpoints", "config.digest", "config.resolved.json", "data.json", "done",
+        "environment.json", "events.jsonl", "final_model", "initial_adapter", "logs", "loss.png",
+        "plan.json", "report.html", "server.json", "train.log",
+    }
+)  # fmt: skip
 EVALUATION = ("eval_dataset", "eval_fraction")
 HOLD_OUT = "name an eval_dataset, or set eval_fraction, e.g. 0.05"
 NOT_AS_TRAINED = "the converted adapter would not give what was trained"
@@ -183,6 +191,13 @@ CONFLICTS = (
         "max_steps is 0",
         "nothing would be trained",
         "use -1 to train as long as num_train_epochs says",
+    ),
+    Conflict(
+        ("run_name",),
+        lambda c: (c.output.run_name or "").casefold() in NAMES_OF_A_RUNS_FILES,
+        "run_name is the name of a file or folder that every run writes",
+        "a run without a run_name writes it into output_dir itself",
+        "use another run_name",
     ),
 )
 

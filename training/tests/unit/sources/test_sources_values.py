@@ -1,9 +1,12 @@
 """Values that misfit or disagree, all at once, and none of them a secret."""
 
+import json
+
 import pytest
 from resolving import from_file, problem_in, problems_in, problems_of, write
 
 from lora_trainer.errors import ConfigError
+from lora_trainer.output import OWN
 
 
 def test_all_problems_of_all_sources_come_at_once(folder):
@@ -99,6 +102,15 @@ def test_conflicting_values_are_refused(folder, content, words):
     problem = problem_in(folder, content)
     assert words in problem.what
     assert all(f"/{key}" in problem.where for key in content if key in problem.what)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name in OWN | {name.casefold() for name in OWN} if name[0] != ".")
+)
+def test_no_run_is_named_like_a_file_of_the_run_without_a_name(folder, name):
+    problem = problem_in(folder, json.dumps({"run_name": name}))
+    assert "run_name" in problem.where
+    assert problem.remedy == "use another run_name"
 
 
 def test_conflict_over_two_sources_names_both(folder):
