@@ -155,10 +155,15 @@ def test_large_entries_are_opened_without_hashing_them(tmp_path, monkeypatch):
     assert TokenizedDataset(tmp_path / KEY).token_count == 6
 
 
-def test_a_settled_file_is_hashed_once_and_again_when_it_changes(tmp_path):
+@pytest.fixture
+def settled(monkeypatch):
+    """Take every file for one that was written long ago."""
+    monkeypatch.setattr(fingerprint, "SETTLED_SECONDS", -60)
+
+
+def test_a_settled_file_is_hashed_once_and_again_when_it_changes(tmp_path, settled):
     path = tmp_path / "d.jsonl"
     path.write_text("one")
-    os.utime(path, (time.time() - 60,) * 2)
     hashes = FileHashes(tmp_path)
     first = hashes.sha256(path)
     hashes.save()
@@ -169,10 +174,26 @@ def test_a_settled_file_is_hashed_once_and_again_when_it_changes(tmp_path):
     assert FileHashes(tmp_path).sha256(path) != first
 
 
-def test_a_remembered_file_is_not_read_again(tmp_path, monkeypatch):
+def test_an_edit_in_place_that_restores_the_time_stamp_is_noticed(tmp_path, settled):
     path = tmp_path / "d.jsonl"
     path.write_text("one")
-    os.utime(path, (time.time() - 60,) * 2)
+    before = path.stat()
+    first = FileHashes(tmp_path).sha256(path)
+    hashes = FileHashes(tmp_path)
+    hashes.sha256(path)
+    time.sleep(0.05)  # longer than a tick of the file system's clock
+    with path.open("r+") as stream:
+        stream.write("two")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    same = ("st_size", "st_mtime_ns", "st_ino")
+    assert all(getattr(before, name) == getattr(after, name) for name in same)
+    assert hashes.sha256(path) != first
+
+
+def test_a_remembered_file_is_not_read_again(tmp_path, settled, monkeypatch):
+    path = tmp_path / "d.jsonl"
+    path.write_text("one")
     hashes = FileHashes(tmp_path)
     first = hashes.sha256(path)
     monkeypatch.setattr(fingerprint.hashlib, "sha256", lambda: pytest.fail("read again"))

@@ -20,8 +20,16 @@ READ_BYTES = 1 << 20
 SETTLED_SECONDS = 2.0
 
 
+def stamp_of(stat: os.stat_result) -> tuple[int, int, int, int]:
+    """Return what changes when a file is written: size, mtime, ctime and inode.
+
+    `touch -r` and `rsync --inplace --times` restore the mtime; no program can set the ctime.
+    """
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
 class FileHashes:
-    """The sha256 of files; unchanged ones (size, time, inode) are not read again."""
+    """The sha256 of files; unchanged ones (see `stamp_of`) are not read again."""
 
     def __init__(self, cache_dir: Path) -> None:
         self._memory_path = cache_dir / MEMORY_NAME
@@ -32,15 +40,15 @@ class FileHashes:
         """Return the sha256 of a file's bytes."""
         stat = path.stat()
         name = str(path.resolve())
-        identity = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        identity = list(stamp_of(stat))
         known = self._known.get(name)
-        if isinstance(known, list) and known[:3] == identity and isinstance(known[-1], str):
+        if isinstance(known, list) and known[:-1] == identity and isinstance(known[-1], str):
             return known[-1]
         with path.open("rb") as stream:
             digest = hashlib.sha256()
             while block := stream.read(READ_BYTES):
                 digest.update(block)
-        if time.time() - stat.st_mtime > SETTLED_SECONDS:
+        if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED_SECONDS:
             self._known[name] = [*identity, digest.hexdigest()]
             self._is_changed = True
         return digest.hexdigest()

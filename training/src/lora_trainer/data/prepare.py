@@ -35,7 +35,7 @@ from lora_trainer.data.encoder import (
     TooLong,
     encode_chunk,
 )
-from lora_trainer.data.fingerprint import FileHashes
+from lora_trainer.data.fingerprint import FileHashes, stamp_of
 from lora_trainer.data.formats import (
     FORMATS,
     ROWS_TO_DETECT,
@@ -123,13 +123,12 @@ class _Source:
                 contents.append([file.kind, file.is_gzip, hashes.sha256(file.path)])
         return {**identity, "content": contents}
 
-    def stamps(self) -> list[tuple[int, int]]:
+    def stamps(self) -> list[tuple[int, ...]]:
         """Return what changes when a file is written."""
         stamps = []
         for file in self.files:
             with reading_faults(file.shown):
-                stat = file.path.stat()
-            stamps.append((stat.st_size, stat.st_mtime_ns))
+                stamps.append(stamp_of(file.path.stat()))
         return stamps
 
 
