@@ -1,4 +1,4 @@
-"""Train a LoRA adapter: `python train_lora.py --config config.json`."""
+"""Train a LoRA adapter: `python train_lora.py [--config config.json]`."""
 
 import sys
 from pathlib import Path

@@ -16,9 +16,8 @@ from .errors import ConfigError, InternalError, TrainerError
 
 if TYPE_CHECKING:
     from .events import Event
+    from .sources import Settings
     from .status import RunStatus
-
-if TYPE_CHECKING:
     from .trained import Trained
 
 DEBUG = "LORA_TRAINER_DEBUG"
@@ -40,7 +39,12 @@ app = typer.Typer(
 )
 
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", "-c", help="Config file, JSON or YAML.")
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="Config file, JSON or YAML; config.json here, else the one beside train_lora.py.",
+    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
@@ -49,12 +53,11 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 def train(context: typer.Context, config: ConfigFile = None, debug: Debug = False) -> None:
     """Train. Every key of the config is an option too: --learning_rate 1e-4."""
     from .display import Display
-    from .sources import resolve
     from .supervisor import Supervisor
 
     if debug:
         os.environ[DEBUG] = "1"
-    settings = resolve(config, os.environ, context.args)
+    settings = _settings(context, config)
     from .check import preflight
     from .transcript import Transcript
 
@@ -93,13 +96,23 @@ def check(
     if debug:
         os.environ[DEBUG] = "1"
     from .check import check_all, preflight
-    from .sources import resolve
 
-    settings = resolve(config, os.environ, context.args)
+    settings = _settings(context, config)
     if quick:
         preflight(settings)
         return
     check_all(settings, sample_rows=rows if show_sample else 0)
+
+
+def _settings(context: typer.Context, config: Path | None) -> Settings:
+    """Resolve the configuration; without --config, report which file is taken."""
+    from .sources import find_config, resolve
+
+    if config is None:
+        config, why = find_config(os.environ)
+        if config is not None:
+            typer.echo(f"config: {config} ({why})")
+    return resolve(config, os.environ, context.args)
 
 
 Target = Annotated[Path, typer.Argument(help="A folder that is not there yet.")]

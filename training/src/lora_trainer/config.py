@@ -215,7 +215,9 @@ class TrainingSection(Section):
 class OutputSection(Section):
     """Where results go and what is kept."""
 
-    output_dir: str = Field("outputs", min_length=1, description="Folder of all results")
+    output_dir: str = Field(
+        "outputs", min_length=1, description="Folder of all results; default: a checkout's public/"
+    )
     run_name: str | None = Field(
         None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Subfolder and run title"
     )

@@ -8,8 +8,9 @@ here imports torch.
 `python -m lora_trainer.sources README.md` renews the README's table of keys.
 """
 
+from .default import find_config
 from .given import Origin
 from .settings import Settings, resolve
 from .table import help_text, key_table
 
-__all__ = ["Origin", "Settings", "help_text", "key_table", "resolve"]
+__all__ = ["Origin", "Settings", "find_config", "help_text", "key_table", "resolve"]

@@ -1,4 +1,8 @@
-"""Where relative paths start: at the config file's folder, elsewhere at the current one."""
+"""Where relative paths start: at the config file's folder, elsewhere at the current one.
+
+What no source names is in the checkout's `public`, where there is one: results, and the
+datasets that a name alone stands for.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from typing import Any
 from ..config import EMBEDDED_MODEL, Config
 from .given import Given
 
+PUBLIC = Path(__file__).parents[4] / "public"
 PLAIN = (
     "datasets_dir", "dataset_cache_dir", "model_cache_dir", "output_dir", "health_token_file",
 )  # fmt: skip
@@ -22,7 +27,7 @@ def locate_paths(config: Config, given: Mapping[str, Given]) -> dict[str, Any]:
 
     Folders and the token's file are always made so. A dataset is looked for beside the
     config file (or in the current folder, if another source or the default names it), then
-    in datasets_dir; one that looks like a file but is nowhere is made absolute too, for the
+    in datasets_dir, by default the checkout's; one that looks like a file but is nowhere is made absolute too, for the
     data check to complain about. A model or a chat template is taken for a path if it is
     there, or if it begins with `.`, `/` or `~`. Everything else, such as a hub id, is left.
     """
@@ -33,6 +38,8 @@ def locate_paths(config: Config, given: Mapping[str, Given]) -> dict[str, Any]:
     for leaf in PLAIN:
         if values[leaf] is not None:
             located[leaf] = absolute(values[leaf], _folder(leaf, given))
+    if "output_dir" not in given and (PUBLIC / values["output_dir"]).is_dir():
+        located["output_dir"] = str(PUBLIC / values["output_dir"])
     for leaf in ("model_name_or_path", "chat_template"):
         text = values[leaf]
         if text is not None and text != EMBEDDED_MODEL:
@@ -40,8 +47,7 @@ def locate_paths(config: Config, given: Mapping[str, Given]) -> dict[str, Any]:
             located[leaf] = path if exists(path) or _is_explicit(text) else text
     for leaf in DATASETS:
         folders = [_folder(leaf, given)]
-        if "datasets_dir" in located:
-            folders.append(Path(located["datasets_dir"]))
+        folders.append(Path(located.get("datasets_dir", PUBLIC / "datasets")))
         if values[leaf] is not None:
             located[leaf] = _locate_dataset(values[leaf], folders)
     return located
