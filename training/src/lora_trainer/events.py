@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 PROGRESS_SECONDS = 0.5
 
@@ -242,22 +242,75 @@ KINDS: Mapping[str, type[Event]] = {
         Stopped, Ended,
     )
 }  # fmt: skip
-FIELDS = {event: frozenset(f.name for f in fields(event)) for event in KINDS.values()}
+HINTS = {
+    event: {one.name: get_type_hints(event)[one.name] for one in fields(event)}
+    for event in KINDS.values()
+}
+LARGEST = 2**63 - 1  # a larger number is no count of anything
+LATEST_TIME = 1e11  # the year 5138
+DEEPEST = 16  # levels of a plan
+# Figures of a run that diverges are infinite or no numbers; of all others none is.
+DIVERGING = frozenset({"loss", "grad_norm", "eval_loss", "eval_perplexity", "eval_token_accuracy"})
 
 
 def parse_line(line: str) -> Event | None:
     """Return the event of a line, None for a line that is not one (torn, or from elsewhere).
 
     Fields that this version does not know are left out, so that old readers
-    replay newer files.
+    replay newer files. A field of another type makes the line no event. Half of a
+    surrogate pair, which no file and no terminal takes, is escaped.
     """
     try:
         raw = json.loads(line)
         kind = KINDS[raw["event"]]
-        known = FIELDS[kind]
-        return kind(**{name: value for name, value in raw.items() if name in known})
+        known = {name: _encodable(raw[name]) for name in HINTS[kind] if name in raw}
+        for name, value in known.items():
+            may_diverge = name in DIVERGING and isinstance(value, float)
+            if not (may_diverge or _is_of(HINTS[kind][name], value)):
+                return None
+        event = kind(**known)
+        return event if 0 <= event.time < LATEST_TIME else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def is_foreign(line: str) -> bool:
+    """Tell whether a line that is no event is whole JSON, not the torn end of a killed run."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return parse_line(line) is None
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_encodable(name): _encodable(one) for name, one in value.items()}
+    return [_encodable(one) for one in value] if isinstance(value, list) else value
+
+
+def _is_of(hint: Any, value: Any) -> bool:
+    """Tell whether a value of JSON is of a field's type; a whole number is a float too."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return _is_shallow(value, DEEPEST)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin is list:
+        return isinstance(value, list) and all(_is_of(inner[0], one) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is_of(inner[1], one) for one in value.values())
+    if hint in (int, float):
+        is_number = isinstance(value, (int, hint)) and not isinstance(value, bool)
+        return is_number and abs(value) <= LARGEST  # infinite is more, and NaN is not less
+    return isinstance(value, hint)
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_is_shallow(one, levels - 1) for one in inner)
 
 
 def progress_of(emit: Callable[[Event], None], unit: str, total: int = 0) -> Callable[[int], None]:

@@ -216,12 +216,12 @@ def _ranks(status: RunStatus) -> Iterator[Metric]:
     ]
     for name, text in columns if status.ranks else ():
         family = GaugeMetricFamily(f"{PREFIX}_{name}", text, labels=["rank"])
-        for figures in status.ranks:
+        for number, figures in enumerate(status.ranks):
             rank = dict(figures)
             if rank.get("seconds"):
-                rank["tokens_per_second"] = rank["tokens"] / rank["seconds"]
+                rank["tokens_per_second"] = rank.get("tokens", 0) / rank["seconds"]
             if (value := rank.get(name.removeprefix("rank_"))) is not None:
-                family.add_metric([str(int(rank["rank"]))], value)
+                family.add_metric([str(number)], value)
         yield family
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .events import Event, Sample, parse_line
+from .events import Event, Sample, is_foreign, parse_line
 from .health import AGAIN, Health, health
 from .history import History
 from .redaction import Redaction
@@ -55,6 +55,7 @@ class LiveRun:
         self.boot = f"{int(clock() * 1000):x}"  # tells this server's sequence from another's
         self.log: deque[str] = deque(maxlen=LOG_LINES)
         self.log_lines_seen = 0
+        self.lines_skipped = 0  # of the recording: JSON that is no event of ours
         self._stall_timeout_seconds = stall_timeout_seconds
         self._clock = clock
         self.redaction = redaction
@@ -84,13 +85,17 @@ class LiveRun:
         Returns the bytes that were read; half a line at the end is not.
         """
         status, history, read_bytes = RunStatus(), History(), 0
+        self.lines_skipped = 0
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
                 read_bytes += len(line)
-                event = parse_line(line.decode("utf-8", "replace"))
-                if event is not None:
+                text = line.decode("utf-8", "replace")
+                event = parse_line(text)
+                if event is None:
+                    self.lines_skipped += is_foreign(text)
+                else:
                     event = self.redaction.event(event)
                     status = fold(status, event)
                     history.add(event)

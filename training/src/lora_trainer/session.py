@@ -9,6 +9,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -107,8 +108,9 @@ class Session:
         """Continue from a checkpoint, or seed a fresh start."""
         if snapshot is None:
             seed = self.config.training.seed
-            torch.manual_seed(seed)
+            random.seed(seed)
             np.random.seed(seed)
+            torch.manual_seed(seed)
             return TrainState()
         load_adapter_state(self.causal.model, snapshot.adapter)
         restore_optimizer(snapshot, self.optimizer, self.parameters)

@@ -361,8 +361,11 @@ class Supervisor:
 
     def _warnings(self) -> list[str]:
         """Return what the user should know before the worker begins."""
-        moved = [f"the run that was here is now in {self._moved_to}"] if self._moved_to else []
-        return [*moved, *self.settings.warnings]
+        found = [f"the run that was here is now in {self._moved_to}"] if self._moved_to else []
+        if skipped := self.live.lines_skipped:
+            lines = "1 line" if skipped == 1 else f"{skipped} lines"
+            found.append(f"{lines} of {EVENTS} skipped: no event, or a field of another type")
+        return [*found, *self.settings.warnings]
 
     def _report(self) -> None:
         """Write the report; its failure is told, and no reason to fail the run."""

@@ -29,10 +29,18 @@ from lora_trainer.events import (
     StepDone,
     Stopped,
     Warned,
+    is_foreign,
     parse_line,
     progress_of,
 )
-from lora_trainer.worker import EventPipe
+from lora_trainer.exposition import TEXT_TYPE, expose
+from lora_trainer.hardware import Gauges
+from lora_trainer.live import LiveRun, to_json
+from lora_trainer.redaction import Redaction
+from lora_trainer.report import write_report
+from lora_trainer.views import history_view, status_view
+from lora_trainer.wording import closing_lines, lasting_line
+from lora_trainer.worker import EventPipe, figures_of
 
 EXAMPLES = [
     RunStarted(time=1.5, run_name="demo", config_digest="ab", output_dir="/out", attempt=1, pid=7),
@@ -147,3 +155,81 @@ def test_progress_is_told_at_most_twice_a_second():
     for done in range(1, 9):
         tell(done)
     assert [(event.done, event.total, event.unit) for event in told] == [(1, 9, "rows")]
+
+
+CURVES = {
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "epoch",
+    "eval_loss",
+    "eval_perplexity",
+    "eval_token_accuracy",
+}
+ODD_VALUES = (
+    None, True, "7", 7, -7, 0.5, float("nan"), float("inf"), 10**400, [], [1], {}, {"a": None},
+    [{}], [{"rank": 1e300}], "\ud800", "<b>", 1e300,
+)  # fmt: skip
+
+
+def odd_lines():
+    """Yield every event with every field in turn replaced by each of the odd values."""
+    for event in EXAMPLES:
+        raw = json.loads(event.to_line())
+        for name in raw.keys() - {"event"}:
+            for value in ODD_VALUES:
+                yield json.dumps(raw | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("step", "3"), ("step", True), ("step", 1.5), ("step", None), ("step", 10**400),
+        ("loss", "2.0"), ("loss", []), ("time", float("nan")), ("time", 1e300), ("time", -1.0),
+    ],
+)  # fmt: skip
+def test_a_field_of_another_type_is_no_event(field, value):
+    line = json.dumps(json.loads(EXAMPLES[4].to_line()) | {field: value})
+    assert parse_line(line) is None
+    assert is_foreign(line)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("phase", "phase", "resting"), ("plan", "plan", []), ("ranks", "ranks", [{"rank": "0"}]),
+        ("failed", "problems", ["no"]), ("failed", "problems", [{"what": 1}]),
+        ("resumed", "skipped", "all"), ("generated", "when", "during"), ("eval", "is_best", 1),
+    ],
+)  # fmt: skip
+def test_a_field_that_holds_another_type_is_no_event(kind, field, value):
+    (event,) = (one for one in EXAMPLES if one.kind == kind)
+    assert parse_line(json.dumps(json.loads(event.to_line()) | {field: value})) is None
+
+
+def test_a_plan_nested_without_end_is_no_event():
+    plan = "[" * 900 + "]" * 900
+    assert parse_line(f'{{"event": "plan", "time": 1.0, "plan": {{"a": {plan}}}}}') is None
+
+
+def test_a_torn_line_is_not_counted_as_foreign():
+    assert not is_foreign(EXAMPLES[4].to_line()[:40])
+    assert not is_foreign(EXAMPLES[4].to_line())
+
+
+def test_whatever_fields_hold_every_reader_of_a_recording_copes(tmp_path):
+    lines = list(odd_lines())
+    (tmp_path / "events.jsonl").write_text("\n".join(lines) + "\n")
+    live = LiveRun(Redaction(["canary"]))
+    live.replay(tmp_path / "events.jsonl")
+    assert live.lines_skipped == sum(parse_line(line) is None for line in lines) > 500
+    gauges = Gauges(tmp_path)
+    for event in filter(None, map(parse_line, lines)):
+        status = live.add(event)
+        assert figures_of(event).keys() <= CURVES
+        lasting_line(event, status)
+        list(closing_lines(status))
+        to_json(status_view(live, gauges)).encode()
+        expose(live, gauges, TEXT_TYPE)
+    to_json(history_view(live, gauges, 50)).encode()
+    assert [path.name for path in write_report(tmp_path)]

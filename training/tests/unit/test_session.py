@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
 
 from faults.tiny_model import TEMPLATE, write_model, write_rows
-from lora_trainer.session import open_session
+from lora_trainer.session import Session, open_session
 from lora_trainer.sources import resolve
 
 
@@ -24,3 +30,15 @@ def test_exported_tokenizer_asks_as_the_given_template_trained(tmp_path: Path) -
     )
     session = open_session(settings.config, tmp_path / "out", lambda _: None)
     assert session.tokenizer.chat_template == given
+
+
+def test_every_generator_of_random_numbers_is_seeded() -> None:
+    only_seed: Any = SimpleNamespace(config=SimpleNamespace(training=SimpleNamespace(seed=7)))
+    drawn = []
+    for before in (1, 2):
+        random.seed(before)
+        np.random.seed(before)
+        torch.manual_seed(before)
+        Session.restore(cast(Session, only_seed), None)
+        drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+    assert drawn[0] == drawn[1]

@@ -171,6 +171,16 @@ def test_what_is_no_event_is_passed_over(made: Made) -> None:
     assert kinds(run.output_dir) == ["run_started", "step", "ended"]
 
 
+def test_recorded_line_of_wrong_types_is_skipped_and_counted(made: Made) -> None:
+    run = made(says(step_line(1)))
+    run.output_dir.mkdir()
+    odd = step_line(1).replace('"loss": 1.0', '"loss": "1.0"')
+    (run.output_dir / output.EVENTS).write_text(odd + "[1, 2]\n" + step_line(2)[:30] + "\n")
+    assert run.run() == 0
+    warned = [event.message for event in told(run.output_dir) if isinstance(event, Warned)]
+    assert any("2 lines of events.jsonl skipped" in message for message in warned)
+
+
 def when(is_it: Callable[[], bool], act: Callable[[], object]) -> threading.Thread:
     """Do something in the background as soon as something holds."""
 
