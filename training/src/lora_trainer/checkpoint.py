@@ -30,6 +30,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from .disk import sync
+
 FILES = ("adapter.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 MANIFEST = "manifest.json"
 PREFIX = "step-"
@@ -307,15 +309,6 @@ def verify(path: Path) -> None:
         raise CorruptCheckpointError(f"{Path(str(error.filename)).name} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpointError(f"unreadable: {type(error).__name__}") from error
-
-
-def sync(path: Path) -> None:
-    """Have the disk keep a file's content, or a folder's names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _to_json(value: Any) -> Any:

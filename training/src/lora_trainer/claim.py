@@ -17,7 +17,16 @@ from typing import IO
 import psutil
 
 from .errors import BusyError, ConfigError
-from .output import DONE, LOCK, RESOLVED, archive, changes, open_lock, read_digest
+from .output import (
+    DONE,
+    LOCK,
+    RESOLVED,
+    archive,
+    changes,
+    finish_archiving,
+    open_lock,
+    read_digest,
+)
 from .sources import Settings
 
 # How long a start waits for the worker of a supervisor that was killed alone.
@@ -27,6 +36,8 @@ ORPHAN_SECONDS = 120.0
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[IO[str]]:
     """Hold the output folder alone; give the lock's file, which a worker inherits.
+
+    An archiving that a kill interrupted is completed first, so that nobody meets half a run.
 
     Raises:
         BusyError: another run holds it; its process and host are named.
@@ -53,6 +64,7 @@ def hold(folder: Path) -> Iterator[IO[str]]:
         file.truncate()
         file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+        finish_archiving(folder)
         yield file
 
 

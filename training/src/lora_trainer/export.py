@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .card import CardFacts, write_model_card
-from .checkpoint import sync
+from .disk import sync
 from .output import FINAL
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import re
 from pathlib import Path
 from typing import IO, Any
 
+from .disk import sync
 from .errors import AccessError, ConfigError, StorageError
 from .events import Event
 from .sources import Settings
@@ -28,6 +31,10 @@ OWN = frozenset(
         f".{FINAL}.writing",
     }
 )  # fmt: skip
+# What a kill leaves of a file that was being written, and of the test of a folder.
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.(writing|\d+\.tmp)|\.writable-\d+")
+# Where a run's files wait while it is archived. While it exists, archiving is not complete.
+ARCHIVING = ".archiving"
 
 
 def output_folder(settings: Settings) -> Path:
@@ -86,19 +93,51 @@ def archive(folder: Path) -> Path:
 
     A folder that holds more than this run, such as named runs, keeps the run inside: what is
     not the run's stays where it is. So does a mount point, whose neighbours are other disks.
+
+    The files are gathered in a folder that takes its final name last of all. A kill in between
+    leaves that folder behind, by which `finish_archiving` continues.
     """
-    is_alone = all(path.name in OWN or path.name == LOCK for path in folder.iterdir())
+    gathered = folder / ARCHIVING
+    gathered.mkdir(exist_ok=True)
+    is_alone = True
+    for path in sorted(folder.iterdir()):
+        if is_own(path.name):
+            path.replace(gathered / path.name)
+        elif path.name not in (LOCK, ARCHIVING):
+            is_alone = False
+    sync(gathered)
+    sync(folder)
     is_beside = is_alone and not folder.is_mount() and os.access(folder.parent, os.W_OK)
-    parent, name = (folder.parent, folder.name) if is_beside else (folder, "run")
-    number = 1
-    while (aside := parent / f"{name}.{number}").exists():
-        number += 1
-    aside.mkdir()
-    inside = [path for path in folder.iterdir() if path.name in OWN]
-    # What tells a run from an empty folder goes last: a kill in between loses track of nothing.
-    for path in sorted(inside, key=lambda path: (path.name == DIGEST, path.name == DONE, path)):
-        path.replace(aside / path.name)
+    try:
+        aside = _free_name(folder.parent, folder.name) if is_beside else _free_name(folder, "run")
+        gathered.replace(aside)
+    except OSError as error:
+        # A bind mount of the same disk does not look like a mount point.
+        if not is_beside or error.errno not in (errno.EXDEV, errno.EACCES, errno.EPERM):
+            raise
+        aside = _free_name(folder, "run")
+        gathered.replace(aside)
+    sync(aside.parent)
     return aside
+
+
+def finish_archiving(folder: Path) -> Path | None:
+    """Complete an archiving that was interrupted; return where the run is now, if there was one."""
+    gathered = folder / ARCHIVING
+    return archive(folder) if gathered.is_dir() and not gathered.is_symlink() else None
+
+
+def is_own(name: str) -> bool:
+    """Tell whether a run writes a file or folder of this name; its lock and archives aside."""
+    temporary = TEMPORARY.fullmatch(name)
+    return name in OWN or (temporary is not None and temporary["name"] in (*OWN, None))
+
+
+def _free_name(parent: Path, name: str) -> Path:
+    number = 1
+    while os.path.lexists(parent / f"{name}.{number}"):
+        number += 1
+    return parent / f"{name}.{number}"
 
 
 class EventFile:
@@ -116,7 +155,8 @@ class EventFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError), self._file:
+            os.fsync(self._file)
 
     def append(self, event: Event) -> None:
         """Write one event as a line of its own, if the disk takes it."""
@@ -169,3 +209,4 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+    sync(path.parent)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .curves import Vertex, chart, draw_png, short, smoothed
+from .disk import sync
 from .errors import MEANINGS
 from .events import parse_line
 from .history import KEPT_MOMENTS, WHOLE, History, Point
@@ -269,6 +270,7 @@ def _replace(path: Path, content: bytes) -> None:
     """Put the content into place at once, so that no reader sees half of it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     beside.write_bytes(content)
+    sync(beside)
     beside.replace(path)
 
 

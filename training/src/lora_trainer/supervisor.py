@@ -143,9 +143,12 @@ class Supervisor:
             self.live.detail = ""
             with EventFile(self.output_dir / EVENTS) as self._events:
                 try:
-                    return self._run_worker()
+                    code = self._run_worker()
                 finally:
                     self._report()
+            # Last of all: without it, the next start resumes and completes what is missing.
+            write_text(self.output_dir / DONE, f"{time.time():.0f}\n")
+            return code
         finally:
             self._linger()
             with contextlib.suppress(OSError):
@@ -207,7 +210,6 @@ class Supervisor:
                 self.tell(Warned(message=warning))
             end = self._run_once()
             if end.code == 0:
-                write_text(self.output_dir / DONE, f"{time.time():.0f}\n")
                 self.tell(Ended(exit_code=0))
                 return 0
             if end.code in FINAL_CODES or self._signals:

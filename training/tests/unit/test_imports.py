@@ -14,7 +14,7 @@ import lora_trainer
 SOURCE = Path(lora_trainer.__file__).parent
 # Each module may import the layers above its own, and its own layer only where said.
 LAYERS = [
-    {"errors", "aliases", "compat", "gate", "connections"},
+    {"errors", "aliases", "compat", "gate", "connections", "disk"},
     {"config", "machine", "events", "faults"},
     {"redaction", "ranks"},
     {"sources", "status", "health", "history", "curves", "plan", "terminal", "wording"},

@@ -372,26 +372,87 @@ def test_run_on_a_mount_point_is_archived_inside(
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["run.1", "run.2"]
 
 
-def test_killed_archiving_leaves_a_run_that_is_still_known_as_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class Killed(BaseException):
+    """Stands for a kill: no handler of the code under test may do anything after it."""
+
+
+def kill_at(number: int, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> bool:
+    """Do something, dead from its n-th call that touches the disk; return whether it got so far."""
+    calls = 0
+
+    def mortal(call: Callable[..., object]) -> Callable[..., object]:
+        def wrapped(*arguments: object, **named: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls >= number:
+                raise Killed
+            return call(*arguments, **named)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((Path, "mkdir"), (Path, "replace"), (os, "fsync")):
+            patch.setattr(owner, name, mortal(getattr(owner, name)))
+        try:
+            act()
+        except Killed:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("others", [[], ["named-run", "notes.txt"]], ids=["alone", "shared"])
+def test_killed_archiving_is_completed_in_one_folder_by_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: list[str]
 ) -> None:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    for name in ("DONE", "config.digest", "events.jsonl", "report.html"):
-        (folder / name).write_text(name)
-    replace = Path.replace
-    moved: list[str] = []
+    own = ["DONE", ".DONE.writing", "config.digest", "events.jsonl", "report.html", "train.log"]
+    deaths = 0
+    for number in range(1, 50):
+        folder = tmp_path / str(number) / "out"
+        folder.mkdir(parents=True)
+        for name in [*own, *others]:
+            (folder / name).write_text(name)
+        was_killed = kill_at(number, monkeypatch, lambda folder=folder: archive(folder))  # type: ignore[misc]
+        with claim.hold(folder):
+            if (folder / "DONE").exists():  # killed before it began
+                archive(folder)
+        aside = folder / "run.1" if others else folder.with_name("out.1")
+        assert sorted(path.name for path in aside.iterdir()) == sorted(own)
+        left = {".lock", *others, "run.1"} if others else {".lock"}
+        assert {path.name for path in folder.iterdir()} == left
+        assert sorted(path.name for path in folder.parent.iterdir()) == (
+            ["out"] if others else ["out", "out.1"]
+        )
+        if not was_killed:
+            break
+        deaths += 1
+    assert deaths == len(own) + 5
 
-    def die_at_third(path: Path, target: Path) -> Path:
-        if len(moved) == 2:
-            raise KeyboardInterrupt
-        moved.append(path.name)
-        return replace(path, target)
 
-    monkeypatch.setattr(Path, "replace", die_at_third)
-    with pytest.raises(KeyboardInterrupt):
-        archive(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["DONE", "config.digest"]
+def test_kill_before_the_report_is_complete_leaves_it_to_the_next_start(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(folder: Path) -> None:
+        assert not (folder / output.DONE).exists()
+        raise Killed
+
+    run = made(says(step_line(1)))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(supervisor, "write_report", die)
+        run.run()
+    assert not (run.output_dir / output.DONE).exists()
+    reported: list[Path] = []
+    monkeypatch.setattr(supervisor, "write_report", reported.append)
+    assert made(says(step_line(1))).run() == 0
+    assert reported == [run.output_dir]
+    assert (run.output_dir / output.DONE).exists()
+    assert not run.output_dir.with_name("out.1").exists()
+
+
+def test_done_is_written_after_everything_else(made: Made) -> None:
+    run = made(says(step_line(1)))
+    run.run()
+    times = {p.name: p.stat().st_mtime_ns for p in run.output_dir.iterdir() if p.is_file()}
+    assert max(times, key=lambda name: times[name]) == output.DONE
 
 
 def test_events_after_a_torn_line_stand_on_lines_of_their_own(tmp_path: Path) -> None:
