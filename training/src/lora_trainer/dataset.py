@@ -85,7 +85,8 @@ def source_specs(
     entries = [] if named is None else [named] if isinstance(named, str) else list(named)
     found = []
     for entry in entries:
-        one = DatasetSource(path=entry) if isinstance(entry, str) else entry
+        # Not validated: `evaluate` takes any name that the file system has, UTF-8 or not.
+        one = DatasetSource.model_construct(path=entry) if isinstance(entry, str) else entry
         found.append(
             SourceSpec(
                 path_or_id=one.path,

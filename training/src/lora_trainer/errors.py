@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from .quoting import printable
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -25,7 +27,8 @@ class Problem:
     def lines(self) -> list[str]:
         """Return the finding as printable lines, empty parts left out."""
         parts = (("where", self.where), ("why", self.why), ("remedy", self.remedy))
-        return [self.what, *(f"  {name + ':':<8}{text}" for name, text in parts if text)]
+        shown = ((name, printable(text, keep_newlines=name == "why")) for name, text in parts)
+        return [printable(self.what), *(f"  {name + ':':<8}{text}" for name, text in shown if text)]
 
 
 class TrainerError(Exception):

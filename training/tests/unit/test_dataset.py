@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from lora_trainer.config import Config
+from lora_trainer.data.read import iter_rows
 from lora_trainer.dataset import data_digest, data_warnings, rows_to_train, source_specs
 from lora_trainer.errors import DataError
 
@@ -79,3 +81,10 @@ def test_sources_take_the_sections_defaults_and_their_own_values():
     assert (first.path_or_id, first.format, first.weight) == ("a.jsonl", "messages", 1.0)
     assert (second.path_or_id, second.format, second.weight) == ("b", "alpaca", 2.0)
     assert source_specs(config, None) == []
+
+
+def test_a_dataset_to_evaluate_on_may_have_a_name_that_is_not_utf8(tmp_path):
+    path = tmp_path / os.fsdecode(b"tr\xe4in.jsonl")
+    path.write_text('{"prompt": "a", "completion": "b"}\n')
+    (spec,) = source_specs(Config(), [str(path)])
+    assert [row.value for row in iter_rows(spec)] == [{"prompt": "a", "completion": "b"}]

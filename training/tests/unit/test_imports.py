@@ -14,6 +14,7 @@ import lora_trainer
 SOURCE = Path(lora_trainer.__file__).parent
 # Each module may import the layers above its own, and its own layer only where said.
 LAYERS = [
+    {"quoting"},
     {"errors", "aliases", "compat", "gate", "connections", "disk"},
     {"config", "machine", "events", "faults"},
     {"redaction", "ranks"},
@@ -42,7 +43,7 @@ LAYERS = [
     {"cli"},
 ]
 # Layers whose modules build on one another; elsewhere neighbours do not know each other.
-OPEN_LAYERS = {3}
+OPEN_LAYERS = {4}
 LIGHT = ["cli", "supervisor", "sources", "status", "display", "report", "check", "plan", "worker"]
 LIGHT += ["live", "hardware", "views", "web", "server", "connections", "logfile", "exposition"]
 LIGHT += ["viewer", "transcript"]

@@ -125,7 +125,7 @@ class _Source:
 
     def stamps(self) -> list[tuple[int, ...]]:
         """Return what changes when a file is written."""
-        stamps = []
+        stamps: list[tuple[int, ...]] = []
         for file in self.files:
             with reading_faults(file.shown):
                 stamps.append(stamp_of(file.path.stat()))

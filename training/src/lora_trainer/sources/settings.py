@@ -11,6 +11,7 @@ from ..config import SECRET_KEYS, Config, leaf_sections, sections
 from ..errors import ConfigError, Problem
 from .arguments import read_arguments
 from .conflicts import find_conflicts, find_warnings
+from .encoding import find_undecodable, find_undecodable_paths
 from .environment import read_environment
 from .file import read_file
 from .given import Given, Origin, found
@@ -56,12 +57,13 @@ def resolve(
     if config_file is not None:
         layers.insert(0, read_file(config_file))
     given, left_out = merge(layers)
-    misfits = find_misfits(given)
+    misfits = find_misfits(given) | find_undecodable(given)
     config = _config_of({leaf: g.value for leaf, g in given.items() if leaf not in misfits})
     problems = [problem for layer in layers for problem in layer.problems]
     problems += [problem for group in misfits.values() for problem in group]
     problems += find_conflicts(config, given, set(misfits))
     located = locate_paths(config, given)
+    problems += find_undecodable_paths(located)
     problems += _find_template_problems(located.get("chat_template"), given)
     if problems:
         raise ConfigError(problems)
