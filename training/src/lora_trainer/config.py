@@ -62,8 +62,10 @@ class ModelSection(Section):
     bnb_4bit_use_double_quant: bool = Field(
         True, description="Quantize the quantization constants too; saves 0.4 bits a weight"
     )
-    use_flash_attention: bool | Auto = Field(
-        "auto", description="flash-attn where installed and the GPU can; true insists on it"
+    use_flash_attention: bool | Literal["auto", "flash-attn"] = Field(
+        "auto",
+        description="true: the fastest exact attention here, and the plan gives the reason; "
+        "false: PyTorch's; flash-attn: that package or an error",
     )
     bf16: bool | Auto = Field(
         "auto", description="Compute in bfloat16; measured first, never assumed"

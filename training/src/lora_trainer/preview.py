@@ -69,18 +69,21 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
     sized = shape_of(base, parameters, trained)
     processes = process_count(config, machine)
     parallelism, why = choose_parallelism(config, machine, sized, used, processes)
-    kernel = flash.choose(config.model.use_flash_attention, machine, used, model=base.config)
+    asked = config.model.use_flash_attention
+    kernel = flash.choose(asked, machine, used, model=base.config)
+    attention = flash.described(kernel, flash.pytorch_kernel(device, used, base.config))
+    flashed = flash.reason(asked, kernel, attention)
     return make_plan(
         config,
         machine,
         sized,
         profile_of(splits, rows_to_train(rows_of_epoch_in(splits, weights, config.training.seed))),
         precision=used,
-        attention=flash.described(kernel),
+        attention=attention,
         padding_free=config.training.padding_free is not False,
         processes=processes,
         parallelism=parallelism,
-        reasons=(why,) if why else (),
+        reasons=tuple(reason for reason in (why, flashed) if reason),
     )
 
 

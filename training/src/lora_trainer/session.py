@@ -205,7 +205,8 @@ def _open_model(
     if ranks.is_any(used == "float32"):  # a clock, or another GPU, may have told them different
         used = "float32"
     dtype = torch.bfloat16 if used == "bfloat16" else torch.float32
-    kernel = flash.choose(config.model.use_flash_attention, machine, used, model=shape)
+    asked = config.model.use_flash_attention
+    flashed = flash.choose(asked, machine, used, model=shape)
     # sdpa knows no soft-cap on the scores; eager computes it.
     attention = "eager" if getattr(shape, "attn_logit_softcapping", None) else "sdpa"
     parallelism, chosen = parallelism_before_loading(config, machine, shape, used, ranks)
@@ -239,7 +240,7 @@ def _open_model(
             padding_free=config.training.padding_free is not False,
             chunk=config.training.loss_chunk_tokens,
             precision=used,
-            kernel=flash.VariableLength(kernel) if kernel is not None else None,
+            kernel=flash.VariableLength(flashed.kernel) if flashed.kernel is not None else None,
         )
         trained = trained_parameters(model)
         shape_of_base = shape_of(base, parameters, trained)
@@ -248,6 +249,10 @@ def _open_model(
     named = zero.names_what_it_cannot if parallelism == "deepspeed" else contextlib.nullcontext
     with named():
         fallback = probe.verify(causal, ranks.is_any)
+    if causal.packed is not None:
+        attention = flash.described(flashed, flash.pytorch_kernel(device, used, shape))
+    elif asked == flash.STRICT:
+        raise flash.refusal(fallback)
     weights = [source.weight for source in source_specs(config, config.data.dataset)]
     rows_of_epoch = rows_of_epoch_in(splits, weights, config.training.seed)
     plan = make_plan(
@@ -256,11 +261,15 @@ def _open_model(
         shape_of_base,
         profile_of(splits, rows_to_train(rows_of_epoch)),
         precision=used,
-        attention=flash.described(kernel) if causal.packed is not None else attention,
+        attention=attention,
         padding_free=causal.packed is not None,
         processes=ranks.count,
         parallelism=parallelism,
-        reasons=tuple(reason for reason in (why, chosen, fallback) if reason),
+        reasons=tuple(
+            reason
+            for reason in (why, chosen, fallback, flash.reason(asked, flashed, attention))
+            if reason
+        ),
     )
     if plan.gradient_checkpointing:
         enable_checkpointing(base, lets_go=parallelism == "deepspeed")

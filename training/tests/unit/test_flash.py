@@ -1,4 +1,4 @@
-"""flash-attn is called as its public signature says, and refused by the reason's name.
+"""flash-attn is called as its public signature says; insisted on in vain, it fails with the reason.
 
 The packages are stood in for by a module whose function has the real parameters (flash-attn
 2.8 and flash-attn 3's `hopper/flash_attn_interface.py`) and computes a plain reference.
@@ -176,13 +176,14 @@ def test_the_kernel_computes_in_half_precision_and_trains(tmp_path, monkeypatch)
         ([], ["flash_attn"], None),
     ],
 )
-def test_auto_takes_what_the_gpu_and_the_packages_allow(
+def test_auto_and_true_take_what_the_gpu_and_the_packages_allow(
     capabilities, installed, expected, tmp_path, monkeypatch
 ):
     install(tmp_path, monkeypatch, *installed)
-    assert flash.choose("auto", machine(*capabilities), "bfloat16") == expected
-    assert flash.choose(False, machine(*capabilities), "bfloat16") is None
-    assert flash.choose("auto", machine(*capabilities), "float32") is None
+    for asked in ("auto", True):
+        assert flash.choose(asked, machine(*capabilities), "bfloat16").kernel == expected
+        assert flash.choose(asked, machine(*capabilities), "float32").kernel is None
+    assert flash.choose(False, machine(*capabilities), "bfloat16").kernel is None
 
 
 @pytest.mark.parametrize(
@@ -196,27 +197,43 @@ def test_auto_takes_what_the_gpu_and_the_packages_allow(
         ([(8, 0)], ["flash_attn"], "2.8.3", "float32", "half precision"),
     ],
 )
-def test_insisting_on_it_is_refused_by_the_reason(
+def test_insisting_on_the_package_fails_with_the_reason_and_true_takes_pytorchs_kernel(
     capabilities, installed, version, precision, reason, tmp_path, monkeypatch
 ):
     install(tmp_path, monkeypatch, *installed, version=version)
     with pytest.raises(ConfigError) as told:
-        flash.choose(True, machine(*capabilities), precision, where="a.json:3 /model")
+        flash.choose("flash-attn", machine(*capabilities), precision, where="a.json:3 /model")
     assert reason in told.value.block()
     assert "a.json:3" in told.value.block()
-    assert "--use_flash_attention auto" in told.value.block()
+    assert "--use_flash_attention true" in told.value.block()
+    assert "pip install" not in told.value.block()
+    choice = flash.choose(True, machine(*capabilities), precision)
+    assert choice.kernel is None
+    assert reason in flash.reason(True, choice, "packed sdpa (flash)")
+    assert flash.reason("auto", choice, "packed sdpa (flash)") == ""
 
 
 def test_heads_wider_than_the_kernel_takes_are_left_to_pytorch(tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, "flash_attn")
     wide = LlamaConfig(hidden_size=1024, num_attention_heads=2)  # heads of 512
-    assert flash.choose("auto", machine((8, 0)), "bfloat16", model=wide) is None
-    assert flash.choose("auto", machine((8, 0)), "bfloat16", model=LlamaConfig()) == flash.FLASH_2
-    with pytest.raises(ConfigError, match="use_flash_attention cannot be true") as told:
-        flash.choose(True, machine((8, 0)), "bfloat16", model=wide)
+    assert flash.choose(True, machine((8, 0)), "bfloat16", model=wide).kernel is None
+    chosen = flash.choose(True, machine((8, 0)), "bfloat16", model=LlamaConfig())
+    assert chosen.kernel == flash.FLASH_2
+    with pytest.raises(ConfigError, match="flash-attn cannot be used here") as told:
+        flash.choose("flash-attn", machine((8, 0)), "bfloat16", model=wide)
     assert "heads of up to 256, this model's have 512" in told.value.block()
 
 
 def test_the_plan_names_the_kernel():
-    assert flash.described(flash.FLASH_3) == "packed flash-attn 3"
-    assert flash.described(None) == "packed sdpa"
+    assert flash.described(flash.Choice(flash.FLASH_3), "") == "packed flash-attn 3"
+    own = flash.pytorch_kernel("cpu", "float32", LlamaConfig())
+    assert flash.described(flash.Choice(None), own) == "packed sdpa (flash)"
+
+
+def test_kernel_of_pytorch_is_asked_for_and_none_caps_scores(monkeypatch):
+    assert flash.pytorch_kernel("cpu", "bfloat16", LlamaConfig()) == "sdpa (flash)"
+    assert flash.pytorch_kernel("cpu", "float32", tiny_model("gemma2").config) == "eager"
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_: 0)
+    assert flash.pytorch_kernel("cpu", "float32", LlamaConfig()) == "sdpa (math)"
+    monkeypatch.delattr(torch, "_fused_sdp_choice")
+    assert flash.pytorch_kernel("cpu", "float32", object()) == "sdpa"

@@ -1,8 +1,9 @@
-"""flash-attn: whether it can be used here, and its kernel over concatenated examples.
+"""Which kernel computes attention over concatenated examples: flash-attn's or PyTorch's own.
 
 flash-attn 2 (package `flash_attn`) needs compute capability 8.0, flash-attn 3 (package
-`flash_attn_interface`) needs 9.0; both compute in half precision. Where neither is there,
-PyTorch's own attention runs an example at a time. Nothing here imports torch by itself.
+`flash_attn_interface`) needs 9.0; both compute in half precision. No stack ships either. Where
+neither can be used, PyTorch's own attention runs an example at a time, through the flash
+kernel that PyTorch itself has for GPUs and CPUs where the model lets it. All are exact.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import ConfigError
+from ..errors import ConfigError, TrainerError
 from ..machine import Machine
 
-REMEDY = "--use_flash_attention auto"
+STRICT = "flash-attn"
+REMEDY = "--use_flash_attention true takes the fastest kernel that this machine has"
 OLDEST = (2, 6)  # the first release of version 2 that takes every argument we give
-INSTALL = "pip install flash-attn --no-build-isolation"
+# torch.nn.attention.SDPBackend, which torch 2.1 has under another name.
+BACKENDS = {1: "flash", 2: "memory-efficient", 3: "cuDNN"}
+
+Asked = bool | Literal["auto", "flash-attn"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,47 +36,57 @@ class Kernel:
     module: str
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The kernel to use, None for PyTorch's own; then why flash-attn's is not."""
+
+    kernel: Kernel | None
+    why: str = ""
+
+
 FLASH_2 = Kernel("flash-attn 2", "flash_attn")
 FLASH_3 = Kernel("flash-attn 3", "flash_attn_interface")
 AMPERE = (8, 0)
 WIDEST = 256  # numbers a head, of either version
+USUAL_WIDTH = 64  # of a head, for a model whose config does not give it
 HOPPER = 9  # flash-attn 3 is written for it; on later GPUs version 2 runs
 
 
 def choose(
-    asked: bool | Literal["auto"],
-    machine: Machine,
-    precision: str,
-    *,
-    model: Any = None,
-    where: str = "",
-) -> Kernel | None:
-    """Return the kernel to use; None for PyTorch's own. `model` is the base model's config.
+    asked: Asked, machine: Machine, precision: str, *, model: Any = None, where: str = ""
+) -> Choice:
+    """Return the kernel to use. `model` is the base model's config.
 
     Raises:
-        ConfigError: it is insisted on, and cannot be used; the reason by name.
+        ConfigError: flash-attn is insisted on, and cannot be used.
     """
     if asked is False:
-        return None
+        return Choice(None, "it is switched off")
     kernel, why = _find(machine, precision)
     if kernel is not None and (width := _head_width(model)) > WIDEST:
         why = f"{kernel.name} takes heads of up to {WIDEST}, this model's have {width}"
         kernel = None
-    if kernel is None and asked is True:
-        raise ConfigError.of(
-            "use_flash_attention cannot be true here",
-            where=where or "use_flash_attention: true",
-            why=why,
-            remedy=REMEDY,
-        )
-    return kernel
+    if kernel is None and asked == STRICT:
+        raise refusal(why, where)
+    return Choice(kernel, why)
+
+
+def refusal(why: str, where: str = "") -> TrainerError:
+    """Return the error of flash-attn being insisted on in vain."""
+    return ConfigError.of(
+        "flash-attn cannot be used here",
+        where=where or f"use_flash_attention: {STRICT}",
+        why=why,
+        remedy=REMEDY,
+    )
 
 
 def _head_width(model: Any) -> int:
-    if model is None:
-        return 0
-    own = getattr(model, "head_dim", None)
-    return int(own or model.hidden_size // model.num_attention_heads)
+    """Return the numbers in a head; 0 where the config does not give them."""
+    if own := getattr(model, "head_dim", None):
+        return int(own)
+    width, heads = (getattr(model, n, None) for n in ("hidden_size", "num_attention_heads"))
+    return int(width // heads) if width and heads else 0
 
 
 def _find(machine: Machine, precision: str) -> tuple[Kernel | None, str]:
@@ -86,16 +101,42 @@ def _find(machine: Machine, precision: str) -> tuple[Kernel | None, str]:
     if weakest.capability[0] == HOPPER and importlib.util.find_spec(FLASH_3.module) is not None:
         return FLASH_3, ""
     if importlib.util.find_spec(FLASH_2.module) is None:
-        return None, f"the Python package flash-attn is not installed: {INSTALL}"
+        return None, "the Python package flash-attn is not installed"
     version = importlib.metadata.version(FLASH_2.module)
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
-        return None, f"flash-attn {version} is too old, 2.6 is needed: {INSTALL} --upgrade"
+        return None, f"flash-attn {version} is too old, 2.6 is needed"
     return FLASH_2, ""
 
 
-def described(kernel: Kernel | None) -> str:
-    """Return the plan's word for attention over concatenated examples."""
-    return f"packed {kernel.name if kernel is not None else 'sdpa'}"
+def pytorch_kernel(device: str, precision: str, model: Any) -> str:
+    """Return which kernel PyTorch's attention runs for this model: asked of PyTorch, not assumed.
+
+    One that caps its scores is computed score by score, as no kernel of PyTorch's does that.
+    """
+    import torch
+
+    if getattr(model, "attn_logit_softcapping", None):
+        return "eager"
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    width = _head_width(model) or USUAL_WIDTH
+    part = torch.zeros(1, 1, 16, width, dtype=dtype, device=device, requires_grad=True)
+    try:
+        number = torch._fused_sdp_choice(part, part, part, None, 0.0, True)
+    except (AttributeError, RuntimeError, TypeError):  # not PyTorch's public interface
+        return "sdpa"
+    return f"sdpa ({BACKENDS.get(int(number), 'math')})"
+
+
+def described(choice: Choice, own: str) -> str:
+    """Return the plan's word for attention over concatenated examples; `own` is PyTorch's."""
+    return f"packed {choice.kernel.name if choice.kernel is not None else own}"
+
+
+def reason(asked: Asked, choice: Choice, used: str) -> str:
+    """Return why the attention that is used is not flash-attn's, where the user asked for flash."""
+    if asked is not True or choice.kernel is not None:
+        return ""
+    return f"use_flash_attention: PyTorch's own attention is used, {used}: {choice.why}"
 
 
 class VariableLength:

@@ -60,10 +60,17 @@ CONFLICTS = (
     ),
     Conflict(
         ("use_flash_attention", "bf16"),
-        lambda c: c.model.use_flash_attention is True and c.model.bf16 is False,
-        "use_flash_attention is insisted on, and bf16 is off",
+        lambda c: c.model.use_flash_attention == "flash-attn" and c.model.bf16 is False,
+        "use_flash_attention: flash-attn needs bf16",
         "flash-attn does not compute in float32",
-        "set bf16 or use_flash_attention to auto",
+        "set bf16 to auto, or use_flash_attention to true",
+    ),
+    Conflict(
+        ("use_flash_attention", "padding_free"),
+        lambda c: c.model.use_flash_attention == "flash-attn" and c.training.padding_free is False,
+        "use_flash_attention: flash-attn needs padding_free",
+        "its kernel is called on concatenated examples",
+        "set padding_free to auto, or use_flash_attention to true",
     ),
     Conflict(
         ("init_lora_weights", "use_4bit", "use_8bit"),

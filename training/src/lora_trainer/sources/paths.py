@@ -27,9 +27,10 @@ def locate_paths(config: Config, given: Mapping[str, Given]) -> dict[str, Any]:
 
     Folders and the token's file are always made so. A dataset is looked for beside the
     config file (or in the current folder, if another source or the default names it), then
-    in datasets_dir, by default the checkout's; one that looks like a file but is nowhere is made absolute too, for the
-    data check to complain about. A model or a chat template is taken for a path if it is
-    there, or if it begins with `.`, `/` or `~`. Everything else, such as a hub id, is left.
+    in datasets_dir, by default the checkout's; one that looks like a file but is nowhere is
+    made absolute too, for the data check to complain about. A model or a chat template is
+    taken for a path if it is there, or if it begins with `.`, `/` or `~`. Everything else,
+    such as a hub id, is left.
     """
     values: dict[str, Any] = {}
     for section in (config.model, config.data, config.output, config.monitoring):
