@@ -2,7 +2,8 @@
 # Is the run well? ./training/health-check.sh
 #
 # Looks at a run in a container or on the machine itself: its state, what each endpoint answers,
-# the GPU, recent errors of its log. What is wrong is said with a remedy, a line each.
+# the GPU, recent errors of its log. A run that has ended is looked at too: how it ended, and why.
+# Every problem comes with a remedy.
 #
 # Usage: health-check.sh [--url URL] [--json] [--watch [SECONDS]]
 #
@@ -113,38 +114,38 @@ find_run() {
   if [[ -z "$wanted" ]] && has_engine; then
     ID="$(container_of trainer)"
   fi
-  if [[ -n "$ID" ]]; then
-    PLACE=container
-    STATE="$(state_of "$ID" Status)"
-    if [[ "$(docker inspect --format '{{.HostConfig.NetworkMode}}' "$ID")" == none ]]; then
-      URL=container
-    else
-      URL="http://$(docker port "$ID" 8080/tcp 2>/dev/null | head -n 1)"
-      [[ "$URL" != "http://" ]] || URL="http://127.0.0.1:$(setting HEALTH_PORT 8080)"
-    fi
-  fi
+  [[ -z "$ID" ]] || find_container
   # A run on the machine itself is newer than a container that has ended.
   if [[ -z "$wanted" && "$STATE" != running && "$STATE" != restarting ]]; then
-    file="$(newest_server_file)"
-    if [[ -n "$file" ]]; then
+    file="$(newest_of server.json)"
+    if [[ -n "$file" ]] && is_trainer "$(number pid "$(<"$file")")"; then
       PLACE=machine URL="$(text url "$(<"$file")")" STATE=running ID=''
-      kill -0 "$(number pid "$(<"$file")")" 2>/dev/null || STATE="gone"
-      [[ "$STATE" == running || -z "$(has_engine && container_of trainer)" ]] || find_container_again
+    elif [[ -z "$ID" ]]; then
+      file="$(newest_of events.jsonl)"
+      [[ -z "$file" ]] || PLACE=machine STATE=ended RUN="$(dirname "$file")"
     fi
   fi
   [[ -n "$URL" ]] || URL="http://127.0.0.1:$(setting HEALTH_PORT 8080)"
 }
 
-find_container_again() {
+# Docker publishes no port of a container that has ended, and says so with a failure.
+find_container() {
+  local published
   PLACE=container
-  ID="$(container_of trainer)"
   STATE="$(state_of "$ID" Status)"
+  if [[ "$(docker inspect --format '{{.HostConfig.NetworkMode}}' "$ID")" == none ]]; then
+    URL=container
+    return
+  fi
+  published="$(docker port "$ID" 8080/tcp 2>/dev/null || true)"
+  URL="${published:+http://${published%%$'\n'*}}"
 }
 
-newest_server_file() {
+# newest_of NAME: prints the newest file of that name among the runs
+newest_of() {
   local folder file newest=''
   folder="$(host_path LORA_OUTPUTS ../public/outputs)"
-  for file in "$folder"/server.json "$folder"/*/server.json; do
+  for file in "$folder/$1" "$folder"/*/"$1"; do
     [[ -r "$file" ]] || continue
     [[ -n "$newest" && ! "$file" -nt "$newest" ]] || newest="$file"
   done
@@ -158,29 +159,85 @@ found() {
 }
 
 look_at_container() {
-  local health restarts code
+  local health restarts
   [[ "$PLACE" == container ]] || return 0
   health="$(docker inspect --format '{{if .State.Health}}{{.State.Health.Status}}{{end}}' "$ID")"
   restarts="$(docker inspect --format '{{.RestartCount}}' "$ID")"
-  code="$(state_of "$ID" ExitCode)"
-  CONTAINER="${ID:0:12} is $STATE${health:+ ($health)}, started again $restarts times"
+  EXIT_CODE=''
+  CONTAINER="${ID:0:12} is $STATE${health:+ ($health)}, restarted $restarts times"
   case "$STATE" in
     exited | dead)
-      CONTAINER+=", exit code $code"
-      ((code == 0 || code == 143)) || found "the container ended with exit code $code: $(meaning_of "$code")" \
-        "./training/run.sh logs tells why; ./training/run.sh starts it again and resumes"
-      if [[ "$(state_of "$ID" OOMKilled)" == true ]]; then
-        found "the kernel killed a process for memory ($(setting LORA_MEMORY 16g) allowed)" \
-          "a larger LORA_MEMORY, or --per_device_train_batch_size 1 --gradient_checkpointing true"
-      fi
+      EXIT_CODE="$(state_of "$ID" ExitCode)"
+      CONTAINER="${ID:0:12} is $STATE, restarted $restarts times, exit code $EXIT_CODE ($(meaning_of "$EXIT_CODE"))"
+      judge_end "$(docker logs --tail "$LOG_LINES" "$ID" 2>&1 || true)"
       ;;
-    restarting) found "the container crashed and is started again (exit code $code)" "./training/run.sh logs" ;;
+    created) look_at_start ;;
+    restarting) found "the container crashed and is restarted (exit code $(state_of "$ID" ExitCode))" "./training/run.sh logs" ;;
     running) [[ "$health" != unhealthy ]] || found "Docker finds the container unhealthy" "see /health" ;;
   esac
 }
 
+# The trainer waits for preflight, was refused by it, or could not be started by the engine.
+look_at_start() {
+  local id why
+  id="$(container_of preflight)"
+  if [[ -n "$id" && "$(state_of "$id" Status)" == exited && "$(state_of "$id" ExitCode)" != 0 ]]; then
+    EXIT_CODE="$(state_of "$id" ExitCode)"
+    ID="$id"
+    judge_end "$(docker logs --tail "$LOG_LINES" "$id" 2>&1 || true)"
+  elif why="$(state_of "$ID" Error)" && [[ -n "$why" ]]; then
+    OUTCOME=failed
+    found "the engine could not start the container: $why" "./training/run.sh names the remedy"
+  fi
+}
+
+# A run on the machine itself that has ended: its last event holds the exit code.
+look_at_folder() {
+  local last
+  [[ "$PLACE $STATE" == "machine ended" ]] || return 0
+  last="$(tail -n 1 "$RUN/events.jsonl" 2>/dev/null || true)"
+  EXIT_CODE="$(number exit_code "$last")"
+  if [[ -e "$RUN/DONE" ]]; then
+    EXIT_CODE=0
+  elif [[ -z "$EXIT_CODE" ]]; then
+    EXIT_CODE=137
+  fi
+  judge_end "$(tail -n "$LOG_LINES" "$RUN/train.log" 2>/dev/null || true)"
+}
+
+# judge_end LOG: sets OUTCOME from EXIT_CODE, and finds the reason of a run that failed: the block
+# that the trainer prints last, or what Docker knows.
+judge_end() {
+  local what remedy block
+  case "$EXIT_CODE" in
+    0) OUTCOME=finished && return ;;
+    143) OUTCOME=stopped && return ;;
+  esac
+  OUTCOME=failed
+  block="$(last_block "$1")"
+  what="$(head -n 1 <<<"$block")"
+  remedy="$(sed -n 's/^ *remedy: *//p' <<<"$block")"
+  if [[ "$PLACE" == container && "$(state_of "$ID" OOMKilled)" == true ]]; then
+    found "the kernel killed a process for memory ($(setting LORA_MEMORY 16g) allowed)" \
+      "a larger LORA_MEMORY, or --per_device_train_batch_size 1 --gradient_checkpointing true"
+  elif [[ -z "$block" && "$EXIT_CODE" == 137 ]]; then
+    found "the run was killed from outside, by docker kill or another SIGKILL" \
+      "./training/run.sh resumes from the last checkpoint"
+    return
+  fi
+  [[ -z "$block" && ${#PROBLEMS[@]} -gt 0 ]] ||
+    found "${what:-the run ended} (exit code $EXIT_CODE: $(meaning_of "$EXIT_CODE"))" \
+      "${remedy:-./training/run.sh logs shows the reason; ./training/run.sh starts it again and resumes}"
+}
+
+# last_block LOG: prints the last paragraph if it ends with an exit code
+last_block() {
+  awk '/^[ \t]*$/ { text = "" } /[^ \t]/ { text = text $0 "\n" } /^exit code [1-9]/ { block = text } END { printf "%s", block }' <<<"$1"
+}
+
 meaning_of() {
   case "$1" in
+    0) printf 'finished' ;;
     65) printf 'data' ;;
     69) printf 'model, hub or device unavailable' ;;
     70) printf 'internal fault or stalled worker' ;;
@@ -188,7 +245,8 @@ meaning_of() {
     75) printf 'another run holds this output' ;;
     77) printf 'no permission' ;;
     78) printf 'configuration' ;;
-    137) printf 'killed for memory' ;;
+    137) printf 'killed, for memory or from outside' ;;
+    143) printf 'stopped by a signal' ;;
     *) printf 'see the log' ;;
   esac
 }
@@ -196,7 +254,7 @@ meaning_of() {
 look_at_server() {
   local path
   CODES=() HEALTH='' METRICS=''
-  [[ "$STATE" != exited && "$STATE" != dead && "$STATE" != created ]] || return 0
+  case "$STATE" in exited | dead | created | ended) return 0 ;; esac
   for path in "${ENDPOINTS[@]}"; do
     ask "$path"
     CODES+=("$path=$CODE")
@@ -239,8 +297,9 @@ look_at_log() {
   if [[ "$PLACE" == container ]]; then
     log="$(docker logs --tail "$LOG_LINES" "$ID" 2>&1 || true)"
   elif [[ "$PLACE" == machine ]]; then
-    log="$(tail -n "$LOG_LINES" "$(dirname "$(newest_server_file)")/train.log" 2>/dev/null || true)"
+    log="$(tail -n "$LOG_LINES" "${RUN:-$(dirname "$(newest_of server.json)")}/train.log" 2>/dev/null || true)"
   fi
+  [[ "$OUTCOME" != finished ]] || return 0
   mapfile -t ERRORS < <(grep -iE 'error|traceback|exit code [1-9]|killed|out of memory|no space' <<<"$log" | tail -n 5)
 }
 
@@ -264,8 +323,9 @@ json_list() {
 
 tell_json() {
   local item separator='' index
-  printf '{"is_healthy": %s, "place": "%s", "state": %s, "url": %s, "endpoints": {' \
-    "$( ((${#PROBLEMS[@]})) && echo false || echo true)" "$PLACE" "$(json_string "$STATE")" "$(json_string "$URL")"
+  printf '{"is_healthy": %s, "place": "%s", "state": %s, "outcome": %s, "exit_code": %s, "url": %s, "endpoints": {' \
+    "$( ((${#PROBLEMS[@]})) && echo false || echo true)" "$PLACE" "$(json_string "$STATE")" \
+    "$(json_string "$OUTCOME")" "${EXIT_CODE:-null}" "$(json_string "$URL")"
   for item in ${CODES[@]+"${CODES[@]}"}; do
     printf '%s%s: %d' "$separator" "$(json_string "${item%=*}")" "$((10#${item#*=}))"
     separator=', '
@@ -278,6 +338,13 @@ tell_json() {
     separator=', '
   done
   printf '], "recent_errors": %s}\n' "$(json_list ${ERRORS[@]+"${ERRORS[@]}"})"
+}
+
+outcome_text() {
+  case "$OUTCOME" in
+    finished) printf ': the run has finished; results: %s' "${RUN:-$(host_path LORA_OUTPUTS ../public/outputs)}" ;;
+    stopped) printf ': the run was stopped; ./training/run.sh resumes it' ;;
+  esac
 }
 
 tell() {
@@ -293,7 +360,7 @@ tell() {
     printf '%-10s %s\n' "log" "${ERRORS[index]}"
   done
   if ((${#PROBLEMS[@]} == 0)); then
-    printf '%shealthy%s\n' "$BOLD" "$PLAIN"
+    printf '%shealthy%s%s\n' "$BOLD" "$PLAIN" "$(outcome_text)"
     return
   fi
   for index in "${!PROBLEMS[@]}"; do
@@ -302,9 +369,10 @@ tell() {
 }
 
 look() {
-  PROBLEMS=() REMEDIES=() ERRORS=() CONTAINER=''
+  PROBLEMS=() REMEDIES=() ERRORS=() CONTAINER='' OUTCOME='' EXIT_CODE='' RUN=''
   find_run
   look_at_container
+  look_at_folder
   look_at_server
   look_at_gpu
   look_at_log

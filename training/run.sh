@@ -181,7 +181,7 @@ start_in_background() {
 local_pid() {
   local pid=''
   [[ -r "$LOCAL_PID" ]] && read -r pid <"$LOCAL_PID" || return 1
-  [[ -n "$pid" ]] && tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -q lora_trainer || return 1
+  is_trainer "$pid" || return 1
   printf '%s\n' "$pid"
 }
 

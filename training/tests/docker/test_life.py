@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from composed import TRAINING, UID, Project, call, docker
+from composed import TRAINING, UID, Project, call, docker, health_check
 
 from faults.trainer import adapter_digest, of_kind
 
@@ -31,11 +31,15 @@ def test_a_stopped_run_saves_ends_with_143_and_resumes_to_the_same_bytes(make_pr
     assert stopped.state()["ExitCode"] == 143
     assert list((stopped.run_folder / "checkpoints").glob("step-*"))
     assert not (stopped.run_folder / "DONE").exists()
+    ended = health_check(stopped)
+    assert (ended.returncode, "the run was stopped" in ended.stdout) == (0, True), ended.stdout
 
     assert stopped.up() == 0
     assert stopped.wait_for_end() == whole.wait_for_end() == 0
     assert of_kind(stopped.run_folder, "resumed")
     assert adapter_digest(stopped.run_folder) == adapter_digest(whole.run_folder)
+    ended = health_check(whole)
+    assert (ended.returncode, "the run has finished" in ended.stdout) == (0, True), ended.stdout
 
     # A finished run is left as it is.
     before = (stopped.run_folder / "DONE").stat().st_mtime_ns
@@ -59,6 +63,9 @@ def test_a_crash_is_started_again_and_the_fourth_one_is_the_end(make_project):
         )
     assert project.wait_for_end() == 137
     assert project.inspect()["RestartCount"] == 3
+    ended = json.loads(health_check(project, "--json").stdout)
+    assert (ended["outcome"], ended["exit_code"]) == ("failed", 137)
+    assert "killed from outside" in ended["problems"][0]["what"]
 
 
 def test_a_run_out_of_memory_ends_with_137_and_says_so(make_project):

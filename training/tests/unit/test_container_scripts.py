@@ -24,9 +24,15 @@ case "$*" in
   "info "*) cat "{root}/runtimes" ;;
   "image inspect --format"*) echo 1760000000 ;;
   "image inspect"*) [ -e "{root}/has-image" ] ;;
+  "ps "*preflight*) cat "{root}/preflight" 2>/dev/null ;;
   "ps "*trainer*) cat "{root}/container" 2>/dev/null ;;
   *" up "*) env | grep -E '^(LORA_|HF_|WANDB)' | sort >"{root}/up-environment" ;;
-  "inspect --format {{{{.State.Status}}}}"*) echo exited ;;
+  "port "*) [ "$(cat "{root}/state")" = running ] && echo 127.0.0.1:9 || exit 1 ;;
+  "logs "*) cat "{root}/log" >&2 ;;
+  "inspect --format {{{{.State.Status}}}}"*preflight*) echo exited ;;
+  "inspect --format {{{{.State.Status}}}}"*) cat "{root}/state" ;;
+  "inspect --format {{{{.State.OOMKilled}}}}"*) cat "{root}/oom" ;;
+  "inspect --format {{{{.State.Error}}}}"*) cat "{root}/start-error" 2>/dev/null ;;
   "inspect --format {{{{.State.Running}}}}"*) echo true ;;
   "inspect --format {{{{.State.ExitCode}}}}"*) cat "{root}/exit-code" ;;
 esac
@@ -64,6 +70,9 @@ def checkout(tmp_path: Path) -> Checkout:
         "runtimes": "runc",
         "exit-code": "0",
         "has-image": "",
+        "state": "exited",
+        "oom": "false",
+        "log": "",
     }.items():
         (tmp_path / name).write_text(text + "\n")
     return checkout
@@ -217,15 +226,103 @@ def test_a_run_under_way_is_not_replaced(checkout: Checkout) -> None:
     assert " up " not in calls(checkout)
 
 
-def test_health_check_names_a_fault_and_its_remedy_as_json(checkout: Checkout) -> None:
-    (checkout.root / "container").write_text("0123456789abcdef\n")
-    (checkout.root / "exit-code").write_text("77\n")
+BLOCK = """step 3
+error: something in between
+
+the model is not there
+  where:  model_name_or_path
+  why:    no such folder
+  remedy: correct the path
+exit code 69 (model, hub or device unavailable)
+"""
+
+
+def ended(checkout: Checkout, code: int, log: str = "", oom: str = "false") -> None:
+    """Make the container one that has ended."""
+    for name, text in {"container": "0123456789abcdef", "exit-code": str(code), "oom": oom}.items():
+        (checkout.root / name).write_text(text + "\n")
+    (checkout.root / "log").write_text(log)
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome", "text"),
+    [(0, "finished", "healthy: the run has finished"), (143, "stopped", "run.sh resumes it")],
+)
+@pytest.mark.parametrize("script", [("health-check.sh",), ("run.sh", "status")], ids="-".join)
+def test_a_run_that_has_finished_or_was_stopped_is_healthy(
+    checkout: Checkout, code: int, outcome: str, text: str, script: tuple[str, ...]
+) -> None:
+    ended(checkout, code, oom="true")  # of a worker that was restarted
+    result = checkout.run(f"training/{script[0]}", *script[1:])
+    assert result.returncode == 0, result.stderr
+    assert text in result.stdout
+    found = json.loads(checkout.run("training/health-check.sh", "--json").stdout)
+    assert found["is_healthy"]
+    assert (found["outcome"], found["exit_code"]) == (outcome, code)
+
+
+@pytest.mark.parametrize(
+    ("code", "log", "oom", "what", "remedy"),
+    [
+        (
+            69,
+            BLOCK,
+            "false",
+            "the model is not there (exit code 69: model, hub",
+            "correct the path",
+        ),
+        (77, "", "false", "the run ended (exit code 77: no permission)", "run.sh logs"),
+        (137, "step 3\n", "false", "killed from outside", "run.sh resumes"),
+        (137, "step 3\n", "true", "the kernel killed a process for memory", "a larger LORA_MEMORY"),
+    ],
+)
+def test_health_check_names_why_a_container_ended(
+    checkout: Checkout, code: int, log: str, oom: str, what: str, remedy: str
+) -> None:
+    ended(checkout, code, log, oom)
     result = checkout.run("training/health-check.sh", "--json")
     assert result.returncode == 1
     found = json.loads(result.stdout)
-    assert not found["is_healthy"]
-    assert "no permission" in found["problems"][0]["what"]
-    assert found["problems"][0]["remedy"]
+    assert (found["is_healthy"], found["outcome"]) == (False, "failed")
+    (problem,) = found["problems"]
+    assert what in problem["what"]
+    assert remedy in problem["remedy"]
+
+
+def test_health_check_reports_what_preflight_refused(checkout: Checkout) -> None:
+    ended(checkout, 69, BLOCK)
+    (checkout.root / "state").write_text("created\n")
+    (checkout.root / "preflight").write_text("the-preflight-container\n")
+    result = checkout.run("training/health-check.sh")
+    assert result.returncode == 1
+    assert "the model is not there (exit code 69" in result.stdout
+
+
+def test_health_check_reports_why_the_engine_could_not_start_the_container(
+    checkout: Checkout,
+) -> None:
+    ended(checkout, 0)
+    (checkout.root / "state").write_text("created\n")
+    (checkout.root / "start-error").write_text("could not select device driver\n")
+    result = checkout.run("training/health-check.sh")
+    assert result.returncode == 1
+    assert "could not select device driver" in result.stdout
+
+
+@pytest.mark.parametrize(("name", "code"), [("DONE", 0), ("other", 1)])
+def test_health_check_looks_at_a_run_of_this_machine_that_has_ended(
+    checkout: Checkout, name: str, code: int
+) -> None:
+    folder = checkout.root / "public" / "outputs" / "run"
+    folder.mkdir(parents=True)
+    (folder / "events.jsonl").write_text('{"event": "ended", "exit_code": 78}\n')
+    (folder / name).write_text("")
+    # Its number is another process's now.
+    (folder / "server.json").write_text(f'{{"url": "http://127.0.0.1:9", "pid": {os.getpid()}}}')
+    result = checkout.run("training/health-check.sh")
+    assert result.returncode == code, result.stdout
+    assert ("finished" in result.stdout) == (code == 0)
+    assert ("configuration" in result.stdout) == (code == 1)
 
 
 def entrypoint(root: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
