@@ -244,7 +244,9 @@ class MonitoringSection(Section):
         description="Trackers, through Accelerate",
     )
     sample_count: int = Field(3, ge=0, le=100, description="Held-out answers shown in full")
-    max_restarts: CountOrZero = Field(3, description="Restarts of a crashed worker")
+    max_restarts: CountOrZero = Field(
+        3, description="Restarts of a crashed worker without progress in between"
+    )
     health_host: str = Field("127.0.0.1", description="Address that the status server binds")
     health_port: int = Field(8080, ge=0, le=65535, description="Its port; 0 picks a free one")
     health_linger_seconds: float = Field(

@@ -108,7 +108,7 @@ class MemoryKilledError(TrainerError):
 
 
 class StoppedError(TrainerError):
-    """The run was stopped by a signal, its checkpoint saved."""
+    """The run was stopped by a signal; what is saved and what is lost is in its problem."""
 
     exit_code = 143
 
@@ -133,7 +133,7 @@ MEANINGS = {
     77: "no permission",
     78: "configuration",
     137: "killed for memory",
-    143: "stopped by signal, checkpoint saved",
+    143: "stopped by signal",
 }
 ERRORS_BY_CODE: dict[int, type[TrainerError]] = {
     error.exit_code: error

@@ -219,7 +219,7 @@ class Finished(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stopped(Event):
-    """The run was stopped by a signal after saving at `step`."""
+    """The run was stopped by a signal; the newest checkpoint is of `step`, 0: there is none."""
 
     kind: ClassVar[str] = "stopped"
     step: int

@@ -220,7 +220,10 @@ def _timeline_entry(event: said.Event) -> tuple[str, str] | None:
         case said.Failed(exit_code=code):
             return "bad", f"Failed with exit code {code} ({MEANINGS.get(code, 'unknown')})"
         case said.Stopped(step=step, signal=signal):
-            return "bad", f"Stopped by {signal} after saving step {step}"
+            return (
+                "bad",
+                f"Stopped by {signal}, saved at step {step}" if step else f"Stopped by {signal}",
+            )
         case said.Finished(step=step):
             return "good", f"Finished at step {step}"
     return None

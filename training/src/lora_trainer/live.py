@@ -22,6 +22,7 @@ from .events import Event, Sample, is_foreign, parse_line
 from .health import AGAIN, Health, health
 from .history import History
 from .redaction import Redaction
+from .silence import Silence
 from .status import RunStatus, fold
 
 KEPT_FRAMES = 4096
@@ -55,6 +56,7 @@ class LiveRun:
         self.boot = f"{int(clock() * 1000):x}"  # tells this server's sequence from another's
         self.log: deque[str] = deque(maxlen=LOG_LINES)
         self.log_lines_seen = 0
+        self.silence = Silence()
         self.lines_skipped = 0  # of the recording: JSON that is no event of ours
         self._stall_timeout_seconds = stall_timeout_seconds
         self._clock = clock
@@ -71,6 +73,8 @@ class LiveRun:
     def add(self, event: Event) -> RunStatus:
         """Take up an event; return the status after it."""
         status = fold(self.status, event)
+        if status.progress_time != self.status.progress_time:
+            self.silence.begin()
         data = frame(event.kind, asdict(event), f"{self.boot}.{self._sequence + 1}")
         with self._lock:
             self.history.add(event)
@@ -99,6 +103,8 @@ class LiveRun:
                     event = self.redaction.event(event)
                     status = fold(status, event)
                     history.add(event)
+        now = self._clock()
+        self.silence.begin(max(0.0, now - (status.progress_time or now)))
         with self._lock:
             self.status, self.history = status, history
             self._frames.clear()
@@ -149,7 +155,8 @@ class LiveRun:
 
     def health(self) -> Health:
         """Judge the run now."""
-        now = self._clock()
+        # By the time of its events: of the clock here, only the seconds that pass count.
+        now = (self.status.progress_time or 0.0) + self.silence.seconds
         judged = health(self.status, now, self._stall_timeout_seconds, self.free_disk_bytes())
         if self.is_abandoned and not self.status.is_over:
             reason = "the run's process is gone without having ended it"

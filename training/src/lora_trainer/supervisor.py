@@ -13,20 +13,13 @@ import selectors
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from . import claim
-from .errors import (
-    ERRORS_BY_CODE,
-    InternalError,
-    MemoryKilledError,
-    Problem,
-    StoppedError,
-    TrainerError,
-    UnavailableError,
-)
+from .endings import FINAL_CODES, WorkerEnd, failed, given_up, saved_step, stopped
+from .errors import TrainerError, UnavailableError
 from .events import (
     Ended,
     Event,
@@ -57,26 +50,16 @@ from .output import (
 from .plan import process_count
 from .redaction import Redaction
 from .report import write_report
+from .restarts import Restarts
 from .server import LogTail, StatusServer, read_token
 from .sources import Settings
 from .status import RunStatus
 from .watch import Watch
 from .worker import EVENTS_FD
 
-# These exit codes mean the same again on a second try.
-FINAL_CODES = frozenset({0, 65, 69, 74, 75, 77, 78, 137, 143})
 STALLED = 70
 WATCH_SECONDS = 1.0  # between two looks at a worker
 PIPE_BYTES = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerEnd:
-    """How a worker ended: its exit code, that in words, and what it said of its failure."""
-
-    code: int
-    cause: str
-    failure: Failed | None = None
 
 
 class Supervisor:
@@ -195,30 +178,31 @@ class Supervisor:
 
     def _run_worker(self) -> int:
         """Start the worker until it finishes, fails for good, or uses up its restarts."""
-        attempt, step_before = 0, -1
+        restarts = Restarts(self.config.monitoring.max_restarts)
         while True:
             self.tell(
                 RunStarted(
                     run_name=self.run_name,
                     config_digest=self.config.digest(),
                     output_dir=str(self.output_dir),
-                    attempt=attempt,
+                    attempt=restarts.attempt,
                     pid=os.getpid(),
                 )
             )
-            for warning in self._warnings() if attempt == 0 else ():
+            for warning in self._warnings() if restarts.attempt == 0 else ():
                 self.tell(Warned(message=warning))
             end = self._run_once()
             if end.code == 0:
                 self.tell(Ended(exit_code=0))
                 return 0
-            if end.code in FINAL_CODES or self._signals:
-                raise self._final(143 if self._signals else end.code, end)
-            # A worker that dies twice at the same step will die there a third time.
-            is_stuck = attempt > 0 and self.status.step == step_before
-            if attempt >= self.config.monitoring.max_restarts or is_stuck or end.failure:
-                raise self._final(137 if end.code == -signal.SIGKILL else 70, end)
-            step_before, attempt = self.status.step, attempt + 1
+            if end.failure:
+                raise self._final(failed(end.failure), is_recorded=True)
+            if end.code == 143 or self._signals:
+                raise self._stopped()
+            refusal = restarts.refusal(self.status)
+            if refusal or end.code in FINAL_CODES:
+                raise self._final(given_up(end, self.status, self.output_dir, refusal))
+            attempt = restarts.take(self.status)
             self.tell(Restarted(attempt=attempt, cause=end.cause, exit_code=end.code))
 
     def _run_once(self) -> WorkerEnd:
@@ -291,7 +275,7 @@ class Supervisor:
         """Tell of what is wrong with a worker that lives; end it if it is stalled, and say so."""
         for warning in watch.warnings(self.status):
             self.tell(Warned(message=warning))
-        stall = watch.stall(self.status, time.time())
+        stall = watch.stall(self.status, self.live.silence.look())
         if stall:
             self.tell(
                 Warned(message=f"the worker {stall}; its stacks go to {LOG}, then it is ended")
@@ -301,35 +285,15 @@ class Supervisor:
             watch.end()
         return stall
 
-    def _final(self, code: int, end: WorkerEnd) -> TrainerError:
-        """Return the error that ends the run, and say it as the last events."""
-        failure = end.failure
-        if failure is not None:
-            error: TrainerError = ERRORS_BY_CODE[failure.exit_code](
-                Problem(**problem) for problem in failure.problems
-            )
-        elif code == 143:
-            saved = any((self.output_dir / "checkpoints").glob("step-*"))
-            error = StoppedError.of(
-                f"stopped at step {self.status.step}" if self.status.step else "stopped",
-                where=str(self.output_dir),
-                why="a signal asked for it; what was learnt is in the checkpoint"
-                if saved
-                else "a signal asked for it before anything was learnt",
-                remedy="start the same command again: it resumes by itself",
-            )
-            if self.status.phase != "stopped":
-                self.tell(Stopped(step=self.status.step, signal="SIGTERM"))
-        else:
-            kind = MemoryKilledError if code == 137 else InternalError
-            error = kind.of(
-                f"the worker {end.cause}",
-                where=f"step {self.status.step}",
-                why=f"restarting did not help ({self.config.monitoring.max_restarts} allowed)",
-                remedy=f"see {self.output_dir / LOG}; lower per_device_train_batch_size or "
-                "max_seq_length if memory is short; start again to resume",
-            )
-        if failure is None and code != 143:
+    def _stopped(self) -> TrainerError:
+        """Return the error of a run that was stopped, and record it as the last events."""
+        if self.status.phase != "stopped":
+            self.tell(Stopped(step=saved_step(self.output_dir), signal="SIGTERM"))
+        return self._final(stopped(self.status, self.output_dir), is_recorded=True)
+
+    def _final(self, error: TrainerError, *, is_recorded: bool = False) -> TrainerError:
+        """Record the error that ends the run as the last events; return it."""
+        if not is_recorded:
             problems = [asdict(problem) for problem in error.problems]
             self.tell(Failed(exit_code=error.exit_code, problems=problems))
         self.tell(Ended(exit_code=error.exit_code))

@@ -40,6 +40,7 @@ class Recording:
 
     def read(self) -> None:
         """Take up what is new; begin anew when another run has taken the folder."""
+        self.live.silence.look()
         try:
             found = self._path.stat()
         except OSError:

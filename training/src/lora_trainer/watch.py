@@ -36,7 +36,6 @@ class Watch:
     def __init__(self, pids: Sequence[int], log: Path, stall_timeout_seconds: float) -> None:
         self.pids = tuple(pids)
         self.log = log
-        self.started = time.time()
         self._stall_timeout_seconds = stall_timeout_seconds
         self._oom_kills = oom_kills()
         self._told: set[str] = set()
@@ -44,16 +43,13 @@ class Watch:
             with contextlib.suppress(OSError):
                 Path(f"/proc/{pid}/oom_score_adj").write_text(str(OOM_SCORE))
 
-    def stall(self, status: RunStatus, now: float) -> str:
-        """Return in words that the worker is stalled at the wall-clock time, or nothing."""
-        if status.is_over:
-            return ""
-        # A worker just started has not had its time yet, whatever the one before it did.
-        since = now - max(self.started, status.progress_time or 0.0)
+    def stall(self, status: RunStatus, silent_seconds: float) -> str:
+        """Return that a worker silent for so long is stalled, and for how long, or nothing."""
         limit = stall_timeout(status, self._stall_timeout_seconds)
-        if since <= limit:
+        if status.is_over or silent_seconds <= limit:
             return ""
-        return f"made no progress for {since:.0f} s in phase {status.phase} (limit {limit:.0f} s)"
+        silence = f"no progress for {silent_seconds:.0f} s in phase {status.phase}"
+        return f"made {silence} (limit {limit:.0f} s)"
 
     def warnings(self, status: RunStatus) -> list[str]:
         """Return what of memory and disk should be known now, each once."""

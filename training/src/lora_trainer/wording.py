@@ -63,7 +63,8 @@ def lasting_line(event: Event, status: RunStatus) -> Line | None:
         case said.Finished():
             return f"finished {event.step} steps in {duration(event.train_seconds)}", "bold green"
         case said.Stopped():
-            return f"stopped by {one_line(event.signal)}, saved at step {event.step}", "yellow"
+            saved = f", saved at step {event.step}" if event.step else ""
+            return f"stopped by {one_line(event.signal)}{saved}", "yellow"
         case _:
             return None
 

@@ -114,7 +114,7 @@ def test_signal_while_loading_leaves_nothing_half_done(
 ) -> None:
     stop = stopped[1]["loading"]
     assert (stop.saved, stop.leftovers) == ([], [])
-    assert "before anything was learnt" in stop.ended.block
+    assert "before the first step" in stop.ended.block
 
 
 def test_signal_while_training_saves_the_step_it_came_in(

@@ -10,6 +10,7 @@ from lora_trainer.events import Failed, PhaseChanged, RanksMeasured, Restarted, 
 from lora_trainer.hardware import Gauges, GpuReading, HostReading, Reading
 from lora_trainer.live import LiveRun
 from lora_trainer.redaction import Redaction
+from lora_trainer.silence import Silence
 
 RANKS = [
     {"rank": rank, "seconds": 2.0, "tokens": 100, "memory_bytes": 7, "gpu_memory_bytes": 0}
@@ -28,6 +29,7 @@ def gauges_of() -> Gauges:
 def live_run(*events) -> LiveRun:
     """Return a run to which the events have happened, seen soon after."""
     live = LiveRun(Redaction(), clock=lambda: 100.0)
+    live.silence = Silence(lambda: 0.0)
     for event in events:
         live.add(event)
     return live

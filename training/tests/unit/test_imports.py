@@ -16,7 +16,7 @@ SOURCE = Path(lora_trainer.__file__).parent
 LAYERS = [
     {"quoting"},
     {"errors", "aliases", "compat", "gate", "connections", "disk"},
-    {"config", "machine", "events", "faults"},
+    {"config", "machine", "events", "faults", "silence"},
     {"redaction", "ranks"},
     {"sources", "status", "health", "history", "curves", "plan", "terminal", "wording"},
     {
@@ -31,7 +31,7 @@ LAYERS = [
         "group",
     },
     {"evaluate", "export", "report", "display", "live", "hardware", "logfile"},
-    {"views", "exposition", "transcript"},
+    {"views", "exposition", "transcript", "restarts", "endings"},
     {"web"},
     {"server"},
     {"loop"},

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_trainer import claim, output, supervisor
+from lora_trainer import claim, output, silence, supervisor
 from lora_trainer.errors import (
     AccessError,
     BusyError,
@@ -128,7 +128,7 @@ def test_worker_that_dies_twice_at_one_step_is_not_started_a_third_time(
     assert workers(tmp_path) == 2
 
 
-def test_worker_that_gets_further_each_time_uses_up_its_restarts(
+def test_worker_that_gets_little_further_each_time_uses_up_its_restarts(
     made: Made, tmp_path: Path
 ) -> None:
     with pytest.raises(MemoryKilledError):
@@ -138,6 +138,35 @@ def test_worker_that_gets_further_each_time_uses_up_its_restarts(
             "2",
         ).run()
     assert workers(tmp_path) == 3
+
+
+def test_worker_that_ends_every_forty_steps_is_started_again_each_time(
+    made: Made, tmp_path: Path
+) -> None:
+    killed = says(step_line(7)).replace('"step": 7', "\"step\": '$((40 * N + 40))'")
+    run = made(f"if [ $N -lt 6 ]; then {killed} kill -KILL $$; fi", "--max_restarts", "2")
+    assert run.run() == 0
+    assert workers(tmp_path) == 7
+    assert [one.attempt for one in run.status.restarts] == [1, 2, 3, 4, 5, 6]
+
+
+def test_worker_whose_clock_is_set_forward_is_not_stalled(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "WATCH_SECONDS", 0.05)
+    run = made(says(step_line(3)) + "sleep 0.4", "--stall_timeout_seconds", "60")
+    real, shift = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: real() + shift[0])
+    run.live._clock = time.time
+
+    def set_clock() -> None:
+        shift[0] = 7200.0
+        assert run.live.health().status == "healthy"
+
+    thread = when(lambda: run.status.step == 3, set_clock)
+    assert run.run() == 0
+    thread.join()
+    assert run.status.restarts == ()
 
 
 @pytest.mark.parametrize(
@@ -231,6 +260,33 @@ def test_signal_before_there_is_a_worker_is_not_lost(
     monkeypatch.setattr(subprocess, "Popen", start_late)
     with pytest.raises(StoppedError, match="stopped"):
         run.run()
+
+
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        ([], "steps 1 to 9 are lost and will be repeated: there is no checkpoint"),
+        ([4, 6], "steps 7 to 9 are lost and will be repeated: the latest checkpoint is of step 6"),
+        ([8], "step 9 is lost"),
+        ([9], "progress is saved in the checkpoint of step 9"),
+    ],
+    ids=["none", "several", "one", "all"],
+)
+def test_worker_that_dies_of_a_signal_is_not_reported_as_saved(
+    made: Made, saved: list[int], said: str
+) -> None:
+    run = made(says(step_line(9)) + "trap 'kill -KILL $$' TERM; while :; do sleep 0.02; done")
+    for step in saved:
+        (run.output_dir / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    (run.output_dir / "checkpoints" / "step-99-mine").mkdir(parents=True)
+    thread = when(lambda: run.status.step == 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(StoppedError, match="stopped at step 9") as caught:
+        run.run()
+    thread.join()
+    assert said in caught.value.problems[0].why
+    assert "saved" not in caught.value.meaning
+    assert run.status.stopped is not None
+    assert run.status.stopped.step == max(saved, default=0)
 
 
 def test_third_signal_ends_a_worker_that_does_not_listen(made: Made) -> None:
@@ -579,6 +635,24 @@ def test_stalled_worker_is_started_again_within_the_budget(
     (restart,) = run.status.restarts
     assert "no progress" in restart.cause
     assert restart.exit_code == 70
+
+
+def test_worker_is_not_stalled_by_a_gap_in_which_the_supervisor_was_stopped(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "WATCH_SECONDS", 0.02)
+    monkeypatch.setattr(silence, "LONGEST_GAP_SECONDS", 0.5)
+    gaps = iter([2.0])
+
+    def warnings(*_: object) -> list[str]:
+        time.sleep(next(gaps, 0.0) if run.status.step == 3 else 0.0)
+        return []
+
+    monkeypatch.setattr(supervisor.Watch, "warnings", warnings)
+    run = made(says(step_line(3)) + "sleep 2.2", "--stall_timeout_seconds", "1.5")
+    assert run.run() == 0
+    assert workers(tmp_path) == 1
+    assert next(gaps, None) is None
 
 
 def test_worker_that_the_kernel_kills_for_memory_is_told_of_as_that(

@@ -15,6 +15,7 @@ from run_events import after, stepped, training
 
 from lora_trainer import machine, watch
 from lora_trainer.events import Planned
+from lora_trainer.silence import Silence
 from lora_trainer.status import RunStatus
 from lora_trainer.watch import Watch
 
@@ -52,9 +53,7 @@ def ranks(tmp_path: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def watched(tmp_path: Path, *pids: int, limit: float = 10.0) -> Watch:
-    seen = Watch(pids or [os.getpid()], tmp_path / "train.log", limit)
-    seen.started = 0.0  # the tests' clocks begin there
-    return seen
+    return Watch(pids or [os.getpid()], tmp_path / "train.log", limit)
 
 
 @pytest.fixture(autouse=True)
@@ -64,21 +63,51 @@ def _score_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_silence_beyond_the_limit_is_a_stall(tmp_path: Path) -> None:
     seen = watched(tmp_path)
-    assert seen.stall(training(), 3.0 + 9) == ""
-    assert "no progress for 11 s in phase training (limit 10 s)" in seen.stall(training(), 14.0)
+    assert seen.stall(training(), 9.0) == ""
+    assert "no progress for 11 s in phase training (limit 10 s)" in seen.stall(training(), 11.0)
 
 
-def test_a_worker_just_started_is_not_blamed_for_the_silence_before(tmp_path: Path) -> None:
-    seen = watched(tmp_path)
-    seen.started = 1000.0
-    assert seen.stall(training(), 1005.0) == ""
+class Clock:
+    """A monotonic clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 50.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def looked(silence: Silence, clock: Clock, seconds: float, every: float = 1.0) -> float:
+    """Let the time pass with a look after every so many seconds; return what was counted."""
+    until = clock.now + seconds
+    while clock.now < until:
+        clock.now += every
+        silence.look()
+    return silence.seconds
+
+
+def test_silence_is_counted_from_look_to_look_and_begins_anew() -> None:
+    clock = Clock()
+    silence = Silence(clock)
+    assert looked(silence, clock, 30.0) == 30.0
+    clock.now += 0.5
+    assert silence.seconds == 30.5
+    silence.begin()
+    assert looked(silence, clock, 2.0) == 2.0
+
+
+def test_time_in_which_nobody_could_look_is_not_silence() -> None:
+    clock = Clock()
+    silence = Silence(clock)
+    looked(silence, clock, 4.0)
+    clock.now += 3600  # suspended, or stopped by a signal
+    assert silence.seconds == 4.0  # asked by another thread first
+    assert silence.look() == 4.0
+    assert looked(silence, clock, 5.0) == 9.0
 
 
 def test_a_short_limit_does_not_end_a_long_load(tmp_path: Path) -> None:
-    assert (
-        watched(tmp_path, limit=1.0).stall(RunStatus(phase="loading", progress_time=0.0), 900.0)
-        == ""
-    )
+    assert watched(tmp_path, limit=1.0).stall(RunStatus(phase="loading"), 900.0) == ""
 
 
 @pytest.mark.parametrize("is_stopped", [False, True], ids=["hanging", "stopped by SIGSTOP"])

@@ -1,0 +1,75 @@
+"""How a worker ended, and the error that a run ends with after it."""
+
+from __future__ import annotations
+
+import re
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import (
+    ERRORS_BY_CODE,
+    InternalError,
+    MemoryKilledError,
+    Problem,
+    StoppedError,
+    TrainerError,
+)
+from .events import Failed
+from .output import LOG
+from .status import RunStatus
+
+# These exit codes mean the same again on a second try.
+FINAL_CODES = frozenset({0, 65, 69, 74, 75, 77, 78, 137, 143})
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnd:
+    """How a worker ended: its exit code, that as text, and what it reported of its failure."""
+
+    code: int
+    cause: str
+    failure: Failed | None = None
+
+
+def saved_step(output_dir: Path) -> int:
+    """Return the step of the newest checkpoint, 0 where there is none."""
+    folders = (output_dir / "checkpoints").glob("step-*")
+    steps = (re.fullmatch(r"step-(\d+)", path.name) for path in folders if path.is_dir())
+    return max((int(step[1]) for step in steps if step), default=0)
+
+
+def failed(failure: Failed) -> TrainerError:
+    """Return the error that the worker reported."""
+    problems = [Problem(**problem) for problem in failure.problems]
+    return ERRORS_BY_CODE.get(failure.exit_code, InternalError)(problems)
+
+
+def stopped(status: RunStatus, output_dir: Path) -> TrainerError:
+    """Return the error of a run that a signal stopped; it names the steps that are lost."""
+    done, saved = status.step, saved_step(output_dir)
+    why = "received a stop signal before the first step"
+    if done > saved:
+        steps = f"step {done} is" if done == saved + 1 else f"steps {saved + 1} to {done} are"
+        latest = f"the latest checkpoint is of step {saved}" if saved else "there is no checkpoint"
+        why = f"received a stop signal; {steps} lost and will be repeated: {latest}"
+    elif saved:
+        why = f"received a stop signal; progress is saved in the checkpoint of step {saved}"
+    return StoppedError.of(
+        f"stopped at step {done}" if done else "stopped",
+        where=str(output_dir),
+        why=why,
+        remedy="start the same command again: it resumes by itself",
+    )
+
+
+def given_up(end: WorkerEnd, status: RunStatus, output_dir: Path, why: str) -> TrainerError:
+    """Return the error of a worker that ended by itself and is not started again."""
+    is_killed = end.code in (137, -signal.SIGKILL)
+    return (MemoryKilledError if is_killed else InternalError).of(
+        f"the worker {end.cause}",
+        where=f"step {status.step}",
+        why=why or "it reported no reason",
+        remedy=f"see {output_dir / LOG}; lower per_device_train_batch_size or "
+        "max_seq_length if memory is short; start again to resume",
+    )
