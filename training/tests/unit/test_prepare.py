@@ -231,7 +231,7 @@ def test_too_many_skipped_rows_are_refused(tmp_path):
 
 
 def test_a_dataset_of_bad_rows_alone_is_refused(tmp_path):
-    (tmp_path / "d.jsonl").write_text("{\n{\n")
+    (tmp_path / "d.jsonl").write_text('{"text": "a\\u0000"}\n' * 2)
     with pytest.raises(DataError, match="2 of 2 rows"):
         run(SourceSpec(str(tmp_path / "d.jsonl")), tmp_path, on_bad_rows="skip")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from lora_trainer.errors import AccessError, DataError
+from lora_trainer.quoting import shell_word
 
 FileKind = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "txt"]
 KINDS: dict[str, FileKind] = {
@@ -142,7 +143,7 @@ def _existing(spec: SourceSpec) -> Path | None:
             raise AccessError.of(
                 "a folder on the way to the dataset may not be entered",
                 where=str(path),
-                remedy=f"chmod a+x {path.parent}",
+                remedy=f"chmod a+x {shell_word(path.parent)}",
             ) from error
         except (OSError, RuntimeError):
             continue
@@ -175,7 +176,7 @@ def _files_in(folder: Path, spec: SourceSpec) -> tuple[DataFile, ...]:
         raise AccessError.of(
             "a dataset folder cannot be listed",
             where=str(error.filename),
-            remedy=f"chmod a+rx {error.filename}",
+            remedy=f"chmod a+rx {shell_word(error.filename)}",
         ) from error
 
     found: list[DataFile] = []

@@ -2,7 +2,7 @@
 
 Memory stays bounded whatever a file's size, except for JSON arrays, which have to be
 parsed whole. What is wrong with one row is yielded in its place, with file and line;
-what is wrong with a whole file is raised. All file kinds may be gzip'd.
+what is wrong with a whole file is raised, once. All file kinds may be gzip'd.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import csv
 import gzip
 import io
 import itertools
-import json
 import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
+from lora_trainer.data.json_rows import rows_of_json
+from lora_trainer.data.lines import LineDecoder, decoded_lines, iter_lines
 from lora_trainer.data.locate import DataFile, FileKind, SourceSpec, locate
 from lora_trainer.data.rows import (
     MAX_ROW_BYTES,
@@ -28,13 +30,13 @@ from lora_trainer.data.rows import (
     measure,
     oversize_reason,
 )
+from lora_trainer.data.signature import GZIP, HEAD_BYTES, refuse_other_content
 from lora_trainer.errors import AccessError, DataError, StorageError, TrainerError
+from lora_trainer.quoting import shell_word
 
 if TYPE_CHECKING:
     import pyarrow
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 ARROW_ROWS_AT_ONCE = 256
 
 
@@ -80,45 +82,47 @@ def _judged(parts: Iterable[Row | BadRow], spec: SourceSpec) -> Iterator[Row | B
         raise DataError.of("the dataset is empty", where=spec.path_or_id)
 
 
-def _read_file(file: DataFile, spec: SourceSpec) -> Iterator[Row | BadRow]:
-    with _opened(file) as stream:
+def _read_file(named: DataFile, spec: SourceSpec) -> Iterator[Row | BadRow]:
+    with _opened(named) as (stream, file):
+        head = stream.read(HEAD_BYTES)
+        stream.seek(0)
+        refuse_other_content(head, file)
         if file.kind in ("parquet", "arrow"):
             yield from _arrow_rows(_arrow_batches(stream, file), file.shown)
-            return
-        head = stream.read(2)
-        stream.seek(0)
-        if head in UTF16_MARKS:
-            raise DataError.of(
-                "the file is UTF-16 text, not UTF-8",
-                where=file.shown,
-                remedy=f"iconv -f UTF-16 -t UTF-8 {file.shown} > converted.{file.kind}",
-            )
-        if file.kind in ("csv", "tsv"):
+        elif file.kind in ("csv", "tsv"):
             yield from _csv_rows(stream, file)
         elif file.kind == "txt":
-            yield from _text_rows(stream, file.shown)
-        elif file.kind == "jsonl" or _is_json_lines(stream):
-            yield from _json_line_rows(stream, file.shown)
+            yield from _text_rows(stream, file)
         else:
-            yield from _json_rows(stream, file.shown, spec.split)
+            yield from rows_of_json(stream, file, spec.split)
 
 
 @contextmanager
-def _opened(file: DataFile) -> Iterator[BinaryIO]:
-    """Open a file, unpacked where it is gzip'd."""
+def _opened(file: DataFile) -> Iterator[tuple[BinaryIO, DataFile]]:
+    """Open a file, unpacked where its content is gzip'd, whatever its name says."""
     with reading_faults(file.shown), file.path.open("rb") as raw:
-        if not file.is_gzip:
-            yield raw
+        is_gzip = raw.read(len(GZIP)) == GZIP
+        raw.seek(0)
+        if file.is_gzip and not is_gzip:
+            plain = file.path.with_name(file.path.name[: -len(".gz")])
+            raise DataError.of(
+                "the file is not gzip'd, though its name ends in .gz",
+                where=file.shown,
+                remedy=f"mv {shell_word(file.path)} {shell_word(plain)}",
+            )
+        file = replace(file, is_gzip=is_gzip)
+        if not is_gzip:
+            yield raw, file
             return
         with gzip.open(raw) as unpacked:
             if file.kind not in ("parquet", "arrow"):
-                yield cast(BinaryIO, io.BufferedReader(cast(Any, unpacked)))
+                yield cast(BinaryIO, io.BufferedReader(cast(Any, unpacked))), file
                 return
             # These are read from their end: unpack to disk, not to memory.
             with tempfile.TemporaryFile() as copy:
                 shutil.copyfileobj(unpacked, copy)
                 copy.seek(0)
-                yield cast(BinaryIO, copy)
+                yield cast(BinaryIO, copy), file
 
 
 @contextmanager
@@ -130,13 +134,15 @@ def reading_faults(shown: str) -> Iterator[None]:
         raise
     except PermissionError as error:
         raise AccessError.of(
-            "a dataset file may not be read", where=shown, remedy=f"chmod a+r {shown}"
+            "a dataset file may not be read",
+            where=shown,
+            remedy=f"chmod a+r {shell_word(shown)}",
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError.of(
             "the gzip file is damaged or ends early",
             where=shown,
-            remedy=f"gzip -t {shown}, then fetch it again",
+            remedy=f"gzip -t {shell_word(shown)}, then fetch it again",
         ) from error
     except FileNotFoundError as error:
         raise DataError.of("a dataset file has vanished", where=shown) from error
@@ -146,112 +152,17 @@ def reading_faults(shown: str) -> Iterator[None]:
         ) from error
 
 
-def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Yield (line number, line) without a byte order mark; None stands for too long a line."""
-    number = 0
-    while line := stream.readline(MAX_ROW_BYTES + 2):
-        number += 1
-        if number == 1:
-            line = line.removeprefix(BYTE_ORDER_MARK)
-        if len(line.rstrip(b"\r\n")) < MAX_ROW_BYTES:
-            yield number, line
-            continue
-        while line and not line.endswith(b"\n"):
-            line = stream.readline(MAX_ROW_BYTES)
-        yield number, None
-
-
-def _decoded_lines(stream: BinaryIO, shown: str) -> Iterator[tuple[str, str] | BadRow]:
-    """Yield (where, text) of each line that is not blank."""
-    for number, line in _lines(stream):
-        where = f"{shown}:{number}"
-        if line is None:
-            yield BadRow(where, oversize_reason())
-        elif line.strip():
-            try:
-                yield where, line.decode()
-            except UnicodeDecodeError as error:
-                yield BadRow(where, f"is not valid UTF-8, at byte {error.start + 1} of the line")
-
-
-def _text_rows(stream: BinaryIO, shown: str) -> Iterator[Row | BadRow]:
-    for line in _decoded_lines(stream, shown):
+def _text_rows(stream: BinaryIO, file: DataFile) -> Iterator[Row | BadRow]:
+    for line in decoded_lines(stream, file):
         yield line if isinstance(line, BadRow) else Row(line[1].rstrip("\r\n"), line[0])
-
-
-def _json_line_rows(stream: BinaryIO, shown: str) -> Iterator[Row | BadRow]:
-    for line in _decoded_lines(stream, shown):
-        if isinstance(line, BadRow):
-            yield line
-            continue
-        where, text = line
-        try:
-            # Without its line break: a row cut off would be told to break on the next line.
-            value = json.loads(text.rstrip("\r\n"))
-        except json.JSONDecodeError as error:
-            nul = ", a NUL character stands in it" if "\0" in text else ""
-            yield BadRow(where, f"broken JSON, at column {error.colno}{nul}")
-        except (ValueError, RecursionError):
-            yield BadRow(where, "JSON with a number too long or nested too deeply")
-        else:
-            yield _json_row(value, where)
-
-
-def _json_row(value: Any, where: str) -> Row | BadRow:
-    if isinstance(value, dict | str):
-        return Row(value, where)
-    return BadRow(where, f"is a JSON {type(value).__name__}, expected an object")
-
-
-def _is_json_lines(stream: BinaryIO) -> bool:
-    """Tell a .json file that holds one object a line from one that is a single document."""
-    filled = (line for _, line in _lines(stream) if line is None or line.strip())
-    first, second = next(filled, None), next(filled, b"")
-    stream.seek(0)
-    if first is None or second == b"":
-        return False
-    first = first.strip()
-    return first.startswith(b"{") and first.endswith(b"}")
-
-
-def _json_rows(stream: BinaryIO, shown: str, split: str) -> Iterator[Row | BadRow]:
-    """Yield the rows of a JSON document: an array, {"data": [...]}, or a single row."""
-    content = stream.read().removeprefix(BYTE_ORDER_MARK)
-    if not content.strip():
-        return
-    try:
-        document = json.loads(content.decode())
-    except json.JSONDecodeError as error:
-        raise DataError.of(
-            f"broken JSON, at column {error.colno}",
-            where=f"{shown}:{error.lineno}",
-            remedy=f"python -m json.tool {shown}",
-        ) from error
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError.of("the file is not valid UTF-8", where=f"{shown}:{line}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError.of(
-            "JSON with a number too long or nested too deeply", where=shown
-        ) from error
-    del content
-    if isinstance(document, dict):
-        document = next(
-            (document[key] for key in ("data", split) if isinstance(document.get(key), list)),
-            [document],
-        )
-    if not isinstance(document, list):
-        found = type(document).__name__
-        raise DataError.of(f"the file is a JSON {found}, expected an array of rows", where=shown)
-    for index, value in enumerate(document, start=1):
-        yield _json_row(value, f"{shown}: row {index}")
 
 
 class _CsvLines:
     """The lines that the csv module is fed; knows whether one was too long to pass on."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self.lines = _lines(stream)
+    def __init__(self, stream: BinaryIO, file: DataFile) -> None:
+        self.lines = iter_lines(stream)
+        self.decoder = LineDecoder(stream, file)
         self.number = 0
         self.is_oversized = False
 
@@ -263,12 +174,15 @@ class _CsvLines:
         if line is None:
             self.is_oversized = True
             return "\n"
-        # Bad UTF-8 becomes surrogates, which `fault_in` finds and names by their field.
-        return line.decode(errors="surrogateescape")
+        try:
+            return self.decoder.decode(line, self.number)
+        except UnicodeDecodeError:
+            # Bad UTF-8 becomes surrogates, which `fault_in` finds and names by their field.
+            return line.decode(errors="surrogateescape")
 
 
 def _csv_rows(stream: BinaryIO, file: DataFile) -> Iterator[Row | BadRow]:
-    lines = _CsvLines(stream)
+    lines = _CsvLines(stream, file)
     # The csv module's limit is global; its default of 128 KiB refuses rows that we take.
     csv.field_size_limit(MAX_ROW_BYTES)
     first_line = next(lines, "")
@@ -311,7 +225,9 @@ def _delimiter(header_line: str, kind: FileKind) -> str:
     """Return the field delimiter; spreadsheets in much of Europe write `;` into .csv files."""
     if kind == "tsv":
         return "\t"
-    return ";" if ";" in header_line and "," not in header_line else ","
+    if "," in header_line:
+        return ","
+    return next((mark for mark in (";", "\t") if mark in header_line), ",")
 
 
 def _arrow_batches(stream: BinaryIO, file: DataFile) -> Iterator[pyarrow.RecordBatch]:
