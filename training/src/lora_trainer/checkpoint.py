@@ -75,10 +75,11 @@ class TrainState:
         """Return the state after an evaluation.
 
         The best is the lowest loss; patience begins anew only where it is lower by more
-        than `threshold`. The evaluation before the first step is no candidate.
+        than `threshold`. The evaluation before the first step is no candidate, and one that is
+        not finite says nothing of either.
         """
         evaluated = replace(self, evaluated_step=self.step)
-        if self.step == 0:
+        if self.step == 0 or not math.isfinite(loss):
             return evaluated
         best = math.inf if self.best_eval_loss is None else self.best_eval_loss
         is_enough = loss < best - threshold

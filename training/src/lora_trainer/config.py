@@ -201,6 +201,9 @@ class TrainingSection(Section):
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Seeds order, dropout and adapter")
     eval_steps: CountOrZero = Field(0, description="Steps between evaluations; 0: only at the end")
+    on_nan: Literal["error", "warn"] = Field(
+        "error", description="What happens when an evaluation is NaN or infinite"
+    )
     eval_generate: bool = Field(
         False, description="Answer the held-out prompts before and after; report exact match"
     )
@@ -299,6 +302,7 @@ NOT_IN_DIGEST = (
     ("training", "nproc"),
     ("training", "parallelism"),
     ("training", "offload_param_device"),
+    ("training", "on_nan"),
 )
 SECRET_KEYS = frozenset({"hf_token"})
 

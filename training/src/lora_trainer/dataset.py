@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from .config import Config, DatasetSource
+from .data.cache import TokenizedDataset
 from .data.encoder import TokenizerFactory
 from .data.locate import SourceSpec, hub_id, locate
+from .data.positions import find_rows
 from .data.prepare import DataSplits, PrepareSettings, prepare_splits
 from .data.split import epoch_rows
 from .errors import ConfigError, DataError, TrainerError
@@ -109,6 +111,20 @@ def hub_ids(config: Config) -> tuple[str, ...]:
             if locate(spec) is None:
                 found[hub_id(spec)] = None
     return tuple(found)
+
+
+def name_rows(config: Config, data: TokenizedDataset, indices: Sequence[int]) -> list[str]:
+    """Name tokenized rows by file and line; by number where their source cannot be read."""
+    hashes = [int(data.row_hashes[index]) for index in indices]
+    found: dict[int, list[str]] = {}
+    for named in (config.data.dataset, config.data.eval_dataset):
+        with contextlib.suppress(TrainerError, OSError):
+            for key, places in find_rows(source_specs(config, named), set(hashes)).items():
+                found.setdefault(key, []).extend(places)
+    return [
+        ", ".join(found.get(key, [f"row {index + 1} of the tokenized data"]))
+        for key, index in zip(hashes, indices, strict=True)
+    ]
 
 
 def _tokenizer_folder(source: load.ModelSource, tokenizer: Any, cache: Path) -> Path:

@@ -35,6 +35,9 @@ class TrainerError(Exception):
     """A fault with its own exit code; never raised itself, only through a subclass."""
 
     exit_code: ClassVar[int]
+    # Where a second try, from the last checkpoint, may end otherwise: why (see `recovery`).
+    retry: str = ""
+    step: int = 0  # the optimizer step that it happened in, where it is known
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
@@ -75,6 +78,12 @@ class InternalError(TrainerError):
     """A fault of the program itself, or a worker that makes no progress."""
 
     exit_code = 70
+
+
+class NotFiniteError(InternalError):
+    """A loss, a gradient, a weight or an evaluation is NaN or infinite."""
+
+    KIND: ClassVar[str] = "not_finite"
 
 
 class StorageError(TrainerError):
@@ -127,7 +136,7 @@ MEANINGS = {
     0: "finished",
     65: "data",
     69: "model, hub or device unavailable",
-    70: "internal fault or stalled worker",
+    70: "internal fault, stalled worker, or non-finite numbers",
     74: "disk full or I/O",
     75: "another run holds this output",
     77: "no permission",

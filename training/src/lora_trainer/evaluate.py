@@ -22,12 +22,13 @@ LARGEST_EXPONENT = 50.0
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Mean figures over the targets of a dataset."""
+    """Mean figures over the targets of a dataset; `suspects` are rows of batches not finite."""
 
     loss: float
     token_accuracy: float
     targets: int
     seconds: float
+    suspects: tuple[int, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -82,7 +83,9 @@ def score(
     loss = sum(row[0] for row in rows_of_figures)
     hits, targets = (int(sum(row[at] for row in rows_of_figures)) for at in (1, 2))
     seconds = time.monotonic() - start
-    return Score(loss / max(1, targets), hits / max(1, targets), targets, seconds)
+    pairs = zip(batches, rows_of_figures, strict=True)
+    suspects = [index for batch, row in pairs if not math.isfinite(row[0]) for index in batch]
+    return Score(loss / max(1, targets), hits / max(1, targets), targets, seconds, tuple(suspects))
 
 
 def _by_length(rows: Rows, batch_examples: int) -> Iterator[list[int]]:

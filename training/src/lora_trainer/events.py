@@ -198,11 +198,16 @@ class Restarted(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed(Event):
-    """The worker gives up: its problems (what, where, why, remedy) and its exit code."""
+    """The worker gives up: its problems (what, where, why, remedy) and its exit code.
+
+    `retry` says why a second try may end otherwise; the supervisor decides on it.
+    """
 
     kind: ClassVar[str] = "failed"
     exit_code: int
     problems: list[dict[str, str]]
+    retry: str = ""
+    step: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

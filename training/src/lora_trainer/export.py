@@ -7,8 +7,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from . import finite
 from .card import CardFacts, write_model_card
 from .disk import sync
+from .model.adapter import trained_parameters
 from .output import FINAL
 
 
@@ -48,7 +50,12 @@ def save_adapter(
     """Write the adapter in PEFT's format, converted where the init changed the base.
 
     `weights` are the trained parameters by name where they are not those in the model.
+
+    Raises:
+        NotFiniteError: the adapter holds NaN or infinite weights.
     """
+    trained = weights if weights is not None else trained_parameters(model)
+    finite.check_before_export(trained.values(), str(folder.parent))
     for lora in model.peft_config.values():
         # PEFT keeps them as a set, whose order differs from run to run.
         if isinstance(lora.target_modules, set):

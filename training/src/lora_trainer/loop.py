@@ -12,15 +12,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
-from . import evaluate
+from . import evaluate, finite
 from .checkpoint import CheckpointStore, TrainState, take_snapshot
 from .config import TrainingSection
 from .data.batches import Rows, StepOrder, split_micro_batches
-from .errors import InternalError
 from .events import (
     CheckpointSaved,
     Evaluated,
@@ -56,6 +54,10 @@ class Parts:
     emit: Callable[[Event], None]
     should_stop: Callable[[], bool]
     ranks: Ranks = ALONE
+    # Names rows by file and line, given their indices and whether they are held out.
+    name_rows: Callable[[Sequence[int], bool], list[str]] = lambda indices, _: [
+        f"row {index}" for index in indices
+    ]
 
 
 def train(parts: Parts, state: TrainState) -> TrainState:
@@ -68,6 +70,8 @@ def train(parts: Parts, state: TrainState) -> TrainState:
         is_done = state.step >= parts.plan.total_steps or _is_out_of_patience(parts, state)
         must_end = is_done or parts.should_stop()
         if saved_step != state.step and (must_end or _is_save_due(parts, state)):
+            if state.step:
+                finite.check_before_save(parts, state.step)
             if state.step and parts.ranks.is_first:
                 _save(parts, state)
             saved_step = state.step
@@ -115,7 +119,7 @@ def _step(parts: Parts, state: TrainState) -> TrainState:
     bound = training.max_grad_norm or math.inf
     norm = float(torch.nn.utils.clip_grad_norm_(parts.parameters.values(), bound))
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise _not_finite(state.step + 1, loss, norm, rate)
+        raise finite.step_error(parts, state.step + 1, loss, norm, rate)
     parts.optimizer.step()
     parts.optimizer.zero_grad(set_to_none=True)
     tokens = sum(batch.tokens for batch in batches)
@@ -165,16 +169,6 @@ def _gpu_memory_bytes() -> int:
     return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
 
 
-def _not_finite(step: int, loss: float, norm: float, rate: float) -> InternalError:
-    error: Any = InternalError.of(
-        f"the loss is not finite at step {step}",
-        where=f"step {step}: loss {loss}, gradient norm {norm}, learning rate {rate:.3g}",
-        why="the weights have diverged; the step was not taken, the last checkpoint is sound",
-        remedy="lower learning_rate (by 3 to 10), lengthen the warmup, or set max_grad_norm to 1",
-    )
-    return error
-
-
 def _is_evaluation_due(parts: Parts, state: TrainState) -> bool:
     if not len(parts.eval_rows) or state.evaluated_step == state.step:
         return False
@@ -209,6 +203,7 @@ def _evaluate(parts: Parts, state: TrainState) -> TrainState:
             is_best=after.best_step == state.step,
         )
     )
+    finite.judge_evaluation(parts, state.step, score)
     parts.emit(PhaseChanged(phase="training"))
     return after
 

@@ -39,6 +39,11 @@ class Restarts:
         self.attempt += 1
         return self.attempt
 
+    def spare(self) -> int:
+        """Count a restart that no crash is the cause of (see `recovery`); return its number."""
+        self.attempt += 1
+        return self.attempt
+
     def _used_at(self, status: RunStatus) -> int:
         saved = max((one.step for one in status.checkpoints), default=0)
         has_progress = status.step >= self._furthest + RENEWING_STEPS or saved > self._furthest

@@ -10,7 +10,7 @@ import importlib.metadata
 import os
 import platform
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from .dataset import (
     data_digest,
     data_warnings,
     hub_ids,
+    name_rows,
     open_data,
     profile_of,
     refuse_long_rows,
@@ -146,7 +147,14 @@ class Session:
             emit=emit,
             should_stop=should_stop,
             ranks=self.ranks,
+            name_rows=self.name_rows,
         )
+
+    def name_rows(self, indices: Sequence[int], is_held_out: bool) -> list[str]:
+        """Name tokenized rows by file and line, as far as the datasets still tell."""
+        index = self.splits.eval_rows if is_held_out else np.arange(len(self.splits.train))
+        data = self.splits.eval if is_held_out and self.splits.eval else self.splits.train
+        return name_rows(self.config, data, [int(index[one]) for one in indices])
 
     def export(self, order: Any, state: TrainState) -> Path:
         """Write final_model/."""

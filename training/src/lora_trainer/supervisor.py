@@ -48,6 +48,7 @@ from .output import (
     write_text,
 )
 from .plan import process_count
+from .recovery import Recovery
 from .redaction import Redaction
 from .report import write_report
 from .restarts import Restarts
@@ -179,6 +180,7 @@ class Supervisor:
     def _run_worker(self) -> int:
         """Start the worker until it finishes, fails for good, or uses up its restarts."""
         restarts = Restarts(self.config.monitoring.max_restarts)
+        recovery = Recovery()
         while True:
             self.tell(
                 RunStarted(
@@ -195,8 +197,12 @@ class Supervisor:
             if end.code == 0:
                 self.tell(Ended(exit_code=0))
                 return 0
+            if not self._signals and (cause := recovery.after(end.failure)):
+                attempt = restarts.spare()
+                self.tell(Restarted(attempt=attempt, cause=cause, exit_code=end.code))
+                continue
             if end.failure:
-                raise self._final(failed(end.failure), is_recorded=True)
+                raise self._final(failed(end.failure), is_recorded=not end.failure.retry)
             if end.code == 143 or self._signals:
                 raise self._stopped()
             refusal = restarts.refusal(self.status)
@@ -264,9 +270,12 @@ class Supervisor:
                     events = filter(None, map(parse_line, map(_decoded, lines)))
                     for event in map(self.redaction.event, events):
                         # Ranks that fail alike all say so: once is enough.
-                        if not (failure and isinstance(event, Failed)):
+                        if not isinstance(event, Failed):
                             self.tell(event)
-                            failure = event if isinstance(event, Failed) else failure
+                        elif not failure:
+                            failure = event
+                            if not failure.retry:  # else there may be a second try
+                                self.tell(event)
                 if time.monotonic() - checked >= WATCH_SECONDS:
                     checked = time.monotonic()
                     stall = stall or self._check(watch)

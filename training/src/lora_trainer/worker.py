@@ -18,7 +18,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,7 +151,8 @@ def main() -> int:
             return PEER_LOST
         known = explain(error)
         problems = [asdict(problem) for problem in known.problems]
-        pipe.emit(Failed(exit_code=known.exit_code, problems=problems))
+        failed = Failed(exit_code=known.exit_code, problems=problems)
+        pipe.emit(replace(failed, retry=known.retry, step=known.step))
         return known.exit_code
     finally:
         pipe.close()

@@ -661,3 +661,49 @@ def test_worker_that_the_kernel_kills_for_memory_is_told_of_as_that(
     monkeypatch.setattr(supervisor.Watch, "was_out_of_memory", lambda _: True)
     with pytest.raises(MemoryKilledError, match="killed by the kernel for memory"):
         made(f"{says(step_line(1))} kill -KILL $$").run()
+
+
+def not_finite(step: int) -> str:
+    problem = {"what": f"not finite at step {step}", "where": "w", "why": "y", "remedy": "r"}
+    return Failed(exit_code=70, problems=[problem], retry="not_finite", step=step).to_line()
+
+
+def test_numbers_that_are_not_finite_are_tried_once_more(made: Made, tmp_path: Path) -> None:
+    script = f"{says(step_line(3))}if [ $N = 0 ]; then {says(not_finite(4))} exit 70; fi"
+    run = made(script, "--max_restarts", "0")
+    assert run.run() == 0
+    assert workers(tmp_path) == 2
+    assert kinds(run.output_dir) == [
+        "run_started", "step", "restart", "run_started", "step", "ended",
+    ]  # fmt: skip
+    (restart,) = run.status.restarts
+    assert "not finite at step 4; tried once more" in restart.cause
+
+
+def test_numbers_that_are_not_finite_twice_at_one_step_are_final(
+    made: Made, tmp_path: Path
+) -> None:
+    run = made(f"{says(step_line(3), not_finite(4))} exit 70")
+    with pytest.raises(InternalError, match="not finite at step 4") as caught:
+        run.run()
+    assert caught.value.exit_code == 70
+    assert workers(tmp_path) == 2
+    assert kinds(run.output_dir)[-2:] == ["failed", "ended"]
+    assert kinds(run.output_dir).count("failed") == 1
+
+
+def test_numbers_that_are_not_finite_further_on_are_tried_once_more_too(
+    made: Made, tmp_path: Path
+) -> None:
+    later = says(not_finite(4)).replace('"step": 4', "\"step\": '$((N + 4))'")
+    run = made(f"if [ $N -lt 3 ]; then {later} exit 70; fi")
+    assert run.run() == 0
+    assert workers(tmp_path) == 4
+
+
+def test_retry_leaves_the_budget_of_crashes_alone(made: Made, tmp_path: Path) -> None:
+    script = (
+        f"{says(step_line(3))}case $N in 0) {says(not_finite(4))} exit 70;; 1) kill -SEGV $$;; esac"
+    )
+    assert made(script, "--max_restarts", "1").run() == 0
+    assert workers(tmp_path) == 3

@@ -229,6 +229,13 @@ def prepare_splits(
     )
 
 
+def formatted_rows(
+    specs: Sequence[SourceSpec],
+) -> Iterator[tuple[FormatName, Iterator[Row | BadRow]]]:
+    """Yield each dataset's format and its rows, as `prepare` reads them."""
+    yield from map(_with_format, _open_all(specs))
+
+
 def _default_processes() -> int:
     affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
