@@ -31,6 +31,17 @@ HUB_LICENSES = frozenset(
     }
 )  # fmt: skip
 LONGEST_VALUE = 200
+# How the trained model is asked, by the format of the rows that it was trained on.
+PROMPTS = {
+    "chat": """messages = [{"role": "user", "content": "..."}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)""",
+    "completion": """prompt = "..."  # as in the rows' `prompt`; no chat template was trained
+inputs = tokenizer(prompt, return_tensors="pt")""",
+    "text": """text = "..."  # the beginning of a text; no chat template was trained
+inputs = tokenizer(text, return_tensors="pt")""",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +51,8 @@ class CardFacts:
     `base_model` is what `from_pretrained` takes; it goes into the front matter only
     as `base_model_hub_id`, since the hub refuses a path there. Metrics are keyed by
     name: exact_match, eval_loss, eval_perplexity, eval_token_accuracy, train_loss.
+    `prompt_kind` is the format of the trained rows (chat, completion or text), `end_tokens` what
+    ends their answers, `stop_token_ids` those and the base model's own ends.
     """
 
     run_name: str
@@ -62,6 +75,9 @@ class CardFacts:
     metrics_before: Mapping[str, float] = field(default_factory=dict)
     metrics_after: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    prompt_kind: str = "chat"
+    stop_token_ids: tuple[int, ...] = ()
+    end_tokens: tuple[str, ...] = ()
     use_dora: bool = False
     modules_to_save: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -131,6 +147,8 @@ def _opening(facts: CardFacts) -> str:
         rows.append(("Trained parameters", f"{facts.trainable_parameters:,}"))
     if facts.steps:
         rows.append(("Training", f"{facts.steps:,} steps, {facts.train_seconds:,.0f} s"))
+    if facts.end_tokens:
+        rows.append(("Answers end with", ", ".join(map(_code, facts.end_tokens))))
     if facts.config_digest:
         rows.append(("Config digest", _code(facts.config_digest)))
     return "\n".join([*lines, _rows(("", ""), rows)])
@@ -140,6 +158,8 @@ def _usage(facts: CardFacts) -> str:
     base = facts.base_model_hub_id or facts.base_model
     revision = facts.base_model_revision
     source = repr(base) + (f", revision={revision!r}" if revision else "")
+    ids = list(facts.stop_token_ids)
+    stop = f", eos_token_id={ids[0] if len(ids) == 1 else ids}" if ids else ""
     return f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -149,11 +169,8 @@ tokenizer = AutoTokenizer.from_pretrained(adapter)
 base = AutoModelForCausalLM.from_pretrained({source})
 model = PeftModel.from_pretrained(base, adapter).eval()
 
-messages = [{{"role": "user", "content": "..."}}]
-inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-)
-output = model.generate(**inputs, max_new_tokens=128)
+{PROMPTS[facts.prompt_kind]}
+output = model.generate(**inputs, max_new_tokens=128{stop})
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```"""
 

@@ -82,9 +82,9 @@ class Conversation:
         return answered
 
     def _prompt(self, text: str) -> str:
-        """Write the conversation as the chat template does; without one, the text alone."""
+        """Write the conversation as the chat template does; the text alone where training did."""
         tokenizer = self.opened.tokenizer
-        if not tokenizer.chat_template:
+        if not self.opened.prompt_format.has_template:
             return text
         system = [_turn("system", self.system)] if self.system else []
         messages = [*system, *self.turns, _turn("user", text)]
@@ -134,7 +134,12 @@ def _converse(talked: Conversation) -> None:
     """Read turns until the end of the input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and a history, where Python has it
-    typer.echo(f"{_who(talked)} answers; /help lists what else can be typed\n", err=True)
+    typer.echo(f"{_who(talked)} answers; /help lists what else can be typed", err=True)
+    if not talked.opened.prompt_format.has_template:
+        typer.echo(
+            "it continues each text on its own: it was trained without a chat template", err=True
+        )
+    typer.echo(err=True)
     while True:
         try:
             text = input("> ").strip()
@@ -207,8 +212,8 @@ def _generate(
                 take(text)
 
     causal, tokenizer = opened.causal, opened.tokenizer
-    has_template = bool(tokenizer.chat_template)
     # A template writes its own special tokens.
+    has_template = opened.prompt_format.has_template
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not has_template)
     _refuse_long(inputs["input_ids"].shape[1], causal.inner)
     is_plain = is_base and opened.has_adapter
@@ -225,21 +230,11 @@ def _generate(
             attention_mask=inputs["attention_mask"].to(causal.device),
             streamer=Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True),
             max_new_tokens=asking.max_new_tokens,
-            eos_token_id=ends_of(opened) or None,
+            eos_token_id=opened.stops or None,
             pad_token_id=tokenizer.pad_token_id,
             top_k=None,
             **sampling,
         )
-
-
-def ends_of(opened: Opened) -> list[int]:
-    """Return the tokens that end an answer: the tokenizer's, the model's, the template's."""
-    from .data.mask import end_tokens
-
-    generation = getattr(opened.causal.inner, "generation_config", None)
-    stated = getattr(generation, "eos_token_id", None)
-    stated = stated if isinstance(stated, list) else [stated]
-    return sorted({int(one) for one in (*stated, *end_tokens(opened.tokenizer)) if one is not None})
 
 
 def _refuse_long(tokens: int, model: Any) -> None:

@@ -158,7 +158,7 @@ def _unique(faults: list[TrainerError]) -> list[TrainerError]:
 
 def _check_rows(settings: Settings, sample_rows: int) -> None:
     """Tokenize all rows, audit their masks, say what they come to."""
-    from .dataset import data_warnings, open_data
+    from .dataset import data_warnings, end_warning, format_of_splits, open_data
     from .model import load
     from .preview import preview
 
@@ -180,10 +180,16 @@ def _check_rows(settings: Settings, sample_rows: int) -> None:
     )
     typer.echo(
         f"plan         {plan.total_steps} steps of {plan.step_examples} examples, "
-        f"{plan.trainable_parameters:,} of {plan.parameters:,} parameters trained, about "
-        f"{plan.estimated_memory_bytes / 1e9:.1f} of {plan.memory_limit_bytes / 1e9:.1f} GB memory"
+        f"{plan.trainable_parameters:,} trainable parameters on a base of {plan.parameters:,}, "
+        f"about {plan.estimated_memory_bytes / 1e9:.1f} of "
+        f"{plan.memory_limit_bytes / 1e9:.1f} GB memory"
     )
-    for warning in (*settings.warnings, *data_warnings(config, splits), *plan.reasons):
+    prompt_format = format_of_splits(splits, tokenizer)
+    ends = ", ".join(tokenizer.convert_ids_to_tokens(list(prompt_format.end_token_ids)))
+    typer.echo(f"answers      end with {ends or 'no special token'} ({prompt_format.kind} rows)")
+    base = load.load_generation_config(source, config.model)
+    found = (*data_warnings(config, splits), *end_warning(prompt_format, tokenizer, base))
+    for warning in (*settings.warnings, *found, *plan.reasons):
         typer.echo(f"warning      {warning}")
     for row in splits.train_rows[:sample_rows]:
         ids, marks = splits.train[int(row)]

@@ -160,6 +160,7 @@ def _figures(
             opened.causal,
             opened.tokenizer,
             asked,
+            ends=opened.stops,
             batch_examples=batch,
             max_new_tokens=wanted.max_new_tokens or config.training.eval_max_new_tokens,
         )

@@ -5,6 +5,7 @@ The `cu121` stack, and any on Python 3.10, has transformers 4.50.3, the others 5
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any
 
@@ -12,6 +13,9 @@ import transformers
 
 # PEFT 0.21 asks transformers 5.23 for an attribute by its old name; users can do nothing.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+# Nor is there anything to do about optional kernels from a hub, or a machine without a GPU.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 MAJOR = int(transformers.__version__.split(".")[0])
 

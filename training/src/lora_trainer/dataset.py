@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 
 from .config import Config, DatasetSource
+from .data.batches import RowView
 from .data.cache import TokenizedDataset
 from .data.encoder import TokenizerFactory
 from .data.locate import SourceSpec, hub_id, locate
 from .data.positions import find_rows
 from .data.prepare import DataSplits, PrepareSettings, prepare_splits
+from .data.prompt_format import PromptFormat, base_ends, format_of_rows
 from .data.split import epoch_rows
+from .disk import follow_umask
 from .errors import ConfigError, DataError, TrainerError
 from .events import Event, progress_of
 from .model import load
@@ -79,6 +82,28 @@ def data_warnings(config: Config, splits: DataSplits) -> list[str]:
     return told
 
 
+def format_of_splits(splits: DataSplits, tokenizer: Any) -> PromptFormat:
+    """Return how the training rows ask, and what ends their answers."""
+    rows = RowView(splits.train, splits.train_rows)
+    return format_of_rows(rows, splits.train_report.formats, tokenizer)
+
+
+def end_warning(prompt_format: PromptFormat, tokenizer: Any, generation: Any) -> list[str]:
+    """Say so where the trained answers end with another token than the base model's own.
+
+    `generation` is the base model's generation config.
+    """
+    own = base_ends(tokenizer, generation)
+    if not prompt_format.end_token_ids or prompt_format.end_token_ids[0] in own:
+        return []
+    trained = tokenizer.convert_ids_to_tokens(prompt_format.end_token_ids[0])
+    base = ", ".join(tokenizer.convert_ids_to_tokens(own)) or "none"
+    return [
+        f"the trained answers end with {trained}, which is not an end token of the base model "
+        f"({base}): the exported generation config, tokenizer and model card name it"
+    ]
+
+
 def source_specs(
     config: Config, named: str | Sequence[str | DatasetSource] | None
 ) -> list[SourceSpec]:
@@ -134,6 +159,7 @@ def _tokenizer_folder(source: load.ModelSource, tokenizer: Any, cache: Path) -> 
     key = hashlib.sha256(f"{source.path}@{source.revision}".encode()).hexdigest()[:16]
     folder = cache / "tokenizers" / key
     tokenizer.save_pretrained(str(folder))
+    follow_umask(folder)
     return folder
 
 

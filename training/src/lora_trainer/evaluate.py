@@ -143,6 +143,7 @@ def answer(
     tokenizer: Any,
     asked: Sequence[Question],
     *,
+    ends: Sequence[int],
     batch_examples: int,
     max_new_tokens: int,
     should_stop: Callable[[], bool] = lambda: False,
@@ -157,8 +158,6 @@ def answer(
     An answer ends with the tokenizer's end token or with the token that ends the
     expected answers (a template's end of turn), or after `max_new_tokens`.
     """
-    ends = {question.expected[-1] for question in asked} & set(tokenizer.all_special_ids)
-    ends |= {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
     order = sorted(asked, key=lambda q: (len(q.expected), len(q.prompt), q.index))
     # Token ids plus one, so that nought is none, and ranks can add theirs up.
     made = torch.zeros(len(order), max_new_tokens, dtype=torch.int64)
@@ -170,7 +169,7 @@ def answer(
             start = first + batch_examples * sharing.rank
             batch = order[start : start + batch_examples]
             if batch:
-                answers = _generate(causal, tokenizer, batch, sorted(ends), max_new_tokens)
+                answers = _generate(causal, tokenizer, batch, list(ends), max_new_tokens)
                 for row, ids in enumerate(answers, start):
                     made[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
             progress(min(len(order), first + batch_examples * sharing.count))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from . import finite
 from .card import CardFacts, write_model_card
-from .disk import sync
+from .data.prompt_format import PromptFormat
+from .disk import follow_umask, sync
 from .model.adapter import trained_parameters
 from .output import FINAL
 
@@ -18,11 +21,17 @@ def save_initial(model: Any, folder: Path) -> Path:
     """Keep the adapter as initialised, for inits that change the base (PiSSA, OLoRA)."""
     if not (folder / "adapter_config.json").exists():
         model.save_pretrained(str(folder), safe_serialization=True)
+        follow_umask(folder)
     return folder
 
 
 def export(
-    model: Any, tokenizer: Any, output_dir: Path, facts: CardFacts, initial: Path | None = None
+    model: Any,
+    tokenizer: Any,
+    output_dir: Path,
+    facts: CardFacts,
+    prompt_format: PromptFormat,
+    initial: Path | None = None,
 ) -> Path:
     """Write `final_model/` whole or not at all; return it.
 
@@ -32,13 +41,65 @@ def export(
     final, beside = output_dir / FINAL, output_dir / f".{FINAL}.writing"
     shutil.rmtree(beside, ignore_errors=True)
     save_adapter(model, beside, initial)
-    tokenizer.save_pretrained(str(beside))
+    generation = model.get_base_model().generation_config
+    facts = with_prompt_format(facts, prompt_format, tokenizer, generation)
+    save_prompt_format(beside, prompt_format, tokenizer, generation)
     write_model_card(beside / "README.md", facts)
+    follow_umask(beside)
     for path in (*beside.iterdir(), beside):
         sync(path)
     shutil.rmtree(final, ignore_errors=True)
     beside.replace(final)
     return final
+
+
+def save_prompt_format(
+    folder: Path, prompt_format: PromptFormat, tokenizer: Any, generation: Any
+) -> None:
+    """Write how the model was asked: tokenizer, generation config, and `prompt_format.json`.
+
+    The token that ends the trained answers is an end token in each of them.
+    """
+    use_end_token(tokenizer, prompt_format)
+    tokenizer.save_pretrained(str(folder))
+    generation_config(prompt_format, tokenizer, generation).save_pretrained(str(folder))
+    prompt_format.save(folder)
+
+
+def with_prompt_format(
+    facts: CardFacts, prompt_format: PromptFormat, tokenizer: Any, generation: Any
+) -> CardFacts:
+    """Return a card's facts with how the model is asked and where its answers end."""
+    return replace(
+        facts,
+        prompt_kind=prompt_format.kind,
+        end_tokens=tuple(tokenizer.convert_ids_to_tokens(list(prompt_format.end_token_ids))),
+        stop_token_ids=tuple(prompt_format.stops(tokenizer, generation)),
+    )
+
+
+def use_end_token(tokenizer: Any, prompt_format: PromptFormat) -> None:
+    """Make the trained end the tokenizer's, unless its chat template writes `eos_token` itself."""
+    ends, template = prompt_format.end_token_ids, str(tokenizer.chat_template or "")
+    if not ends or tokenizer.eos_token_id in ends:
+        return
+    if prompt_format.has_template and "eos_token" in template:
+        return
+    padding = tokenizer.pad_token
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+    tokenizer.pad_token = padding
+
+
+def generation_config(prompt_format: PromptFormat, tokenizer: Any, generation: Any) -> Any:
+    """Return the base model's generation config, with the trained end tokens before its own."""
+    from transformers import GenerationConfig
+
+    config = copy.deepcopy(generation) if generation is not None else GenerationConfig()
+    stops = prompt_format.stops(tokenizer, generation)
+    config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return config
 
 
 def save_adapter(

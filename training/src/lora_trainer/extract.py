@@ -10,10 +10,11 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .data.prompt_format import format_of_run
 from .errors import Problem, UnavailableError
 from .output import EVENTS, FINAL
 from .target import fresh_folder, refuse_existing, refuse_full_disk
@@ -25,6 +26,9 @@ from .trained import (
     is_checkpoint,
     locate_base,
 )
+
+if TYPE_CHECKING:
+    from .card import CardFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,8 @@ def _read(checkpoint: Path) -> Taken:
 
 def _write(taken: Taken, trained: Trained, target: Path) -> None:
     """Have PEFT write the weights in its format, under its names."""
-    from .export import save_adapter
+    from .card import write_model_card
+    from .export import save_adapter, save_prompt_format, with_prompt_format
     from .model import load
     from .model.adapter import changes_base
 
@@ -116,10 +121,14 @@ def _write(taken: Taken, trained: Trained, target: Path) -> None:
     if source.hub_id:
         model.peft_config["default"].base_model_name_or_path = source.hub_id
     initial = taken.run / "initial_adapter" if changes_base(config.lora) else None
+    prompt_format = format_of_run(taken.run, tokenizer)
+    generation = load.load_generation_config(source, config.model)
     with fresh_folder(target) as folder:
         save_adapter(model, folder, initial, taken.adapter if initial is None else None)
-        tokenizer.save_pretrained(str(folder))
-        _write_card(folder / "README.md", taken, trained, source)
+        facts = _card_facts(taken, trained, source)
+        facts = with_prompt_format(facts, prompt_format, tokenizer, generation)
+        save_prompt_format(folder, prompt_format, tokenizer, generation)
+        write_model_card(folder / "README.md", facts)
 
 
 def _model_of(taken: Taken, trained: Trained, source: Any) -> Any:
@@ -154,29 +163,26 @@ def _model_of(taken: Taken, trained: Trained, source: Any) -> Any:
     return model
 
 
-def _write_card(path: Path, taken: Taken, trained: Trained, source: Any) -> None:
-    from . import card
+def _card_facts(taken: Taken, trained: Trained, source: Any) -> CardFacts:
+    from .card import CardFacts
     from .model.load import find_license
 
     config = trained.config
-    card.write_model_card(
-        path,
-        card.CardFacts(
-            run_name=f"{trained.name}, step {taken.step}",
-            base_model=source.name,
-            base_model_hub_id=source.hub_id or None,
-            base_model_revision=source.revision,
-            base_model_license=find_license(source) or None,
-            steps=taken.step,
-            train_seconds=taken.seconds,
-            trainable_parameters=sum(weights.numel() for weights in taken.adapter.values()),
-            config_digest=config.digest(),
-            hyperparameters=config.lora.model_dump() | config.training.model_dump(),
-            metrics_after=_figures_at(taken),
-            use_dora=config.lora.use_dora,
-            modules_to_save=tuple(config.lora.modules_to_save),
-            notes=("Taken from a checkpoint; the run may have gone on.",),
-        ),
+    return CardFacts(
+        run_name=f"{trained.name}, step {taken.step}",
+        base_model=source.name,
+        base_model_hub_id=source.hub_id or None,
+        base_model_revision=source.revision,
+        base_model_license=find_license(source) or None,
+        steps=taken.step,
+        train_seconds=taken.seconds,
+        trainable_parameters=sum(weights.numel() for weights in taken.adapter.values()),
+        config_digest=config.digest(),
+        hyperparameters=config.lora.model_dump() | config.training.model_dump(),
+        metrics_after=_figures_at(taken),
+        use_dora=config.lora.use_dora,
+        modules_to_save=tuple(config.lora.modules_to_save),
+        notes=("Taken from a checkpoint; the run may have gone on.",),
     )
 
 

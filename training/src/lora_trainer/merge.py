@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import typer
 
 from .errors import ConfigError, InternalError, MemoryKilledError
 from .target import fresh_folder, refuse_existing, refuse_full_disk
-from .trained import Trained, locate_base, open_model
+from .trained import ADAPTER_WEIGHTS, Opened, Trained, locate_base, open_model
 from .wording import size
 
 CARD = "README.md"
@@ -70,11 +70,15 @@ def merge(trained: Trained, target: Path) -> None:
     whole = trained.as_loaded(use_4bit=False, use_8bit=False)
     source = locate_base(whole)
     stored = stored_weights(source, whole)
+    stored = replace(
+        stored, bytes=stored.bytes + untied_bytes(trained.adapter, source, whole, stored)
+    )
     refuse_full_disk(target, stored.bytes)
     _refuse_small_memory(stored)
     typer.echo(f"loading {source.name} ...", err=True)
     difference = _merge(whole, stored, target)
-    typer.echo(f"the merged model was written to {target} ({size(stored.bytes)}, {stored.dtype})")
+    written = sum(one.stat().st_size for one in target.glob("*.safetensors"))
+    typer.echo(f"the merged model was written to {target} ({size(written)}, {stored.dtype})")
     typer.echo(
         f"its logits are those of base model and adapter (largest difference {difference:.1e})"
     )
@@ -99,6 +103,27 @@ def stored_weights(source: Any, trained: Trained) -> Stored:
         model = AutoModelForCausalLM.from_config(config)
     parameters = sum(one.numel() for one in model.parameters())
     return Stored(name, parameters * (4 if name == "float32" else 2))
+
+
+def untied_bytes(adapter: Path, source: Any, trained: Trained, stored: Stored) -> int:
+    """Return the bytes of the second matrix where merging parts a tied head and embeddings.
+
+    That is where the adapter changes either of them: they are one no longer.
+    """
+    from safetensors import safe_open
+
+    from .model import load
+
+    config = load.load_config(source, trained.config.model)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocabulary, width = getattr(text, "vocab_size", 0), getattr(text, "hidden_size", 0)
+    if not getattr(config, "tie_word_embeddings", False):
+        return 0
+    with safe_open(adapter / ADAPTER_WEIGHTS, "pt") as file:
+        shapes = [tuple(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+    if not any(vocabulary in shape for shape in shapes):
+        return 0
+    return vocabulary * width * (4 if stored.dtype == "float32" else 2)
 
 
 def _refuse_small_memory(stored: Stored) -> None:
@@ -129,8 +154,10 @@ def _merge(trained: Trained, stored: Stored, target: Path) -> float:
         typer.echo("writing ...", err=True)
         kept = model.to(getattr(torch, stored.dtype))
         kept.config.use_cache = True
+        _use_trained_ends(kept, opened)
         kept.save_pretrained(str(folder), safe_serialization=True, max_shard_size=SHARD_BYTES)
         opened.tokenizer.save_pretrained(str(folder))
+        opened.prompt_format.save(folder)
         _write_card(folder / CARD, trained, opened.source)
         del model, kept
         opened.causal = None
@@ -169,15 +196,29 @@ def _merged(model: Any) -> Any:
     import torch
 
     inner = model.get_base_model()
-    head = inner.get_output_embeddings()
-    is_adapted = hasattr(head, "base_layer") or hasattr(head, "modules_to_save")
-    if is_adapted and inner.config.tie_word_embeddings:
-        # The head changes and the embeddings do not: they are one no longer.
-        plain = getattr(head, "base_layer", None)
-        if plain is not None:
-            plain.weight = torch.nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
+    adapted = [inner.get_output_embeddings(), inner.get_input_embeddings()]
+    adapted = [
+        one for one in adapted if hasattr(one, "base_layer") or hasattr(one, "modules_to_save")
+    ]
+    if adapted and inner.config.tie_word_embeddings:
+        # One changes without the other: from here on they are two matrices.
+        for module in adapted:
+            plain = getattr(module, "base_layer", None)
+            if plain is not None:
+                weight = plain.weight.detach().clone()
+                plain.weight = torch.nn.Parameter(weight, requires_grad=False)
         inner.config.tie_word_embeddings = False
     return model.merge_and_unload(safe_merge=True)
+
+
+def _use_trained_ends(model: Any, opened: Opened) -> None:
+    """Have the merged model stop where the trained answers end, by its own defaults."""
+    from .export import generation_config, use_end_token
+
+    config = generation_config(opened.prompt_format, opened.tokenizer, model.generation_config)
+    use_end_token(opened.tokenizer, opened.prompt_format)
+    model.generation_config = config
+    model.config.eos_token_id = config.eos_token_id
 
 
 def _tokens(model: Any) -> Any:

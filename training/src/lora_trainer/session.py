@@ -12,6 +12,7 @@ import platform
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,12 @@ from .compat import enable_checkpointing
 from .config import Config
 from .data.batches import RowView, StepOrder
 from .data.prepare import DataSplits
+from .data.prompt_format import PromptFormat
 from .dataset import (
     data_digest,
     data_warnings,
+    end_warning,
+    format_of_splits,
     hub_ids,
     name_rows,
     open_data,
@@ -83,13 +87,23 @@ class Session:
         rows = self.splits.eval if self.splits.eval is not None else self.splits.train
         return RowView(rows, self.splits.eval_rows)
 
+    @cached_property
+    def prompt_format(self) -> PromptFormat:
+        """Return how the rows ask, and what ends their answers."""
+        return format_of_splits(self.splits, self.tokenizer)
+
+    @property
+    def stops(self) -> list[int]:
+        """Return the ids of the tokens that end an answer."""
+        return self.prompt_format.stops(self.tokenizer, self.causal.inner.generation_config)
+
     @property
     def data_facts(self) -> dict[str, Any]:
         """Return what became of the data, for data.json."""
         facts = {"train": asdict(self.splits.train_report) | {"rows_trained": self.order.rows}}
         if self.splits.eval_report is not None:
             facts["eval"] = asdict(self.splits.eval_report)
-        return facts
+        return facts | {"answers": asdict(self.prompt_format)}
 
     @property
     def versions(self) -> dict[str, str]:
@@ -166,6 +180,7 @@ class Session:
             self.tokenizer,
             self.output_dir,
             _card_facts(self, order, state),
+            self.prompt_format,
             self.initial,
         )
 
@@ -193,7 +208,10 @@ def open_session(
     for warning in data_warnings(config, splits):
         emit(Warned(message=warning))
     session = _open_model(config, machine, source, shape, tokenizer, splits, output_dir, ranks)
-    for reason in session.plan.reasons:
+    ends = end_warning(
+        session.prompt_format, session.tokenizer, session.causal.inner.generation_config
+    )
+    for reason in (*session.plan.reasons, *ends):
         emit(Warned(message=reason))
     return session
 

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from .disk import follow_umask
 from .errors import ConfigError, StorageError
 from .machine import free_disk_bytes
 from .wording import size
@@ -69,6 +70,7 @@ def fresh_folder(target: Path) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
+        follow_umask(beside)
         for path in (*(one for one in beside.rglob("*") if one.is_file()), beside):
             _sync(path)
         beside.replace(target)

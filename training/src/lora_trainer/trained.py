@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import EMBEDDED_MODEL, Config, leaf_sections
+from .data.prompt_format import PromptFormat, read_format
 from .errors import ConfigError, Problem, TrainerError, UnavailableError
 from .output import FINAL, RESOLVED
 
@@ -157,6 +158,12 @@ class Opened:
     tokenizer: Any
     source: Any
     trained: Trained
+    prompt_format: PromptFormat
+
+    @property
+    def stops(self) -> list[int]:
+        """Return the ids of the tokens that end an answer."""
+        return self.prompt_format.stops(self.tokenizer, self.causal.inner.generation_config)
 
     @property
     def has_adapter(self) -> bool:
@@ -196,7 +203,8 @@ def open_model(trained: Trained, *, dtype: Any = None) -> Opened:
         chunk=trained.config.training.loss_chunk_tokens,
         precision="bfloat16" if dtype == torch.bfloat16 else "float32",
     )
-    return Opened(causal, tokenizer, source, trained)
+    prompt_format = read_format(trained.adapter, tokenizer)
+    return Opened(causal, tokenizer, source, trained, prompt_format)
 
 
 def locate_base(trained: Trained) -> Any:

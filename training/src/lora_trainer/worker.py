@@ -325,6 +325,7 @@ def _answer(
         session.causal,
         session.tokenizer,
         asked,
+        ends=session.stops,
         batch_examples=order.config.training.per_device_eval_batch_size,
         max_new_tokens=order.config.training.eval_max_new_tokens,
         should_stop=must_stop,

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 import lora_trainer
 from lora_trainer import chat, cli
+from lora_trainer.data.prompt_format import PromptFormat
 from lora_trainer.trained import config_of_run, find, open_model
 
 
@@ -111,7 +112,7 @@ def test_too_long_conversation_is_told(run: Path, capsys: pytest.CaptureFixture[
 
 def test_model_without_a_template_goes_on_with_the_text(run: Path) -> None:
     opened = open_model(find(str(run)))
-    opened.tokenizer.chat_template = None
+    opened.prompt_format = PromptFormat("text", (0,))
     talked = chat.Conversation(opened, chat.Asking(max_new_tokens=3), is_base=False, system=None)
     assert talked._prompt("once upon") == "once upon"
     talked.answer("once upon", lambda _: None)

@@ -9,11 +9,13 @@ import pytest
 import torch
 from made_run import adapted, logits_of, make_run, shake
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_trainer import cli, merge, target
 from lora_trainer.compat import dtype_argument
 from lora_trainer.trained import config_of_run
+from lora_trainer.wording import size
 
 
 def of_disk(folder: Path):
@@ -59,8 +61,10 @@ def tie(root: Path, is_tied: bool) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": is_tied}))
     if is_tied:
-        model = of_disk(folder)
-        model.save_pretrained(folder)
+        # A head that is stored with other values would be kept apart on loading.
+        weights = load_file(folder / "model.safetensors")
+        del weights["lm_head.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_weights_keep_the_type_that_the_base_model_has(tmp_path: Path) -> None:
@@ -121,3 +125,34 @@ def test_adapter_that_makes_up_for_rounding_is_not_merged_into_unrounded_weights
     (run / "config.resolved.json").write_text(json.dumps(record))
     assert cli.main(["merge", str(run), str(tmp_path / "out")]) == 78
     assert "LoftQ adapter cannot be merged" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_size_of_a_merged_model_with_parted_embeddings_is_true(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tie(tmp_path, is_tied=True)
+    run = make_run(tmp_path, "--modules_to_save=embed_tokens,lm_head")
+    asked: list[int] = []
+    monkeypatch.setattr(merge, "refuse_full_disk", lambda _, needed: asked.append(needed))
+    assert cli.main(["merge", str(run), str(tmp_path / "out")]) == 0
+    written = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert written > 1.2 * (tmp_path / "model" / "model.safetensors").stat().st_size
+    assert asked[0] == pytest.approx(written, rel=0.02)
+    shown = capsys.readouterr()
+    assert f"({size(written)}, float32)" in shown.out
+    assert "tie_word_embeddings" not in shown.err
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    "keys", ["--modules_to_save=embed_tokens", "--lora_target_modules=q_proj,embed_tokens"]
+)
+def test_embeddings_that_changed_alone_are_no_longer_the_head(keys: str, tmp_path: Path) -> None:
+    tie(tmp_path, is_tied=True)
+    run = make_run(tmp_path, keys)
+    assert cli.main(["merge", str(run), str(tmp_path / "out")]) == 0
+    trained = adapted(tmp_path / "model", config_of_run(run))
+    shake(trained)
+    got = logits_of(of_disk(tmp_path / "out"))
+    torch.testing.assert_close(got, logits_of(trained), rtol=1e-4, atol=1e-4)

@@ -32,6 +32,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_trainer.disk import follow_umask
 from lora_trainer.errors import AccessError, StorageError, TrainerError
 
 FORMAT_VERSION = 1
@@ -236,7 +237,7 @@ def new_entry(cache_dir: Path, key: str, vocab_size: int) -> Iterator[CacheWrite
 
 def _put_in_place(directory: Path, target: Path) -> None:
     """Rename a complete entry to its name, in place of a damaged one."""
-    directory.chmod(0o755)
+    follow_umask(directory)
     if target.exists():
         try:
             TokenizedDataset(target)

