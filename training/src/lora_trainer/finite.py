@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,14 +20,13 @@ from torch import Tensor
 from . import evaluate
 from .checkpoint import CheckpointStore, OtherRunError
 from .config import TrainingSection
-from .data.batches import Rows
+from .data.batches import Rows, StepOrder
 from .errors import NotFiniteError
-from .events import Warned
+from .events import Event, Warned
 from .model.forward import CausalLM
 from .optim import B_NAMES
-
-if TYPE_CHECKING:
-    from .loop import Parts
+from .plan import Plan
+from .ranks import Ranks
 
 LISTED_ROWS = 5  # named one by one; the others are counted
 SCORED_ROWS = 64  # of those that may be the cause, the most that are scored alone
@@ -35,6 +34,35 @@ CONTROL_ROWS = 4  # rows of other steps, scored to tell odd rows from diverged w
 # PEFT keeps the base's own module beside each one that is trained in full.
 MODULE_TO_SAVE = (".modules_to_save.default.", ".original_module.")
 START_AGAIN = "--resume never (this run is moved aside, not removed)"
+
+
+class Parts(Protocol):
+    """What of `loop.Parts` is looked at here."""
+
+    @property
+    def causal(self) -> CausalLM: ...
+    @property
+    def parameters(self) -> Mapping[str, torch.nn.Parameter]: ...
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
+    @property
+    def order(self) -> StepOrder: ...
+    @property
+    def rows(self) -> Rows: ...
+    @property
+    def eval_rows(self) -> Rows: ...
+    @property
+    def store(self) -> CheckpointStore: ...
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def training(self) -> TrainingSection: ...
+    @property
+    def emit(self) -> Callable[[Event], None]: ...
+    @property
+    def ranks(self) -> Ranks: ...
+    @property
+    def name_rows(self) -> Callable[[Sequence[int], bool], list[str]]: ...
 
 
 def is_finite(tensors: Iterable[Tensor]) -> bool:
@@ -300,5 +328,5 @@ def _more(count: int) -> str:
     return f" and {count:,} more" if count > 0 else ""
 
 
-def _in_float32(parts: Any) -> str:
+def _in_float32(parts: Parts) -> str:
     return ", or set --bf16 false" if parts.plan.precision == "bfloat16" else ""
