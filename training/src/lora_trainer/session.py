@@ -11,7 +11,7 @@ import os
 import platform
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -200,7 +200,7 @@ def open_session(
         source = load.locate(config.model)
         tokenizer = load.load_tokenizer(source, config.model)
         shape = load.load_config(source, config.model)
-        config = quantize.as_stored(config, shape, has_gpu=machine.has_gpu)
+        config, whole = quantize.as_stored(config, shape, has_gpu=machine.has_gpu)
         emit(PhaseChanged(phase="tokenizing"))
         splits = open_data(config, source, tokenizer, emit)
     load.use_template(tokenizer, config.data.chat_template)
@@ -208,6 +208,8 @@ def open_session(
     for warning in data_warnings(config, splits):
         emit(Warned(message=warning))
     session = _open_model(config, machine, source, shape, tokenizer, splits, output_dir, ranks)
+    if whole:
+        session.plan = replace(session.plan, reasons=(whole, *session.plan.reasons))
     ends = end_warning(
         session.prompt_format, session.tokenizer, session.causal.inner.generation_config
     )
@@ -226,7 +228,7 @@ def _open_model(
     output_dir: Path,
     ranks: Ranks,
 ) -> Session:
-    device = "cuda" if machine.has_gpu and torch.cuda.is_available() else "cpu"
+    device = precision.device_of(machine)
     used, why = precision.choose_precision(config.model.bf16, device)
     if ranks.is_any(used == "float32"):  # a clock, or another GPU, may have told them different
         used = "float32"

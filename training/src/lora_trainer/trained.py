@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from .config import EMBEDDED_MODEL, Config, leaf_sections
 from .data.prompt_format import PromptFormat, read_format
 from .errors import ConfigError, Problem, TrainerError, UnavailableError
@@ -181,11 +183,15 @@ def open_model(trained: Trained, *, dtype: Any = None) -> Opened:
 
     from . import precision
     from .machine import read_machine
-    from .model import load
+    from .model import load, quantize
     from .model.forward import CausalLM
 
-    machine, section = read_machine(), trained.config.model
+    machine = read_machine()
     device = "cuda" if machine.has_gpu and torch.cuda.is_available() and dtype is None else "cpu"
+    config, whole = quantize.as_possible(trained.config, has_gpu=device == "cuda")
+    section = config.model
+    if whole:
+        typer.echo(f"warning: {whole}", err=True)
     used, _ = precision.choose_precision(section.bf16, device)
     if dtype is None:
         dtype = torch.bfloat16 if used == "bfloat16" else torch.float32

@@ -17,7 +17,7 @@ LAYERS = [
     {"quoting"},
     {"errors", "aliases", "compat", "gate", "connections", "disk"},
     {"config", "machine", "events", "faults", "silence"},
-    {"redaction", "ranks"},
+    {"redaction", "ranks", "stacks"},
     {"sources", "status", "health", "history", "curves", "plan", "terminal", "wording"},
     {
         "data",

