@@ -16,6 +16,7 @@ from typing import IO
 
 import psutil
 
+from .checkpoint_folder import has_any
 from .errors import BusyError, ConfigError
 from .output import (
     DONE,
@@ -97,7 +98,7 @@ def make_room(folder: Path, settings: Settings) -> Path | None:
         return archive(folder)
     if before is None or before == settings.config.digest():
         return None
-    if not any((folder / "checkpoints").glob("step-*")):
+    if not has_any(folder / "checkpoints"):
         return archive(folder)
     changed = changes(folder / RESOLVED, settings.redacted())
     raise ConfigError.of(

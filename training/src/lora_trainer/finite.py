@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import evaluate
-from .checkpoint import CheckpointStore, OtherRunError
+from .checkpoint_store import CheckpointStore, OtherRunError
 from .config import TrainingSection
 from .data.batches import Rows, StepOrder
 from .errors import NotFiniteError

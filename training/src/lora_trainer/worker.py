@@ -204,7 +204,7 @@ def run(order: Order, emit: Callable[[Event], None], stop: StopFlag) -> int:
     if must_stop():
         emit(Stopped(step=state.step, signal=stop.signal or "SIGTERM"))
         return 143
-    session.take_best(state, emit)
+    session.take_best(state)
     if session.initial is None:
         with session.causal.model.disable_adapter():
             _answer(order, session, emit, must_stop, when="before", step=0)
@@ -228,10 +228,10 @@ def run(order: Order, emit: Callable[[Event], None], stop: StopFlag) -> int:
 
 
 def _newest(order: Order, session: Any) -> Any:
-    from .checkpoint import OtherRunError
+    from .checkpoint_store import OtherRunError
 
     try:
-        return session.store.newest()
+        return session.store.newest(session.refuse)
     except OtherRunError as error:
         raise ConfigError.of(
             "the output folder holds an unfinished run on other data",
