@@ -1,4 +1,4 @@
-"""A run's hold on its output folder: the lock, and the room that an earlier run leaves it.
+"""A run's hold on its output folder: the lock.
 
 The kernel frees the lock of processes that died, so a stale one is taken over at once.
 """
@@ -16,19 +16,8 @@ from typing import IO
 
 import psutil
 
-from .checkpoint_folder import has_any
-from .errors import BusyError, ConfigError
-from .output import (
-    DONE,
-    LOCK,
-    RESOLVED,
-    archive,
-    changes,
-    finish_archiving,
-    open_lock,
-    read_digest,
-)
-from .sources import Settings
+from .errors import BusyError
+from .output import LOCK, finish_archiving, open_lock
 
 # How long a start waits for the worker of a supervisor that was killed alone.
 ORPHAN_SECONDS = 120.0
@@ -78,33 +67,3 @@ def is_alive(holder: str) -> bool:
         return psutil.Process(int(words[1])).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def is_left_alone(folder: Path, settings: Settings) -> bool:
-    """Tell whether the folder's run is finished and shall stay as it is."""
-    return (folder / DONE).exists() and settings.config.output.on_finished == "stop"
-
-
-def make_room(folder: Path, settings: Settings) -> Path | None:
-    """Clear the way for a run; return where the one that was there is now, if it was moved.
-
-    Raises:
-        ConfigError: an unfinished run with another configuration is there.
-    """
-    before = read_digest(folder)
-    if (folder / DONE).exists() or (
-        before is not None and settings.config.output.resume == "never"
-    ):
-        return archive(folder)
-    if before is None or before == settings.config.digest():
-        return None
-    if not has_any(folder / "checkpoints"):
-        return archive(folder)
-    changed = changes(folder / RESOLVED, settings.redacted())
-    raise ConfigError.of(
-        "the output folder holds an unfinished run with another configuration",
-        where=str(folder),
-        why=f"changed since: {', '.join(changed) or 'a default'}",
-        remedy="undo the change to resume, give another --run_name, or start anew with "
-        "--resume never (the old run is moved aside, not removed)",
-    )

@@ -73,10 +73,7 @@ def train(context: typer.Context, config: ConfigFile = None, debug: Debug = Fals
             display.note(text)
             kept.note(text)
 
-        supervisor = Supervisor(settings, show, note=note)
-        if (supervisor.output_dir / "DONE").exists():
-            note(f"a finished run is in {supervisor.output_dir}")
-        supervisor.run(preflight)
+        Supervisor(settings, show, note=note).run(preflight)
 
 
 @app.command(context_settings=EXTRA)

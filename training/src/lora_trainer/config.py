@@ -234,7 +234,8 @@ class OutputSection(Section):
         "auto", description="Go on from the newest sound checkpoint, or start anew"
     )
     on_finished: Literal["archive", "stop"] = Field(
-        "archive", description="If the run is finished already: move it aside, or do nothing"
+        "stop",
+        description="If the run is finished already: leave it and report it, or move it aside",
     )
 
 
@@ -277,11 +278,11 @@ class Config(Section):
     monitoring: MonitoringSection = Field(default_factory=MonitoringSection)
 
     def digest(self) -> str:
-        """Return the sha256 (16 hex digits) of all that decides the trained weights.
+        """Return the sha256 (16 hex digits) of the values that decide the trained weights.
 
-        Two runs with the same digest on the same data may continue one another; what is
-        only shown, logged or placed elsewhere does not count. Data and template count by
-        their content, through the digest of the tokenized rows.
+        Base model, adapter, data and template count by their content, and the length by the
+        schedule that follows from it: `identity` holds those parts. What is only shown,
+        logged or stored elsewhere does not count.
         """
         kept = self.model_dump(mode="json", exclude={"output", "monitoring"})
         for section, key in NOT_IN_DIGEST:
@@ -290,7 +291,11 @@ class Config(Section):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+LENGTH_KEYS = ("max_steps", "num_train_epochs", "warmup_ratio", "warmup_steps")
 NOT_IN_DIGEST = (
+    *(("training", key) for key in LENGTH_KEYS),
+    ("model", "model_name_or_path"),
+    ("model", "model_revision"),
     ("model", "hf_token"),
     ("model", "model_cache_dir"),
     ("data", "dataset"),

@@ -16,8 +16,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from . import evaluate, finite
-from .checkpoint import TrainState, take_snapshot
-from .checkpoint_store import CheckpointStore
+from .checkpoint import CheckpointStore, TrainState, take_snapshot
 from .config import TrainingSection
 from .data.batches import Rows, StepOrder, split_micro_batches
 from .events import (
@@ -28,7 +27,6 @@ from .events import (
     RankFigures,
     RanksMeasured,
     StepDone,
-    Warned,
     progress_of,
 )
 from .machine import peak_memory_bytes
@@ -67,19 +65,33 @@ def train(parts: Parts, state: TrainState) -> TrainState:
     saved_step = state.step if state.step else -1
     parts.causal.model.train()
     while True:
+        if saved_step != state.step and _ends_between_evaluations(parts, state):
+            # Its evaluation is the end's alone: a longer run, which may continue from this
+            # checkpoint, does not have it, and must not take this step for its best.
+            saved_step = _save_at(parts, state)
         if _is_evaluation_due(parts, state):
             state = _evaluate(parts, state)
         is_done = state.step >= parts.plan.total_steps or _is_out_of_patience(parts, state)
         must_end = is_done or parts.should_stop()
         if saved_step != state.step and (must_end or _is_save_due(parts, state)):
-            if state.step:
-                finite.check_before_save(parts, state.step)
-            if state.step and parts.ranks.is_first:
-                _save(parts, state)
-            saved_step = state.step
+            saved_step = _save_at(parts, state)
         if must_end:
             return state
         state = _step(parts, state)
+
+
+def _save_at(parts: Parts, state: TrainState) -> int:
+    """Save on rank 0, but not before the first step; return the step."""
+    if state.step:
+        finite.check_before_save(parts, state.step)
+    if state.step and parts.ranks.is_first:
+        _save(parts, state)
+    return state.step
+
+
+def _ends_between_evaluations(parts: Parts, state: TrainState) -> bool:
+    every = parts.plan.eval_every_steps
+    return state.step >= parts.plan.total_steps and (not every or state.step % every != 0)
 
 
 def _step(parts: Parts, state: TrainState) -> TrainState:
@@ -232,8 +244,6 @@ def _save(parts: Parts, state: TrainState) -> None:
         parts.store.digest,
     )
     path = parts.store.save(snapshot)
-    for aside in parts.store.set_aside:
-        parts.emit(Warned(message=f"{path.name} was no checkpoint of this run: it is now {aside}"))
     parts.emit(
         CheckpointSaved(
             step=state.step,

@@ -124,9 +124,7 @@ def _usable_cores(root: Path = CGROUP) -> int:
 
 
 def is_hidden() -> bool:
-    """Tell whether CUDA_VISIBLE_DEVICES hides every GPU, or the stack `cpu` is asked for."""
-    if os.environ.get("LORA_STACK") == "cpu":
-        return True
+    """Tell whether CUDA_VISIBLE_DEVICES hides every GPU."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1")
 
 

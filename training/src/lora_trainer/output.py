@@ -173,29 +173,6 @@ def open_lock(path: Path) -> IO[str]:
     return os.fdopen(descriptor, "r+")
 
 
-def read_digest(folder: Path) -> str | None:
-    """Return the digest of the configuration that the folder's run has; None without a run."""
-    try:
-        return (folder / DIGEST).read_text().strip()
-    except OSError:
-        return None
-
-
-def changes(path: Path, now: dict[str, Any]) -> list[str]:
-    """Return the keys whose value is another one than in a recorded config."""
-    try:
-        before = json.loads(path.read_text())
-        return [
-            f"{leaf}: {before[section][leaf]['value']} -> {cell['value']}"
-            for section in now
-            if section not in ("output", "monitoring")
-            for leaf, cell in now[section].items()
-            if before[section].get(leaf, {}).get("value") != cell["value"]
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
-
-
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
     write_text(path, json.dumps(content, indent=1) + "\n")

@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from .config import Config
+from .config import Config, TrainingSection
 from .errors import ConfigError
 from .machine import Machine
 
@@ -142,16 +142,7 @@ def make_plan(
     training = config.training
     step_examples = training.per_device_train_batch_size * training.gradient_accumulation_steps
     steps_per_epoch = math.ceil(data.rows / step_examples)
-    total = (
-        training.max_steps
-        if training.max_steps > 0
-        else max(1, math.ceil(training.num_train_epochs * steps_per_epoch))
-    )
-    warmup = (
-        training.warmup_steps
-        if training.warmup_steps is not None
-        else math.ceil(training.warmup_ratio * total)
-    )
+    total, warmup = steps_of(training, steps_per_epoch)
     # Where there are fewer micro-batches than processes, these become smaller.
     micro_batch = min(training.per_device_train_batch_size, -(-step_examples // processes))
     # Where there is no GPU, the host's memory is where the layers are anyway.
@@ -173,7 +164,7 @@ def make_plan(
         step_examples=step_examples,
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
-        warmup_steps=min(warmup, total),
+        warmup_steps=warmup,
         peak_learning_rate=training.learning_rate,
         eval_rows=data.eval_rows,
         eval_every_steps=training.eval_steps if data.eval_rows else 0,
@@ -187,6 +178,21 @@ def make_plan(
         memory_limit_bytes=memory_limit_bytes(machine, processes),
         reasons=(*reasons, *why, *_idle_reasons(config, step_examples, processes)),
     )
+
+
+def steps_of(training: TrainingSection, steps_per_epoch: int) -> tuple[int, int]:
+    """Return the number of steps, and how many of them are warmup."""
+    total = (
+        training.max_steps
+        if training.max_steps > 0
+        else max(1, math.ceil(training.num_train_epochs * steps_per_epoch))
+    )
+    warmup = (
+        training.warmup_steps
+        if training.warmup_steps is not None
+        else math.ceil(training.warmup_ratio * total)
+    )
+    return total, min(warmup, total)
 
 
 def estimate_memory_bytes(

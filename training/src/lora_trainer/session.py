@@ -11,7 +11,7 @@ import os
 import platform
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,14 @@ import numpy as np
 import torch
 
 from . import card, export, precision
-from .checkpoint import Snapshot, TrainState, misfit, restore_generators, restore_optimizer
-from .checkpoint_folder import CorruptCheckpointError
-from .checkpoint_store import CheckpointStore, OtherRunError
+from .checkpoint import (
+    CheckpointStore,
+    CorruptCheckpointError,
+    Snapshot,
+    TrainState,
+    restore_generators,
+    restore_optimizer,
+)
 from .compat import enable_checkpointing
 from .config import Config
 from .data.batches import RowView, StepOrder
@@ -42,8 +47,8 @@ from .dataset import (
     rows_to_train,
     source_specs,
 )
-from .errors import StorageError
 from .events import Event, PhaseChanged, Warned
+from .identity import NO_ADAPTER, BaseHash, Identity, schedule_part
 from .loop import Parts
 from .machine import Machine, read_machine
 from .model import flash, load, loftq, probe, quantize, zero
@@ -128,43 +133,18 @@ class Session:
         restore_generators(snapshot)
         return snapshot.state
 
-    def refuse(self, snapshot: Snapshot) -> str:
-        """Return why a sound checkpoint cannot be resumed from; nothing if it can."""
-        best = self._best_apart(snapshot.state)
-        try:
-            if best is not None:
-                self.store.state_of(best)
-        except (CorruptCheckpointError, OtherRunError) as error:
-            return f"its best checkpoint, {best.name if best else ''}, is not sound: {error}"
-        return misfit(snapshot, self.parameters)
-
-    def take_best(self, state: TrainState) -> None:
-        """Put the best checkpoint's adapter in place, if the config wants it exported.
-
-        Raises:
-            StorageError: the best checkpoint is not sound.
-        """
-        best = self._best_apart(state)
-        if best is None:
-            return
-        try:
-            load_adapter_state(self.causal.model, self.store.read(best).adapter)
-        except (CorruptCheckpointError, OtherRunError, ValueError) as error:
-            raise StorageError.of(
-                "the best checkpoint is damaged",
-                where=str(best),
-                why=f"{error}; load_best_model_at_end exports this one",
-                remedy="start the same command again: the run goes back to a sound checkpoint and "
-                "trains the steps after it again",
-            ) from error
-
-    def _best_apart(self, state: TrainState) -> Path | None:
-        """Return the best checkpoint where it is exported and is not the one of this state."""
+    def take_best(self, state: TrainState, emit: Callable[[Event], None]) -> None:
+        """Put the best checkpoint's adapter in place, if the config wants it exported."""
         is_wanted = self.config.training.load_best_model_at_end
-        if not is_wanted or state.best_step in (None, state.step):
-            return None
-        assert state.best_step is not None
-        return self.store.path_of(state.best_step)
+        if is_wanted and state.best_step not in (None, state.step):
+            assert state.best_step is not None
+            try:
+                best = self.store.read(self.store.path_of(state.best_step))
+            except CorruptCheckpointError as error:
+                told = f"the best checkpoint, of step {state.best_step}, is damaged ({error})"
+                emit(Warned(message=f"{told}: the last step's adapter is exported instead"))
+                return
+            load_adapter_state(self.causal.model, best.adapter)
 
     def parts(self, emit: Callable[[Event], None], should_stop: Callable[[], bool]) -> Parts:
         """Return what the loop drives."""
@@ -213,7 +193,7 @@ def open_session(
 
     Rank 0 downloads and tokenizes; the others find what it left.
     """
-    machine = read_machine()
+    machine, config_digest = read_machine(), config.digest()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, machine.cores // ranks.count))
     torch.use_deterministic_algorithms(machine.has_gpu, warn_only=True)
@@ -221,16 +201,16 @@ def open_session(
         source = load.locate(config.model)
         tokenizer = load.load_tokenizer(source, config.model)
         shape = load.load_config(source, config.model)
-        config, whole = quantize.as_stored(config, shape, has_gpu=machine.has_gpu)
+        config = quantize.as_stored(config, shape, has_gpu=machine.has_gpu)
         emit(PhaseChanged(phase="tokenizing"))
         splits = open_data(config, source, tokenizer, emit)
     load.use_template(tokenizer, config.data.chat_template)
     emit(PhaseChanged(phase="loading", detail=source.name))
     for warning in data_warnings(config, splits):
         emit(Warned(message=warning))
-    session = _open_model(config, machine, source, shape, tokenizer, splits, output_dir, ranks)
-    if whole:
-        session.plan = replace(session.plan, reasons=(whole, *session.plan.reasons))
+    session = _open_model(
+        config, machine, source, shape, tokenizer, splits, output_dir, ranks, config_digest
+    )
     ends = end_warning(
         session.prompt_format, session.tokenizer, session.causal.inner.generation_config
     )
@@ -248,8 +228,9 @@ def _open_model(
     splits: DataSplits,
     output_dir: Path,
     ranks: Ranks,
+    config_digest: str,
 ) -> Session:
-    device = precision.device_of(machine)
+    device = "cuda" if machine.has_gpu and torch.cuda.is_available() else "cpu"
     used, why = precision.choose_precision(config.model.bf16, device)
     if ranks.is_any(used == "float32"):  # a clock, or another GPU, may have told them different
         used = "float32"
@@ -264,6 +245,10 @@ def _open_model(
         zero.check(config) if parallelism == "deepspeed" else quantize.check_sharing(config)
         is_packed = quantize.is_quantized(config.model)
         share = choose_sharing(parallelism, config.training, device, ranks, is_packed=is_packed)
+    # Before it is loaded where it is here already: both then read the same bytes.
+    base_hash = None
+    if source.is_local and ranks.is_first:
+        base_hash = BaseHash(Path(source.path), config.model)
     # Where the base does not fit on a device, a copy for each rank may not fit in memory; but
     # DeepSpeed has all ranks compare theirs, one weight after the other.
     with ranks.in_turn() if parallelism == "fsdp" else contextlib.nullcontext():
@@ -322,7 +307,21 @@ def _open_model(
     )
     if plan.gradient_checkpointing:
         enable_checkpointing(base, lets_go=parallelism == "deepspeed")
-    digest = f"{config.digest()}-{data_digest(splits, weights)}"
+    if base_hash is None and ranks.is_first:
+        base_hash = BaseHash(load.weights_folder(source, config.model), config.model)
+
+    def digest() -> str:
+        assert base_hash is not None, "rank 0 alone compares"
+        return str(
+            Identity(
+                config=config_digest,
+                adapter=NO_ADAPTER,
+                base=base_hash.result(),
+                data=data_digest(splits, weights),
+                schedule=schedule_part(config, plan.warmup_steps, plan.total_steps),
+            )
+        )
+
     return Session(
         config=config,
         plan=plan,
@@ -334,7 +333,9 @@ def _open_model(
         optimizer=make_optimizer(trained, config.training, config.lora.loraplus_lr_ratio),
         parameters=trained,
         store=CheckpointStore(
-            output_dir / "checkpoints", keep=config.output.save_total_limit, digest=digest
+            output_dir / "checkpoints",
+            keep=config.output.save_total_limit,
+            digest=digest if ranks.is_first else "",
         ),
         output_dir=output_dir,
         initial=initial,

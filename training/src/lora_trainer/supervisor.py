@@ -14,10 +14,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import IO, Any
 
-from . import claim
+from . import claim, earlier_run
 from .endings import FINAL_CODES, WorkerEnd, failed, given_up, saved_step, stopped
 from .errors import TrainerError, UnavailableError
 from .events import (
@@ -35,13 +34,13 @@ from .live import LiveRun
 from .logfile import open_log
 from .machine import read_machine
 from .output import (
-    DIGEST,
     DONE,
     EVENTS,
     LOG,
     RESOLVED,
     SERVER,
     EventFile,
+    archive,
     make_folder,
     output_folder,
     write_json,
@@ -92,7 +91,7 @@ class Supervisor:
         self._processes = process_count(self.config, read_machine())
         self._worker: WorkerGroup | None = None
         self._lock_file: IO[str] | None = None
-        self._moved_to: Path | None = None
+        self._notes: list[str] = []
         self._signals = 0
 
     @property
@@ -111,12 +110,18 @@ class Supervisor:
             check(self.settings)
             make_folder(self.output_dir)
             with claim.hold(self.output_dir) as self._lock_file, self._forwarding():
-                if claim.is_left_alone(self.output_dir, self.settings):
+                verdict = earlier_run.judge(self.output_dir, self.settings)
+                if verdict.does == "nothing":
+                    for line in verdict.notes:
+                        self.note(line)
                     return 0
-                self._moved_to = claim.make_room(self.output_dir, self.settings)
+                self._notes = [*verdict.notes]
+                if verdict.does == "move aside":
+                    aside = archive(self.output_dir)
+                    self._notes.append(f"the run that was here is now in {aside}")
                 redacted = self.redaction.value(self.settings.redacted())
                 write_json(self.output_dir / RESOLVED, redacted)
-                write_text(self.output_dir / DIGEST, self.config.digest() + "\n")
+                earlier_run.mark_of(self.config).write(self.output_dir)
                 return self._run_served(server)
 
     def _run_served(self, server: StatusServer) -> int:
@@ -336,7 +341,7 @@ class Supervisor:
 
     def _warnings(self) -> list[str]:
         """Return what the user should know before the worker begins."""
-        found = [f"the run that was here is now in {self._moved_to}"] if self._moved_to else []
+        found = [*self._notes]
         if skipped := self.live.lines_skipped:
             lines = "1 line" if skipped == 1 else f"{skipped} lines"
             found.append(f"{lines} of {EVENTS} skipped: no event, or a field of another type")

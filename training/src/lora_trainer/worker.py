@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .config import Config
+from .disk import sync
 from .errors import ConfigError
 from .events import (
     Event,
@@ -40,7 +41,7 @@ from .events import (
 )
 from .faults import explain
 from .group import PEER_LOST
-from .output import EVENTS
+from .output import DONE, EVENTS
 from .watch import STACKS_SIGNAL
 
 EVENTS_FD = "LORA_TRAINER_EVENTS_FD"
@@ -189,6 +190,9 @@ def run(order: Order, emit: Callable[[Event], None], stop: StopFlag) -> int:
         emit(Warned(message=f"checkpoint skipped: {reason}"))
     emit(Planned(plan=session.plan.to_dict()))
     if ranks.is_first:
+        # From here on the folder's run is this one; a finished one may be continued.
+        (order.output_dir / DONE).unlink(missing_ok=True)
+        sync(order.output_dir)
         _write_facts(order, session)
     state = session.restore(snapshot)
     stop.step = state.step
@@ -204,7 +208,7 @@ def run(order: Order, emit: Callable[[Event], None], stop: StopFlag) -> int:
     if must_stop():
         emit(Stopped(step=state.step, signal=stop.signal or "SIGTERM"))
         return 143
-    session.take_best(state)
+    session.take_best(state, emit)
     if session.initial is None:
         with session.causal.model.disable_adapter():
             _answer(order, session, emit, must_stop, when="before", step=0)
@@ -228,18 +232,23 @@ def run(order: Order, emit: Callable[[Event], None], stop: StopFlag) -> int:
 
 
 def _newest(order: Order, session: Any) -> Any:
-    from .checkpoint_store import OtherRunError
+    from .checkpoint import OtherRunError
+    from .identity import other_run
 
     try:
-        return session.store.newest(session.refuse)
+        snapshot, skipped = session.store.newest()
     except OtherRunError as error:
+        place = order.output_dir / "checkpoints" / str(error)
+        raise other_run(place, error.digest, session.store.digest) from None
+    if snapshot is not None and snapshot.state.step > session.plan.total_steps:
         raise ConfigError.of(
-            "the output folder holds an unfinished run on other data",
-            where=str(order.output_dir / "checkpoints" / str(error)),
-            why="the tokenized rows, the template or a training key are not those it began with",
-            remedy="put the data back to resume, give another --run_name, or start anew with "
+            "the run has trained more steps than are asked for now",
+            where=str(session.store.path_of(snapshot.state.step)),
+            why=f"the plan has {session.plan.total_steps} steps",
+            remedy="undo the change to resume, give another --run_name, or start again with "
             "--resume never (the old run is moved aside, not removed)",
-        ) from None
+        )
+    return snapshot, skipped
 
 
 def _train(

@@ -88,7 +88,7 @@ def test_changed_data_are_refused(trainer: Trainer, copy_of: Copy) -> None:
     rows.write_text("".join(trainer.rows.read_text().splitlines(keepends=True)[:-1]))
     ended = trainer.train(output, dataset=str(rows))
     assert ended.code == 78, ended.err
-    assert "on other data" in ended.block
+    assert "the tokenized rows" in ended.block
     assert steps_saved(output) == saved
 
 
@@ -106,7 +106,7 @@ def test_resume_never_moves_the_unfinished_run_aside(trainer: Trainer, copy_of: 
 
 def test_finished_run_is_moved_aside(trainer: Trainer, undisturbed: Path) -> None:
     output = Path(shutil.copytree(undisturbed, trainer.root / "again"))
-    run = trainer.start(output)
+    run = trainer.start(output, on_finished="archive")
     run.wait_for(at_phase("starting"))
     run.kill()
     aside = output.with_name("again.1")
@@ -115,12 +115,32 @@ def test_finished_run_is_moved_aside(trainer: Trainer, undisturbed: Path) -> Non
     assert not (output / "final_model").exists()
 
 
-def test_finished_run_is_left_as_it_is_where_the_config_says_so(
-    trainer: Trainer, undisturbed: Path
+@pytest.mark.parametrize(
+    ("changed", "code", "text"),
+    [
+        ({}, 0, "this run is finished"),
+        ({"learning_rate": 0.02}, 78, "learning_rate: 0.01 -> 0.02"),
+        ({"max_steps": 90}, 78, "max_steps: 60 -> 90"),
+    ],
+)
+def test_finished_run_is_left_as_it_is(
+    trainer: Trainer, undisturbed: Path, changed: dict[str, object], code: int, text: str
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
-    ended = trainer.train(undisturbed, on_finished="stop")
-    assert ended.code == 0, ended.err
-    assert "finished" in ended.out + ended.err
+    ended = trainer.train(undisturbed, **changed)
+    assert ended.code == code, ended.err
+    assert text in " ".join((ended.out + ended.err).split())
     before.pop(undisturbed / ".lock")
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_finished_run_is_continued_to_a_later_end(trainer: Trainer) -> None:
+    output = trainer.root / "longer"
+    constant = {"lr_scheduler_type": "constant", "warmup_steps": 2}
+    assert trainer.train(output, **constant, max_steps=4).code == 0
+    ended = trainer.train(output, **constant, max_steps=8)
+    assert ended.code == 0, ended.err
+    assert [event["step"] for event in of_kind(output, "resumed")] == [4]
+    assert sorted(losses(output)) == list(range(1, 9))
+    assert (output / "DONE").exists()
+    assert not (trainer.root / "longer.1").exists()

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from lora_trainer import claim, output, silence, supervisor
+from lora_trainer.earlier_run import mark_of
 from lora_trainer.errors import (
     AccessError,
     BusyError,
@@ -203,6 +204,7 @@ def test_what_is_no_event_is_passed_over(made: Made) -> None:
 def test_recorded_line_of_wrong_types_is_skipped_and_counted(made: Made) -> None:
     run = made(says(step_line(1)))
     run.output_dir.mkdir()
+    mark_of(run.config).write(run.output_dir)
     odd = step_line(1).replace('"loss": 1.0', '"loss": "1.0"')
     (run.output_dir / output.EVENTS).write_text(odd + "[1, 2]\n" + step_line(2)[:30] + "\n")
     assert run.run() == 0
@@ -405,17 +407,46 @@ def test_resume_never_moves_the_run_aside_and_says_where(made: Made) -> None:
 
 def test_finished_run_is_archived_each_time_under_the_next_number(made: Made) -> None:
     for _ in range(3):
-        run = made("")
+        run = made("", "--on_finished", "archive")
         assert run.run() == 0
     names = sorted(path.name for path in run.output_dir.parent.glob("out*"))
     assert names == ["out", "out.1", "out.2"]
     assert (run.output_dir.with_name("out.1") / output.DONE).exists()
 
 
-def test_finished_run_may_be_left_alone(made: Made, tmp_path: Path) -> None:
+def test_finished_run_is_left_alone_and_reported(made: Made, tmp_path: Path) -> None:
     made("").run()
-    assert made("exit 70", "--on_finished", "stop").run() == 0
+    run = made("exit 70")
+    lines: list[str] = []
+    run.note = lines.append
+    assert run.run() == 0
     assert workers(tmp_path) == 1
+    assert any("this run is finished" in line for line in lines)
+
+
+def test_damaged_digest_is_reported_and_written_again(made: Made) -> None:
+    folder = unfinished(made)
+    sound = (folder / output.DIGEST).read_text()
+    (folder / output.DIGEST).write_text("damaged")
+    assert made("").run() == 0
+    assert any("is damaged" in e.message for e in told(folder) if isinstance(e, Warned))
+    assert (folder / output.DIGEST).read_text() == sound
+
+
+def test_resume_never_does_not_resume_where_the_digest_is_gone(made: Made) -> None:
+    folder = unfinished(made)
+    (folder / output.DIGEST).unlink()
+    assert made("", "--resume", "never").run() == 0
+    assert (folder.with_name("out.1") / "checkpoints" / "step-000001").is_dir()
+    assert not (folder / "checkpoints").exists()
+
+
+def test_crashed_worker_of_a_run_that_never_resumes_keeps_its_own_checkpoints(made: Made) -> None:
+    folder = unfinished(made)
+    (folder.parent / "count").unlink()
+    script = f"if [ $N = 0 ]; then mkdir -p {folder}/checkpoints/step-000007; kill -SEGV $$; fi"
+    assert made(script, "--resume", "never").run() == 0
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000007"]
 
 
 def test_run_on_a_mount_point_is_archived_inside(

