@@ -318,13 +318,18 @@ def _is_shallow(value: Any, levels: int) -> bool:
     return levels > 0 and all(_is_shallow(one, levels - 1) for one in inner)
 
 
-def progress_of(emit: Callable[[Event], None], unit: str, total: int = 0) -> Callable[[int], None]:
+def progress_of(
+    emit: Callable[[Event], None],
+    unit: str,
+    total: int = 0,
+    every_seconds: float = PROGRESS_SECONDS,
+) -> Callable[[int], None]:
     """Return what work calls with the units done; it says so twice a second at most."""
-    told = 0.0
+    told = time.monotonic() - PROGRESS_SECONDS
 
     def tell(done: int) -> None:
         nonlocal told
-        if time.monotonic() - told > PROGRESS_SECONDS:
+        if time.monotonic() - told >= every_seconds:
             told = time.monotonic()
             emit(Progress(done=done, total=total, unit=unit))
 

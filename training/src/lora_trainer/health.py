@@ -9,9 +9,10 @@ from .errors import MEANINGS
 from .status import RunStatus
 
 QUIET_SECONDS = 1800.0  # outside of training a phase may be silent so long: a model download
-LEAST_STALL_SECONDS = 300.0
+# Short steps leave room for what is not theirs: a busy machine, a page that is read from a disk.
+LEAST_STALL_SECONDS = 60.0
 AGAIN = "started again with the same command, it resumes from its last checkpoint"
-STALL_STEPS = 20  # a stall is this many times the slowest recent step
+STALL_STEPS = 20  # a stall is the time of so many steps, each as slow as the slowest recent one
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +51,18 @@ def stall_timeout(status: RunStatus, configured_seconds: float) -> float:
     """Return how long the run may now go without progress; 0 configured: as measured.
 
     What is configured holds once a process has made its first step: loading a large model
-    takes what it takes.
+    takes what it takes. In training the limit follows from the step time; the steps between
+    two logged ones are heard of too (`loop.BEAT_SECONDS`). Other phases have QUIET_SECONDS.
     """
     is_under_way = status.steps_in_attempt > 0
     if configured_seconds > 0:
         return configured_seconds if is_under_way else max(configured_seconds, QUIET_SECONDS)
     slowest = max((step.step_seconds for step in status.recent), default=0.0)
-    evaluation = status.last_eval.eval_seconds if status.last_eval else 0.0
-    measured = max(STALL_STEPS * slowest, 3 * evaluation, LEAST_STALL_SECONDS)
+    measured = max(STALL_STEPS * slowest, LEAST_STALL_SECONDS)
     if status.phase == "training" and status.steps_in_attempt > 1:
         return measured
-    return max(measured, QUIET_SECONDS)
+    evaluation = status.last_eval.eval_seconds if status.last_eval else 0.0
+    return max(measured, 3 * evaluation, QUIET_SECONDS)
 
 
 def bytes_of_next_checkpoint(status: RunStatus) -> int:

@@ -36,6 +36,9 @@ from .optim import learning_rate, set_learning_rate
 from .plan import Plan
 from .ranks import ALONE, Ranks, own_batches, seed_of, sum_step
 
+# Between two signs of life of steps that are not logged: the stall watch goes by them.
+BEAT_SECONDS = 5.0
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -64,6 +67,7 @@ def train(parts: Parts, state: TrainState) -> TrainState:
     """Train from `state` to the plan's end, an early stop, or a stop request; saved on return."""
     saved_step = state.step if state.step else -1
     parts.causal.model.train()
+    beat = progress_of(parts.emit, "steps", parts.plan.total_steps, BEAT_SECONDS)
     while True:
         if saved_step != state.step and _ends_between_evaluations(parts, state):
             # Its evaluation is the end's alone: a longer run, which may continue from this
@@ -78,6 +82,8 @@ def train(parts: Parts, state: TrainState) -> TrainState:
         if must_end:
             return state
         state = _step(parts, state)
+        if not _is_logged(parts, state.step):
+            beat(state.step)
 
 
 def _save_at(parts: Parts, state: TrainState) -> int:
@@ -138,11 +144,15 @@ def _step(parts: Parts, state: TrainState) -> TrainState:
     parts.optimizer.zero_grad(set_to_none=True)
     tokens = sum(batch.tokens for batch in batches)
     after = state.after_step(tokens, targets, time.monotonic() - start)
-    if after.step % parts.logging_steps == 0 or after.step in (1, plan.total_steps):
+    if _is_logged(parts, after.step):
         parts.emit(_step_event(parts, state, after, loss=loss, rate=rate, norm=norm))
         if len(measured) > 1:
             parts.emit(ranks_event(after.step, measured))
     return after
+
+
+def _is_logged(parts: Parts, step: int) -> bool:
+    return step % parts.logging_steps == 0 or step in (1, parts.plan.total_steps)
 
 
 def _step_event(

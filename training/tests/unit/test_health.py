@@ -82,5 +82,12 @@ def test_the_measured_stall_limit_grows_with_the_step_time():
     assert stall_timeout(slow, 5) == 5
 
 
+def test_the_limit_of_short_steps_is_a_minute_and_of_other_phases_half_an_hour():
+    quick = after(*(stepped(n, seconds=0.026) for n in range(1, 5)))
+    assert stall_timeout(quick, 0) == 60
+    for phase in ("evaluating", "saving", "exporting"):
+        assert stall_timeout(after(PhaseChanged(phase=phase), status=quick), 0) == 1800
+
+
 def test_a_silent_download_is_given_half_an_hour():
     assert stall_timeout(after(PhaseChanged(phase="loading")), 0) == 1800

@@ -15,7 +15,7 @@ from lora_trainer.checkpoint import CheckpointStore, TrainState
 from lora_trainer.config import Config, LoraSection
 from lora_trainer.data.batches import StepOrder
 from lora_trainer.errors import InternalError
-from lora_trainer.events import CheckpointSaved, Evaluated, StepDone
+from lora_trainer.events import CheckpointSaved, Evaluated, Progress, StepDone
 from lora_trainer.machine import Machine
 from lora_trainer.model.adapter import add_adapter, trained_parameters
 from lora_trainer.model.forward import CausalLM
@@ -77,6 +77,16 @@ def test_evaluations_come_at_the_start_at_intervals_and_at_the_end(tmp_path):
     assert [event.step for event in of_kind(events, Evaluated)] == [0, 5, 10, 12]
     assert state.step == 12
     assert of_kind(events, StepDone)[-1].loss < of_kind(events, StepDone)[0].loss
+
+
+def test_steps_that_are_not_logged_are_heard_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "BEAT_SECONDS", 0.0)
+    parts, events = make_parts(tmp_path)
+    loop.train(replace(parts, logging_steps=5, eval_rows=ListRows([])), TrainState())
+    assert [event.step for event in of_kind(events, StepDone)] == [1, 5, 10, 12]
+    beats = of_kind(events, Progress)
+    assert [event.done for event in beats] == [2, 3, 4, 6, 7, 8, 9, 11]
+    assert {(event.unit, event.total) for event in beats} == {("steps", 12)}
 
 
 def test_training_stops_early_when_patience_is_used_up(tmp_path, monkeypatch):
