@@ -191,7 +191,7 @@ link_package() {
   local packages # with -S too, Python would name the folder of the Python that it was made from
   packages="$("$VENV/bin/python" -I -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
   printf '%s\n' "$TRAINING/src" >"$packages/lora_trainer.pth"
-  printf '#!/bin/sh\nexec "%s" -m lora_trainer.cli "$@"\n' "$VENV/bin/python" >"$VENV/bin/lora-trainer"
+  printf '#!/bin/sh\nexec "%s" -m lora_trainer "$@"\n' "$VENV/bin/python" >"$VENV/bin/lora-trainer"
   chmod +x "$VENV/bin/lora-trainer"
 }
 

@@ -149,7 +149,7 @@ run_locally() {
   # As in a container: a dataset's name alone is looked for there too.
   [[ ! -d "$TRAINING/../public/datasets" ]] ||
     export DATASETS_DIR="${DATASETS_DIR:-$(cd "$TRAINING/../public/datasets" && pwd)}"
-  set -- "$VENV/bin/python" -m lora_trainer.cli "$COMMAND" --config "$CONFIG" \
+  set -- "$VENV/bin/python" -m lora_trainer "$COMMAND" --config "$CONFIG" \
     ${PASSED[@]+"${PASSED[@]}"}
   ((IS_BACKGROUND)) || exec "$@"
   start_in_background "$@"

@@ -79,7 +79,7 @@ def job(arguments: list[str], folder: Path) -> Iterator[Job]:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     shutil.rmtree(folder / "out", ignore_errors=True)
-    command = [sys.executable, "-m", "lora_trainer.cli", "train", *arguments]
+    command = [sys.executable, "-m", "lora_trainer", "train", *arguments]
     command += ["--output_dir", str(folder), "--run_name", "out", "--health_port", str(port)]
     path = f"{TRAINING / 'src'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     with (folder / "printed.txt").open("wb") as printed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import interrupts
 from .errors import ConfigError, InternalError, TrainerError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-INTERRUPTED = 128 + signal.SIGINT
+INTERRUPTED = 130
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app = typer.Typer(
@@ -61,6 +61,7 @@ def train(context: typer.Context, config: ConfigFile = None, debug: Debug = Fals
     from .check import preflight
     from .transcript import Transcript
 
+    interrupts.unwind()
     steps = settings.config.monitoring.logging_steps
     name = settings.config.output.run_name or "run"
     with Display(logging_steps=steps) as display, Transcript(os.environ, name, steps) as kept:
@@ -95,6 +96,7 @@ def check(
     from .check import check_all, preflight
 
     settings = _settings(context, config)
+    interrupts.unwind()
     if quick:
         preflight(settings)
         return
@@ -185,6 +187,7 @@ def export(
 
     if debug:
         os.environ[DEBUG] = "1"
+    interrupts.unwind()
     export_adapter(checkpoint, target)
 
 
@@ -195,6 +198,7 @@ def _trained(place: str, model: str | None, debug: bool) -> Trained:
 
     if debug:
         os.environ[DEBUG] = "1"
+    interrupts.unwind()
     own = resolve(None, os.environ, []).config.model
     return find(
         place, model_name_or_path=model, hf_token=own.hf_token, model_cache_dir=own.model_cache_dir
@@ -272,6 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 74
     except Exception as error:
+        if interrupts.received:  # what was interrupted made another error of it
+            return _interrupted()
         if type(error).__name__ == "NoArgsIsHelpError":  # the help is its message
             typer.echo(str(error))
             return 0
@@ -292,8 +298,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupted() -> int:
-    typer.echo("stopped before it began; nothing was changed", err=True)
-    return INTERRUPTED
+    code, text = interrupts.block()
+    typer.echo(f"\n{text}", err=True)
+    return code
 
 
 def _usage(error: Exception) -> TrainerError:

@@ -30,6 +30,7 @@ from .events import (
     parse_line,
 )
 from .group import WorkerGroup, cause_of
+from .interrupts import handled
 from .live import LiveRun
 from .logfile import open_log
 from .machine import read_machine
@@ -60,6 +61,8 @@ from .worker import EVENTS_FD
 STALLED = 70
 WATCH_SECONDS = 1.0  # between two looks at a worker
 PIPE_BYTES = 1 << 16
+# A lost terminal stops a run too, unless nohup started it.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Supervisor:
@@ -109,7 +112,7 @@ class Supervisor:
             self.live.detail = "checking the configuration"
             check(self.settings)
             make_folder(self.output_dir)
-            with claim.hold(self.output_dir) as self._lock_file, self._forwarding():
+            with claim.hold(self.output_dir) as self._lock_file, handled(self._forward, STOPS):
                 verdict = earlier_run.judge(self.output_dir, self.settings)
                 if verdict.does == "nothing":
                     for line in verdict.notes:
@@ -313,31 +316,16 @@ class Supervisor:
         self.tell(Ended(exit_code=error.exit_code))
         return error
 
-    @contextlib.contextmanager
-    def _forwarding(self) -> Iterator[None]:
-        """Pass the first stop signal to the worker; a third one ends it at once.
-
-        A lost terminal stops the run too, unless nohup started it.
-        """
-
-        def forward(number: int, _frame: object) -> None:
-            self._signals += 1
-            worker = self._worker
-            if worker is None or worker.poll() is not None:
-                return
-            if self._signals == 1:
-                worker.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
-            elif self._signals >= 3:
-                worker.kill()
-
-        stops = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-        heard = [number for number in stops if signal.getsignal(number) != signal.SIG_IGN]
-        before = {number: signal.signal(number, forward) for number in heard}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _forward(self, number: int, _frame: object) -> None:
+        """Pass the first stop signal to the worker; a third one ends it at once."""
+        self._signals += 1
+        worker = self._worker
+        if worker is None or worker.poll() is not None:
+            return
+        if self._signals == 1:
+            worker.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
+        elif self._signals >= 3:
+            worker.kill()
 
     def _warnings(self) -> list[str]:
         """Return what the user should know before the worker begins."""

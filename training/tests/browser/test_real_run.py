@@ -128,7 +128,7 @@ def test_a_recorded_run_can_be_opened_later(page, trainer, watched):
 def recorded(trainer: Trainer, output: Path) -> Iterator[str]:
     """Serve a recorded run; give the address that the command prints."""
     command = [
-        sys.executable, "-m", "lora_trainer.cli", "dashboard", str(output), "--port", "0",
+        sys.executable, "-m", "lora_trainer", "dashboard", str(output), "--port", "0",
     ]  # fmt: skip
     process = subprocess.Popen(
         command,

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.docker
 
 
 def supervisor(project: Project) -> int:
-    return min(project.processes("lora_trainer.cli"))
+    return min(project.processes("lora_trainer"))
 
 
 def test_a_stopped_run_saves_ends_with_143_and_resumes_to_the_same_bytes(make_project):

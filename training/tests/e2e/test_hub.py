@@ -71,7 +71,7 @@ class Studio:
         return ["--config", str(path)]
 
     def train(self, name: str, variables: dict[str, str], **keys: Any) -> Ended:
-        command = ["-m", "lora_trainer.cli", "train", *self.config(name, **keys)]
+        command = ["-m", "lora_trainer", "train", *self.config(name, **keys)]
         done = self._python(command, variables)
         return Ended(done.returncode, done.stdout + done.stderr)
 

@@ -208,7 +208,7 @@ def test_no_secret_is_in_any_answer_file_or_line(watched: Watched):
 @pytest.fixture(scope="module")
 def dashboard(watched: Watched) -> Iterator[tuple[subprocess.Popen[str], int]]:
     port = free_port()
-    command = [sys.executable, "-m", "lora_trainer.cli", "dashboard", str(watched.output)]
+    command = [sys.executable, "-m", "lora_trainer", "dashboard", str(watched.output)]
     process = subprocess.Popen(
         [*command, "--port", str(port)],
         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[2] / "src")},

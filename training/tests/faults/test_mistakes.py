@@ -226,7 +226,7 @@ def test_answer_that_needs_no_torch_takes_less_than_a_second(
     for name in ("torch", "transformers"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"raise SystemExit('{name} was imported')")
-    command = [sys.executable, "-m", "lora_trainer.cli"]
+    command = [sys.executable, "-m", "lora_trainer"]
     command += [argument.format(config) for argument in arguments]
     environment = trainer.environment() | {"PYTHONPATH": f"{tmp_path}:{SOURCE}"}
     # The least of a few tries is the command's own cost, the rest is the machine's.

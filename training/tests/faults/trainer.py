@@ -85,7 +85,7 @@ class Trainer:
         """Write a config beside the output folder; return the command that trains with it."""
         config = self.root / f"{output.name}.json"
         config.write_text(json.dumps(self.settings | {"output_dir": str(output)} | changed))
-        return [sys.executable, "-m", "lora_trainer.cli", "train", "--config", str(config)]
+        return [sys.executable, "-m", "lora_trainer", "train", "--config", str(config)]
 
     def start(self, output: Path, *options: str, **changed: Any) -> Run:
         """Start training."""
@@ -99,7 +99,7 @@ class Trainer:
     def call(self, *arguments: str, **environment: str) -> Ended:
         """Run another command of the command line."""
         done = subprocess.run(
-            [sys.executable, "-m", "lora_trainer.cli", *arguments],
+            [sys.executable, "-m", "lora_trainer", *arguments],
             check=False,
             env=self.environment() | environment,
             capture_output=True,
@@ -123,6 +123,7 @@ class Run:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=listens_to_stops,  # noqa: PLW1509
         )
 
     def wait(self) -> Ended:
@@ -174,6 +175,12 @@ class Run:
                 os.kill(pid, signal.SIGKILL)
         self.process.communicate()
         wait_until_gone(family)
+
+
+def listens_to_stops() -> None:
+    """Let a child hear stop signals, should the tests run under nohup or in the background."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_until_gone(pids: list[int]) -> None:

@@ -71,7 +71,7 @@ class Checkout:
                 (self.training / "requirements" / f"{name}.txt").write_text(f"{name}==1\n")
         self.write_lock_sh(status=0)
         (self.training / "config.json").write_text("{}")
-        (self.training / "src" / "lora_trainer" / "cli.py").write_text(TRAINER)
+        (self.training / "src" / "lora_trainer" / "__main__.py").write_text(TRAINER)
         for tool in TOOLS.split():
             (self.bin / tool).symlink_to(shutil.which(tool) or tool)
         self.write_tool("python3", PYTHON)

@@ -148,7 +148,7 @@ def test_terminal_holds_a_conversation_until_control_d(run: Path) -> None:
     master, slave = pty.openpty()
     source = str(Path(lora_trainer.__file__).parents[1])
     process = subprocess.Popen(
-        [sys.executable, "-m", "lora_trainer.cli", "chat", str(run), "--max-new-tokens", "4"],
+        [sys.executable, "-m", "lora_trainer", "chat", str(run), "--max-new-tokens", "4"],
         stdin=slave,
         stdout=slave,
         stderr=slave,

@@ -14,7 +14,7 @@ import lora_trainer
 SOURCE = Path(lora_trainer.__file__).parent
 # Each module may import the layers above its own, and its own layer only where said.
 LAYERS = [
-    {"quoting"},
+    {"quoting", "interrupts"},
     {"errors", "aliases", "compat", "gate", "connections", "disk"},
     {"config", "machine", "events", "faults", "silence"},
     {"redaction", "ranks"},
@@ -44,6 +44,7 @@ LAYERS = [
     {"worker", "check", "chat", "comparison", "extract", "merge"},
     {"supervisor", "viewer"},
     {"cli"},
+    {"__main__"},
 ]
 # Layers whose modules build on one another; elsewhere neighbours do not know each other.
 OPEN_LAYERS = {4}

@@ -1,0 +1,28 @@
+"""The entry of every command: `lora-trainer`, `python -m lora_trainer`, `train_lora.py`."""
+
+from __future__ import annotations
+
+import sys
+
+from . import interrupts
+
+
+def main(*before: str) -> int:
+    """Run the command line, with arguments before those given; return the exit code.
+
+    Stop signals are answered before anything large is imported.
+    """
+    interrupts.install()
+    try:
+        from .cli import main as run
+
+        code = run([*before, *sys.argv[1:]])
+    except KeyboardInterrupt:
+        code, text = interrupts.block()
+        sys.stderr.write(f"\n{text}\n")
+    interrupts.finish(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
