@@ -18,6 +18,7 @@ import typer
 
 from .config import Config
 from .errors import ConfigError
+from .meter import Meter
 from .trained import Opened, Trained, locate_base, open_model, tokenizer_source
 from .wording import duration, number, percent
 
@@ -149,21 +150,23 @@ def _figures(
     """Return the figures, how many questions were answered, and how many tokens were scored."""
     from . import evaluate
 
-    typer.echo(f"scoring {len(rows):,} rows with {who} ...", err=True)
     batch = config.training.per_device_eval_batch_size
-    score = evaluate.score(opened.causal, rows, batch_examples=batch)
+    with Meter(f"scoring with {who}", len(rows), "rows") as meter:
+        score = evaluate.score(opened.causal, rows, batch_examples=batch, progress=meter.update)
     assert score is not None, "nothing asked it to stop"
     exact, asked = None, evaluate.questions(rows) if wanted.has_answers else []
     if asked:
-        typer.echo(f"answering {len(asked):,} prompts with {who} ...", err=True)
-        answers = evaluate.answer(
-            opened.causal,
-            opened.tokenizer,
-            asked,
-            ends=opened.stops,
-            batch_examples=batch,
-            max_new_tokens=wanted.max_new_tokens or config.training.eval_max_new_tokens,
-        )
+        with Meter(f"answering with {who}", len(asked), "prompts") as meter:
+            answers = evaluate.answer(
+                opened.causal,
+                opened.tokenizer,
+                asked,
+                ends=opened.stops,
+                batch_examples=batch,
+                max_new_tokens=wanted.max_new_tokens or config.training.eval_max_new_tokens,
+                progress=meter.update,
+                advance=meter.advance,
+            )
         assert answers is not None, "nothing asked it to stop"
         exact = sum(one.is_exact for one in answers) / len(answers)
     perplexity = score.perplexity if math.isfinite(score.perplexity) else None

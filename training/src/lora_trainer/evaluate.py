@@ -18,6 +18,7 @@ from .ranks import ALONE, Ranks
 
 # exp() of more is a number that says nothing; shown as infinite.
 LARGEST_EXPONENT = 50.0
+LISTEN_SECONDS = 0.5  # between two looks at answers that are being made
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +149,14 @@ def answer(
     max_new_tokens: int,
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda _: None,
+    advance: Callable[[float], None] = lambda _: None,
     ranks: Ranks = ALONE,
 ) -> list[Answer] | None:
     """Answer every question greedily, in batches padded on the left; None when stopped.
 
-    `progress` is told how many are answered, batch by batch. Several ranks take turns at
-    the batches; where they share a model, all answer all.
+    `progress` is given how many are answered, `advance` the share of the longest that the
+    work may be; both also within a batch. Several ranks take turns at the batches; where they
+    share a model, all answer all.
 
     An answer ends with the tokenizer's end token or with the token that ends the
     expected answers (a template's end of turn), or after `max_new_tokens`.
@@ -168,8 +171,15 @@ def answer(
                 return None
             start = first + batch_examples * sharing.rank
             batch = order[start : start + batch_examples]
+
+            def hear(
+                finished: int, tokens: int, first: int = first, size: int = len(batch)
+            ) -> None:
+                advance((first + size * tokens / max_new_tokens) / len(order))
+                progress(min(len(order), first + finished))
+
             if batch:
-                answers = _generate(causal, tokenizer, batch, list(ends), max_new_tokens)
+                answers = _generate(causal, tokenizer, batch, list(ends), max_new_tokens, hear)
                 for row, ids in enumerate(answers, start):
                     made[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
             progress(min(len(order), first + batch_examples * sharing.count))
@@ -186,6 +196,7 @@ def _generate(
     batch: Sequence[Question],
     ends: list[int],
     max_new_tokens: int,
+    hear: Callable[[int, int], None],
 ) -> list[list[int]]:
     longest = max(len(question.prompt) for question in batch)
     ids = torch.full((len(batch), longest), tokenizer.pad_token_id or 0)
@@ -205,9 +216,33 @@ def _generate(
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id,
+        stopping_criteria=[_Listener(longest, ends, hear)],
     )
     rows = output[:, longest:].tolist()
     return [_until_end(row, set(ends)) for row in rows]
+
+
+class _Listener:
+    """A stopping criterion that stops nothing: it hears of a batch's tokens as they are made.
+
+    `hear` is given the answers that have ended, and the tokens of those that go on.
+    """
+
+    def __init__(self, prompt: int, ends: list[int], hear: Callable[[int, int], None]) -> None:
+        self._prompt = prompt
+        self._ends = torch.tensor(ends, dtype=torch.int64)
+        self._hear = hear
+        self._heard = time.monotonic()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Return for each answer that it may go on."""
+        del scores
+        if time.monotonic() - self._heard >= LISTEN_SECONDS:
+            self._heard = time.monotonic()
+            made = input_ids[:, self._prompt :].cpu()
+            has_ended = torch.isin(made, self._ends).any(dim=1)
+            self._hear(int(has_ended.sum()), made.shape[1])
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _until_end(ids: list[int], ends: set[int]) -> list[int]:

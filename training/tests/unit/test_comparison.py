@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from made_run import make_run
 
-from lora_trainer import cli
+from lora_trainer import cli, evaluate, meter
 from lora_trainer.comparison import Comparison, Figures, table
 
 
@@ -32,6 +33,21 @@ def test_figures_are_those_of_each_model_alone(
     assert (both["rows"], both["questions"]) == (6, 6)
     for name in ("before", "after", "exact match", "loss", "perplexity", "token accuracy"):
         assert name in shown
+
+
+def test_progress_and_time_left_are_shown_where_there_is_no_terminal(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meter, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(evaluate, "LISTEN_SECONDS", 0.0)
+    rows = str(run.parent / "held-out.jsonl")
+    assert cli.main(["evaluate", str(run), "--dataset", rows, "--json"]) == 0
+    printed = capsys.readouterr()
+    for who in ("the base model", "the adapter"):
+        assert re.search(rf"scoring with {who}: \d of 6 rows", printed.err)
+        line = rf"answering with {who}: \d of 6 prompts, [\d.]+%, \d:\d\d left"
+        assert len(re.findall(line, printed.err)) > 3
+    assert json.loads(printed.out)["questions"] == 6
 
 
 def test_rows_and_answers_can_be_fewer(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

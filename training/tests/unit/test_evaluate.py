@@ -92,3 +92,28 @@ def test_answers_do_not_depend_on_the_batch_they_are_made_in():
     assert one == many
     assert causal.packed is not None
     assert causal.inner.config._attn_implementation == "lora_trainer_packed"
+
+
+def test_progress_is_heard_of_while_a_batch_is_answered(monkeypatch):
+    monkeypatch.setattr(evaluate, "LISTEN_SECONDS", 0.0)
+    causal, asked = tiny_causal(), evaluate.questions(make_rows(6))
+    done, shares = [], []
+    options = {"ends": [], "batch_examples": 4, "max_new_tokens": 5}
+    answers = evaluate.answer(
+        causal, Letters(), asked, progress=done.append, advance=shares.append, **options
+    )
+    assert answers == evaluate.answer(causal, Letters(), asked, **options)
+    assert done[-1] == len(asked)
+    assert done == sorted(done)
+    assert shares == sorted(shares)
+    assert shares[0] == pytest.approx(4 / 5 / len(asked))
+    assert len(shares) == 10
+
+
+def test_answers_that_have_ended_count_before_their_batch_is_done(monkeypatch):
+    monkeypatch.setattr(evaluate, "LISTEN_SECONDS", 0.0)
+    heard = []
+    listener = evaluate._Listener(2, [7], lambda *figures: heard.append(figures))
+    assert not listener(torch.tensor([[7, 7, 1], [7, 7, 7]]), None).any()
+    assert not listener(torch.tensor([[7, 7, 1, 7], [7, 7, 7, 0]]), None).any()
+    assert heard == [(1, 1), (2, 2)]

@@ -30,7 +30,7 @@ LAYERS = [
         "trackers",
         "group",
     },
-    {"evaluate", "report", "display", "live", "hardware", "logfile"},
+    {"evaluate", "report", "display", "live", "hardware", "logfile", "meter"},
     {"views", "exposition", "transcript", "restarts", "endings", "finite"},
     {"export", "recovery"},
     {"web"},
