@@ -84,7 +84,7 @@ def _check_model(settings: Settings) -> None:
 
     name = settings.config.model.model_name_or_path
     if name == EMBEDDED_MODEL:
-        embedded.gguf_path()
+        embedded.check_room(load.cache_of(settings.config.model))
     elif Path(name).is_dir():
         raise_all(load.local_problems(Path(name)))
     elif load.looks_like_path(name):

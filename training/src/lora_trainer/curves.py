@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .history import stretches
+from .scratch import scratch_folder
 
 MOST_POINTS = 1500
 MOST_TIPS = 60
@@ -178,8 +179,9 @@ def _matplotlib_folder() -> Iterator[None]:
     if is_writable or "MPLCONFIGDIR" in os.environ:
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="matplotlib-") as folder:
-        os.environ["MPLCONFIGDIR"] = folder
+    parent = Path(tempfile.gettempdir())
+    with scratch_folder(parent, "lora-trainer-matplotlib-") as folder:
+        os.environ["MPLCONFIGDIR"] = str(folder)
         try:
             yield
         finally:

@@ -31,13 +31,16 @@ def explain(error: BaseException) -> TrainerError:
     )
 
 
-def disk_fault(error: BaseException) -> TrainerError | None:
-    """Return what an operating system's refusal to write means; None for any other error."""
+def disk_fault(error: BaseException, place: str = "") -> TrainerError | None:
+    """Return what an operating system's refusal to write means; None for any other error.
+
+    `place` is where it was written to, for an error that does not name its file.
+    """
     number = error.errno if isinstance(error, OSError) else None
     # The safetensors library tells it in words alone.
     if told := re.search(r"\(os error (\d+)\)", str(error)):
         number = int(told[1])
-    place = str(getattr(error, "filename", None) or "output_dir")
+    place = str(getattr(error, "filename", None) or place or "output_dir")
     if number in FULL:
         return StorageError.of(
             "the disk does not take what is written",

@@ -12,7 +12,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,12 +23,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from .machine import read_machine
+from .scratch import scratch_folder
 
 # The exit code of a rank that only noticed that another one was gone.
 PEER_LOST = 76
 # How long the others have, after one rank ended, to end by themselves.
 GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.05
+MEETING = "lora-trainer-"  # of the folder in which ranks find one another
 WORKER_DEFAULTS = {
     "PYTHONUNBUFFERED": "1",
     # A thread that waits for the others spins, on a shared core for as long as these
@@ -52,7 +53,11 @@ class WorkerGroup:
         pass_fds: Sequence[int],
         environment: Mapping[str, str],
     ) -> None:
-        self._meeting = Path(tempfile.mkdtemp(prefix="lora-trainer-"))
+        self._meeting = contextlib.ExitStack()
+        store = ""
+        if count > 1:  # a rank alone meets nobody
+            parent = Path(tempfile.gettempdir())
+            store = str(self._meeting.enter_context(scratch_folder(parent, MEETING)) / "store")
         self._fallen: int | None = None  # the first rank that ended badly by itself
         own = _defaults(count) | os.environ | dict(environment) | _python_path()
         self._ranks = [
@@ -70,7 +75,7 @@ class WorkerGroup:
         self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
         self._watcher.start()
         for rank, process in enumerate(self._ranks):
-            place = {"rank": rank, "ranks": count, "store": str(self._meeting / "store")}
+            place = {"rank": rank, "ranks": count, "store": store}
             assert process.stdin is not None
             # One that died already is found by the watcher.
             with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
@@ -134,7 +139,7 @@ class WorkerGroup:
             elif until == math.inf and (codes[0] is not None or any(codes)):
                 until = time.monotonic() + GRACE_SECONDS
             time.sleep(POLL_SECONDS)
-        shutil.rmtree(self._meeting, ignore_errors=True)
+        self._meeting.close()
 
 
 def _defaults(count: int) -> dict[str, str]:

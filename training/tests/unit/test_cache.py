@@ -115,7 +115,7 @@ def test_an_entry_that_another_process_made_meanwhile_is_taken(tmp_path):
     assert len(open_entry(tmp_path, KEY)) == len(faster) == 3
 
 
-def test_what_a_killed_run_left_is_removed_a_day_later(tmp_path):
+def test_what_a_killed_run_left_without_a_lock_is_removed_an_hour_later(tmp_path):
     old, new = tmp_path / f"{KEY}.tmp-old", tmp_path / f"{KEY}.tmp-new"
     old.mkdir()
     new.mkdir()

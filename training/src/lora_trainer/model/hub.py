@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from ..errors import AccessError, ConfigError, TrainerError, UnavailableError, causes
+from ..errors import (
+    AccessError,
+    ConfigError,
+    StorageError,
+    TrainerError,
+    UnavailableError,
+    causes,
+)
+from ..faults import disk_fault
 
 # How the hub's libraries, on requests or on httpx, say that no answer came.
 UNREACHABLE = frozenset(
@@ -24,6 +32,8 @@ def explained(
 ) -> TrainerError:
     """Return what an error of transformers or of the hub means, and what to do about it."""
     where = f"model_name_or_path: {name}"
+    if (full := _disk_fault(error)) is not None:
+        return full
     kinds, status = _kinds(error), _status(error)
     if "GatedRepoError" in kinds:
         return AccessError.of(
@@ -80,6 +90,24 @@ def explained(
     why = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
     remedy = f"ls -l {name}" if is_local else f"hf download {name}"
     return UnavailableError.of("the base model cannot be loaded", where, why, remedy)
+
+
+def _disk_fault(error: BaseException) -> TrainerError | None:
+    """Return that the cache's disk is full, where that is what began it."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    for link in causes(error):
+        fault = disk_fault(link, HF_HUB_CACHE)
+        if isinstance(fault, StorageError):
+            (problem,) = fault.problems
+            return StorageError.of(
+                "the base model does not fit on the disk of the hub's cache",
+                where=problem.where,
+                why=problem.why,
+                remedy=f"df -h {HF_HUB_CACHE}; free some room there, or set HF_HOME or "
+                "--model_cache_dir to a larger disk",
+            )
+    return None
 
 
 def is_offline(error: BaseException) -> bool:

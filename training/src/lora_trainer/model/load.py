@@ -52,6 +52,11 @@ def default_cache() -> Path:
     return Path(home).expanduser() / "lora-trainer"
 
 
+def cache_of(section: ModelSection) -> Path:
+    """Return the folder that prepared models are kept in."""
+    return Path(section.model_cache_dir) if section.model_cache_dir else default_cache()
+
+
 def locate(section: ModelSection) -> ModelSource:
     """Find the base model; prepare the embedded one, ask the hub for one that is there.
 
@@ -61,8 +66,7 @@ def locate(section: ModelSection) -> ModelSource:
     """
     name = section.model_name_or_path
     if name == EMBEDDED_MODEL:
-        cache = Path(section.model_cache_dir) if section.model_cache_dir else default_cache()
-        return _local_source(embedded.prepare(cache), EMBEDDED_MODEL)
+        return _local_source(embedded.prepare(cache_of(section)), EMBEDDED_MODEL)
     if Path(name).is_dir():
         for problem in local_problems(Path(name)):
             raise problem

@@ -1,0 +1,197 @@
+"""Work in progress is removed with its process: by itself, or after a kill by the next start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lora_trainer import check, curves, group
+from lora_trainer.data.cache import new_entry
+from lora_trainer.errors import StorageError
+from lora_trainer.model import embedded, hub
+from lora_trainer.scratch import LOCK, release, scratch_folder
+from lora_trainer.sources import resolve
+
+# The real preparation of the embedded model, stopped halfway.
+PREPARES = """
+import sys, time
+from pathlib import Path
+from lora_trainer.model import embedded
+
+def halfway(source, folder):
+    (folder / "model.safetensors").write_bytes(b"0" * 1_000_000)
+    print("halfway", flush=True)
+    time.sleep(600)
+
+embedded._dequantize = halfway
+embedded.prepare(Path(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def preparing(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that prepares the embedded model in tmp_path, and is halfway there."""
+    command = [sys.executable, "-c", PREPARES, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "halfway\n"
+        yield process
+        process.kill()
+
+
+def making(cache: Path) -> list[Path]:
+    return sorted(cache.glob(f"{embedded.MAKING}*"))
+
+
+def dequantize_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        embedded, "_dequantize", lambda _, folder: (folder / "config.json").write_text("{}")
+    )
+
+
+def test_killed_preparation_leaves_nothing_behind_the_next_one(
+    preparing: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preparing.send_signal(signal.SIGKILL)
+    preparing.wait()
+    (left,) = making(tmp_path)
+    assert (left / "model.safetensors").stat().st_size == 1_000_000
+    dequantize_quickly(monkeypatch)
+    folder = embedded.prepare(tmp_path)
+    assert list(tmp_path.iterdir()) == [folder]
+    assert {path.name for path in folder.iterdir()} == {"config.json", embedded.MANIFEST}
+    assert embedded.is_sound(folder)
+
+
+def test_preparation_that_goes_on_is_left_alone(
+    preparing: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (left,) = making(tmp_path)
+    os.utime(left, (0, 0))
+    dequantize_quickly(monkeypatch)
+    embedded.prepare(tmp_path)
+    assert making(tmp_path) == [left]
+    assert (left / "model.safetensors").exists()
+    assert preparing.poll() is None
+
+
+def test_folder_that_another_program_made_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "lora-trainer-mine").mkdir()
+    os.utime(tmp_path / "lora-trainer-mine", (0, 0))
+    (tmp_path / "lora-trainer-file").write_text("mine")
+    with scratch_folder(tmp_path, group.MEETING) as folder:
+        assert (folder / LOCK).exists()
+    assert not folder.exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"lora-trainer-mine", "lora-trainer-file"}
+
+
+def test_folder_without_a_lock_goes_after_an_hour_where_the_pattern_is_ours(tmp_path: Path) -> None:
+    for name, age in (("old", 7200.0), ("new", 60.0)):
+        (tmp_path / f".making-{name}").mkdir()
+        os.utime(tmp_path / f".making-{name}", (time.time() - age,) * 2)
+    with scratch_folder(tmp_path, ".making-", ".making-*") as folder:
+        assert sorted(making(tmp_path)) == sorted([folder, tmp_path / ".making-new"])
+
+
+def test_released_folder_holds_no_lock_under_its_final_name(tmp_path: Path) -> None:
+    with scratch_folder(tmp_path, "x-") as folder:
+        release(folder)
+        folder.rename(tmp_path / "final")
+    assert not list((tmp_path / "final").iterdir())
+
+
+def test_tokenized_rows_of_a_killed_run_go_at_once(tmp_path: Path) -> None:
+    killed = tmp_path / "0123.tmp-abc"
+    killed.mkdir()
+    (killed / LOCK).touch()
+    with pytest.raises(KeyboardInterrupt), new_entry(tmp_path, "4567", 9):
+        assert not killed.exists()
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("count", "folders"), [(1, 0), (2, 1)])
+def test_workers_make_a_folder_to_meet_in_only_if_they_are_several(
+    count: int, folders: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, seen = subprocess.Popen, []
+
+    def popen(*arguments: object, **options: object) -> object:
+        seen.append(len(list(tmp_path.iterdir())))
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(group.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(group.subprocess, "Popen", popen)
+    monkeypatch.setattr(sys, "executable", "/bin/true")
+    group.WorkerGroup({}, count, log=subprocess.DEVNULL, pass_fds=(), environment={}).wait()
+    assert seen == [folders] * count
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_of_fonts_is_removed_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(curves.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("MPLCONFIGDIR", raising=False)
+    monkeypatch.setattr(curves.os, "access", lambda *_: False)
+    killed = tmp_path / "lora-trainer-matplotlib-killed"
+    killed.mkdir()
+    (killed / LOCK).touch()
+    with curves._matplotlib_folder():
+        assert len(list(tmp_path.iterdir())) == 1
+        assert not killed.exists()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [OSError(28, "No space left on device"), RuntimeError("I/O error: disk full (os error 28)")],
+)
+def test_full_cache_is_reported_as_the_cache(
+    fault: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(embedded, "_dequantize", refuse)
+    with pytest.raises(StorageError, match="cannot be written to the cache") as caught:
+        embedded.prepare(tmp_path)
+    (problem,) = caught.value.problems
+    assert problem.where == f"model_cache_dir: {tmp_path}"
+    assert problem.why == "No space left on device"
+    assert "--model_cache_dir" in problem.remedy
+    assert not list(tmp_path.iterdir())
+
+
+def test_preflight_finds_the_cache_too_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(embedded, "free_disk_bytes", lambda _: 300 << 20)
+    folders = ["--model_cache_dir", str(cache), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(StorageError) as caught:
+        check.preflight(resolve(None, {}, folders))
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.why) == (
+        f"model_cache_dir: {cache}", "300 MB are free, 540 MB are needed",
+    )  # fmt: skip
+
+
+def test_full_disk_under_a_download_is_the_hubs_cache() -> None:
+    try:
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as cause:
+            raise ValueError("could not fetch it") from cause
+    except ValueError as error:
+        fault = hub.explained(error, "owner/model", None, is_local=False)
+    assert fault.exit_code == 74
+    assert "hub" in fault.problems[0].where
+    assert "HF_HOME" in fault.problems[0].remedy
