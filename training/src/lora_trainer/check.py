@@ -160,6 +160,7 @@ def _unique(faults: list[TrainerError]) -> list[TrainerError]:
 
 def _check_rows(settings: Settings, sample_rows: int) -> None:
     """Tokenize all rows, audit their masks, say what they come to."""
+    from .data.changes import facts_of
     from .dataset import data_warnings, end_warning, format_of_splits, open_data
     from .model import load
     from .preview import preview
@@ -180,6 +181,10 @@ def _check_rows(settings: Settings, sample_rows: int) -> None:
         f"{report.longest_tokens} longest; {report.rows_truncated} truncated, "
         f"{sum(report.rows_dropped.values())} dropped, {sum(report.rows_skipped.values())} skipped"
     )
+    if report.unused_fields:
+        typer.echo(f"not used     {', '.join(report.unused_fields)} (fields of the rows)")
+    for fact in facts_of(report.rows_changed):
+        typer.echo(f"template     {fact}")
     typer.echo(
         f"plan         {plan.total_steps} steps of {plan.step_examples} examples, "
         f"{plan.trainable_parameters:,} trainable parameters on a base of {plan.parameters:,}, "

@@ -14,6 +14,7 @@ import numpy as np
 from .config import Config, DatasetSource
 from .data.batches import RowView
 from .data.cache import TokenizedDataset
+from .data.changes import warnings_of
 from .data.encoder import TokenizerFactory
 from .data.locate import SourceSpec, hub_id, locate
 from .data.positions import find_rows
@@ -79,6 +80,7 @@ def data_warnings(config: Config, splits: DataSplits) -> list[str]:
             )
         for verb, counts in (("left out", report.rows_dropped), ("skipped", report.rows_skipped)):
             told += [f"{name}: {count:,} rows {verb}: {why}" for why, count in counts.items()]
+        told += [f"{name}: {text}" for text in warnings_of(report.rows_changed, report.rows_used)]
     return told
 
 

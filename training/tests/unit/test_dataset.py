@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lora_trainer.config import Config
+from lora_trainer.data.examples import Change
 from lora_trainer.data.read import iter_rows
 from lora_trainer.dataset import data_digest, data_warnings, rows_to_train, source_specs
 from lora_trainer.errors import DataError
@@ -55,9 +56,13 @@ def test_rows_that_are_cut_left_out_or_skipped_are_said():
         longest_tokens=4000,
         rows_dropped={"too long": 3},
         rows_skipped={"broken JSON": 1},
+        rows_used=3,
+        rows_changed={Change.THOUGHTS_DROPPED.value: 2, Change.SYSTEM_ADDED.value: 3},
     )
     told = data_warnings(Config(), splits(train_report=report))
-    assert len(told) == 3
+    assert len(told) == 4
+    assert "2 of 3 rows: the chat template leaves out the reasoning" in told[-1]
+    assert "train_on to last" in told[-1]
     for text in ("2 of 9 rows are cut", "3 rows left out: too long", "1 rows skipped: broken"):
         assert any(text in line for line in told)
 

@@ -13,10 +13,10 @@ from lora_trainer.data.fingerprint import example_hash
 from lora_trainer.data.formats import (
     FORMATS,
     STANDARD_FIELDS,
-    RowError,
     detect_format,
     to_example,
 )
+from lora_trainer.data.instructions import RowError
 from lora_trainer.errors import ConfigError, DataError, TrainerError
 
 SECRET = "the moon is a secret"
@@ -74,7 +74,11 @@ CALL = {"type": "function", "function": {"name": "lamp", "arguments": {"on": Tru
             ),
         ),
         ("completion", {"prompt": "Hi", "completion": "Hello"}, Completion("Hi", "Hello")),
-        ("completion", {"prompt": [USER], "completion": [ANSWER]}, PLAIN),
+        (
+            "completion",
+            {"prompt": [USER], "completion": [ANSWER]},
+            Chat((USER, ANSWER), prompt_turns=1),
+        ),
         ("text", {"text": "Hi"}, Text("Hi")),
         ("text", "Hi", Text("Hi")),
     ],

@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from lora_trainer.data import prepare as prepare_module
 from lora_trainer.data.encoder import TokenizerFactory
 from lora_trainer.data.examples import Chat, Completion, Encoded
-from lora_trainer.data.formats import RowError
+from lora_trainer.data.instructions import RowError
 from lora_trainer.data.locate import SourceSpec
 from lora_trainer.data.prepare import PrepareSettings, prepare, prepare_splits
 from lora_trainer.errors import (

@@ -35,7 +35,7 @@ from lora_trainer.disk import follow_umask
 from lora_trainer.errors import AccessError, StorageError, TrainerError
 from lora_trainer.scratch import release, scratch_folder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 VERIFIED_BYTES = 500_000_000
 """Files of up to this size together are hashed on opening (about 0.4 s); above, sizes are."""

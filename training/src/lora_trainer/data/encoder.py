@@ -18,14 +18,24 @@ from numpy.typing import NDArray
 
 from lora_trainer.data.examples import Chat, Encoded, Example
 from lora_trainer.data.fingerprint import example_hash
-from lora_trainer.data.formats import FormatName, RowError, to_example
+from lora_trainer.data.formats import FormatName, to_example
+from lora_trainer.data.instructions import RowError
 from lora_trainer.data.rows import BadRow, Row
 from lora_trainer.errors import ConfigError, InternalError, TrainerError, UnavailableError
 
 TooLong = Literal["truncate", "drop", "error"]
 TOO_LONG = "longer than max_seq_length"
 NOTHING_LEFT = "no trained token is left after truncation"
-CODE_FILES = ("encoder.py", "formats.py", "mask.py", "template.py")
+CODE_FILES = (
+    "encoder.py",
+    "fidelity.py",
+    "formats.py",
+    "instructions.py",
+    "mask.py",
+    "plain.py",
+    "template.py",
+    "turns.py",
+)
 """A new version of these may tokenize differently: tokens cached by an old one are not reused."""
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -92,6 +102,7 @@ class EncodedChunk:
     bad: list[BadRow] = field(default_factory=list)
     flawed: list[BadRow] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
+    changes: Counter[str] = field(default_factory=Counter)
     too_long: list[BadRow] = field(default_factory=list)
 
 
@@ -220,6 +231,7 @@ def encode_chunk(
             continue
         fitting = _fit(encoded, row.where, settings, chunk)
         if fitting is not None:
+            chunk.changes.update(change.value for change in encoded.changes)
             parts.append(fitting)
             hashes.append(example_hash(example))
     chunk.ids, chunk.is_trained, chunk.lengths, chunk.row_hashes = _arrays(parts, hashes)

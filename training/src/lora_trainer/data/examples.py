@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
+
+
+class Change(Enum):
+    """A difference between a row and the text that is made of it."""
+
+    THOUGHTS_DROPPED = "the chat template leaves out the reasoning of an answer"
+    WORDS_DROPPED = "the chat template leaves out or rewrites words of an answer"
+    WORDS_ADDED = "the chat template adds words to an answer, and they are trained"
+    SPACE_STRIPPED = "the chat template strips white space around an answer"
+    SYSTEM_DROPPED = "the chat template leaves out a system prompt"
+    SYSTEM_ADDED = "the chat template adds a system prompt of its own"
+    QUESTION_CHANGED = "the chat template leaves out or rewrites words of a question or tool result"
+    START_SPELLED = "the text spells out the start token, which the tokenizer adds: it is kept once"
+    END_SPELLED = "the text spells out the end token: it is kept once"
+    MARKER_UNKNOWN = "the text holds a marker such as <|im_start|> that is no token of this model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,10 +28,14 @@ class Chat:
 
     `messages` hold role (system, user, assistant, tool, ...), content and, where
     the row has them, tool_calls and further fields, untouched for the template.
+    `muted` are the numbers of turns that say of themselves not to be trained. Of the first
+    `prompt_turns` messages, a row's own prompt, only `train_on: all` trains any.
     """
 
     messages: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...] = ()
+    muted: frozenset[int] = frozenset()
+    prompt_turns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +62,4 @@ class Encoded:
 
     input_ids: list[int]
     is_trained: list[bool]
+    changes: tuple[Change, ...] = ()

@@ -1,9 +1,9 @@
 """Bring rows of every common dataset format to one shape, and detect which format they have.
 
-    messages     {"messages": [{"role", "content", "tool_calls"?}], "tools"?}     OpenAI's
+    messages     {"messages": [{"role", "content", "tool_calls"?, "weight"?}], "tools"?}  OpenAI's
     sharegpt     {"conversations": [{"from", "value"}], "system"?, "tools"?}
     alpaca       {"instruction", "input"?, "output", "system"?, "history"?}; also
-                 question/answer, query/response, prompt/response
+                 question/answer, query/response, prompt/response; context, system_prompt
     completion   {"prompt", "completion"}, both text or both lists of messages
     text         {"text"}, or a line of a .txt file
 
@@ -12,13 +12,15 @@ A `RowError` names the field, its type or length, never its content.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 from lora_trainer.data.examples import Chat, Completion, Example, Text
-from lora_trainer.data.rows import RowValue, fault_in, shown_name
+from lora_trainer.data.instructions import RowError, masked_turns, refuse_unsupported
+from lora_trainer.data.rows import RowValue, shown_name
+from lora_trainer.data.turns import Turn, parsed_list, string_of, text_of, tools_of, turns_of
 from lora_trainer.errors import ConfigError, DataError
 
 FormatName = Literal["messages", "sharegpt", "alpaca", "completion", "text"]
@@ -32,6 +34,8 @@ STANDARD_FIELDS: dict[FormatName, tuple[str, ...]] = {
     "completion": ("prompt", "completion", "tools"),
     "text": ("text",),
 }
+INPUT_FIELDS = ("input", "context")
+SYSTEM_FIELDS = ("system", "system_prompt")
 CONVERSATION_FIELDS = ("messages", "conversations", "conversation")
 ANSWER_FIELDS: dict[str, tuple[str, ...]] = {
     "instruction": ("output", "response", "completion", "answer"),
@@ -40,34 +44,6 @@ ANSWER_FIELDS: dict[str, tuple[str, ...]] = {
     "prompt": ("response", "answer", "output"),
 }
 """The question field of an Alpaca-like row and the fields that may hold its answer."""
-
-ROLES = {
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "ipython": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-    "function_call": "function_call",
-    "tool_call": "function_call",
-}
-
-
-class RowError(ValueError):
-    """A row that does not fit its format; `reason` quotes nothing of the row."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 def detect_format(
@@ -105,6 +81,32 @@ def detect_format(
     )
 
 
+def unused_fields(
+    rows: Iterable[RowValue], format: FormatName, columns: Mapping[str, str]
+) -> list[str]:
+    """Return the fields of rows that are not trained and do not tell how to train."""
+    unused: dict[str, None] = {}
+    for row in rows:
+        fields = renamed(row, columns)
+        if not isinstance(fields, str):
+            used = _used_fields(fields, format)
+            filled = (name for name in fields if _has(fields, name) and fields[name] != "")
+            unused.update(dict.fromkeys(shown_name(name) for name in filled if name not in used))
+    return list(unused)
+
+
+def _used_fields(row: dict[str, Any], format: FormatName) -> set[str]:
+    if format in ("messages", "sharegpt"):
+        conversation = next((name for name in CONVERSATION_FIELDS if _has(row, name)), "")
+        return {conversation, "tools", "functions", "loss_mask", *SYSTEM_FIELDS}
+    if format == "alpaca":
+        question = next((n for n in ANSWER_FIELDS if _has(row, n) and _answer_field(row, n)), "")
+        answer = (_answer_field(row, question) or "") if question else ""
+        given = (name for name in INPUT_FIELDS if isinstance(row.get(name), str) and row[name])
+        return {question, answer, "history", next(given, ""), *SYSTEM_FIELDS}
+    return {"completion": {"prompt", "completion", "tools", "functions"}, "text": {"text"}}[format]
+
+
 def check_columns(rows: Iterable[RowValue], columns: Mapping[str, str], where: str = "") -> None:
     """Refuse a column mapping that cannot be meant.
 
@@ -140,9 +142,10 @@ def to_example(
     if isinstance(fields, str):
         if format != "text":
             raise RowError(f"is a line of text, expected an object of the format {format}")
-        return Text(_text(fields, "text"))
+        return Text(text_of(fields, "text"))
     if format == "text":
-        return Text(_text(fields.get("text"), "text"))
+        return Text(text_of(fields.get("text"), "text"))
+    refuse_unsupported(fields, has_turns=format != "alpaca")
     if format == "completion":
         return _completion(fields)
     if format == "alpaca":
@@ -163,7 +166,7 @@ def _format_of(row: RowValue) -> FormatName | None:
     if isinstance(row, str):
         return "text"
     for field in CONVERSATION_FIELDS:
-        turns = _parsed_list(row.get(field))
+        turns = parsed_list(row.get(field))
         if turns and isinstance(turns[0], dict):
             return "sharegpt" if "from" in turns[0] else "messages"
     if _has(row, "prompt") and _has(row, "completion"):
@@ -184,17 +187,15 @@ def _answer_field(row: dict[str, Any], question: str) -> str | None:
 def _completion(row: dict[str, Any]) -> Example:
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        messages = [
-            *_messages(prompt, "prompt"),
-            *_messages(completion, "completion"),
-        ]
-        return _chat(messages, row, "completion")
+        asked = turns_of(prompt, "prompt")
+        turns = [*asked, *turns_of(completion, "completion")]
+        return _chat(turns, row, "completion", prompt_turns=len(asked))
     if isinstance(prompt, list) != isinstance(completion, list):
         raise RowError(
             f"'prompt' is a {type(prompt).__name__} and 'completion' a "
             f"{type(completion).__name__}: both must be text, or both lists of messages"
         )
-    return Completion(_text(prompt, "prompt"), _text(completion, "completion"))
+    return Completion(text_of(prompt, "prompt"), text_of(completion, "completion"))
 
 
 def _alpaca(row: dict[str, Any]) -> Chat:
@@ -205,8 +206,8 @@ def _alpaca(row: dict[str, Any]) -> Chat:
         missing = "output" if _has(row, "instruction") else "instruction"
         raise RowError(f"field '{missing}' is missing")
     answer = cast(str, _answer_field(row, question))
-    asked = _text(row.get(question), question)
-    if extra := _optional_text(row, "input"):
+    asked = text_of(row.get(question), question)
+    if extra := _optional_text(row, *INPUT_FIELDS):
         asked = f"{asked}\n{extra}"
     messages = _system(row)
     history = row.get("history") or []
@@ -216,10 +217,10 @@ def _alpaca(row: dict[str, Any]) -> Chat:
         field = f"history[{index}]"
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowError(f"field '{field}' is not a pair of question and answer")
-        messages.append({"role": "user", "content": _text(pair[0], f"{field}[0]")})
-        messages.append({"role": "assistant", "content": _text(pair[1], f"{field}[1]")})
+        messages.append({"role": "user", "content": text_of(pair[0], f"{field}[0]")})
+        messages.append({"role": "assistant", "content": text_of(pair[1], f"{field}[1]")})
     messages.append({"role": "user", "content": asked})
-    messages.append({"role": "assistant", "content": _text(row.get(answer), answer)})
+    messages.append({"role": "assistant", "content": text_of(row.get(answer), answer)})
     return Chat(tuple(messages))
 
 
@@ -228,21 +229,32 @@ def _conversation(row: dict[str, Any]) -> Chat:
     field = next((name for name in CONVERSATION_FIELDS if _has(row, name)), None)
     if field is None:
         raise RowError("field 'messages' is missing")
-    messages = _messages(row[field], field)
-    if messages[0]["role"] not in ("system", "developer"):
-        messages = _system(row) + messages
-    return _chat(messages, row, field)
+    turns = turns_of(row[field], field)
+    masked = masked_turns(row, len(turns))
+    turns = [replace(t, is_trained=False) if n in masked else t for n, t in enumerate(turns)]
+    system = _system(row)
+    first = turns[0].message
+    if first["role"] not in ("system", "developer"):
+        turns = [*map(Turn, system), *turns]
+    elif system and system[0]["content"] != first["content"].strip():
+        raise RowError(f"its system field and the system turn in '{field}' differ: keep one")
+    return _chat(turns, row, field)
 
 
-def _chat(messages: list[dict[str, Any]], row: dict[str, Any], field: str) -> Chat:
-    if all(message["role"] != "assistant" for message in messages):
+def _chat(turns: list[Turn], row: dict[str, Any], field: str, prompt_turns: int = 0) -> Chat:
+    messages = [turn.message for turn in turns]
+    muted = frozenset(n for n, turn in enumerate(turns) if turn.is_trained is False)
+    answers = [turn for turn in turns[prompt_turns:] if turn.message["role"] == "assistant"]
+    if not answers:
         raise RowError(f"field '{field}' has no assistant turn")
+    if all(turn.is_trained is False for turn in answers):
+        raise RowError(f"field '{field}' says of every assistant turn that it is not trained")
     has_asked_tool = False
     for index, message in enumerate(messages):
         has_asked_tool = has_asked_tool or "tool_calls" in message
         if message["role"] == "tool" and not has_asked_tool and _is_first_reply(messages, index):
             raise RowError(f"field '{field}[{index}]' is a tool's answer before any call")
-    return Chat(tuple(messages), _tools(row.get("tools")))
+    return Chat(tuple(messages), tools_of(row), muted, prompt_turns)
 
 
 def _is_first_reply(messages: list[dict[str, Any]], index: int) -> bool:
@@ -251,146 +263,12 @@ def _is_first_reply(messages: list[dict[str, Any]], index: int) -> bool:
 
 
 def _system(row: dict[str, Any]) -> list[dict[str, Any]]:
-    text = _optional_text(row, "system")
+    text = _optional_text(row, *SYSTEM_FIELDS)
     return [{"role": "system", "content": text}] if text else []
 
 
-def _messages(value: Any, field: str) -> list[dict[str, Any]]:
-    turns = _parsed_list(value)
-    if turns is None:
-        raise RowError(f"field '{field}' is {type(value).__name__}, expected a list of messages")
-    if not turns:
-        raise RowError(f"field '{field}' is empty")
-    return [_message(turn, f"{field}[{index}]") for index, turn in enumerate(turns)]
-
-
-def _message(turn: Any, field: str) -> dict[str, Any]:
-    if not isinstance(turn, dict):
-        raise RowError(f"field '{field}' is {type(turn).__name__}, expected an object")
-    role_key, content_key = ("role", "content") if "role" in turn else ("from", "value")
-    if content_key not in turn and "content" in turn:
-        content_key = "content"
-    role = turn.get(role_key)
-    if not isinstance(role, str):
-        problem = "is missing" if role is None else f"is {type(role).__name__}, expected a string"
-        raise RowError(f"field '{field}.role' {problem}")
-    known = ROLES.get(role.strip().lower())
-    if known is None:
-        raise RowError(f"field '{field}.{role_key}' is none of {', '.join(ROLES)}")
-    if known == "function_call":
-        calls = _tool_calls(turn.get(content_key), f"{field}.{content_key}")
-        return {"role": "assistant", "content": "", "tool_calls": calls}
-    # Columnar files fill in None where other messages have a field: as if absent.
-    rest = {
-        key: value
-        for key, value in turn.items()
-        if value is not None and key not in (role_key, content_key, "tool_calls", "function_call")
-    }
-    message: dict[str, Any] = {"role": known, **rest}
-    if turn.get("tool_calls"):
-        message["tool_calls"] = _tool_calls(turn["tool_calls"], f"{field}.tool_calls")
-    elif turn.get("function_call"):
-        message["tool_calls"] = _tool_calls(turn["function_call"], f"{field}.function_call")
-    message["content"] = _content(turn.get(content_key), f"{field}.{content_key}", message)
-    return message
-
-
-def _content(value: Any, field: str, message: dict[str, Any]) -> str:
-    if value is None and "tool_calls" in message:
-        return ""
-    if isinstance(value, list) and all(isinstance(part, str | dict) for part in value):
-        value = "".join(_part(part, f"{field}[{index}]") for index, part in enumerate(value))
-    if isinstance(value, dict) and message["role"] == "tool":
-        value = json.dumps(value, ensure_ascii=False, default=str)
-    # Tools may return nothing, a system prompt may be emptied on purpose.
-    may_be_empty = message["role"] in ("tool", "system", "developer") or "tool_calls" in message
-    return _string(value, field) if may_be_empty else _text(value, field)
-
-
-def _part(part: str | dict[str, Any], field: str) -> str:
-    if isinstance(part, str):
-        return part
-    if part.get("type", "text") != "text":
-        raise RowError(f"field '{field}' is not text; only text is trained on")
-    return _string(part.get("text"), f"{field}.text")
-
-
-def _tool_calls(value: Any, field: str) -> list[dict[str, Any]]:
-    """Bring calls to {"type": "function", "function": {"name", "arguments"}}.
-
-    Arguments become objects, as chat templates expect them; OpenAI writes them as text.
-    """
-    calls = _parsed(value, field)
-    calls = calls if isinstance(calls, list) else [calls]
-    if not calls:
-        raise RowError(f"field '{field}' is empty")
-    result = []
-    for index, call in enumerate(calls):
-        place = f"{field}[{index}]"
-        function = call.get("function", call) if isinstance(call, dict) else call
-        if not isinstance(call, dict) or not isinstance(function, dict):
-            raise RowError(f"field '{place}' is {type(call).__name__}, expected a tool call")
-        name = _text(function.get("name"), f"{place}.name")
-        arguments = function.get("arguments", function.get("parameters"))
-        arguments = _parsed(arguments, f"{place}.arguments") if arguments else {}
-        if not isinstance(arguments, dict):
-            raise RowError(
-                f"field '{place}.arguments' is {type(arguments).__name__}, expected an object"
-            )
-        rest = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        described = {"name": name, "arguments": arguments}
-        result.append({**rest, "type": "function", "function": described})
-    return result
-
-
-def _tools(value: Any) -> tuple[dict[str, Any], ...]:
-    if not value:
-        return ()
-    tools = _parsed(value, "tools")
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError("field 'tools' is not a list of tool descriptions")
-    return tuple(tools)
-
-
-def _parsed(value: Any, field: str) -> Any:
-    """Return a value that may be written as JSON text, as in CSV cells."""
-    if not isinstance(value, str):
-        return value
-    try:
-        parsed = json.loads(value)
-    except (ValueError, RecursionError):
-        raise RowError(f"field '{field}' is not valid JSON") from None
-    if fault := fault_in({field: parsed}):
-        raise RowError(fault)
-    return parsed
-
-
-def _parsed_list(value: Any) -> list[Any] | None:
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return None
-        if fault_in({"": value}):
-            return None
-    return value if isinstance(value, list) else None
-
-
-def _optional_text(row: dict[str, Any], field: str) -> str:
-    value = row.get(field)
-    return "" if value is None else _string(value, field).strip()
-
-
-def _string(value: Any, field: str) -> str:
-    if value is None:
-        raise RowError(f"field '{field}' is missing")
-    if not isinstance(value, str):
-        raise RowError(f"field '{field}' is {type(value).__name__}, expected a string")
-    return value
-
-
-def _text(value: Any, field: str) -> str:
-    text = _string(value, field)
-    if not text.strip():
-        raise RowError(f"field '{field}' is empty")
-    return text
+def _optional_text(row: dict[str, Any], field: str, other: str) -> str:
+    """Return a field's text; where it has none, that of another one, which may be no text."""
+    text = "" if row.get(field) is None else string_of(row[field], field).strip()
+    also = row.get(other)
+    return text or (also.strip() if isinstance(also, str) else "")

@@ -14,14 +14,15 @@ share behind the turn's beginning is the prompt, the rest is the model's.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import pairwise
 from typing import Any, Literal
 
-from lora_trainer.data.examples import Chat, Completion, Encoded, Example
+from lora_trainer.data import fidelity
+from lora_trainer.data.examples import Change, Chat, Completion, Encoded, Example
+from lora_trainer.data.plain import encode_plain, tokenize
 from lora_trainer.data.template import ChatTemplate, Rendering, Span, TemplateFault
 from lora_trainer.errors import ConfigError
 
@@ -29,10 +30,6 @@ TrainOn = Literal["assistant", "last", "all"]
 
 # Where a prompt that a turn follows only in part may be cut: behind a line, else behind a tag.
 _EDGES = (re.compile(r".*\n", re.DOTALL), re.compile(r".*[>\]:]", re.DOTALL))
-_CHECKED_CHARACTERS = 20
-_THOUGHTS_END = re.compile(r"</think(?:ing)?>|\[/THINK\]")
-_REMEDY = "name one that does with chat_template"
-_NO_ANSWER = "the chat template leaves out what the assistant says in a turn"
 
 
 class Flaw(Enum):
@@ -49,6 +46,7 @@ class Marked:
 
     text: str
     spans: tuple[Span, ...]
+    changes: tuple[Change, ...] = ()
 
 
 def encode(
@@ -69,12 +67,12 @@ def encode(
         if template is None:
             raise ConfigError.of("conversations need a chat template", where="chat_template")
         marked = mark(example, template, train_on)
-        ids, offsets = _tokenize(tokenizer, marked.text, add_special_tokens=False)
-        return Encoded(ids, _cover(offsets, marked.spans))
+        ids, offsets = tokenize(tokenizer, marked.text, add_special_tokens=False)
+        return Encoded(ids, _cover(offsets, marked.spans), marked.changes)
     if isinstance(example, Completion):
         start = 0 if train_on == "all" else len(example.prompt)
-        return _encode_plain(tokenizer, example.prompt + example.completion, start)
-    return _encode_plain(tokenizer, example.text, 0)
+        return encode_plain(tokenizer, example.prompt + example.completion, start)
+    return encode_plain(tokenizer, example.text, 0)
 
 
 def audit(example: Example, encoded: Encoded, tokenizer: Any) -> tuple[Flaw, ...]:
@@ -104,14 +102,12 @@ def mark(chat: Chat, template: ChatTemplate, train_on: TrainOn) -> Marked:
     template.refuse_control_tokens([*chat.messages, *chat.tools])
     messages, tools = template.normalize(chat.messages, chat.tools)
     whole = template.trace(messages, tools)
-    turns = [n for n, message in enumerate(messages) if message.get("role") == "assistant"]
-    if train_on == "last":
-        turns = turns[-1:]
+    turns = _trained_turns(chat, train_on)
     spans: Iterable[Span]
     if train_on == "all":
-        spans = [(0, len(whole.text))]
+        spans = _all_but(chat.muted, whole)
     elif template.has_marks:
-        spans = _marks_of(whole, turns, train_on)
+        spans = _marks_of(whole, turns, chat)
     elif whole.is_traced:
         spans = _Turns(template, messages, tools, whole).spans(turns)
     else:
@@ -121,60 +117,56 @@ def mark(chat: Chat, template: ChatTemplate, train_on: TrainOn) -> Marked:
         own = whole.written_by(turn, marked.spans)
         for token in template.control_tokens:
             own = own.replace(token, "")
-        _check_answer(chat.messages[turn], marked, own)
-    _check_tools(chat, whole)
-    return marked
+        fidelity.check_answer(chat.messages[turn], marked.text, marked.spans, own)
+    fidelity.check_tools(chat, whole)
+    return replace(marked, changes=fidelity.changes_of(chat, turns, whole, marked.spans, template))
 
 
-def _check_tools(chat: Chat, whole: Rendering) -> None:
-    """Refuse a text that names none of the tools, calls of them left aside."""
-    names = {name for tool in chat.tools if (name := _function_name(tool))}
-    callers = {n for n, m in enumerate(chat.messages) if m.get("role") in ("assistant", "tool")}
-    told = [whole.text[p.start : p.end] for p in whole.pieces if p.owner not in callers]
-    if names and not any(name in text for name in names for text in told):
-        raise TemplateFault(f"the chat template does not write the tools: {_REMEDY}")
+def _trained_turns(chat: Chat, train_on: TrainOn) -> list[int]:
+    """Return the numbers of the assistant's turns that are trained.
+
+    Raises:
+        TemplateFault: the row masks all of them.
+    """
+    start = 0 if train_on == "all" else chat.prompt_turns
+    turns = [n for n, m in enumerate(chat.messages) if m.get("role") == "assistant" and n >= start]
+    if train_on == "last":
+        turns = turns[-1:]
+    trained = [turn for turn in turns if turn not in chat.muted]
+    if turns and not trained:
+        raise TemplateFault("train_on is last, and the last turn says that it is not trained")
+    return trained
 
 
-def _check_answer(answer: dict[str, Any], marked: Marked, own: str) -> None:
-    """Refuse a turn whose own trained words lack a tool call or what the assistant says."""
-    content = answer.get("content")
-    content = content.strip() if isinstance(content, str) else ""
-    calls = Counter(map(_function_name, answer.get("tool_calls") or ()))
-    # What the turn says may name a function too.
-    texts = [text for key, text in answer.items() if key != "role" and isinstance(text, str)]
-    said = [text for text in texts if text.strip() in own]
-    for name, count in calls.items():
-        written = own.count(name) - sum(text.count(name) for text in said)
-        if written < count:
-            calls_lost = "every tool call of a turn" if written > 0 else "tool calls"
-            raise TemplateFault(f"the chat template does not write {calls_lost}: {_REMEDY}")
-    # Only the ending: a prompt may write the opening of a reasoning block in the answer, and
-    # templates leave out the reasoning of earlier turns.
-    lines = _THOUGHTS_END.split(content)[-1].strip().splitlines()
-    ending = lines[-1].strip()[-_CHECKED_CHARACTERS:] if lines else ""
-    if ending not in own and not any(ending in marked.text[a:b] for a, b in marked.spans):
-        if ending in marked.text:
-            raise TemplateFault("the chat template does not show where an assistant's turn lies")
-        # Words beside a call are reasoning to some templates (gpt-oss), which they leave out.
-        if not calls:
-            raise TemplateFault(_NO_ANSWER)
-    if content and not own.strip():
-        raise TemplateFault(_NO_ANSWER)
+def _all_but(muted: frozenset[int], whole: Rendering) -> list[Span]:
+    """Return the whole text without what the muted turns wrote."""
+    if not muted:
+        return [(0, len(whole.text))]
+    _refuse_hidden_turns(whole)
+    return [(piece.start, piece.end) for piece in whole.pieces if piece.owner not in muted]
 
 
-def _function_name(entry: Any) -> str:
-    """Return the name in the description of a tool or in a call of one, "" without any."""
-    function = entry.get("function", entry) if isinstance(entry, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    return name if isinstance(name, str) else ""
-
-
-def _marks_of(whole: Rendering, turns: Sequence[int], train_on: TrainOn) -> Iterable[Span]:
-    if train_on == "assistant":
+def _marks_of(whole: Rendering, turns: Sequence[int], chat: Chat) -> Iterable[Span]:
+    """Return the template's own marks, of the trained turns only."""
+    assistants = [n for n, m in enumerate(chat.messages) if m.get("role") == "assistant"]
+    if turns == assistants:
         return whole.marks
-    pieces = whole.pieces_of(turns[0]) if turns else []
-    first = pieces[0].start if pieces else max((start for start, _ in whole.marks), default=0)
-    return [span for span in whole.marks if span[0] >= first]
+    if not whole.is_traced and turns == assistants[-1:]:
+        return whole.marks[-1:]
+    _refuse_hidden_turns(whole)
+    return [mark for turn in turns for mark in whole.marks if _is_within(mark, turn, whole)]
+
+
+def _is_within(mark: Span, turn: int, whole: Rendering) -> bool:
+    """Tell whether a mark begins in a turn, or behind it and before the next message."""
+    first = min((piece.start for piece in whole.pieces_of(turn)), default=len(whole.text))
+    others = (p.start for p in whole.pieces if p.owner not in (turn, None) and p.start > first)
+    return first <= mark[0] < min(others, default=len(whole.text))
+
+
+def _refuse_hidden_turns(whole: Rendering) -> None:
+    if not whole.is_traced:
+        raise TemplateFault("the chat template does not show which turn a part of its text is of")
 
 
 class _Turns:
@@ -327,24 +319,6 @@ def _join(spans: Iterable[Span]) -> tuple[Span, ...]:
     return tuple(joined)
 
 
-def _tokenize(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[list[int], list[Span]]:
-    if not tokenizer.is_fast:
-        raise ConfigError.of(
-            "the model has only a slow tokenizer",
-            where="model_name_or_path",
-            why="it cannot tell which characters a token stands for",
-            remedy="use a model with a tokenizer.json",
-        )
-    encoding = tokenizer(
-        text,
-        add_special_tokens=add_special_tokens,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    return list(encoding["input_ids"]), encoding["offset_mapping"]
-
-
 def _cover(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     """Tell of each token whether it shares a character with a span; all are in order."""
     is_trained = [False] * len(offsets)
@@ -357,23 +331,6 @@ def _cover(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
             break
         is_trained[position] = end > span[0]
     return is_trained
-
-
-def _encode_plain(tokenizer: Any, text: str, start: int) -> Encoded:
-    """Encode text that is trained from character `start` on, and its end token."""
-    if tokenizer.eos_token_id is None:
-        raise ConfigError.of(
-            "the tokenizer has no end token",
-            where="model_name_or_path",
-            why="a model that never sees an end never stops",
-        )
-    ids, offsets = _tokenize(tokenizer, text, add_special_tokens=True)
-    is_trained = [start == 0 or end > start for _, end in offsets]
-    if not ids or ids[-1] != tokenizer.eos_token_id:
-        ids.append(tokenizer.eos_token_id)
-        is_trained.append(True)
-    is_trained[-1] = True
-    return Encoded(ids, is_trained)
 
 
 def end_tokens(tokenizer: Any) -> frozenset[int]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from lora_trainer.data.fingerprint import example_hash
-from lora_trainer.data.formats import RowError, to_example
+from lora_trainer.data.formats import to_example
+from lora_trainer.data.instructions import RowError
 from lora_trainer.data.locate import SourceSpec
 from lora_trainer.data.prepare import formatted_rows
 from lora_trainer.data.rows import BadRow

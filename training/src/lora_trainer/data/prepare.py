@@ -42,6 +42,7 @@ from lora_trainer.data.formats import (
     FormatName,
     check_columns,
     detect_format,
+    unused_fields,
 )
 from lora_trainer.data.hub import hub_fingerprint, open_hub_dataset
 from lora_trainer.data.locate import DataFile, SourceSpec, hub_id, locate
@@ -61,6 +62,7 @@ MOST_PROCESSES = 9
 about 12 on, reading the rows (50 to 90 us each, one process) is what takes the time."""
 ROWS_TO_LOOK_AT = 10_000
 """Rows read in search of good ones to detect a format from."""
+MOST_UNUSED_NAMED = 20
 
 Progress = Callable[[int], None]
 
@@ -233,7 +235,9 @@ def formatted_rows(
     specs: Sequence[SourceSpec],
 ) -> Iterator[tuple[FormatName, Iterator[Row | BadRow]]]:
     """Yield each dataset's format and its rows, as `prepare` reads them."""
-    yield from map(_with_format, _open_all(specs))
+    for source in _open_all(specs):
+        format, rows, _ = _with_format(source)
+        yield format, rows
 
 
 def _default_processes() -> int:
@@ -269,12 +273,14 @@ def _tokenize(
     """Write the tokens of all sources; return the counts for the report."""
     tally = Tally(BadRowLog(settings.on_bad_rows, settings.max_bad_rows_share))
     formats: list[FormatName] = []
+    unused: dict[str, None] = {}
     numbers: deque[int] = deque()
 
     def tasks() -> Iterator[Task]:
         for number, source in enumerate(sources):
-            format, rows = _with_format(source)
+            format, rows, left = _with_format(source)
             formats.append(format)
+            unused.update(dict.fromkeys(left))
             chunk_settings = ChunkSettings(
                 format, dict(source.spec.columns), settings.max_seq_length, settings.too_long
             )
@@ -299,6 +305,8 @@ def _tokenize(
         "rows_truncated": tally.truncated,
         "rows_skipped": dict(tally.log.reasons),
         "rows_dropped": dict(tally.dropped),
+        "rows_changed": dict(sorted(tally.changes.items())),
+        "unused_fields": list(unused)[:MOST_UNUSED_NAMED],
         "formats": formats,
         "longest_tokens": tally.longest,
     }
@@ -324,8 +332,11 @@ def _encoded(
         yield encode_chunk(rows, local, settings, is_check)
 
 
-def _with_format(source: _Source) -> tuple[FormatName, Iterator[Row | BadRow]]:
-    """Return a source's format and all of its rows; the first good ones decide on it."""
+def _with_format(source: _Source) -> tuple[FormatName, Iterator[Row | BadRow], list[str]]:
+    """Return a source's format, all of its rows, and their fields that the format has no use for.
+
+    The first good rows decide.
+    """
     rows = source.rows()
     looked_at: list[Row | BadRow] = []
     good: list[Row] = []
@@ -345,7 +356,7 @@ def _with_format(source: _Source) -> tuple[FormatName, Iterator[Row | BadRow]]:
     else:
         # Without a good row there is none to convert, and the bad ones will be reported.
         format = detect_format(values, spec.columns, spec.path_or_id) if good else "text"
-    return format, chain(looked_at, rows)
+    return format, chain(looked_at, rows), unused_fields(values, format, spec.columns)
 
 
 def _chunks(rows: Iterator[Row | BadRow]) -> Iterator[list[Row | BadRow]]:

@@ -18,8 +18,9 @@ class DataReport:
     """What became of the rows of a dataset; fit for JSON.
 
     `formats` has one for each source. `longest_tokens` is before truncation, the other
-    lengths are after it. `cache` says whether the tokens were made, reused, or remade
-    and why.
+    lengths are after it. `rows_changed` counts the rows that the chat template or the tokenizer
+    writes otherwise than they stand, by the kind of change. `cache` says whether the tokens
+    were made, reused, or remade and why.
     """
 
     rows_read: int
@@ -27,6 +28,8 @@ class DataReport:
     rows_truncated: int
     rows_skipped: dict[str, int]
     rows_dropped: dict[str, int]
+    rows_changed: dict[str, int]
+    unused_fields: list[str]
     rows_repeated: int
     formats: list[str]
     tokens: int
@@ -47,6 +50,7 @@ class Tally:
 
     log: BadRowLog
     dropped: Counter[str] = field(default_factory=Counter)
+    changes: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
     longest: int = 0
     flawed: list[BadRow] = field(default_factory=list)
@@ -59,6 +63,7 @@ class Tally:
         for bad in chunk.bad:
             self.log.add(bad)
         self.dropped.update(chunk.dropped)
+        self.changes.update(chunk.changes)
         self.truncated += chunk.truncated
         self.longest = max(self.longest, chunk.longest)
         self.flawed.extend(chunk.flawed)

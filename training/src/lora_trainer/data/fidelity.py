@@ -1,0 +1,192 @@
+"""What a chat template makes of a conversation: what it must not lose, and what it changes.
+
+Lost answers, tool calls and tools are refused. The rest is counted over the rows, because
+templates do it on purpose: reasoning of earlier turns, system prompts, white space.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from lora_trainer.data.examples import Change, Chat
+from lora_trainer.data.template import ChatTemplate, Rendering, Span, TemplateFault
+
+_CHECKED_CHARACTERS = 20
+_THOUGHTS_END = re.compile(r"</think(?:ing)?>|\[/THINK\]")
+_THOUGHTS_TAG = re.compile(r"</?think(?:ing)?>|\[/?THINK\]")
+_REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking", "thoughts")
+_PROBE = "probe4817"
+_WORD = re.compile(r"[^\W\d_]+")
+_SENTENCE_WORDS = 5  # roles and tags have fewer
+_REMEDY = "name one that does with chat_template"
+_NO_ANSWER = "the chat template leaves out what the assistant says in a turn"
+
+
+def changes_of(
+    chat: Chat,
+    turns: Sequence[int],
+    whole: Rendering,
+    spans: Sequence[Span],
+    template: ChatTemplate,
+) -> tuple[Change, ...]:
+    """Return how the text differs from the conversation, in its trained turns and its prompts."""
+    changes: set[Change] = set()
+    for turn in turns:
+        pieces = whole.pieces_of(turn) if whole.is_traced else whole.pieces
+        text = "".join(whole.text[piece.start : piece.end] for piece in pieces)
+        trained = whole.written_by(turn, spans)
+        changes |= _changes_of_answer(chat.messages[turn], text, trained, template)
+    squeezed = ""
+    for message in chat.messages:
+        content = message.get("content")
+        if message.get("role") == "assistant" or not isinstance(content, str):
+            continue
+        if content.strip() in whole.text:
+            continue
+        squeezed = squeezed or _squeezed(whole.text)
+        if _squeezed(content) not in squeezed:
+            is_system = message.get("role") in ("system", "developer")
+            changes.add(Change.SYSTEM_DROPPED if is_system else Change.QUESTION_CHANGED)
+    has_own = chat.messages[0].get("role") in ("system", "developer")
+    if _system_prompts(template)[has_own]:
+        changes.add(Change.SYSTEM_ADDED)
+    return tuple(sorted(changes, key=lambda change: change.name))
+
+
+def _changes_of_answer(
+    answer: dict[str, Any], text: str, trained: str, template: ChatTemplate
+) -> set[Change]:
+    """Compare an answer with what the template writes of it, and with what is trained of that."""
+    content = answer.get("content")
+    content = content if isinstance(content, str) else ""
+    before, _, words = _split_thoughts(content)
+    fields = (answer.get(field) for field in _REASONING_FIELDS)
+    thoughts = [text.strip() for text in (before, *fields) if isinstance(text, str)]
+    changes: set[Change] = set()
+    if not all(_is_in(thought, text) for thought in thoughts):
+        changes.add(Change.THOUGHTS_DROPPED)
+    if not _is_in(words.strip(), text):
+        # Beside a call, words are reasoning to some templates, which they leave out.
+        is_call = bool(answer.get("tool_calls"))
+        changes.add(Change.THOUGHTS_DROPPED if is_call else Change.WORDS_DROPPED)
+    elif not any(thoughts) and content not in text and content.strip() in text:
+        changes.add(Change.SPACE_STRIPPED)
+    is_compared = not answer.get("tool_calls") and Change.WORDS_DROPPED not in changes
+    if is_compared and _is_added(trained, [*thoughts, words.strip()], template):
+        changes.add(Change.WORDS_ADDED)
+    return changes
+
+
+def _is_in(own: str, text: str) -> bool:
+    """Tell whether a text holds another one, white space aside."""
+    return own in text or _squeezed(own) in _squeezed(text)
+
+
+def _split_thoughts(content: str) -> tuple[str, str, str]:
+    """Return an answer's reasoning without its tags, the closing tag, and the words behind it."""
+    ends = list(_THOUGHTS_END.finditer(content))
+    if not ends:
+        return "", "", content
+    end = ends[-1]
+    return _THOUGHTS_TAG.sub(" ", content[: end.start()]), end[0], content[end.end() :]
+
+
+def _is_added(trained: str, own: Iterable[str], template: ChatTemplate) -> bool:
+    """Tell whether anything but the answer and special tokens is trained."""
+    texts = sorted(filter(None, own), key=len, reverse=True)
+    left = trained.replace("\0", " ")
+    for text in texts:
+        left = left.replace(text, " ", 1)
+    if len(texts) > 1:
+        left = _THOUGHTS_TAG.sub(" ", left)
+    if not _without_special_tokens(template.tokenizer, left).strip():
+        return False
+    left = _squeezed(trained.replace("\0", " "))
+    for text in texts:
+        left = left.replace(_squeezed(text), " ", 1)
+    if len(texts) > 1:
+        left = _THOUGHTS_TAG.sub(" ", left)
+    return bool(_without_special_tokens(template.tokenizer, left).strip())
+
+
+@lru_cache(maxsize=8)
+def _system_prompts(template: ChatTemplate) -> tuple[bool, bool]:
+    """Tell whether a template writes a system prompt: where a row has none, where it has one."""
+    own = {"role": "system", "content": _PROBE}
+    return _adds_sentences(template, []), _adds_sentences(template, [own])
+
+
+def _adds_sentences(template: ChatTemplate, before: Sequence[dict[str, Any]]) -> bool:
+    probe = [*before, {"role": "user", "content": _PROBE}]
+    try:
+        text = template.trace(*template.normalize(probe)).text
+    except TemplateFault:
+        return False
+    text = _without_special_tokens(template.tokenizer, text[: text.rfind(_PROBE)])
+    return len(_WORD.findall(text.replace(_PROBE, ""))) >= _SENTENCE_WORDS
+
+
+def _without_special_tokens(tokenizer: Any, text: str) -> str:
+    """Return text with a space in place of each special token."""
+    pattern = _special_pattern(tokenizer)
+    return pattern.sub(" ", text) if pattern else text
+
+
+@lru_cache(maxsize=8)
+def _special_pattern(tokenizer: Any) -> re.Pattern[str] | None:
+    added = tokenizer.added_tokens_decoder.values()
+    special = {token.content for token in added if token.special} - {""}
+    longest_first = sorted(special, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if special else None
+
+
+def _squeezed(text: str) -> str:
+    """Return text with each run of white space as one space."""
+    return " ".join(text.split())
+
+
+def check_tools(chat: Chat, whole: Rendering) -> None:
+    """Refuse a text that names none of the tools, calls of them left aside."""
+    names = {name for tool in chat.tools if (name := _function_name(tool))}
+    callers = {n for n, m in enumerate(chat.messages) if m.get("role") in ("assistant", "tool")}
+    told = [whole.text[p.start : p.end] for p in whole.pieces if p.owner not in callers]
+    if names and not any(name in text for name in names for text in told):
+        raise TemplateFault(f"the chat template does not write the tools: {_REMEDY}")
+
+
+def check_answer(answer: dict[str, Any], text: str, spans: Sequence[Span], own: str) -> None:
+    """Refuse a turn whose own trained words lack a tool call or what the assistant says."""
+    content = answer.get("content")
+    content = content.strip() if isinstance(content, str) else ""
+    calls = Counter(map(_function_name, answer.get("tool_calls") or ()))
+    # What the turn says may name a function too.
+    texts = [value for key, value in answer.items() if key != "role" and isinstance(value, str)]
+    said = [value for value in texts if value.strip() in own]
+    for name, count in calls.items():
+        written = own.count(name) - sum(value.count(name) for value in said)
+        if written < count:
+            calls_lost = "every tool call of a turn" if written > 0 else "tool calls"
+            raise TemplateFault(f"the chat template does not write {calls_lost}: {_REMEDY}")
+    # Only the ending: a prompt may write the opening of a reasoning block in the answer, and
+    # templates leave out the reasoning of earlier turns.
+    lines = _THOUGHTS_END.split(content)[-1].strip().splitlines()
+    ending = lines[-1].strip()[-_CHECKED_CHARACTERS:] if lines else ""
+    if ending not in own and not any(ending in text[a:b] for a, b in spans):
+        if ending in text:
+            raise TemplateFault("the chat template does not show where an assistant's turn lies")
+        # Words beside a call are reasoning to some templates (gpt-oss), which they leave out.
+        if not calls:
+            raise TemplateFault(_NO_ANSWER)
+    if content and not own.strip():
+        raise TemplateFault(_NO_ANSWER)
+
+
+def _function_name(entry: Any) -> str:
+    """Return the name in the description of a tool or in a call of one, "" without any."""
+    function = entry.get("function", entry) if isinstance(entry, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else ""

@@ -1,0 +1,88 @@
+"""Tokenize plain text: what the tokenizer adds, and an end token, each of them once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from lora_trainer.data.examples import Change, Encoded
+from lora_trainer.data.template import Span
+from lora_trainer.errors import ConfigError
+
+_MARKER = re.compile(r"<\|[\w-]{2,40}\|>|<(?:start|end)_of_turn>")
+
+
+def tokenize(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[list[int], list[Span]]:
+    """Return the token ids of a text, and the characters that each stands for.
+
+    Raises:
+        ConfigError: the tokenizer does not know the characters.
+    """
+    if not tokenizer.is_fast:
+        raise ConfigError.of(
+            "the model has only a slow tokenizer",
+            where="model_name_or_path",
+            why="it cannot tell which characters a token stands for",
+            remedy="use a model with a tokenizer.json",
+        )
+    encoding = tokenizer(
+        text,
+        add_special_tokens=add_special_tokens,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return list(encoding["input_ids"]), encoding["offset_mapping"]
+
+
+def encode_plain(tokenizer: Any, text: str, start: int) -> Encoded:
+    """Encode text that is trained from character `start` on, and its end token.
+
+    A start or an end token that the text spells out itself is not added once more.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ConfigError.of(
+            "the tokenizer has no end token",
+            where="model_name_or_path",
+            why="a model that never sees an end never stops",
+        )
+    ids, offsets = tokenize(tokenizer, text, add_special_tokens=True)
+    changes: list[Change] = []
+    bos = tokenizer.bos_token_id
+    if len(ids) > 1 and ids[0] == ids[1] == bos and _is_added(offsets[0]):
+        del ids[0], offsets[0]
+        changes.append(Change.START_SPELLED)
+    if len(ids) > 1 and ids[-1] == end and _is_added(offsets[-1]):
+        del ids[-1], offsets[-1]
+    is_trained = [start == 0 or last > start for _, last in offsets]
+    spelled = _last_word(offsets, text)
+    if spelled is not None and ids[spelled] == end:
+        changes.append(Change.END_SPELLED)
+        is_trained[spelled] = True
+    else:
+        ids.append(end)
+        is_trained.append(True)
+    if any(not _is_token(tokenizer, marker[0]) for marker in _MARKER.finditer(text)):
+        changes.append(Change.MARKER_UNKNOWN)
+    return Encoded(ids, is_trained, tuple(changes))
+
+
+def _is_added(offset: Span) -> bool:
+    """Tell a token that the tokenizer adds from one that stands for characters."""
+    return offset[0] == offset[1]
+
+
+def _last_word(offsets: Sequence[Span], text: str) -> int | None:
+    """Return the position of the last token that is not white space."""
+    for position in range(len(offsets) - 1, -1, -1):
+        first, last = offsets[position]
+        if text[first:last].strip():
+            return position
+    return None
+
+
+def _is_token(tokenizer: Any, marker: str) -> bool:
+    number = tokenizer.convert_tokens_to_ids(marker)
+    return number is not None and number != tokenizer.unk_token_id
