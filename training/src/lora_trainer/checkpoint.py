@@ -7,49 +7,28 @@ checkpoints/step-000100/
     state.json              step, tokens, best evaluation, python's and numpy's generators
     manifest.json           sha256 and size of each of the above, written last
 
-Nothing is pickled. A checkpoint is real when its manifest verifies: every reader goes
-by that, so a torn or flipped one is skipped for the one before it. Older ones are
-removed only after the new one verified from the disk.
+Nothing is pickled. A checkpoint is real when its manifest verifies and its state is of the step
+that its folder is named after: every reader goes by that, so whatever else is in its place is
+skipped for the one before it. Older ones are removed only after the new one verified from the disk,
+and nothing that is not this run's is ever removed.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 import random
-import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from .disk import sync
+from .checkpoint_folder import STATE, CorruptCheckpointError
 
-FILES = ("adapter.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
-MANIFEST = "manifest.json"
-PREFIX = "step-"
 # bitsandbytes keeps its number formats beside each 8-bit state; they never change.
 CODES = "qmap"
-TEMPORARY = ".writing-"
-
-
-class CorruptCheckpointError(Exception):
-    """A checkpoint does not verify; the text says why."""
-
-
-class OtherRunError(Exception):
-    """A sound checkpoint belongs to another run; `digest` names that one."""
-
-    def __init__(self, name: str, digest: str) -> None:
-        super().__init__(name)
-        self.digest = digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,154 +156,54 @@ def restore_generators(snapshot: Snapshot) -> None:
     if cuda and len(cuda) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(cuda)
     random.setstate(_to_tuple(snapshot.generators["python"]))
-    kind, keys, position, has_gauss, cached = snapshot.generators["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    np.random.set_state(_numpy_state(snapshot))
 
 
-class CheckpointStore:
-    """The checkpoints of one run, in its folder `checkpoints`."""
-
-    def __init__(self, folder: Path, *, keep: int, digest: str | Callable[[], str]) -> None:
-        """`digest` names the run; one that is computed meanwhile is asked for when needed.
-
-        An empty one is not compared: rank 0 does that for all.
-        """
-        self.folder = folder
-        self.keep = keep
-        self._digest = digest
-
-    @property
-    def digest(self) -> str:
-        """Return the digest of the run, as soon as it is known."""
-        if not isinstance(self._digest, str):
-            self._digest = self._digest()
-        return self._digest
-
-    def path_of(self, step: int) -> Path:
-        """Return the folder of a step's checkpoint."""
-        return self.folder / f"{PREFIX}{step:06d}"
-
-    def save(self, snapshot: Snapshot) -> Path:
-        """Write a checkpoint, verify it from the disk, then remove what need not be kept.
-
-        Raises:
-            OSError: it could not be written; older checkpoints are all still there.
-        """
-        final = self.path_of(snapshot.state.step)
-        temporary = self.folder / f"{TEMPORARY}{final.name}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(left, ignore_errors=True)
-        temporary.mkdir()
-        try:
-            self._write(temporary, snapshot)
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.replace(final)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        sync(self.folder)
-        verify(final)
-        self._remove_old(final, snapshot.state)
-        return final
-
-    def newest(self) -> tuple[Snapshot | None, list[str]]:
-        """Return the newest checkpoint that verifies, and the names of newer ones that do not.
-
-        Raises:
-            OtherRunError: the newest sound one was made by another run.
-        """
-        skipped: list[str] = []
-        for path in reversed(self._in_order()):
-            try:
-                return self.read(path), skipped
-            except CorruptCheckpointError as error:
-                skipped.append(f"{path.name}: {error}")
-        return None, skipped
-
-    def read(self, path: Path) -> Snapshot:
-        """Read a checkpoint that verifies.
-
-        Raises:
-            CorruptCheckpointError: it does not.
-            OtherRunError: it belongs to another run.
-        """
-        verify(path)
-        raw = json.loads((path / "state.json").read_text())
-        if self.digest and raw["digest"] != self.digest:
-            raise OtherRunError(path.name, str(raw["digest"]))
-        return Snapshot(
-            state=TrainState(**raw["state"]),
-            adapter=load_file(path / "adapter.safetensors"),
-            optimizer=load_file(path / "optimizer.safetensors"),
-            rng=load_file(path / "rng.safetensors"),
-            generators=raw["generators"],
-            digest=raw["digest"],
-        )
-
-    def _write(self, folder: Path, snapshot: Snapshot) -> None:
-        state = {
-            "state": asdict(snapshot.state),
-            "generators": snapshot.generators,
-            "digest": snapshot.digest,
-            "torch": torch.__version__,
-        }
-        contents = {
-            "adapter.safetensors": save(snapshot.adapter),
-            "optimizer.safetensors": save(snapshot.optimizer),
-            "rng.safetensors": save(snapshot.rng),
-            "state.json": json.dumps(state).encode(),
-        }
-        manifest = {
-            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            for name, data in contents.items()
-        }
-        contents[MANIFEST] = json.dumps(manifest, indent=1).encode()
-        for name, data in contents.items():
-            with (folder / name).open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        sync(folder)
-
-    def _in_order(self) -> list[Path]:
-        """Return the checkpoints' folders by step, whether they verify or not."""
-        return sorted(self.folder.glob(f"{PREFIX}*"), key=lambda path: (len(path.name), path.name))
-
-    def _remove_old(self, newest: Path, state: TrainState) -> None:
-        """Keep the newest ones and the best; any after the newest was skipped as damaged."""
-        steps = self._in_order()
-        own = steps.index(newest) + 1
-        kept = {path.name for path in steps[max(0, own - self.keep) : own]}
-        if state.best_step is not None:
-            kept.add(self.path_of(state.best_step).name)
-        for path in steps:
-            if path.name not in kept:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def verify(path: Path) -> None:
-    """Check every file of a checkpoint against its manifest.
+def state_from(raw: Mapping[str, Any]) -> TrainState:
+    """Return the state that a state.json holds.
 
     Raises:
-        CorruptCheckpointError: a file is missing, of another size, or of other content.
+        CorruptCheckpointError: a key is unknown, or its value of another type.
     """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        if set(manifest) != set(FILES):
-            raise CorruptCheckpointError(f"{MANIFEST} does not name the files of a checkpoint")
-        for name in sorted({file.name for file in path.iterdir()} - {*FILES, MANIFEST}):
-            raise CorruptCheckpointError(f"{name} is no file of a checkpoint; it was not opened")
-        for name, entry in manifest.items():
-            data = (path / name).read_bytes()
-            if len(data) != entry["bytes"]:
-                raise CorruptCheckpointError(f"{name} has {len(data)} bytes of {entry['bytes']}")
-            if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-                raise CorruptCheckpointError(f"{name} has changed since it was written")
-    except FileNotFoundError as error:
-        raise CorruptCheckpointError(f"{Path(str(error.filename)).name} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptCheckpointError(f"unreadable: {type(error).__name__}") from error
+    hints = get_type_hints(TrainState)
+    for name, value in raw.items():
+        if name not in hints:
+            raise CorruptCheckpointError(f"{STATE} has an unknown key: {name[:40]!r}")
+        if not _is_of(hints[name], value):
+            raise CorruptCheckpointError(f"{STATE}: {name} is a {type(value).__name__}")
+    return TrainState(**raw)
+
+
+def _is_of(hint: Any, value: Any) -> bool:
+    """Tell whether a value of JSON is of a field's type; a whole number is a float too."""
+    kinds = get_args(hint) or (hint,)
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
+
+
+def misfit(snapshot: Snapshot, parameters: Mapping[str, torch.nn.Parameter]) -> str:
+    """Return what a checkpoint holds that these parameters cannot take; nothing if all fits."""
+    if snapshot.adapter.keys() != parameters.keys():
+        return "its adapter has other parameters than this model's"
+    for name, parameter in parameters.items():
+        moments = [snapshot.optimizer.get(f"{name}.{key}") for key in ("exp_avg", "exp_avg_sq")]
+        for tensor in (snapshot.adapter[name], *moments):
+            if tensor is not None and tensor.shape != parameter.shape:
+                return f"{name} has the shape {tuple(tensor.shape)}"
+    return ""
+
+
+def try_generators(snapshot: Snapshot) -> None:
+    """Try a checkpoint's random number generators on ones of no consequence."""
+    random.Random().setstate(_to_tuple(snapshot.generators["python"]))  # noqa: S311
+    np.random.RandomState().set_state(_numpy_state(snapshot))
+    torch.Generator().set_state(snapshot.rng["cpu"])
+
+
+def _numpy_state(snapshot: Snapshot) -> tuple[Any, ...]:
+    kind, keys, position, has_gauss, cached = snapshot.generators["numpy"]
+    return kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached
 
 
 def _to_json(value: Any) -> Any:

@@ -7,13 +7,13 @@ The worker compares the rest (base model, rows) before it continues from a check
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from . import identity
+from .checkpoint_folder import CorruptCheckpointError, listed, read_state, step_of
 from .config import LENGTH_KEYS, NOT_IN_DIGEST, Config, sections
 from .errors import ConfigError
 from .identity import EarlierFormError, Identity, Mark
@@ -21,7 +21,6 @@ from .output import ARCHIVING, DIGEST, DONE, EVENTS, FINAL, RESOLVED
 from .plan import steps_of
 from .sources import Settings
 
-CHECKPOINT = re.compile(r"step-(\d+)")
 # Any of these says that a run was here.
 TRACES = (DIGEST, DONE, EVENTS, RESOLVED, FINAL, "checkpoints", "initial_adapter")
 # Keys that name content: the base model and an adapter are compared by it, data here by name.
@@ -60,10 +59,7 @@ class Earlier:
             mark, why = identity.read_mark(folder)
         except EarlierFormError:
             is_earlier_form = True
-        names = [path.name for path in _listed(folder / "checkpoints")]
-        steps = sorted(int(match[1]) for name in names if (match := CHECKPOINT.fullmatch(name)))
-        newest = folder / "checkpoints" / f"step-{steps[-1]:06d}" if steps else None
-        text = _read_json(newest / "state.json").get("digest") if newest else None
+        checkpoints = _checkpoints(folder / "checkpoints")
         return Earlier(
             folder=folder,
             has_traces=any((folder / name).exists() for name in TRACES),
@@ -71,8 +67,8 @@ class Earlier:
             mark=mark,
             why_no_mark=why,
             is_earlier_form=is_earlier_form,
-            steps=tuple(steps),
-            newest=Identity.parse(text) if isinstance(text, str) else None,
+            steps=tuple(step for path in checkpoints if (step := step_of(path.name)) is not None),
+            newest=_newest_identity(checkpoints),
             recorded=_read_json(folder / RESOLVED),
             plan=_read_json(folder / "plan.json"),
         )
@@ -292,11 +288,23 @@ def _mark_note(earlier: Earlier) -> tuple[str, ...]:
     return (earlier.why_no_mark,) if earlier.why_no_mark else ()
 
 
-def _listed(folder: Path) -> list[Path]:
+def _checkpoints(folder: Path) -> list[Path]:
     try:
-        return list(folder.iterdir())
+        return listed(folder)
     except OSError:
         return []
+
+
+def _newest_identity(checkpoints: Sequence[Path]) -> Identity | None:
+    """Return the identity that the newest checkpoint with a readable state holds."""
+    for path in reversed(checkpoints):
+        try:
+            text = read_state(path).get("digest")
+        except CorruptCheckpointError:
+            continue
+        if isinstance(text, str):
+            return Identity.parse(text)
+    return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+from .checkpoint_folder import listed, step_of
 from .errors import (
     ERRORS_BY_CODE,
     InternalError,
@@ -34,9 +34,11 @@ class WorkerEnd:
 
 def saved_step(output_dir: Path) -> int:
     """Return the step of the newest checkpoint, 0 where there is none."""
-    folders = (output_dir / "checkpoints").glob("step-*")
-    steps = (re.fullmatch(r"step-(\d+)", path.name) for path in folders if path.is_dir())
-    return max((int(step[1]) for step in steps if step), default=0)
+    try:
+        folders = [path for path in listed(output_dir / "checkpoints") if path.is_dir()]
+    except OSError:
+        return 0
+    return (step_of(folders[-1].name) or 0) if folders else 0
 
 
 def failed(failure: Failed) -> TrainerError:

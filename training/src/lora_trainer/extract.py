@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .checkpoint_folder import CorruptCheckpointError, listed, read_state, step_of, verify
 from .data.prompt_format import format_of_run
 from .errors import Problem, UnavailableError
+from .faults import disk_fault
 from .output import EVENTS, FINAL
 from .target import fresh_folder, refuse_existing, refuse_full_disk
 from .trained import (
@@ -71,23 +73,17 @@ def _copy(final: Path, target: Path) -> None:
 
 def _take(path: Path, named: str) -> Taken:
     """Read the checkpoint at `path`, or the newest sound one of the run there."""
-    from .checkpoint import CorruptCheckpointError, verify
-
-    if is_checkpoint(path):
-        candidates = [path]
-    else:
-        found = (path / CHECKPOINTS).glob("step-*")
-        candidates = sorted(found, key=lambda one: (len(one.name), one.name), reverse=True)
+    candidates = [path] if is_checkpoint(path) else reversed(_listed(path / CHECKPOINTS))
     unsound = []
     for one in candidates:
         try:
-            verify(one)
+            taken = _read(one)
         except CorruptCheckpointError as error:
             unsound.append(Problem("this checkpoint is damaged", str(one), str(error)))
             continue
         for problem in unsound:
             typer.echo(f"warning: {problem.what}: {problem.where}: {problem.why}", err=True)
-        return _read(one)
+        return taken
     if unsound:
         raise UnavailableError(unsound)
     raise UnavailableError.of(
@@ -98,12 +94,35 @@ def _take(path: Path, named: str) -> Taken:
     )
 
 
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return listed(folder)
+    except NotADirectoryError:
+        return []
+    except OSError as error:
+        raise disk_fault(error) or error from error
+
+
 def _read(checkpoint: Path) -> Taken:
+    """Read a checkpoint that verifies; one that has a step for its name must be of that step.
+
+    Raises:
+        CorruptCheckpointError: it does not verify.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    state = json.loads((checkpoint / "state.json").read_text())["state"]
-    weights = load_file(checkpoint / "adapter.safetensors")
-    return Taken(checkpoint.parent.parent, state["step"], weights, state["train_seconds"])
+    from .checkpoint import state_from
+
+    verify(checkpoint)
+    state = state_from(read_state(checkpoint)["state"])
+    if step_of(checkpoint.name) not in (None, state.step):
+        raise CorruptCheckpointError(f"it holds the checkpoint of step {state.step}")
+    try:
+        weights = load_file(checkpoint / "adapter.safetensors")
+    except SafetensorError as error:
+        raise CorruptCheckpointError("unreadable: SafetensorError") from error
+    return Taken(checkpoint.parent.parent, state.step, weights, state.train_seconds)
 
 
 def _write(taken: Taken, trained: Trained, target: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import evaluate
-from .checkpoint import CheckpointStore, OtherRunError
+from .checkpoint_store import CheckpointStore, OtherRunError
 from .config import TrainingSection
 from .data.batches import Rows, StepOrder
 from .errors import NotFiniteError
@@ -36,7 +36,7 @@ MODULE_TO_SAVE = (".modules_to_save.default.", ".original_module.")
 START_AGAIN = "--resume never (this run is moved aside, not removed)"
 
 
-class Parts(Protocol):
+class _Parts(Protocol):
     """What of `loop.Parts` is looked at here."""
 
     @property
@@ -91,7 +91,7 @@ def training_tensors(
         yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
-def check_before_save(parts: Parts, step: int) -> None:
+def check_before_save(parts: _Parts, step: int) -> None:
     """Refuse to save parameters or moments that are not finite; every rank must ask.
 
     Raises:
@@ -126,7 +126,7 @@ def check_before_export(parameters: Iterable[Tensor], where: str) -> None:
         )
 
 
-def step_error(parts: Parts, step: int, loss: float, norm: float, rate: float) -> NotFiniteError:
+def step_error(parts: _Parts, step: int, loss: float, norm: float, rate: float) -> NotFiniteError:
     """Return why optimizer step `step` (1 is the first), which was not taken, is not finite."""
     parts.optimizer.zero_grad(set_to_none=True)
     indices = [int(index) for index in parts.order.step_rows(step - 1)]
@@ -150,7 +150,7 @@ def step_error(parts: Parts, step: int, loss: float, norm: float, rate: float) -
     )
 
 
-def evaluation_error(parts: Parts, step: int, score: evaluate.Score) -> NotFiniteError:
+def evaluation_error(parts: _Parts, step: int, score: evaluate.Score) -> NotFiniteError:
     """Return why an evaluation is not finite."""
     what = f"the evaluation at step {step} is not finite"
     bad = culprits(parts.causal, parts.eval_rows, score.suspects)
@@ -173,7 +173,7 @@ def evaluation_error(parts: Parts, step: int, score: evaluate.Score) -> NotFinit
     )
 
 
-def judge_evaluation(parts: Parts, step: int, score: evaluate.Score) -> None:
+def judge_evaluation(parts: _Parts, step: int, score: evaluate.Score) -> None:
     """End the run, or warn, where an evaluation is not finite, as `on_nan` says.
 
     Raises:
@@ -328,5 +328,5 @@ def _more(count: int) -> str:
     return f" and {count:,} more" if count > 0 else ""
 
 
-def _in_float32(parts: Parts) -> str:
+def _in_float32(parts: _Parts) -> str:
     return ", or set --bf16 false" if parts.plan.precision == "bfloat16" else ""

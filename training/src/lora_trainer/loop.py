@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from . import evaluate, finite
-from .checkpoint import CheckpointStore, TrainState, take_snapshot
+from .checkpoint import TrainState, take_snapshot
+from .checkpoint_store import CheckpointStore
 from .config import TrainingSection
 from .data.batches import Rows, StepOrder, split_micro_batches
 from .events import (
@@ -27,6 +28,7 @@ from .events import (
     RankFigures,
     RanksMeasured,
     StepDone,
+    Warned,
     progress_of,
 )
 from .machine import peak_memory_bytes
@@ -254,6 +256,8 @@ def _save(parts: Parts, state: TrainState) -> None:
         parts.store.digest,
     )
     path = parts.store.save(snapshot)
+    for aside in parts.store.set_aside:
+        parts.emit(Warned(message=f"{path.name} was no checkpoint of this run: it is now {aside}"))
     parts.emit(
         CheckpointSaved(
             step=state.step,

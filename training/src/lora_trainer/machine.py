@@ -124,7 +124,9 @@ def _usable_cores(root: Path = CGROUP) -> int:
 
 
 def is_hidden() -> bool:
-    """Tell whether CUDA_VISIBLE_DEVICES hides every GPU."""
+    """Tell whether CUDA_VISIBLE_DEVICES hides every GPU, or the stack `cpu` is asked for."""
+    if os.environ.get("LORA_STACK") == "cpu":
+        return True
     return os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1")
 
 

@@ -7,15 +7,37 @@ float32, and nothing says so but a clock.
 from __future__ import annotations
 
 import time
+import warnings
 from typing import Literal
 
 import torch
 
+from . import stacks
+from .machine import Machine
 from .plan import Precision
 
 # A product this large takes 0.1 ms in float32 on one core, and 40 ms where emulated.
 MEASURED_SIZE = 128
 MOST_SLOWER = 1.5
+
+
+def device_of(machine: Machine) -> Literal["cpu", "cuda"]:
+    """Return what training computes on: the GPU, wherever the machine has one.
+
+    Raises:
+        UnavailableError: it has one, and torch cannot use it.
+    """
+    if not machine.has_gpu:
+        return "cpu"
+    why = ""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        is_usable = torch.cuda.is_available()
+    if is_usable:
+        return "cuda"
+    if said:
+        why = str(said[-1].message).splitlines()[0]
+    raise stacks.unusable(machine, why)
 
 
 def choose_precision(asked: bool | Literal["auto"], device: str) -> tuple[Precision, str]:

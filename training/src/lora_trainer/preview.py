@@ -54,9 +54,9 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
     """
     machine = read_machine()
     shape = load.load_config(source, config.model)
-    config = quantize.as_stored(config, shape, has_gpu=machine.has_gpu)
+    config, whole = quantize.as_stored(config, shape, has_gpu=machine.has_gpu)
     base = _unloaded(config, shape)
-    device = "cuda" if machine.has_gpu and torch.cuda.is_available() else "cpu"
+    device = precision.device_of(machine)
     used = precision.choose_precision(config.model.bf16, device)[0]
     with torch.device("meta"):
         base.requires_grad_(False)
@@ -83,7 +83,7 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
         padding_free=config.training.padding_free is not False,
         processes=processes,
         parallelism=parallelism,
-        reasons=tuple(reason for reason in (why, flashed) if reason),
+        reasons=tuple(reason for reason in (whole, why, flashed) if reason),
     )
 
 

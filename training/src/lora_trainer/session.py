@@ -11,7 +11,7 @@ import os
 import platform
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,9 @@ import numpy as np
 import torch
 
 from . import card, export, precision
-from .checkpoint import (
-    CheckpointStore,
-    CorruptCheckpointError,
-    Snapshot,
-    TrainState,
-    restore_generators,
-    restore_optimizer,
-)
+from .checkpoint import Snapshot, TrainState, misfit, restore_generators, restore_optimizer
+from .checkpoint_folder import CorruptCheckpointError
+from .checkpoint_store import CheckpointStore, OtherRunError
 from .compat import enable_checkpointing
 from .config import Config
 from .data.batches import RowView, StepOrder
@@ -47,6 +42,7 @@ from .dataset import (
     rows_to_train,
     source_specs,
 )
+from .errors import StorageError
 from .events import Event, PhaseChanged, Warned
 from .identity import NO_ADAPTER, BaseHash, Identity, schedule_part
 from .loop import Parts
@@ -133,18 +129,43 @@ class Session:
         restore_generators(snapshot)
         return snapshot.state
 
-    def take_best(self, state: TrainState, emit: Callable[[Event], None]) -> None:
-        """Put the best checkpoint's adapter in place, if the config wants it exported."""
+    def refuse(self, snapshot: Snapshot) -> str:
+        """Return why a sound checkpoint cannot be resumed from; nothing if it can."""
+        best = self._best_apart(snapshot.state)
+        try:
+            if best is not None:
+                self.store.state_of(best)
+        except (CorruptCheckpointError, OtherRunError) as error:
+            return f"its best checkpoint, {best.name if best else ''}, is not sound: {error}"
+        return misfit(snapshot, self.parameters)
+
+    def take_best(self, state: TrainState) -> None:
+        """Put the best checkpoint's adapter in place, if the config wants it exported.
+
+        Raises:
+            StorageError: the best checkpoint is not sound.
+        """
+        best = self._best_apart(state)
+        if best is None:
+            return
+        try:
+            load_adapter_state(self.causal.model, self.store.read(best).adapter)
+        except (CorruptCheckpointError, OtherRunError, ValueError) as error:
+            raise StorageError.of(
+                "the best checkpoint is damaged",
+                where=str(best),
+                why=f"{error}; load_best_model_at_end exports this one",
+                remedy="start the same command again: the run goes back to a sound checkpoint and "
+                "trains the steps after it again",
+            ) from error
+
+    def _best_apart(self, state: TrainState) -> Path | None:
+        """Return the best checkpoint where it is exported and is not the one of this state."""
         is_wanted = self.config.training.load_best_model_at_end
-        if is_wanted and state.best_step not in (None, state.step):
-            assert state.best_step is not None
-            try:
-                best = self.store.read(self.store.path_of(state.best_step))
-            except CorruptCheckpointError as error:
-                told = f"the best checkpoint, of step {state.best_step}, is damaged ({error})"
-                emit(Warned(message=f"{told}: the last step's adapter is exported instead"))
-                return
-            load_adapter_state(self.causal.model, best.adapter)
+        if not is_wanted or state.best_step in (None, state.step):
+            return None
+        assert state.best_step is not None
+        return self.store.path_of(state.best_step)
 
     def parts(self, emit: Callable[[Event], None], should_stop: Callable[[], bool]) -> Parts:
         """Return what the loop drives."""
@@ -201,7 +222,7 @@ def open_session(
         source = load.locate(config.model)
         tokenizer = load.load_tokenizer(source, config.model)
         shape = load.load_config(source, config.model)
-        config = quantize.as_stored(config, shape, has_gpu=machine.has_gpu)
+        config, whole = quantize.as_stored(config, shape, has_gpu=machine.has_gpu)
         emit(PhaseChanged(phase="tokenizing"))
         splits = open_data(config, source, tokenizer, emit)
     load.use_template(tokenizer, config.data.chat_template)
@@ -211,6 +232,8 @@ def open_session(
     session = _open_model(
         config, machine, source, shape, tokenizer, splits, output_dir, ranks, config_digest
     )
+    if whole:
+        session.plan = replace(session.plan, reasons=(whole, *session.plan.reasons))
     ends = end_warning(
         session.prompt_format, session.tokenizer, session.causal.inner.generation_config
     )
@@ -230,7 +253,7 @@ def _open_model(
     ranks: Ranks,
     config_digest: str,
 ) -> Session:
-    device = "cuda" if machine.has_gpu and torch.cuda.is_available() else "cpu"
+    device = precision.device_of(machine)
     used, why = precision.choose_precision(config.model.bf16, device)
     if ranks.is_any(used == "float32"):  # a clock, or another GPU, may have told them different
         used = "float32"

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from .config import SECRET_KEYS
 from .errors import Problem
+from .stacks import install_remedy
 
 PROJECT = "lora-trainer"
 # Name in report_to -> the module that has to be there, and what pip calls it.
@@ -62,10 +63,11 @@ def missing_trackers(report_to: Sequence[str]) -> list[Problem]:
             what=f"report_to: {name} is not installed",
             where="monitoring.report_to",
             why=f"the Python package {PACKAGES[name]} is not found",
-            remedy=f"pip install {PACKAGES[name]}   # or leave {name} out of report_to",
+            remedy=f"leave {name} out of report_to" + (f", or {add}" if add else ""),
         )
         for name in report_to
         if not _is_installed(PACKAGES[name])
+        for add in (install_remedy(PACKAGES[name]),)
     ]
 
 

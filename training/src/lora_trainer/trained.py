@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import typer
+
+from .checkpoint_folder import has_any
 from .config import EMBEDDED_MODEL, Config, leaf_sections
 from .data.prompt_format import PromptFormat, read_format
 from .errors import ConfigError, Problem, TrainerError, UnavailableError
@@ -58,7 +61,7 @@ def find(named: str, **model_keys: str | None) -> Trained:
         return _adapter(path, run).as_loaded(**other)
     if (path / FINAL / ADAPTER_CONFIG).is_file():
         return _adapter(path / FINAL, path).as_loaded(**other)
-    if is_checkpoint(path) or any((path / CHECKPOINTS).glob("step-*")):
+    if is_checkpoint(path) or has_any(path / CHECKPOINTS):
         raise ConfigError.of(
             "this run has no final adapter yet",
             where=named,
@@ -181,11 +184,15 @@ def open_model(trained: Trained, *, dtype: Any = None) -> Opened:
 
     from . import precision
     from .machine import read_machine
-    from .model import load
+    from .model import load, quantize
     from .model.forward import CausalLM
 
-    machine, section = read_machine(), trained.config.model
+    machine = read_machine()
     device = "cuda" if machine.has_gpu and torch.cuda.is_available() and dtype is None else "cpu"
+    config, whole = quantize.as_possible(trained.config, has_gpu=device == "cuda")
+    section = config.model
+    if whole:
+        typer.echo(f"warning: {whole}", err=True)
     used, _ = precision.choose_precision(section.bf16, device)
     if dtype is None:
         dtype = torch.bfloat16 if used == "bfloat16" else torch.float32

@@ -208,7 +208,7 @@ def run(order: Order, emit: Callable[[Event], None], stop: StopFlag) -> int:
     if must_stop():
         emit(Stopped(step=state.step, signal=stop.signal or "SIGTERM"))
         return 143
-    session.take_best(state, emit)
+    session.take_best(state)
     if session.initial is None:
         with session.causal.model.disable_adapter():
             _answer(order, session, emit, must_stop, when="before", step=0)
@@ -232,11 +232,11 @@ def run(order: Order, emit: Callable[[Event], None], stop: StopFlag) -> int:
 
 
 def _newest(order: Order, session: Any) -> Any:
-    from .checkpoint import OtherRunError
+    from .checkpoint_store import OtherRunError
     from .identity import other_run
 
     try:
-        snapshot, skipped = session.store.newest()
+        snapshot, skipped = session.store.newest(session.refuse)
     except OtherRunError as error:
         place = order.output_dir / "checkpoints" / str(error)
         raise other_run(place, error.digest, session.store.digest) from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
@@ -74,16 +73,6 @@ def test_missing_config_file_is_a_configuration_error(trainer: Trainer) -> None:
     ended = trainer.call("train", "--config", str(trainer.root / "none.json"))
     assert ended.code == 78
     assert "there is no config file" in ended.block
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed"
-)
-def test_missing_bitsandbytes_is_told_before_anything_is_loaded(trainer: Trainer) -> None:
-    output = trainer.root / "m4"
-    ended = trainer.train(output, use_4bit=True)
-    assert_told(ended, 78, "bitsandbytes", "pip install")
-    assert not of_kind(output, "run_started")
 
 
 def test_read_only_output_folder_is_a_missing_permission(trainer: Trainer) -> None:

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from faults.tiny_model import write_model, write_rows
 from lora_trainer.card import CardFacts, write_model_card
-from lora_trainer.checkpoint import CheckpointStore, TrainState, take_snapshot
+from lora_trainer.checkpoint import TrainState, take_snapshot
+from lora_trainer.checkpoint_store import CheckpointStore
 from lora_trainer.compat import dtype_argument
 from lora_trainer.config import Config
 from lora_trainer.export import save_adapter, save_initial

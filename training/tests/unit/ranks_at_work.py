@@ -19,7 +19,8 @@ import transformers.models.llama.modeling_llama
 from families import VOCABULARY, tiny_model
 from test_equivalence import SETTINGS, ListRows, make_rows
 
-from lora_trainer.checkpoint import CheckpointStore, TrainState
+from lora_trainer.checkpoint import TrainState
+from lora_trainer.checkpoint_store import CheckpointStore
 from lora_trainer.compat import enable_checkpointing
 from lora_trainer.config import Config, LoraSection, ModelSection
 from lora_trainer.data.batches import StepOrder

@@ -38,7 +38,7 @@ class Folder:
         plan = {"total_steps": total, "warmup_steps": warmup, "steps_per_epoch": 10}
         write_json(self.path / "plan.json", plan)
         identity = Identity(config.digest(), "0", "b" * 16, "d" * 16, "0")
-        state = {"digest": str(identity)}
+        state = {"digest": str(identity), "state": {"step": steps}}
         write_json(self.path / "checkpoints" / f"step-{steps:06d}" / "state.json", state)
         mark_of(config).write(self.path)
         if is_finished:

@@ -13,7 +13,8 @@ import transformers
 from families import FAMILIES, VOCABULARY, tiny_model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_trainer.checkpoint import CheckpointStore, TrainState
+from lora_trainer.checkpoint import TrainState
+from lora_trainer.checkpoint_store import CheckpointStore
 from lora_trainer.compat import MAJOR, enable_checkpointing
 from lora_trainer.config import Config, LoraSection
 from lora_trainer.data.batches import StepOrder

@@ -11,8 +11,6 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from lora_trainer.model import zero
-
 TRAINING = Path(__file__).resolve().parents[2]
 LOCKS = TRAINING / "requirements"
 HASHED = sorted(path.name for path in LOCKS.glob("*.txt") if path.name != "cpu-torch.txt")
@@ -92,8 +90,10 @@ def test_both_builds_of_torch_have_one_version() -> None:
     assert locked("cpu-torch.txt")["torch"] == locked("current-torch.txt")["torch"] + "+cpu"
 
 
-def test_deepspeed_that_is_asked_for_is_the_one_that_was_tested() -> None:
-    assert zero.INSTALL.endswith(f"=={locked('deepspeed.txt')['deepspeed']}")
+@pytest.mark.parametrize("stack", ["cpu", "current", "cu121"])
+def test_every_stack_has_bitsandbytes_with_its_hash_and_the_tests_add_none(stack: str) -> None:
+    assert "bitsandbytes" in locked(f"{stack}.txt")
+    assert "bitsandbytes" not in locked(f"{stack}-torch.txt") | locked(f"{stack}-test.txt")
 
 
 def needed(entries: list[Requirement]) -> Iterator[Requirement]:

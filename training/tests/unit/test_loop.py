@@ -11,7 +11,8 @@ from families import VOCABULARY, tiny_model
 from test_equivalence import ListRows, make_rows
 
 from lora_trainer import evaluate, loop
-from lora_trainer.checkpoint import CheckpointStore, TrainState
+from lora_trainer.checkpoint import TrainState
+from lora_trainer.checkpoint_store import CheckpointStore
 from lora_trainer.config import Config, LoraSection
 from lora_trainer.data.batches import StepOrder
 from lora_trainer.errors import InternalError

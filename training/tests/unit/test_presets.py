@@ -5,19 +5,32 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from faults.tiny_model import write_model, write_rows
 from lora_trainer import session as sessions
+from lora_trainer.check import preflight
 from lora_trainer.config import Config, leaf_sections
-from lora_trainer.events import Event, StepDone
+from lora_trainer.events import Event, StepDone, Warned
 from lora_trainer.loop import train
 from lora_trainer.machine import Gpu, Machine
 from lora_trainer.model import quantize
 from lora_trainer.plan import DataProfile, ModelShape, make_plan
 from lora_trainer.sources import resolve
 
+# As they stand in the specification.
+SPECIFIED = (
+    {
+        "per_device_train_batch_size": 4, "use_4bit": True, "max_seq_length": 1024,
+        "gradient_accumulation_steps": 2,
+    },
+    {
+        "per_device_train_batch_size": 16, "use_flash_attention": True, "num_train_epochs": 1,
+        "logging_steps": 50,
+    },
+)  # fmt: skip
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
 PRESETS = sorted(path.stem for path in FOLDER.glob("*.json"))
 # Llama 2 7B: 32 layers, 2 x 131 million parameters in embeddings and head.
@@ -87,14 +100,47 @@ def test_scaled_down_preset_trains(name, tmp_path):
         "eval_steps": 0,
         "bf16": False,
     }
+    _, events = trained(config, scaled, tmp_path / "out")
+    losses = [event.loss for event in events if isinstance(event, StepDone)]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+
+
+def trained(config: Config, scaled: dict[str, Any], output: Path) -> tuple[Any, list[Event]]:
+    """Train in this process with other values of some keys; return session and events."""
     content = config.model_dump()
     for leaf, value in scaled.items():
         content[leaf_sections()[leaf]][leaf] = value
     events: list[Event] = []
-    output = tmp_path / "out"
     output.mkdir()
     session = sessions.open_session(Config.model_validate(content), output, events.append)
     train(session.parts(events.append, lambda: False), session.restore(None))
-    losses = [event.loss for event in events if isinstance(event, StepDone)]
-    assert len(losses) == 6
-    assert losses[-1] < losses[0]
+    return session, events
+
+
+@pytest.mark.parametrize("snippet", SPECIFIED, ids=["low memory", "fast"])
+def test_config_of_the_specification_passes_the_checks_and_trains_on_every_stack(snippet, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(snippet))
+    settings = resolve(path, {}, ["--output_dir", str(tmp_path / "checked")])
+    preflight(settings)
+    scaled = {
+        "model_name_or_path": str(write_model(tmp_path / "model")),
+        "dataset": str(write_rows(tmp_path / "rows.jsonl", 0, 64)),
+        "dataset_cache_dir": str(tmp_path / "cache"),
+        "preprocessing_num_workers": 1,
+        "max_steps": 2,
+    }
+    session, events = trained(settings.config, scaled, tmp_path / "out")
+    assert session.plan.step_examples == snippet["per_device_train_batch_size"] * snippet.get(
+        "gradient_accumulation_steps", 1
+    )
+    warned = " ".join(event.message for event in events if isinstance(event, Warned))
+    if "use_flash_attention" in snippet and not session.plan.attention.startswith("packed flash"):
+        assert session.plan.attention in warned
+    if "use_4bit" in snippet:
+        layers = [m for m in session.causal.model.modules() if quantize.is_quantized_linear(m)]
+        assert bool(layers) is quantize.works_on_cpu()
+        assert ("UNQUANTIZED" in warned) is not quantize.works_on_cpu()
+        is_said = any("UNQUANTIZED" in reason for reason in session.plan.reasons)
+        assert is_said is not quantize.works_on_cpu()

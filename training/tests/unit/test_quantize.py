@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
+from transformers.utils import is_bitsandbytes_available
 
 from faults.tiny_model import write_model
+from lora_trainer import stacks
 from lora_trainer.checkpoint import TrainState, restore_optimizer, take_snapshot
 from lora_trainer.config import Config, LoraSection, ModelSection, TrainingSection
 from lora_trainer.errors import ConfigError
@@ -36,6 +39,9 @@ needs_bitsandbytes = pytest.mark.skipif(
     not quantize.works_on_cpu(),
     reason="this stack's bitsandbytes does not train on a CPU",
 )
+
+# transformers keeps its first answer, which must not be that of a test that hides the package.
+is_bitsandbytes_available()
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +270,7 @@ def test_base_that_is_stored_in_fewer_bits_is_taken_as_it_is(folder, kind, tmp_p
     base = load_base(folder, **KINDS[kind])
     base.save_pretrained(tmp_path)
     section, source = ModelSection(), load.ModelSource(str(tmp_path), "stored")
-    config = quantize.as_stored(Config(), load.load_config(source, section), has_gpu=False)
+    config, _ = quantize.as_stored(Config(), load.load_config(source, section), has_gpu=False)
     assert (config.model.use_4bit, config.model.use_8bit) == (kind == "nf4", kind == "8bit")
     if kind == "nf4":
         assert config.model.bnb_4bit_use_double_quant is False  # as stored; true by default
@@ -283,7 +289,7 @@ def test_base_that_something_else_packed_is_refused_by_its_name():
     shape = LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ConfigError, match="quantized by gptq"):
         quantize.as_stored(Config(), shape, has_gpu=True)
-    assert quantize.as_stored(Config(), LlamaConfig(), has_gpu=False) == Config()
+    assert quantize.as_stored(Config(), LlamaConfig(), has_gpu=False) == (Config(), "")
 
 
 @pytest.mark.parametrize(("version", "is_refused"), [("0.45.5", True), ("0.50.2", False)])
@@ -300,13 +306,20 @@ def test_packed_base_is_shared_out_only_if_it_can_be_packed_beside_the_gpu(
     quantize.check_sharing(Config())
 
 
-def refusal(monkeypatch, version: str, *, has_gpu: bool = False, **sections) -> str:
-    def answer(_name: str) -> str:
-        if not version:
+def pretend(monkeypatch, version: str) -> None:
+    """Let bitsandbytes be installed in a version; "": not at all."""
+    real = importlib.metadata.version
+
+    def answer(name: str) -> str:
+        if name == quantize.PACKAGE and not version:
             raise importlib.metadata.PackageNotFoundError
-        return version
+        return version if name == quantize.PACKAGE else real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", answer)
+
+
+def refusal(monkeypatch, version: str, *, has_gpu: bool = False, **sections) -> str:
+    pretend(monkeypatch, version)
     config = Config.model_validate(sections)
     try:
         quantize.check_bitsandbytes(config, has_gpu=has_gpu)
@@ -315,19 +328,48 @@ def refusal(monkeypatch, version: str, *, has_gpu: bool = False, **sections) -> 
     return ""
 
 
-def test_quantization_without_the_package_is_refused_with_the_command(monkeypatch):
-    told = refusal(monkeypatch, "", model={"use_4bit": True}, training={"optim": "adamw_8bit"})
+def test_quantization_without_the_package_is_refused_with_the_lock_that_holds_it(monkeypatch):
+    sections = {"model": {"use_4bit": True}, "training": {"optim": "adamw_8bit"}}
+    told = refusal(monkeypatch, "", has_gpu=True, **sections)
     assert told.count("is not installed") == 2
-    assert "pip install --no-deps bitsandbytes==0.50.2" in told
+    assert "--use_4bit false or " in told
+    assert re.search(r"-r \S+/requirements/(cpu|cu121)\.txt", told)
+    monkeypatch.setattr(stacks, "LOCKS", Path("/no/requirements"))
+    assert "pip" not in refusal(monkeypatch, "", has_gpu=True, **sections)
 
 
 @pytest.mark.parametrize(
     ("version", "has_gpu", "is_refused"),
     [("0.45.5", False, True), ("0.45.5", True, False), ("0.50.2", False, False)],
 )
-def test_only_newer_versions_quantize_on_a_cpu(monkeypatch, version, has_gpu, is_refused):
-    told = refusal(monkeypatch, version, has_gpu=has_gpu, model={"use_8bit": True})
+def test_only_newer_versions_compute_in_eight_bits_on_a_cpu(
+    monkeypatch, version, has_gpu, is_refused
+):
+    told = refusal(monkeypatch, version, has_gpu=has_gpu, training={"optim": "adamw_8bit"})
     assert ("0.45.5 does not train on a CPU" in told) is is_refused
+
+
+@pytest.mark.parametrize("key", ["use_4bit", "use_8bit"])
+@pytest.mark.parametrize(("version", "lacks"), [("0.45.5", "on GPUs alone"), ("", "not installed")])
+def test_base_in_fewer_bits_is_whole_where_nothing_can_quantize_it(
+    monkeypatch, key, version, lacks
+):
+    pretend(monkeypatch, version)
+    config = Config.model_validate({"model": {key: True}})
+    whole, why = quantize.as_stored(config, LlamaConfig(), has_gpu=False)
+    assert not quantize.is_quantized(whole.model)
+    assert f"{key}: the base model is loaded UNQUANTIZED" in why
+    assert lacks in why
+    assert whole.digest() != config.digest()  # a checkpoint of the one does not continue the other
+    if version:
+        assert quantize.as_stored(config, LlamaConfig(), has_gpu=True) == (config, "")
+
+
+def test_loftq_on_a_base_that_cannot_be_quantized_is_refused(monkeypatch):
+    pretend(monkeypatch, "0.45.5")
+    sections = {"model": {"use_4bit": True}, "lora": {"init_lora_weights": "loftq"}}
+    with pytest.raises(ConfigError, match="use_4bit: true needs a GPU"):
+        quantize.as_stored(Config.model_validate(sections), LlamaConfig(), has_gpu=False)
 
 
 @pytest.mark.parametrize("has_gpu", [True, False])

@@ -1,11 +1,12 @@
 """Trackers witness a run: they never stop it, and never hear a secret."""
 
+import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
 
-from lora_trainer import trackers
+from lora_trainer import stacks, trackers
 from lora_trainer.trackers import NullTracker, missing_trackers, open_trackers
 
 
@@ -55,7 +56,16 @@ def test_a_missing_package_is_a_problem_with_the_command_that_installs_it(monkey
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
     (problem,) = missing_trackers(["wandb"])
     assert problem.where == "monitoring.report_to"
-    assert problem.remedy.startswith("pip install wandb")
+    assert (
+        problem.remedy == f"leave wandb out of report_to, or {sys.executable} -m pip install wandb"
+    )
+
+
+def test_an_image_is_offered_no_installation(monkeypatch):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(stacks, "LOCKS", Path("/no/requirements"))
+    (problem,) = missing_trackers(["wandb"])
+    assert problem.remedy == "leave wandb out of report_to"
 
 
 def test_a_folder_of_the_package_s_name_is_not_the_package(monkeypatch):

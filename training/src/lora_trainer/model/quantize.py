@@ -18,13 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import stacks
 from ..config import EMBEDDED_MODEL, Config, ModelSection
 from ..errors import ConfigError, Problem
 
 PACKAGE = "bitsandbytes"
 # The first release whose 4- and 8-bit training on a CPU is tested here; 0.45.5 has none.
 FIRST_ON_CPU = (0, 50)
-INSTALL = "pip install --no-deps bitsandbytes==0.50.2"
+NOT_INSTALLED = "the Python package bitsandbytes is not installed"
 QUANTIZED = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' classes, and PEFT's around them
 
 
@@ -58,6 +59,35 @@ def _says_quantized(config_file: Path) -> bool:
     return "quantization_config" in config_file.read_text(encoding="utf-8", errors="replace")
 
 
+def _install() -> str:
+    stack = stacks.installed()
+    return stacks.install_remedy(PACKAGE, f"{'cu121' if stack == 'cu121' else 'cpu'}.txt")
+
+
+def as_possible(config: Config, *, has_gpu: bool) -> tuple[Config, str]:
+    """Return the config with a base that this machine can load, and why it is another than asked.
+
+    Without a GPU and a bitsandbytes that computes on a CPU, a base in fewer bits is loaded
+    unquantized: it takes more memory and rounds nothing. LoftQ corrects the rounding, so
+    that it has no meaning then.
+    """
+    model = config.model
+    if has_gpu or works_on_cpu() or not is_quantized(model):
+        return config, ""
+    if config.lora.init_lora_weights == "loftq":
+        return config, ""
+    key = "use_4bit" if model.use_4bit else "use_8bit"
+    version = installed_version()
+    lacks = f"bitsandbytes {version} quantizes on GPUs alone" if version else NOT_INSTALLED
+    whole = config.model_copy(
+        update={"model": model.model_copy(update={"use_4bit": False, "use_8bit": False})}
+    )
+    return whole, (
+        f"{key}: the base model is loaded UNQUANTIZED and takes more memory: no GPU can be used, "
+        f"and {lacks} (the stacks cpu and current quantize on a CPU: LORA_STACK=cpu)"
+    )
+
+
 def check_bitsandbytes(config: Config, *, has_gpu: bool) -> None:
     """Refuse what bitsandbytes cannot do here.
 
@@ -85,7 +115,7 @@ def check_sharing(config: Config) -> None:
             where="parallelism",
             why=f"bitsandbytes {installed_version() or '(none)'} packs weights on a GPU alone, "
             "which would have to hold all of them first",
-            remedy="the current stack (bitsandbytes 0.50), or --parallelism ddp",
+            remedy="--parallelism ddp; from driver 580 on, LORA_STACK=current",
         )
 
 
@@ -94,14 +124,18 @@ def is_packed(base_config: Any) -> bool:
     return getattr(base_config, "quantization_config", None) is not None
 
 
-def as_stored(config: Config, base_config: Any, *, has_gpu: bool) -> Config:
+def as_stored(config: Config, base_config: Any, *, has_gpu: bool) -> tuple[Config, str]:
     """Return the config with the bits that the base model's own files hold.
+
+    Those of a plain base are `as_possible`; then also why they are other ones than asked.
 
     Raises:
         ConfigError: another method than bitsandbytes packed them, or it cannot be used here.
     """
     if not is_packed(base_config):
-        return config
+        config, why = as_possible(config, has_gpu=has_gpu)
+        check_bitsandbytes(config, has_gpu=has_gpu)
+        return config, why
     stored = base_config.quantization_config
     method = stored.get("quant_method", PACKAGE)
     bits = {
@@ -120,7 +154,7 @@ def as_stored(config: Config, base_config: Any, *, has_gpu: bool) -> Config:
     }
     config = config.model_copy(update={"model": config.model.model_copy(update=bits | kinds)})
     check_bitsandbytes(config, has_gpu=has_gpu)
-    return config
+    return config, ""
 
 
 def _asked(config: Config) -> list[tuple[str, str]]:
@@ -148,16 +182,16 @@ def _problem(asked: str, without: str, has_gpu: bool) -> Problem | None:
         return Problem(
             f"{asked} needs bitsandbytes",
             asked,
-            "the Python package bitsandbytes is not installed",
-            f"{INSTALL}   (or {without})",
+            NOT_INSTALLED,
+            " or ".join(filter(None, (without, _install()))),
         )
     if not has_gpu and not works_on_cpu():
         return Problem(
             f"{asked} needs a GPU, or a newer bitsandbytes",
             asked,
             f"bitsandbytes {version} does not train on a CPU, and no GPU can be used; 0.50.2 does, "
-            "with torch 2.4 or newer",
-            f"{INSTALL}   (or {without})",
+            "in the stacks cpu and current",
+            f"{without}, or the stack cpu: LORA_STACK=cpu ./training/run.sh",
         )
     return None
 

@@ -5,7 +5,7 @@ and the checkpoint stay as one process has them, so that a run goes on with anot
 of processes, or without DeepSpeed. What it can do that fsdp cannot: leave the layers in
 the host's memory and bring each to the GPU as it computes (`offload_param_device`).
 
-It is an extra, installed by hand (`INSTALL`). Source: https://arxiv.org/abs/1910.02054.
+It is an extra, installed by hand (requirements/deepspeed.txt). Source: https://arxiv.org/abs/1910.02054.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..errors import ConfigError, TrainerError, UnavailableError
+from ..stacks import install_remedy
 from .quantize import is_quantized
 
 if TYPE_CHECKING:  # `check` answers without torch
@@ -28,7 +29,6 @@ if TYPE_CHECKING:  # `check` answers without torch
     from ..ranks import Ranks
 
 PACKAGE = "deepspeed"
-INSTALL = "pip install deepspeed==0.19.8"
 # What torch 2.1.2 lacks on a CPU is what DeepSpeed gathers with, so none of it is tested there.
 FIRST_TORCH = (2, 6)
 
@@ -45,11 +45,16 @@ def check(config: Config) -> None:
     torch = importlib.metadata.version("torch")
     if tuple(int(part) for part in torch.split(".")[:2]) < FIRST_TORCH:
         why = f"with torch {torch} it cannot be tested without a GPU, and was not"
-        _refuse("needs torch 2.6 or newer", why, "--parallelism fsdp, or the current stack")
+        _refuse(
+            "needs torch 2.6 or newer",
+            why,
+            "--parallelism fsdp, or LORA_STACK=current ./training/run.sh",
+        )
     try:
         importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
-        remedy = f"{INSTALL} (for an image: ./build.sh --extra deepspeed), or --parallelism fsdp"
+        add = install_remedy(PACKAGE, "deepspeed.txt") or "./training/build.sh --extra deepspeed"
+        remedy = f"{add}; or --parallelism fsdp"
         _refuse("needs DeepSpeed", "the Python package deepspeed, an extra, is not found", remedy)
 
 
