@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args, get_type_hints
 
@@ -83,6 +83,7 @@ class Snapshot:
     rng: dict[str, Tensor]
     generators: dict[str, Any]
     digest: str
+    figures: Sequence[str] = ()  # what the recording may lack of the way here (unrecorded.py)
 
 
 def take_snapshot(
@@ -91,6 +92,7 @@ def take_snapshot(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, torch.nn.Parameter],
     digest: str,
+    figures: Sequence[str] = (),
 ) -> Snapshot:
     """Copy what a checkpoint holds; `digest` names the run it belongs to."""
     moments = {
@@ -107,7 +109,7 @@ def take_snapshot(
         "python": _to_json(random.getstate()),
         "numpy": [kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
     }
-    return Snapshot(state, adapter, moments, rng, generators, digest)
+    return Snapshot(state, adapter, moments, rng, generators, digest, figures)
 
 
 def restore_optimizer(

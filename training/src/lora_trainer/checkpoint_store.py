@@ -159,6 +159,7 @@ class CheckpointStore:
                 rng=load_file(path / "rng.safetensors"),
                 generators=raw["generators"],
                 digest=raw["digest"],
+                figures=[str(line) for line in raw.get("figures", [])],
             )
             try_generators(snapshot)
         except UNFIT as error:
@@ -170,6 +171,7 @@ class CheckpointStore:
             "state": asdict(snapshot.state),
             "generators": snapshot.generators,
             "digest": snapshot.digest,
+            "figures": list(snapshot.figures),
             "torch": torch.__version__,
         }
         contents = {

@@ -59,6 +59,8 @@ class Parts:
     emit: Callable[[Event], None]
     should_stop: Callable[[], bool]
     ranks: Ranks = ALONE
+    # The figures that a checkpoint carries, because the recording may lack them.
+    unrecorded: Callable[[], Sequence[str]] = tuple
     # Names rows by file and line, given their indices and whether they are held out.
     name_rows: Callable[[Sequence[int], bool], list[str]] = lambda indices, _: [
         f"row {index}" for index in indices
@@ -254,6 +256,7 @@ def _save(parts: Parts, state: TrainState) -> None:
         parts.optimizer,
         parts.parameters,
         parts.store.digest,
+        parts.unrecorded(),
     )
     path = parts.store.save(snapshot)
     for aside in parts.store.set_aside:

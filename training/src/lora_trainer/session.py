@@ -167,7 +167,12 @@ class Session:
         assert state.best_step is not None
         return self.store.path_of(state.best_step)
 
-    def parts(self, emit: Callable[[Event], None], should_stop: Callable[[], bool]) -> Parts:
+    def parts(
+        self,
+        emit: Callable[[Event], None],
+        should_stop: Callable[[], bool],
+        unrecorded: Callable[[], Sequence[str]] = tuple,
+    ) -> Parts:
         """Return what the loop drives."""
         return Parts(
             causal=self.causal,
@@ -183,6 +188,7 @@ class Session:
             emit=emit,
             should_stop=should_stop,
             ranks=self.ranks,
+            unrecorded=unrecorded,
             name_rows=self.name_rows,
         )
 

@@ -225,7 +225,9 @@ def _apply(status: RunStatus, event: Event) -> RunStatus:
         case said.CheckpointSaved():
             return _saved(status, event)
         case said.Resumed(step=step):
-            return replace(_rewound(status, step), resumed=event, is_worker_down=False)
+            # Steps that were repeated for the recording say nothing of this process's speed.
+            rewound = replace(_rewound(status, step), steps_in_attempt=0)
+            return replace(rewound, resumed=event, is_worker_down=False)
         case said.Warned(message=message):
             return _warned(status, message[:KEPT_CHARACTERS])
         case said.Restarted():

@@ -16,6 +16,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -36,12 +37,12 @@ from .events import (
     Sample,
     Stopped,
     Warned,
-    parse_line,
     progress_of,
 )
 from .faults import explain
 from .group import PEER_LOST
-from .output import DONE, EVENTS
+from .output import DONE, EVENTS, write_json
+from .unrecorded import Unrecorded, recall
 from .watch import STACKS_SIGNAL
 
 EVENTS_FD = "LORA_TRAINER_EVENTS_FD"
@@ -188,6 +189,8 @@ def run(order: Order, emit: Callable[[Event], None], stop: StopFlag) -> int:
     snapshot, skipped = _newest(order, session)
     for reason in skipped:
         emit(Warned(message=f"checkpoint skipped: {reason}"))
+    unrecorded = Unrecorded(order.output_dir / EVENTS)
+    emit = unrecorded.beside(emit)
     emit(Planned(plan=session.plan.to_dict()))
     if ranks.is_first:
         # From here on the folder's run is this one; a finished one may be continued.
@@ -197,13 +200,13 @@ def run(order: Order, emit: Callable[[Event], None], stop: StopFlag) -> int:
     state = session.restore(snapshot)
     stop.step = state.step
     if state.step:
+        _recall(order, session, snapshot, emit)
         path = session.store.path_of(state.step).name
         emit(Resumed(step=state.step, path=f"checkpoints/{path}", skipped=skipped))
-        _recall(order, session, state.step)
     elif session.initial is not None:
         # This init changes the base: later, no switched-off adapter gives it back.
         _answer(order, session, emit, must_stop, when="before", step=0)
-    state = _train(order, session, emit, stop, must_stop, state)
+    state = _train(order, session, emit, stop, must_stop, state, unrecorded)
     stop.step = state.step
     if must_stop():
         emit(Stopped(step=state.step, signal=stop.signal or "SIGTERM"))
@@ -258,6 +261,7 @@ def _train(
     stop: StopFlag,
     must_stop: Callable[[], bool],
     state: Any,
+    unrecorded: Unrecorded,
 ) -> Any:
     from .loop import train
     from .trackers import open_trackers
@@ -283,7 +287,7 @@ def _train(
     stop.is_deferred = True
     try:
         emit(PhaseChanged(phase="training"))
-        return train(session.parts(tell, must_stop), state)
+        return train(session.parts(tell, must_stop, unrecorded.lines), state)
     finally:
         tracker.close()
         stop.is_deferred = False
@@ -298,13 +302,20 @@ def figures_of(event: Event) -> dict[str, float]:
     return {name: float(getattr(event, name)) for name in wanted.get(event.kind, ())}
 
 
-def _recall(order: Order, session: Any, step: int) -> None:
-    """Take the figures of earlier attempts, as far as they stand, for the model card."""
-    told = (order.output_dir / EVENTS).read_text(encoding="utf-8", errors="replace")
-    for line in told.splitlines():
-        event = parse_line(line)
-        if event is not None and (figures := figures_of(event)) and event.step <= step:  # type: ignore[attr-defined]
-            session.note(figures)
+def _recall(order: Order, session: Any, snapshot: Any, emit: Callable[[Event], None]) -> None:
+    """Take the figures of earlier attempts, as far as they stand, for the model card.
+
+    Those that the recording lacks are repeated for it.
+    """
+    recording = order.output_dir / EVENTS
+    figures, missing = recall(recording, snapshot.figures, snapshot.state.step)
+    for event in missing:
+        emit(replace(event, time=time.time()))
+    for figure in figures:
+        if isinstance(figure, Generated):
+            session.note({f"exact_match_{figure.when}": figure.exact_match})
+        else:
+            session.note(figures_of(figure))
 
 
 def _answer(
@@ -321,8 +332,6 @@ def _answer(
     "Before" is the base model; it is asked after the training, by switching the adapter
     off, so that nothing stands between a start and its first step.
     """
-    import time
-
     from . import evaluate
 
     if not order.config.training.eval_generate or not len(session.eval_rows):
@@ -368,7 +377,7 @@ def _write_facts(order: Order, session: Any) -> None:
         "environment.json": session.versions | {"python": platform.python_version()},
     }
     for name, content in contents.items():
-        (order.output_dir / name).write_text(json.dumps(content, indent=1) + "\n")
+        write_json(order.output_dir / name, content)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ LAYERS = [
     {"quoting", "interrupts"},
     {"errors", "aliases", "compat", "gate", "connections", "disk", "scratch"},
     {"config", "machine", "events", "faults", "silence"},
-    {"redaction", "ranks", "stacks", "checkpoint_folder"},
+    {"redaction", "ranks", "stacks", "checkpoint_folder", "unrecorded"},
     {"sources", "status", "health", "history", "curves", "plan", "terminal", "wording"},
     {
         "data",
@@ -59,7 +59,7 @@ LAYERS = [
 OPEN_LAYERS = {4}
 LIGHT = ["cli", "supervisor", "sources", "status", "display", "report", "check", "plan", "worker"]
 LIGHT += ["live", "hardware", "views", "web", "server", "connections", "logfile", "exposition"]
-LIGHT += ["viewer", "transcript"]
+LIGHT += ["viewer", "transcript", "unrecorded", "checkpoint_folder"]
 LIGHT += ["chat", "comparison", "extract", "merge", "target", "trained"]
 
 
