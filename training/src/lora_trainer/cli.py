@@ -27,6 +27,15 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+# What CUDA reads when it starts.
+CUDA_ENVIRONMENT = {
+    # CUDA would put the fastest GPU first; NVML, by which the plan is made, goes by the bus.
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    # Without it cuBLAS may add up in another order each time, and every product warns of that.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    # Rows of many lengths break memory into pieces that no longer fit.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+}
 INTERRUPTED = 130
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -256,7 +265,7 @@ def keys() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; print every fault as one last block; return the exit code."""
     # Progress bars that libraries draw by themselves spoil every log; the worker inherits this.
-    for name, value in QUIET.items():
+    for name, value in (QUIET | CUDA_ENVIRONMENT).items():
         os.environ.setdefault(name, value)
     try:
         result = app(

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from .data.batches import Rows
+from .model import determinism
 from .model.forward import CausalLM, MicroBatch
 from .ranks import ALONE, Ranks
 
@@ -165,7 +166,7 @@ def answer(
     # Token ids plus one, so that nought is none, and ranks can add theirs up.
     made = torch.zeros(len(order), max_new_tokens, dtype=torch.int64)
     sharing = ALONE if causal.is_sharded else ranks
-    with causal.generating():
+    with causal.generating(), determinism.relaxed():
         for first in range(0, len(order), batch_examples * sharing.count):
             if should_stop():
                 return None

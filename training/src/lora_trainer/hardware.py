@@ -16,7 +16,13 @@ from typing import Any
 
 import psutil
 
-from .machine import CGROUP, UNLIMITED_BYTES, cgroup_memory_limit_bytes, is_hidden
+from .machine import (
+    CGROUP,
+    UNLIMITED_BYTES,
+    cgroup_memory_limit_bytes,
+    is_hidden,
+    visible_devices,
+)
 
 SECONDS = 2.0
 KEPT_READINGS = 900
@@ -136,24 +142,23 @@ def open_nvml() -> Any:
 
 
 def read_gpus(nvml: Any) -> tuple[GpuReading, ...]:
-    """Read every GPU; one that has fallen off the bus keeps its place with nothing in it."""
+    """Read every visible GPU; one that has fallen off the bus keeps its place, empty."""
     if nvml is None:
         return ()
     try:
-        count = nvml.nvmlDeviceGetCount()
+        devices = visible_devices(nvml)
     except nvml.NVMLError:
         return ()
-    return tuple(_read_gpu(nvml, index) for index in range(count))
+    return tuple(_read_gpu(nvml, index, handle) for index, handle in devices)
 
 
-def _read_gpu(nvml: Any, index: int) -> GpuReading:
+def _read_gpu(nvml: Any, index: int, handle: Any) -> GpuReading:
     def ask(question: Callable[[], Any]) -> Any:
         try:
             return question()
         except nvml.NVMLError:  # not every GPU tells everything
             return None
 
-    handle = ask(lambda: nvml.nvmlDeviceGetHandleByIndex(index))
     if handle is None:
         return GpuReading(index, "", None, None, None, None, None)
     name = ask(lambda: nvml.nvmlDeviceGetName(handle)) or ""

@@ -131,6 +131,10 @@ def _step(parts: Parts, state: TrainState) -> TrainState:
         share = parts.causal.loss(batches[index]) * (weight / max(1, targets))
         share.backward()
         summed += share.detach()
+    if ranks.count > 1 and torch.cuda.is_available():
+        # A rank's time is that of its kernels, which have only been launched so far; the sum
+        # over ranks that follows waits for them anyway.
+        torch.cuda.synchronize()
     figures = RankFigures(
         rank=ranks.rank,
         seconds=time.monotonic() - start,

@@ -10,8 +10,10 @@ import contextlib
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -130,6 +132,73 @@ def is_hidden() -> bool:
     return os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1")
 
 
+def visible_devices(nvml: Any) -> list[tuple[int, Any]]:
+    """Return the GPUs that this process may use, in CUDA's order: index by NVML, and handle.
+
+    CUDA_VISIBLE_DEVICES names them by index, by UUID (a beginning that is unique will do), or
+    names a slice of one as MIG. As CUDA has it, the first name that fits nothing ends the list,
+    and a GPU that is named twice leaves none. A handle is None where the GPU does not answer.
+
+    Raises:
+        NVMLError: the driver does not answer.
+    Source: https://docs.nvidia.com/cuda/cuda-programming-guide, environment variables
+    """
+    handles = [_handle(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        return list(enumerate(handles))
+    found: list[tuple[int, Any]] = []
+    for name in (part.strip() for part in names.split(",")):
+        if name.upper().startswith("MIG-"):
+            # CUDA uses one slice, whichever else is named.
+            return found or _mig_slice(nvml, name, handles)
+        index = _index_of(nvml, name, handles)
+        if index is None:
+            break
+        if any(index == other for other, _ in found):
+            return []
+        found.append((index, handles[index]))
+    return found
+
+
+def _index_of(nvml: Any, name: str, handles: Sequence[Any]) -> int | None:
+    """Return the index of a GPU that is named by index or UUID; None if there is no such GPU."""
+    if name.isdigit():
+        return int(name) if int(name) < len(handles) else None
+    if not name.startswith("GPU-"):
+        return None
+    fitting = [i for i, one in enumerate(handles) if _uuid(nvml, one).startswith(name)]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _mig_slice(nvml: Any, name: str, handles: Sequence[Any]) -> list[tuple[int, Any]]:
+    """Return a MIG slice, with the index of the GPU that it is part of."""
+    try:
+        handle = nvml.nvmlDeviceGetHandleByUUID(name)
+        parent = _uuid(nvml, nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle))
+    except nvml.NVMLError:
+        return []
+    return [(i, handle) for i, one in enumerate(handles) if _uuid(nvml, one) == parent]
+
+
+def _handle(nvml: Any, index: int) -> Any:
+    try:
+        return nvml.nvmlDeviceGetHandleByIndex(index)
+    except nvml.NVMLError:
+        return None
+
+
+def _uuid(nvml: Any, handle: Any) -> str:
+    try:
+        return _text(nvml.nvmlDeviceGetUUID(handle)) if handle is not None else ""
+    except nvml.NVMLError:
+        return ""
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
 def _read_gpus() -> tuple[tuple[Gpu, ...], str]:
     if is_hidden():
         return (), ""
@@ -140,29 +209,23 @@ def _read_gpus() -> tuple[tuple[Gpu, ...], str]:
     except Exception:  # no package, no driver, or a driver that does not answer: no GPU to use
         return (), ""
     try:
-        found = [_read_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return _visible(found), str(pynvml.nvmlSystemGetDriverVersion())
+        found = [_read_gpu(pynvml, index, handle) for index, handle in visible_devices(pynvml)]
+        return tuple(found), _text(pynvml.nvmlSystemGetDriverVersion())
     except pynvml.NVMLError:
         return (), ""
     finally:
         pynvml.nvmlShutdown()
 
 
-def _read_gpu(nvml: object, index: int) -> Gpu:
-    handle = nvml.nvmlDeviceGetHandleByIndex(index)  # type: ignore[attr-defined]
+def _read_gpu(nvml: Any, index: int, handle: Any) -> Gpu:
+    try:
+        capability = tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle))
+    except nvml.NVMLError:  # a MIG slice has its GPU's
+        parent = nvml.nvmlDeviceGetHandleByIndex(index)
+        capability = tuple(nvml.nvmlDeviceGetCudaComputeCapability(parent))
     return Gpu(
         index=index,
-        name=str(nvml.nvmlDeviceGetName(handle)),  # type: ignore[attr-defined]
-        memory_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),  # type: ignore[attr-defined]
-        capability=tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle)),  # type: ignore[attr-defined]
+        name=_text(nvml.nvmlDeviceGetName(handle)),
+        memory_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
+        capability=capability,
     )
-
-
-def _visible(gpus: list[Gpu]) -> tuple[Gpu, ...]:
-    """Keep the GPUs that CUDA_VISIBLE_DEVICES names by index, in its order."""
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if names is None or not all(part.strip().isdigit() for part in names.split(",")):
-        return tuple(gpus)
-    by_index = {gpu.index: gpu for gpu in gpus}
-    wanted = [int(part) for part in names.split(",")]
-    return tuple(by_index[index] for index in wanted if index in by_index)

@@ -47,7 +47,7 @@ from .events import Event, PhaseChanged, Warned
 from .identity import NO_ADAPTER, BaseHash, Identity, schedule_part
 from .loop import Parts
 from .machine import Machine, read_machine
-from .model import flash, load, loftq, probe, quantize, zero
+from .model import determinism, flash, load, loftq, probe, quantize, zero
 from .model.adapter import add_adapter, changes_base, load_adapter_state, trained_parameters
 from .model.forward import CausalLM
 from .model.shard import choose_sharing
@@ -223,7 +223,6 @@ def open_session(
     machine, config_digest = read_machine(), config.digest()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, machine.cores // ranks.count))
-    torch.use_deterministic_algorithms(machine.has_gpu, warn_only=True)
     with ranks.first_then_others():
         source = load.locate(config.model)
         tokenizer = load.load_tokenizer(source, config.model)
@@ -312,6 +311,7 @@ def _open_model(
     named = zero.names_what_it_cannot if parallelism == "deepspeed" else contextlib.nullcontext
     with named():
         fallback = probe.verify(causal, ranks.is_any)
+        varying = determinism.require(lambda: probe.exercise(causal)) if device == "cuda" else ""
     if causal.packed is not None:
         attention = flash.described(flashed, flash.pytorch_kernel(device, used, shape))
     elif asked == flash.STRICT:
@@ -330,7 +330,13 @@ def _open_model(
         parallelism=parallelism,
         reasons=tuple(
             reason
-            for reason in (why, chosen, fallback, flash.reason(asked, flashed, attention))
+            for reason in (
+                why,
+                chosen,
+                fallback,
+                varying,
+                flash.reason(asked, flashed, attention),
+            )
             if reason
         ),
     )

@@ -22,6 +22,11 @@ from faults.tiny_model import write_model, write_rows
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 STEPS, SAVE_STEPS, EVAL_STEPS = 60, 5, 11
 SECONDS = 300.0
+# What a command needs of the machine: where its programs, GPUs and their libraries are.
+KEPT_VARIABLES = (
+    "PATH", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
+    "CUDA_HOME",
+)  # fmt: skip
 Event = dict[str, Any]
 
 
@@ -71,7 +76,7 @@ class Trainer:
 
     def environment(self) -> dict[str, str]:
         """Return a clean environment: no network, one thread, a cache of its own."""
-        kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
+        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         return kept | {
             "HOME": str(self.root),
             "HF_HOME": str(self.root / "cache"),

@@ -33,21 +33,26 @@ def needs(count: int):
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory) -> Trainer:
     made = Trainer(tmp_path_factory.mktemp("gpu"))
-    made.settings |= {
-        "model_name_or_path": EMBEDDED,
-        "dataset": str(DEMO / "train.jsonl"),
-        "eval_dataset": None,
-        "load_best_model_at_end": False,
-        "eval_steps": 0,
-        "lora_dropout": 0.0,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "max_steps": STEPS,
-        "save_steps": 0,
-        "learning_rate": 1e-3,
-        "nproc": 1,
-    }
+    made.settings |= SETTINGS
     return made
+
+
+# Precision is the trainer's choice here, as it is for who uses it; float32 is asked for by name.
+SETTINGS = {
+    "model_name_or_path": EMBEDDED,
+    "dataset": str(DEMO / "train.jsonl"),
+    "eval_dataset": None,
+    "load_best_model_at_end": False,
+    "eval_steps": 0,
+    "lora_dropout": 0.0,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "max_steps": STEPS,
+    "save_steps": 0,
+    "learning_rate": 1e-3,
+    "nproc": 1,
+    "bf16": "auto",
+}
 
 
 def run(trainer: Trainer, name: str, **changed) -> tuple[dict, dict[int, float], dict]:

@@ -86,6 +86,14 @@ def _verify(causal: CausalLM, is_any: Callable[[bool], bool]) -> str:
     return reason
 
 
+def exercise(causal: CausalLM) -> None:
+    """Run the model forward and backward once, on the examples that `verify` uses."""
+    try:
+        causal.loss(_sample(causal.inner)).backward()
+    finally:
+        causal.model.zero_grad(set_to_none=True)
+
+
 def _sample(model: Any) -> MicroBatch:
     text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
     config = text or model.config
