@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from byte_tokenizer import make_tokenizer
 
-from lora_trainer.data.examples import Chat
+from lora_trainer.data.examples import Chat, Completion
 from lora_trainer.data.formats import to_example, unused_fields
 from lora_trainer.data.instructions import SWITCHES, RowError
 from lora_trainer.data.mask import mark
@@ -205,6 +205,19 @@ def test_a_question_keeps_its_context_and_its_system_prompt():
     assert contents == ["Be brief.", "Who?\nAnn came.", "Ann."]
     contents = [m["content"] for m in example({**row, "context": {"a": 1}}, "alpaca").messages]
     assert contents == ["Be brief.", "Who?", "Ann."]
+
+
+@pytest.mark.parametrize("field", ["system", "system_prompt", "input", "context"])
+def test_a_completion_that_would_lose_a_part_of_its_prompt_is_refused(field):
+    row = {"prompt": "a", "completion": "b", field: SECRET}
+    with pytest.raises(RowError, match=f"'{field}' has no place"):
+        to_example(row, "completion")
+    assert to_example({**row, field: ""}, "completion") == Completion("a", "b")
+
+
+def test_tools_of_an_instruction_are_kept():
+    row = {"instruction": "a", "output": "b", "tools": [{"name": "look"}]}
+    assert example(row, "alpaca").tools == ({"name": "look"},)
 
 
 def test_functions_are_tools_in_openais_older_spelling():

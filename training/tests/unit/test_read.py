@@ -128,6 +128,8 @@ def test_a_spreadsheets_semicolons_delimit(tmp_path):
         (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
         (b'{"text": ' + b"[" * 90 + b"]" * 90 + b"}", f"deeper than {MAX_DEPTH} levels"),
         (b'{"text": ' + b"9" * 5000 + b"}", "number too long"),
+        (b'{"text": "a", "text": "' + SECRET.encode() + b'"}', "the key 'text' twice"),
+        (b'{"x": [{"weight": 0, "weight": 1}], "text": "a"}', "the key 'weight' twice"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_line_and_never_quoted(tmp_path, line, reason):
@@ -178,6 +180,7 @@ def test_bad_utf8_in_one_parquet_row_leaves_the_others(tmp_path):
         ("d.jsonl", b"\n \n", DataError),
         ("d.json", b"[]", DataError),
         ("d.json", b"[1,", DataError),
+        ("d.json", b'[{"text": "a"},\n{"text": "a", "text": "b"}]', DataError),
         ("d.json", b'["\xff"]', DataError),
         ("d.csv", b"a,b\n", DataError),
         ("d.csv", b"a,a\n1,2\n", DataError),

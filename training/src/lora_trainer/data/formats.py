@@ -103,7 +103,7 @@ def _used_fields(row: dict[str, Any], format: FormatName) -> set[str]:
         question = next((n for n in ANSWER_FIELDS if _has(row, n) and _answer_field(row, n)), "")
         answer = (_answer_field(row, question) or "") if question else ""
         given = (name for name in INPUT_FIELDS if isinstance(row.get(name), str) and row[name])
-        return {question, answer, "history", next(given, ""), *SYSTEM_FIELDS}
+        return {question, answer, "history", "tools", next(given, ""), *SYSTEM_FIELDS}
     return {"completion": {"prompt", "completion", "tools", "functions"}, "text": {"text"}}[format]
 
 
@@ -145,7 +145,7 @@ def to_example(
         return Text(text_of(fields, "text"))
     if format == "text":
         return Text(text_of(fields.get("text"), "text"))
-    refuse_unsupported(fields, has_turns=format != "alpaca")
+    refuse_unsupported(fields, has_turns=format in ("messages", "sharegpt"))
     if format == "completion":
         return _completion(fields)
     if format == "alpaca":
@@ -186,6 +186,9 @@ def _answer_field(row: dict[str, Any], question: str) -> str | None:
 
 def _completion(row: dict[str, Any]) -> Example:
     prompt, completion = row.get("prompt"), row.get("completion")
+    for field in (*SYSTEM_FIELDS, *INPUT_FIELDS):
+        if isinstance(row.get(field), str) and row[field].strip():
+            raise RowError(f"field '{field}' has no place beside a completion: put it in 'prompt'")
     if isinstance(prompt, list) and isinstance(completion, list):
         asked = turns_of(prompt, "prompt")
         turns = [*asked, *turns_of(completion, "completion")]
@@ -221,7 +224,7 @@ def _alpaca(row: dict[str, Any]) -> Chat:
         messages.append({"role": "assistant", "content": text_of(pair[1], f"{field}[1]")})
     messages.append({"role": "user", "content": asked})
     messages.append({"role": "assistant", "content": text_of(row.get(answer), answer)})
-    return Chat(tuple(messages))
+    return Chat(tuple(messages), tools_of(row))
 
 
 def _conversation(row: dict[str, Any]) -> Chat:

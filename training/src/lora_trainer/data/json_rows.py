@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -15,10 +16,25 @@ from lora_trainer.data.lines import (
     refuse_other_encoding,
 )
 from lora_trainer.data.locate import DataFile
-from lora_trainer.data.rows import MAX_LISTED, BadRow, Row
+from lora_trainer.data.rows import MAX_LISTED, BadRow, Row, shown_name
 from lora_trainer.errors import DataError, TrainerError
 from lora_trainer.quoting import shell_word
 
+
+class DuplicateKeyError(ValueError):
+    """An object with one key twice: which of the two values is meant cannot be known."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
+        raise DuplicateKeyError(f"an object has the key {shown_name(twice)} twice: keep one")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 _ARRAY_LINES = "is a JSON list, expected an object"
 
 
@@ -128,7 +144,9 @@ def _line_row(where: str, text: str) -> tuple[Row | BadRow, bool]:
     """Return a line's row, and whether the line is no JSON or not that of a row at all."""
     try:
         # Without its line break: a row that is cut off would be reported on the next line.
-        value = json.loads(text.rstrip("\r\n"))
+        value = _DECODER.decode(text.rstrip("\r\n"))
+    except DuplicateKeyError as error:
+        return BadRow(where, str(error)), False
     except json.JSONDecodeError as error:
         nul = ", a NUL character stands in it" if "\0" in text else ""
         return BadRow(where, f"broken JSON, at column {error.colno}{nul}"), True
@@ -176,7 +194,6 @@ def _documents(content: bytes, file: DataFile) -> list[Any]:
         line = content.count(b"\n", 0, error.start) + 1
         refuse_other_encoding(content, file, line)
         raise DataError.of("the file is not valid UTF-8", where=f"{file.shown}:{line}") from error
-    decoder = json.JSONDecoder()
     values: list[Any] = []
     start = len(text) - len(text.lstrip())
     try:
@@ -184,7 +201,7 @@ def _documents(content: bytes, file: DataFile) -> list[Any]:
             # Only objects stand one after the other; what follows anything else is broken.
             if values and not (isinstance(values[-1], dict) and text[start] == "{"):
                 raise json.JSONDecodeError("Extra data", text, start)
-            value, start = decoder.raw_decode(text, start)
+            value, start = _DECODER.raw_decode(text, start)
             values.append(value)
             while start < len(text) and text[start].isspace():
                 start += 1
@@ -194,6 +211,8 @@ def _documents(content: bytes, file: DataFile) -> list[Any]:
             where=f"{file.shown}:{error.lineno}",
             remedy=f"python3 -m json.tool {shell_word(file.path)}",
         ) from error
+    except DuplicateKeyError as error:
+        raise DataError.of(str(error), where=file.shown) from error
     except (ValueError, RecursionError) as error:
         raise DataError.of(
             "JSON with a number too long or nested too deeply", where=file.shown

@@ -1,0 +1,86 @@
+"""What `check` shows of the data: which turns are trained, what is changed, what is not used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from faults.tiny_model import write_model
+from lora_trainer import cli
+
+WITHOUT_EARLIER_THOUGHTS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1].strip() }}{{ '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("base") / "model")
+
+
+def check(model: Path, folder: Path, rows: list[dict], *keys: str, name: str = "d.jsonl") -> int:
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return cli.main(
+        [
+            "check",
+            "--show-sample",
+            f"--model_name_or_path={model}",
+            f"--dataset={folder / name}",
+            f"--dataset_cache_dir={folder / 'cache'}",
+            f"--output_dir={folder / 'out'}",
+            *keys,
+        ]
+    )
+
+
+def turns(*contents: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[n % 2], "content": c} for n, c in enumerate(contents)]
+
+
+def test_a_turn_of_weight_zero_is_shown_untrained(model, tmp_path, capsys):
+    messages = turns("Capital?", "WRONG", "Again?", "Lima")
+    messages[1]["weight"] = 0
+    assert check(model, tmp_path, [{"messages": messages, "source": "x"}] * 2) == 0
+    shown = capsys.readouterr().out
+    assert "WRONG<|im_end|>" in shown
+    assert shown.count("[[") == 2
+    assert "[[Lima<|im_end|>]]" in shown
+    assert "not used     'source' (fields of the rows)" in shown
+
+
+def test_an_instruction_that_is_not_understood_is_named_by_file_and_line(model, tmp_path, capsys):
+    good, bad = turns("a", "b"), turns("a", "b")
+    bad[1]["train_detail"] = [{"begin_offset": 0, "end_offset": 1, "train": False}]
+    assert check(model, tmp_path, [{"messages": good}, {"messages": bad}]) == 65
+    shown = capsys.readouterr().err
+    assert f"{tmp_path}/d.jsonl:2" in shown
+    assert "'train_detail', which reads like an instruction on training" in shown
+
+
+def test_reasoning_that_the_template_drops_is_counted_with_a_remedy(model, tmp_path, capsys):
+    thought = "<think>\nFIRST\n</think>\n\nFour."
+    rows = [{"messages": turns("a", thought, "b", thought)}] * 2 + [
+        {"messages": turns("a", thought)}
+    ]
+    assert check(model, tmp_path, rows, f"--chat_template={WITHOUT_EARLIER_THOUGHTS}") == 0
+    shown = capsys.readouterr().out
+    assert "2 of 3 rows: the chat template leaves out the reasoning of an answer" in shown
+    assert "set train_on to last" in shown
+    assert (
+        check(
+            model, tmp_path, rows, f"--chat_template={WITHOUT_EARLIER_THOUGHTS}", "--train_on=last"
+        )
+        == 0
+    )
+    assert "leaves out" not in capsys.readouterr().out
+
+
+def test_an_end_token_that_rows_spell_out_is_reported_and_stands_once(model, tmp_path, capsys):
+    assert check(model, tmp_path, [{"text": "Once.<|im_end|>\n"}] * 2) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 2 rows: the text spells out the end token: it is kept once" in shown
+    assert shown.count("<|im_end|>\n]]") == 2
