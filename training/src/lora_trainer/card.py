@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config import SECRET_KEYS
+from .config import SECRET_KEYS, Config
 
 # An owner/name or a lone name, as the hub allows them; nothing that could be a path.
 HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}")
@@ -81,6 +81,12 @@ class CardFacts:
     use_dora: bool = False
     modules_to_save: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+def shown_keys(config: Config) -> dict[str, Any]:
+    """Return the keys that a card shows: no paths of this machine."""
+    lora = config.lora.model_dump(exclude={"adapter_name_or_path"})
+    return lora | config.training.model_dump()
 
 
 def write_model_card(path: Path, facts: CardFacts) -> None:

@@ -81,6 +81,11 @@ class ModelSection(Section):
 class LoraSection(Section):
     """The adapter, in PEFT's terms."""
 
+    adapter_name_or_path: str | None = Field(
+        None,
+        min_length=1,
+        description="Start from this adapter: a run's folder, a checkpoint's, or one of PEFT",
+    )
     lora_r: int = Field(16, ge=1, le=4096, description="Rank of the adapter")
     lora_alpha: float = Field(
         32.0, gt=0, le=1e6, description="Scale: the update is multiplied by alpha / r"
@@ -296,6 +301,7 @@ NOT_IN_DIGEST = (
     *(("training", key) for key in LENGTH_KEYS),
     ("model", "model_name_or_path"),
     ("model", "model_revision"),
+    ("lora", "adapter_name_or_path"),
     ("model", "hf_token"),
     ("model", "model_cache_dir"),
     ("data", "dataset"),

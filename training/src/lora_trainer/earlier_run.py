@@ -7,6 +7,7 @@ The worker compares the rest (base model, rows) before it continues from a check
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,23 @@ from .checkpoint_folder import CorruptCheckpointError, listed, read_state, step_
 from .config import LENGTH_KEYS, NOT_IN_DIGEST, Config, sections
 from .errors import ConfigError
 from .identity import EarlierFormError, Identity, Mark
-from .output import ARCHIVING, DIGEST, DONE, EVENTS, FINAL, RESOLVED
+from .output import ARCHIVING, DIGEST, DONE, EVENTS, FINAL, RESOLVED, is_own
 from .plan import steps_of
 from .sources import Settings
+from .sources.adapter import SHAPE_KEYS
 
 # Any of these says that a run was here.
 TRACES = (DIGEST, DONE, EVENTS, RESOLVED, FINAL, "checkpoints", "initial_adapter")
 # Keys that name content: the base model and an adapter are compared by it, data here by name.
 NAMED_DATA = ("dataset", "eval_dataset", "chat_template")
+# With another value of these, an adapter cannot be trained further.
+NEW_ADAPTER_KEYS = (
+    "model_name_or_path",
+    "the weights in the folder of model_name_or_path",
+    *(leaf for _, leaf in SHAPE_KEYS),
+)
 ASIDE = "--on_finished archive moves the finished run aside first"
+ANEW = "--resume never starts again (the old run is moved aside, not removed)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +157,30 @@ def judge(folder: Path, settings: Settings) -> Verdict:
     Raises:
         ConfigError: a run is there that is neither this one nor to be moved aside.
     """
-    output, earlier = settings.config.output, Earlier.read(folder)
+    verdict = _judge(Earlier.read(folder), settings)
+    start = settings.config.lora.adapter_name_or_path
+    if verdict.does == "move aside" and start and _is_moved(Path(start), folder):
+        raise ConfigError.of(
+            "the adapter to start from would be moved aside with the run that is here",
+            where=f"adapter_name_or_path: {start}",
+            why=f"it lies in {folder}, the folder that this run is to have",
+            remedy="--run_name NEW_NAME trains beside it",
+        )
+    return verdict
+
+
+def _is_moved(start: Path, folder: Path) -> bool:
+    """Tell whether a path is the run in the folder, or within that run's files."""
+    if not start.resolve().is_relative_to(folder.resolve()):
+        return False
+    inside = start.resolve().relative_to(folder.resolve()).parts
+    return not inside or is_own(inside[0])
+
+
+def _judge(earlier: Earlier, settings: Settings) -> Verdict:
+    output = settings.config.output
     # An archiving that was interrupted is completed under the lock, before anything begins.
-    if not earlier.has_traces or (folder / ARCHIVING).is_dir():
+    if not earlier.has_traces or (earlier.folder / ARCHIVING).is_dir():
         return Verdict("go on")
     if earlier.is_finished:
         if output.on_finished == "archive":
@@ -168,8 +198,7 @@ def _judge_unfinished(earlier: Earlier, settings: Settings) -> Verdict:
             "the output folder holds an unfinished run of an earlier version",
             where=str(earlier.folder),
             why=f"its {DIGEST} names paths; by now a run is known by the content of its inputs",
-            remedy="finish it with the version that began it, give another --run_name, or start "
-            "again with --resume never (the old run is moved aside, not removed)",
+            remedy=f"finish it with the version that began it; {_options(earlier)}",
         )
     notes = [f"{earlier.why_no_mark}; the run is known by its checkpoints"]
     if not earlier.steps:
@@ -178,12 +207,12 @@ def _judge_unfinished(earlier: Earlier, settings: Settings) -> Verdict:
         is_known = earlier.mark is not None or earlier.is_earlier_form
         return Verdict("move aside", () if is_known else (earlier.why_no_mark,))
     if earlier.known is not None and earlier.known != mark_of(config):
+        changes = _config_changes(earlier, config)
         raise ConfigError.of(
             "the output folder holds an unfinished run with another configuration",
             where=str(earlier.folder),
-            why=f"changed since: {_config_changes(earlier, config)}",
-            remedy="undo the change to resume, give another --run_name, or start again with "
-            "--resume never (the old run is moved aside, not removed)",
+            why=f"changed since: {', '.join(changes)}",
+            remedy=f"undo the change to resume; {_options(earlier, changes)}",
         )
     length = Length.of(earlier, config)
     if length.is_changed and length.why_not and earlier.planned("total_steps"):
@@ -191,8 +220,7 @@ def _judge_unfinished(earlier: Earlier, settings: Settings) -> Verdict:
             "the unfinished run cannot be continued to another length",
             where=str(earlier.folder),
             why=f"{length.change}: {length.why_not}",
-            remedy="undo the change to resume, give another --run_name, or start again with "
-            "--resume never (the old run is moved aside, not removed)",
+            remedy=f"undo the change to resume; {_options(earlier)}",
         )
     return Verdict("go on", () if earlier.mark else tuple(notes))
 
@@ -205,7 +233,7 @@ def _judge_finished(earlier: Earlier, settings: Settings) -> Verdict:
             "the output folder holds a finished run with another configuration",
             where=str(earlier.folder),
             why=f"changed since: {', '.join(changes)}",
-            remedy=_options(),
+            remedy=_options(earlier, changes),
         )
     length = Length.of(earlier, config)
     if not length.is_changed:
@@ -222,7 +250,7 @@ def _judge_finished(earlier: Earlier, settings: Settings) -> Verdict:
             "the finished run cannot be continued to another length",
             where=str(earlier.folder),
             why=f"{length.change}: {why}",
-            remedy=_options(),
+            remedy=_options(earlier),
         )
     continued = f"the finished run is continued ({length.change})"
     until_then = f"{FINAL} holds the shorter run's adapter until it has ended"
@@ -237,7 +265,7 @@ def _finished_changes(earlier: Earlier, config: Config) -> list[str]:
     if earlier.known is None:
         changes += earlier.changed(config, digest_leaves())
     elif earlier.known != mark_of(config):
-        changes.append(_config_changes(earlier, config))
+        changes += _config_changes(earlier, config)
     return changes or _base_changes(earlier, config)
 
 
@@ -254,7 +282,7 @@ def _base_changes(earlier: Earlier, config: Config) -> list[str]:
 
 def mark_of(config: Config) -> Mark:
     """Return the mark of a run with this configuration."""
-    return Mark(config.digest())
+    return Mark(config.digest(), identity.adapter_digest(config))
 
 
 def digest_leaves() -> list[str]:
@@ -268,19 +296,36 @@ def digest_leaves() -> list[str]:
     ]
 
 
-def _config_changes(earlier: Earlier, config: Config) -> str:
-    changed = earlier.changed(config, [*digest_leaves(), *LENGTH_KEYS])
-    return ", ".join(changed) or "a key or default that another version of the trainer has"
+def _config_changes(earlier: Earlier, config: Config) -> list[str]:
+    changed = earlier.changed(config, [*digest_leaves(), *LENGTH_KEYS, "adapter_name_or_path"])
+    if changed:
+        return changed
+    is_same_config = earlier.known is not None and earlier.known.config == config.digest()
+    return [
+        "the weights of the adapter in adapter_name_or_path"
+        if is_same_config
+        else "a key or default that another version of the trainer has"
+    ]
 
 
-def _options() -> str:
-    return f"--run_name NEW_NAME trains beside it; {ASIDE}"
+def _options(earlier: Earlier, changes: Sequence[str] = ()) -> str:
+    """Return what can be done, and how to keep what was trained where the adapter fits still."""
+    options = f"--run_name NEW_NAME trains beside it; {ASIDE if earlier.is_finished else ANEW}"
+    fits = not any(one.startswith(f"{leaf}:") for one in changes for leaf in NEW_ADAPTER_KEYS)
+    if not fits or not (earlier.steps or (earlier.folder / FINAL).is_dir()):
+        return options
+    start = earlier.folder / FINAL if (earlier.folder / FINAL).is_dir() else earlier.folder
+    return (
+        f"{options}; --adapter_name_or_path {shlex.quote(str(start))} --run_name NEW_NAME keeps "
+        "what was trained and goes on with the new configuration"
+    )
 
 
 def _finished_note(earlier: Earlier) -> str:
     return (
         f"this run is finished: its adapter is in {earlier.folder / FINAL}, its report is "
-        f"{earlier.folder / 'report.html'}. To train again: {_options()}"
+        f"{earlier.folder / 'report.html'}. To train again: --run_name NEW_NAME trains beside "
+        f"it; {ASIDE}"
     )
 
 

@@ -183,7 +183,7 @@ def _model_of(taken: Taken, trained: Trained, source: Any) -> Any:
 
 
 def _card_facts(taken: Taken, trained: Trained, source: Any) -> CardFacts:
-    from .card import CardFacts
+    from .card import CardFacts, shown_keys
     from .model.load import find_license
 
     config = trained.config
@@ -197,7 +197,7 @@ def _card_facts(taken: Taken, trained: Trained, source: Any) -> CardFacts:
         train_seconds=taken.seconds,
         trainable_parameters=sum(weights.numel() for weights in taken.adapter.values()),
         config_digest=config.digest(),
-        hyperparameters=config.lora.model_dump() | config.training.model_dump(),
+        hyperparameters=shown_keys(config),
         metrics_after=_figures_at(taken),
         use_dora=config.lora.use_dora,
         modules_to_save=tuple(config.lora.modules_to_save),

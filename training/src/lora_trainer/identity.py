@@ -8,6 +8,7 @@ output folder's `config.digest` too, by which a start knows the run in the folde
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -22,6 +23,8 @@ from .data.fingerprint import FileHashes, stamp_of
 from .errors import ConfigError, Problem, UnavailableError
 from .model import embedded, load
 from .output import DIGEST, write_text
+from .plan import Plan
+from .sources.adapter import StartAdapter, find_adapter
 
 # The form of identities; runs of other forms cannot be compared with.
 FORM = "2"
@@ -136,12 +139,64 @@ def read_mark(folder: Path) -> tuple[Mark | None, str]:
     return (mark, "") if mark and mark.text == text else (None, f"{DIGEST} is damaged")
 
 
-def file_digest(path: Path, cache: Path) -> str:
-    """Return 16 hex digits of a file's sha256, remembered by its size, times and inode."""
-    hashes = FileHashes(cache)
-    digest = hashes.sha256(path)[:16]
+def adapter_digest(config: Config) -> str:
+    """Return the hash of the weights that training starts from; NO_ADAPTER where it has none."""
+    if config.lora.adapter_name_or_path is None:
+        return NO_ADAPTER
+    hashes = FileHashes(hash_cache(config.model))
+    digest = hashes.sha256(find_adapter(config.lora.adapter_name_or_path).weights)[:16]
     hashes.save()
     return digest
+
+
+def adapter_note(config: Config) -> str:
+    """Return what a model card says of the adapter that training started from."""
+    if config.lora.adapter_name_or_path is None:
+        return ""
+    digest = adapter_digest(config)
+    return f"Training started from an existing adapter; the sha256 of its weights begins {digest}."
+
+
+def check_adapter_base(config: Config, base_hash: BaseHash) -> str:
+    """Compare the base that the first adapter was trained on, by its content where it is known.
+
+    Returns a warning where only names and shapes could be compared.
+
+    Raises:
+        ConfigError: it was another one.
+    """
+    if config.lora.adapter_name_or_path is None:
+        return ""
+    adapter = find_adapter(config.lora.adapter_name_or_path)
+    theirs = _base_of(adapter, config)
+    if theirs is not None and theirs != base_hash.result():
+        raise ConfigError(
+            Problem(
+                "the adapter was trained on another base model",
+                f"adapter_name_or_path: {adapter.folder}",
+                f"it was trained on {adapter.base}, whose content differs from that of "
+                f"{config.model.model_name_or_path}",
+                f"--model_name_or_path {adapter.base}, or name an adapter of this base model",
+            )
+        )
+    if theirs is not None or adapter.base in (config.model.model_name_or_path, EMBEDDED_MODEL):
+        return ""
+    return (
+        f"the adapter to start from names the base model {adapter.base}: only shapes could be "
+        f"compared with {config.model.model_name_or_path}"
+    )
+
+
+def _base_of(adapter: StartAdapter, config: Config) -> str | None:
+    """Return the hash of an adapter's base: as its run recorded it, or of the folder it names."""
+    for state in sorted((adapter.run or adapter.folder).glob("checkpoints/step-*/state.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            recorded = Identity.parse(json.loads(state.read_text())["digest"])
+            if recorded is not None:
+                return recorded.base
+    other = Path(adapter.base)
+    is_elsewhere = other.is_dir() and adapter.base != config.model.model_name_or_path
+    return BaseHash(other, config.model).result() if is_elsewhere else None
 
 
 class BaseHash:
@@ -200,6 +255,18 @@ class BaseHash:
             return
         except BaseException as error:
             self._errors.append(error)
+
+
+def digest_of(
+    config: Config, config_digest: str, base: BaseHash, data: str, plan: Plan
+) -> Callable[[], str]:
+    """Return a function that waits for the base model's hash and gives the run's identity.
+
+    `config_digest` is of the configuration as given, before the base model completed it.
+    """
+    adapter = adapter_digest(config)
+    schedule = schedule_part(config, plan.warmup_steps, plan.total_steps)
+    return lambda: str(Identity(config_digest, adapter, base.result(), data, schedule))
 
 
 def base_files(folder: Path, *, has_code: bool) -> list[Path]:

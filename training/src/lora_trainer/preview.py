@@ -12,7 +12,7 @@ from .data.prepare import DataSplits
 from .dataset import profile_of, refuse_long_rows, rows_of_epoch_in, rows_to_train, source_specs
 from .machine import Machine, read_machine
 from .model import flash, load, quantize
-from .model.adapter import add_adapter, trained_parameters
+from .model.adapter import add_adapter, read_start, trained_parameters
 from .plan import (
     ModelShape,
     Parallelism,
@@ -23,6 +23,7 @@ from .plan import (
     process_count,
 )
 from .ranks import Ranks
+from .sources.adapter import find_adapter
 
 
 def parallelism_before_loading(
@@ -64,7 +65,10 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
         parameters = quantize.count_parameters(base)
         # PiSSA and OLoRA decompose weights, which are not there.
         lora = config.lora.model_copy(update={"init_lora_weights": True})
-        trained = trained_parameters(add_adapter(base, lora, seed=config.training.seed))
+        model = add_adapter(base, lora, seed=config.training.seed)
+        trained = trained_parameters(model)
+    if config.lora.adapter_name_or_path is not None:
+        read_start(model, find_adapter(config.lora.adapter_name_or_path))
     weights = [source.weight for source in source_specs(config, config.data.dataset)]
     sized = shape_of(base, parameters, trained)
     processes = process_count(config, machine)

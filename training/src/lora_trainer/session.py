@@ -44,17 +44,29 @@ from .dataset import (
 )
 from .errors import StorageError
 from .events import Event, PhaseChanged, Warned
-from .identity import NO_ADAPTER, BaseHash, Identity, schedule_part
+from .identity import (
+    BaseHash,
+    adapter_note,
+    check_adapter_base,
+    digest_of,
+)
 from .loop import Parts
 from .machine import Machine, read_machine
 from .model import determinism, flash, load, loftq, probe, quantize, zero
-from .model.adapter import add_adapter, changes_base, load_adapter_state, trained_parameters
+from .model.adapter import (
+    add_adapter,
+    changes_base,
+    load_adapter_state,
+    load_start,
+    trained_parameters,
+)
 from .model.forward import CausalLM
 from .model.shard import choose_sharing
 from .optim import make_optimizer
 from .plan import Plan, make_plan
 from .preview import parallelism_before_loading, shape_of
 from .ranks import ALONE, Ranks
+from .sources.adapter import find_adapter
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors", "datasets")
 
@@ -291,6 +303,8 @@ def _open_model(
         refuse_long_rows(config, base, splits)
         parameters = quantize.count_parameters(base)
         model = add_adapter(base, config.lora, seed=config.training.seed)
+        if config.lora.adapter_name_or_path is not None:
+            load_start(model, find_adapter(config.lora.adapter_name_or_path))
         if config.lora.init_lora_weights == loftq.INIT:
             loftq.begin_from_residuals(model, load.weights_folder(source, config.model))
         initial = output_dir / "initial_adapter" if changes_base(config.lora) else None
@@ -345,18 +359,12 @@ def _open_model(
     if base_hash is None and ranks.is_first:
         base_hash = BaseHash(load.weights_folder(source, config.model), config.model)
 
-    def digest() -> str:
-        assert base_hash is not None, "rank 0 alone compares"
-        return str(
-            Identity(
-                config=config_digest,
-                adapter=NO_ADAPTER,
-                base=base_hash.result(),
-                data=data_digest(splits, weights),
-                schedule=schedule_part(config, plan.warmup_steps, plan.total_steps),
-            )
-        )
-
+    uncompared = "" if base_hash is None else check_adapter_base(config, base_hash)
+    if uncompared:
+        plan = replace(plan, reasons=(*plan.reasons, uncompared))
+    digest: str | Callable[[], str] = ""  # which rank 0 compares for all
+    if base_hash is not None:
+        digest = digest_of(config, config_digest, base_hash, data_digest(splits, weights), plan)
     return Session(
         config=config,
         plan=plan,
@@ -370,7 +378,7 @@ def _open_model(
         store=CheckpointStore(
             output_dir / "checkpoints",
             keep=config.output.save_total_limit,
-            digest=digest if ranks.is_first else "",
+            digest=digest,
         ),
         output_dir=output_dir,
         initial=initial,
@@ -388,6 +396,8 @@ def _card_facts(session: Session, order: Any, state: TrainState) -> card.CardFac
     if "loss" in after:
         after["train_loss"] = after.pop("loss")
     quantization = "4 bit" if config.model.use_4bit else "8 bit" if config.model.use_8bit else ""
+    started = adapter_note(config)
+    notes = (session.source.note, loftq.note(config.lora, config.model), started)
     return card.CardFacts(
         run_name=order.run_name,
         base_model=session.source.name,
@@ -405,11 +415,11 @@ def _card_facts(session: Session, order: Any, state: TrainState) -> card.CardFac
         train_seconds=state.train_seconds,
         trainable_parameters=session.plan.trainable_parameters,
         config_digest=config.digest(),
-        hyperparameters=config.lora.model_dump() | config.training.model_dump(),
+        hyperparameters=card.shown_keys(config),
         metrics_before={n: figures[f"{n}_before"] for n in names if f"{n}_before" in figures},
         metrics_after=after,
         versions=session.versions,
         use_dora=config.lora.use_dora,
         modules_to_save=tuple(config.lora.modules_to_save),
-        notes=tuple(n for n in (session.source.note, loftq.note(config.lora, config.model)) if n),
+        notes=tuple(n for n in notes if n),
     )

@@ -39,8 +39,8 @@ class Runs:
         self.rows = write_rows(root / "train.jsonl", 0, 24)
         self.held_out = write_rows(root / "held-out.jsonl", 900, 6)
 
-    def settings(self, name: str, *arguments: str) -> Settings:
-        """Return the settings of a run named so; later arguments win."""
+    def settings(self, name: str, *arguments: str | None) -> Settings:
+        """Return the settings of a run named so; later arguments win, None leaves a key out."""
         given = {
             "model_name_or_path": self.model,
             "dataset": self.rows,
@@ -51,6 +51,7 @@ class Runs:
             "output_dir": self.root / name,
             "lora_r": 4,
             "lora_dropout": 0.1,
+            "adapter_name_or_path": None,
             "learning_rate": 0.01,
             "lr_scheduler_type": "constant",
             "warmup_steps": 2,
@@ -62,10 +63,11 @@ class Runs:
             "bf16": "false",
         }
         given |= dict(zip(arguments[::2], arguments[1::2], strict=True))
+        given = {key: value for key, value in given.items() if value is not None}
         return resolve(None, {}, [f"--{key}={value}" for key, value in given.items()])
 
     def start(
-        self, name: str, *arguments: str, die_at: Callable[[Event], bool] = lambda _: False
+        self, name: str, *arguments: str | None, die_at: Callable[[Event], bool] = lambda _: False
     ) -> list[Event]:
         """Do what supervisor and worker do; die where asked to, or finish."""
         settings = self.settings(name, *arguments)

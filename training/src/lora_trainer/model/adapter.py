@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..config import LoraSection
-from ..errors import ConfigError
+from ..errors import ConfigError, TrainerError
+from ..sources.adapter import StartAdapter
 
 # These inits move part of the base weights into the adapter: the saved adapter must be
 # converted to fit the untouched base model (PEFT doubles its rank for that).
@@ -177,3 +178,62 @@ def load_adapter_state(model: Any, state: dict[str, Tensor]) -> None:
         if parameter.shape != state[name].shape:
             raise ValueError(f"{name}: shape {tuple(state[name].shape)}")
         parameter.copy_(state[name])
+
+
+def read_start(model: Any, start: StartAdapter) -> dict[str, Tensor]:
+    """Read the weights of the adapter that training starts from; they fit the model's own.
+
+    Raises:
+        ConfigError: names or shapes are not those of the adapted modules.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    weights = load_file(start.weights)
+    own: dict[str, Tensor] = dict(trained_parameters(model))
+    if not start.is_checkpoint:
+        own = get_peft_model_state_dict(model, save_embedding_layers=False)
+        # PEFT may keep frozen embeddings in an adapter's file, too.
+        weights = {name: value for name, value in weights.items() if ".base_layer." not in name}
+    strange, missing = sorted(weights.keys() - own.keys()), sorted(own.keys() - weights.keys())
+    if strange or missing:
+        raise _misfit(
+            model,
+            start,
+            f"{len(missing)} of the weights trained here are not in it, and {len(strange)} of its "
+            f"own are not trained here, such as {(missing + strange)[0]}",
+        )
+    for name, value in own.items():
+        if weights[name].shape != value.shape:
+            shapes = f"{tuple(weights[name].shape)} in it and {tuple(value.shape)} here"
+            raise _misfit(model, start, f"{name} has the shape {shapes}")
+    return weights
+
+
+def load_start(model: Any, start: StartAdapter) -> None:
+    """Put the weights of the adapter that training starts from in place of the first ones.
+
+    Raises:
+        ConfigError: as `read_start`.
+    """
+    from peft import set_peft_model_state_dict
+
+    weights = read_start(model, start)
+    if start.is_checkpoint:
+        load_adapter_state(model, weights)
+    else:
+        set_peft_model_state_dict(model, weights)
+
+
+def _misfit(model: Any, start: StartAdapter, why: str) -> TrainerError:
+    targets = model.peft_config["default"].target_modules
+    shown = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    theirs = start.values["lora_target_modules"]
+    return ConfigError.of(
+        "the adapter to start from does not fit",
+        where=f"adapter_name_or_path: {start.folder}",
+        why=f"{why}; lora_target_modules here: {shown}; of the adapter: "
+        f"{theirs if isinstance(theirs, str) else ', '.join(sorted(theirs))}",
+        remedy="remove lora_target_modules, which are then taken from the adapter; or name the "
+        f"base model that it was trained on, {start.base}",
+    )

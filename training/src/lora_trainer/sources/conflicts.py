@@ -122,6 +122,13 @@ CONFLICTS = (
         "use an even lora_r, e.g. 16",
     ),
     Conflict(
+        ("adapter_name_or_path", "init_lora_weights"),
+        lambda c: c.lora.adapter_name_or_path is not None and c.lora.init_lora_weights is not True,
+        "adapter_name_or_path and init_lora_weights are both set",
+        "the first weights are those of the adapter",
+        "remove one of the two",
+    ),
+    Conflict(
         ("loraplus_lr_ratio", "learning_rate"),
         lambda c: (c.lora.loraplus_lr_ratio or 0) * c.training.learning_rate > 10,
         "loraplus_lr_ratio times learning_rate is over 10",
@@ -256,5 +263,6 @@ def find_warnings(config: Config, given: Mapping[str, Given]) -> list[str]:
         ("modules_to_save", bool(config.lora.modules_to_save)),
     ):
         if is_set:
-            found.append(f"{given[key].origin.place}: vLLM cannot serve an adapter with {key}")
+            place = given[key].origin.place if key in given else "adapter_name_or_path"
+            found.append(f"{place}: vLLM cannot serve an adapter with {key}")
     return found

@@ -118,7 +118,6 @@ NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "push_to_hub": (ANY, "nothing is pushed; results stay in the output folder"),
     "hub_model_id": (ANY, "nothing is pushed; results stay in the output folder"),
     "hub_strategy": (ANY, "nothing is pushed; results stay in the output folder"),
-    "lora_model_dir": (("",), "an adapter is trained from its start, or resumed by itself"),
     "max_samples": ((0,), "shorten the dataset, or use max_steps"),
     "neftune_noise_alpha": ((0,), "noisy embeddings are not supported"),
 }

@@ -19,7 +19,7 @@ from ..errors import Problem
 from .foreign import NO_MEANING, Ignored, Refused, interpret
 from .text import Document, Pointer, shown_key
 
-OriginKind = Literal["default", "file", "environment", "command line"]
+OriginKind = Literal["default", "file", "environment", "command line", "adapter"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from .given import Given
 PUBLIC = Path(__file__).parents[4] / "public"
 PLAIN = (
     "datasets_dir", "dataset_cache_dir", "model_cache_dir", "output_dir", "health_token_file",
+    "adapter_name_or_path",
 )  # fmt: skip
 DATASETS = ("dataset", "eval_dataset")
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
@@ -33,7 +34,7 @@ def locate_paths(config: Config, given: Mapping[str, Given]) -> dict[str, Any]:
     such as a hub id, is left.
     """
     values: dict[str, Any] = {}
-    for section in (config.model, config.data, config.output, config.monitoring):
+    for section in (config.model, config.lora, config.data, config.output, config.monitoring):
         values |= {leaf: getattr(section, leaf) for leaf in type(section).model_fields}
     located: dict[str, Any] = {}
     for leaf in PLAIN:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import SECRET_KEYS, Config, leaf_sections, sections
 from ..errors import ConfigError, Problem
+from .adapter import adopt
 from .arguments import read_arguments
 from .conflicts import find_conflicts, find_warnings
 from .encoding import find_undecodable, find_undecodable_paths
@@ -67,8 +68,17 @@ def resolve(
     problems += _find_template_problems(located.get("chat_template"), given)
     if problems:
         raise ConfigError(problems)
-    config = _config_of({leaf: g.value for leaf, g in given.items()} | located)
+    values = {leaf: g.value for leaf, g in given.items()} | located
+    config = _config_of(values)
     origins = {leaf: given[leaf].origin if leaf in given else Origin() for leaf in leaf_sections()}
+    if config.lora.adapter_name_or_path is not None:
+        adopted, problems = adopt(config, given)
+        if problems:
+            raise ConfigError(problems)
+        config = _config_of(values | adopted)
+        origins |= {
+            leaf: Origin("adapter", config.lora.adapter_name_or_path or "") for leaf in adopted
+        }
     warnings = [warning for layer in layers for warning in layer.warnings]
     warnings += [*left_out, *find_warnings(config, given)]
     return Settings(config, origins, config_file, warnings)

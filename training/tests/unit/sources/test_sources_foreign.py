@@ -57,7 +57,6 @@ def test_other_spellings_mean_the_same(folder, content, leaf, value):
         {"eval_strategy": "epoch"},
         {"max_samples": 100},
         {"evals_per_epoch": 4},
-        {"lora_model_dir": "earlier"},
         {"tokens": ["<tool>"]},
         {"datasets": [{"path": "a", "field_messages": "talk"}]},
         {"datasets": [{"path": "a", "message_property_mappings": {"role": "who"}}]},
