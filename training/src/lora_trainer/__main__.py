@@ -14,9 +14,12 @@ def main(*before: str) -> int:
     """
     interrupts.install()
     try:
+        from . import streams
         from .cli import main as run
 
         code = run([*before, *sys.argv[1:]])
+        interrupts.finish(code)
+        streams.let_go()
     except KeyboardInterrupt:
         code, text = interrupts.block()
         sys.stderr.write(f"\n{text}\n")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import interrupts
+from . import interrupts, streams
 from .errors import ConfigError, InternalError, TrainerError
+from .redaction import Redaction, given_secrets
 
 if TYPE_CHECKING:
     from .events import Event
@@ -37,6 +38,7 @@ CUDA_ENVIRONMENT = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
 INTERRUPTED = 130
+UNWRITTEN = 74
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app = typer.Typer(
@@ -62,7 +64,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 def train(context: typer.Context, config: ConfigFile = None, debug: Debug = False) -> None:
     """Train. Every key of the config is an option too: --learning_rate 1e-4."""
     from .display import Display
-    from .supervisor import Supervisor
+    from .supervisor import Supervisor, redaction_of
 
     if debug:
         os.environ[DEBUG] = "1"
@@ -70,10 +72,15 @@ def train(context: typer.Context, config: ConfigFile = None, debug: Debug = Fals
     from .check import preflight
     from .transcript import Transcript
 
+    redaction = redaction_of(settings)
+    streams.strike(redaction)
     interrupts.unwind()
     steps = settings.config.monitoring.logging_steps
     name = settings.config.output.run_name or "run"
-    with Display(logging_steps=steps) as display, Transcript(os.environ, name, steps) as kept:
+    with (
+        Display(logging_steps=steps) as display,
+        Transcript(os.environ, name, steps, redaction, display.note) as kept,
+    ):
 
         def show(event: Event, status: RunStatus) -> None:
             display.show(event, status)
@@ -119,7 +126,7 @@ def _settings(context: typer.Context, config: Path | None) -> Settings:
     if config is None:
         config, why = find_config(os.environ)
         if config is not None:
-            typer.echo(f"config: {config} ({why})")
+            streams.say(f"config: {config} ({why})")
     return resolve(config, os.environ, context.args)
 
 
@@ -267,10 +274,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Progress bars that libraries draw by themselves spoil every log; the worker inherits this.
     for name, value in (QUIET | CUDA_ENVIRONMENT).items():
         os.environ.setdefault(name, value)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    with streams.redacted(Redaction.of(os.environ, *given_secrets(given))) as out:
+        code = _run(given)
+        out.flush()
+    # Of most commands, what they print is the result.
+    is_lost = out.error is not None and code == 0 and given[:1] != ["train"]
+    return UNWRITTEN if is_lost else code
+
+
+def _run(arguments: list[str]) -> int:
     try:
-        result = app(
-            args=list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False
-        )
+        result = app(args=arguments, standalone_mode=False)
         # Ctrl-C: this exit code from some versions of typer, an Abort from others.
         if result == INTERRUPTED:
             return _interrupted()
@@ -282,8 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
     except BrokenPipeError:
-        sys.stderr.close()
-        return 74
+        return UNWRITTEN
     except Exception as error:
         if interrupts.received:  # what was interrupted made another error of it
             return _interrupted()
@@ -308,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _interrupted() -> int:
     code, text = interrupts.block()
-    typer.echo(f"\n{text}", err=True)
+    streams.complain(f"\n{text}")
     return code
 
 
@@ -319,10 +333,8 @@ def _usage(error: Exception) -> TrainerError:
 
 def _end(error: TrainerError) -> int:
     if os.environ.get(DEBUG):
-        traceback.print_exc()
-    from .redaction import Redaction
-
-    typer.echo(f"\n{Redaction.of(os.environ).text(error.block())}", err=True)
+        streams.complain(traceback.format_exc())
+    streams.complain(f"\n{error.block()}")
     return error.exit_code
 
 

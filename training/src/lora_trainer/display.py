@@ -82,6 +82,11 @@ class Display:
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait((text, self._status))
 
+    @property
+    def error(self) -> Exception | None:
+        """Return why nothing more is shown, None while all is."""
+        return self._sink.error
+
     def close(self) -> None:
         """Take the panel away and, if the run finished, print its tables; harmless twice."""
         if self._closing.is_set():

@@ -7,6 +7,7 @@ folder gives a copy of its final adapter.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from .data.prompt_format import format_of_run
 from .errors import Problem, UnavailableError
 from .faults import disk_fault
 from .output import EVENTS, FINAL
+from .redaction import Redaction
 from .target import fresh_folder, refuse_existing, refuse_full_disk
 from .trained import (
     ADAPTER_CONFIG,
@@ -147,7 +149,7 @@ def _write(taken: Taken, trained: Trained, target: Path) -> None:
         facts = _card_facts(taken, trained, source)
         facts = with_prompt_format(facts, prompt_format, tokenizer, generation)
         save_prompt_format(folder, prompt_format, tokenizer, generation)
-        write_model_card(folder / "README.md", facts)
+        write_model_card(folder / "README.md", Redaction.of(os.environ).event(facts))
 
 
 def _model_of(taken: Taken, trained: Trained, source: Any) -> Any:

@@ -11,30 +11,44 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, quote_plus
 
-from .events import Event
-
 STRUCK = "***"
 LEAST_CHARACTERS = 6  # a shorter value stands in too much that is no secret
 MOST_BYTES = 64 * 1024
 # TOKENIZERS_PARALLELISM=false is none, nor is a file that a name ends by announcing.
-NAMES = re.compile(r"TOKEN(?!IZER)|SECRET|KEY|PASSW|CREDENTIAL", re.IGNORECASE)
+NAMES = re.compile(r"TOKEN(?!IZER)|SECRET|KEY|PASSW|CREDENTIAL|_(PWD|PASS|AUTH)$", re.IGNORECASE)
+OPTION = re.compile(r"--?(?:[\w-]*[_-])?(?:token|secret|key|password|credentials?)", re.IGNORECASE)
 PLACES = re.compile(r"_(FILE|PATH|DIR|SOCK)$", re.IGNORECASE)
 SHAPES = (
     r"\bhf_[A-Za-z0-9]{20,}",
+    r"\b(?:gh[opsu]_|github_pat_|glpat-|sk-)[A-Za-z0-9_-]{20,}",
+    r"\bAKIA[A-Z0-9]{16}\b",
     r"(?i:(?<=bearer )[A-Za-z0-9._~+/=-]{16,})",
-    r"(?<=://)[^\s/:@\"']+:[^\s/@\"']+(?=@)",
+    r"(?i:(?<=basic )[A-Za-z0-9+/=]{16,})",
+    # Name and password in a URL; with one slash where a path has folded two into it.
+    r"(?:(?<=[A-Za-z]:/)|(?<=[A-Za-z]://))[^\s/@\"']*:[^\s/\"']+(?=@)",
+    r"(?<=[A-Za-z]://)[^\s/@:\"']{12,}(?=@)",
+)
+PASSWORD = re.compile(r"://[^\s/:@]*:([^\s/]+)@")
+# In a URL's query or fragment, the value of a parameter whose name says that it is a secret.
+PARAMETER = re.compile(
+    r"((?:[?&;#]|%3F|%26)"
+    r"(?:[\w.-]*[_.-]|access|api|auth|client|id|private|refresh)?"
+    r"(?:token|secret|key|passw(?:or)?d|pwd|credentials?|signature|sig|auth)"
+    r"(?:=|%3D))"
+    r"[^&;#\s\"'<>%]+(?:%(?!26)[0-9A-F]{2}[^&;#\s\"'<>%]*)*",
+    re.IGNORECASE,
 )
 # Words of a fixed vocabulary: no reader could do with another one.
 KEPT_FIELDS = frozenset({"phase", "when"})
 
 
-Said = TypeVar("Said", bound=Event)
+Record = TypeVar("Record")
 
 
 class Redaction:
@@ -54,7 +68,8 @@ class Redaction:
             for name, value in environ.items()
             if NAMES.search(name) and not PLACES.search(name) and not Path(value).is_absolute()
         ]
-        return Redaction([*named, *_kept_secrets(environ), *(one for one in more if one)])
+        urls = [one for value in environ.values() for one in PASSWORD.findall(value)]
+        return Redaction([*named, *urls, *_kept_secrets(environ), *(one for one in more if one)])
 
     @property
     def longest_bytes(self) -> int:
@@ -63,7 +78,8 @@ class Redaction:
 
     def text(self, text: str) -> str:
         """Return the text without secrets."""
-        return self._pattern.sub(STRUCK, text)
+        struck = self._pattern.sub(STRUCK, text)
+        return PARAMETER.sub(rf"\1{STRUCK}", struck) if "=" in text or "%3" in text else struck
 
     def data(self, data: bytes) -> bytes:
         """Return bytes of text without secrets; what is not UTF-8 stays as it is."""
@@ -79,15 +95,25 @@ class Redaction:
             return type(value)(self.value(part) for part in value)
         return value
 
-    def event(self, event: Said) -> Said:
-        """Return the event without secrets; mostly the very one that was given."""
+    def event(self, event: Record) -> Record:
+        """Return an event, or another dataclass, without secrets; mostly the very one given."""
         struck = {
             field.name: clean
-            for field in fields(event)
+            for field in fields(event)  # type: ignore[arg-type]  # a dataclass
             if field.name not in KEPT_FIELDS
             and (clean := self.value(value := getattr(event, field.name))) != value
         }
-        return replace(event, **struck) if struck else event
+        return replace(event, **struck) if struck else event  # type: ignore[type-var]
+
+
+def given_secrets(arguments: Sequence[str]) -> list[str]:
+    """Return the values of options whose name says that they are secrets."""
+    found = []
+    for option, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, is_joined, value = option.partition("=")
+        if OPTION.fullmatch(name):
+            found.append(value if is_joined else following)
+    return found
 
 
 def _forms(secret: str) -> set[str]:

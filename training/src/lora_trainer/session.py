@@ -219,7 +219,7 @@ class Session:
             self.causal.model,
             self.tokenizer,
             self.output_dir,
-            _card_facts(self, order, state),
+            order.redaction.event(_card_facts(self, order, state)),
             self.prompt_format,
             self.initial,
         )

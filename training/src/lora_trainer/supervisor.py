@@ -88,13 +88,14 @@ class Supervisor:
         self.run_name = self.config.output.run_name or self.output_dir.name
         monitoring = self.config.monitoring
         self._token = read_token(monitoring.health_token_file)
-        self.redaction = Redaction.of(os.environ, self.config.model.hf_token, self._token)
+        self.redaction = redaction_of(settings)
         self.live = LiveRun(self.redaction, monitoring.stall_timeout_seconds)
         self._events: EventFile | None = None
         self._processes = process_count(self.config, read_machine())
         self._worker: WorkerGroup | None = None
         self._lock_file: IO[str] | None = None
         self._notes: list[str] = []
+        self._warned: set[str] = set()
         self._signals = 0
 
     @property
@@ -232,9 +233,10 @@ class Supervisor:
             "output_dir": str(self.output_dir),
             "run_name": self.run_name,
             "redacted": self.redaction.value(self.settings.redacted()),
+            "secrets": sorted(self.redaction.secrets),
         }
         place = self.output_dir / LOG
-        with open_log(place, self.redaction) as log, os.fdopen(reading):
+        with open_log(place, self.redaction, self._warn) as log, os.fdopen(reading):
             self._worker = worker = WorkerGroup(
                 order,
                 self._processes,
@@ -316,6 +318,12 @@ class Supervisor:
         self.tell(Ended(exit_code=error.exit_code))
         return error
 
+    def _warn(self, message: str) -> None:
+        """Record a warning, once whatever the attempt."""
+        if message not in self._warned:
+            self._warned.add(message)
+            self.tell(Warned(message=message))
+
     def _forward(self, number: int, _frame: object) -> None:
         """Pass the first stop signal to the worker; a third one ends it at once."""
         self._signals += 1
@@ -341,6 +349,12 @@ class Supervisor:
             write_report(self.output_dir)
         except Exception as error:
             self.tell(Warned(message=f"no report was written: {type(error).__name__}: {error}"))
+
+
+def redaction_of(settings: Settings) -> Redaction:
+    """Return the redaction of all that a run with these settings knows of secrets."""
+    token = read_token(settings.config.monitoring.health_token_file)
+    return Redaction.of(os.environ, settings.config.model.hf_token, token)
 
 
 def _decoded(line: bytes) -> str:

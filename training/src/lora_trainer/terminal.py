@@ -21,6 +21,7 @@ class Sink:
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
+        self.error: Exception | None = None  # why nothing more is written
         self._descriptor: int | None = None
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
         self.is_dead = stream is None
@@ -51,9 +52,12 @@ class Sink:
         """Write all of the text, or drop it."""
         if not self.is_dead:
             try:
+                # The descriptor goes past the stream, which may have secrets to strike out.
+                if (redaction := getattr(self._stream, "redaction", None)) is not None:
+                    text = redaction.text(text)
                 self._write(text.encode(self.encoding, "backslashreplace"))
-            except (OSError, ValueError, LookupError):
-                self.is_dead = True
+            except (OSError, ValueError, LookupError) as error:
+                self.is_dead, self.error = True, error
         return len(text)
 
     def flush(self) -> None:

@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 
 from .config import SECRET_KEYS
 from .errors import Problem
+from .redaction import Redaction
 from .stacks import install_remedy
 
 PROJECT = "lora-trainer"
@@ -32,8 +32,6 @@ PACKAGES = {
 }
 # A tracker of this run is found again by the id that it was given at the start.
 IDS_FILE = "tracker-ids.json"
-SECRET_VARIABLE = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
-SHORTEST_SECRET = 6
 
 
 class Tracker(Protocol):
@@ -263,9 +261,5 @@ def _write_id(folder: Path, name: str, run_id: str) -> None:
 
 def _warning(name: str, error: Exception) -> str:
     """Return why a tracker was left out, with no secret that its error may quote."""
-    text = next(iter(str(error).splitlines()), "")
-    text = re.sub(r"://[^/\s@]+@", "://[redacted]@", text)
-    for variable, value in os.environ.items():
-        if SECRET_VARIABLE.search(variable) and len(value) >= SHORTEST_SECRET:
-            text = text.replace(value, "[redacted]")
+    text = Redaction.of(os.environ).text(next(iter(str(error).splitlines()), ""))
     return f"tracker {name} failed and is left out: {type(error).__name__}: {text}"

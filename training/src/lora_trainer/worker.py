@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ from .events import (
 from .faults import explain
 from .group import PEER_LOST
 from .output import DONE, EVENTS, write_json
+from .redaction import Redaction
 from .unrecorded import Unrecorded, recall
 from .watch import STACKS_SIGNAL
 
@@ -59,19 +60,22 @@ class Order:
     rank: int = 0
     ranks: int = 1
     store: str = ""
+    redaction: Redaction = field(default_factory=Redaction)
 
     @staticmethod
     def read(text: str) -> Order:
         """Read an order from JSON."""
         raw = json.loads(text)
+        redaction = Redaction(raw["secrets"])
         return Order(
             Config.model_validate(raw["config"]),
             Path(raw["output_dir"]),
-            raw["run_name"],
+            redaction.text(raw["run_name"]),  # it stands in the card and at trackers
             raw["redacted"],
             raw["rank"],
             raw["ranks"],
             raw["store"],
+            redaction,
         )
 
 
@@ -377,7 +381,7 @@ def _write_facts(order: Order, session: Any) -> None:
         "environment.json": session.versions | {"python": platform.python_version()},
     }
     for name, content in contents.items():
-        write_json(order.output_dir / name, content)
+        write_json(order.output_dir / name, order.redaction.value(content))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from faults.trainer import (
     SECONDS,
     SOURCE,
     Ended,
+    Run,
     Trainer,
     adapter_digest,
     at_step,
@@ -200,6 +201,35 @@ def test_full_disk_loses_nothing_and_the_run_goes_on_when_there_is_room(
         (resumed,) = of_kind(output, "resumed")
         assert resumed["step"] == saved[-1] >= 25
         assert adapter_digest(output) == adapter_digest(undisturbed)
+
+
+def test_full_disk_under_every_log_leaves_the_exit_code(trainer: Trainer, tmp_path: Path) -> None:
+    (tmp_path / "full.log").symlink_to("/dev/full")
+    command = trainer.command(
+        trainer.root / "m6", model_name_or_path="/no/such/model", run_name="full"
+    )
+    environment = trainer.environment() | {"LORA_TRAINER_LOG_DIR": str(tmp_path)}
+    ended = Run(command, trainer.root / "m6", environment).wait()
+    assert_told(ended, 69, "/no/such/model")
+    assert (ended.out + ended.err).count("full.log is not kept") == 1
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, env=environment, check=False, stdout=full, stderr=full)
+    assert done.returncode == 69
+
+
+@pytest.mark.parametrize(("command", "code"), [("keys", 74), ("--help", 74), ("trian", 78)])
+def test_full_disk_under_the_answer_itself_is_told(
+    trainer: Trainer, command: str, code: int
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "lora_trainer", command],
+            env=trainer.environment(),
+            check=False,
+            stdout=full,
+            stderr=full,
+        )
+    assert done.returncode == code
 
 
 @pytest.mark.parametrize(

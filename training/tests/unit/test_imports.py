@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "aliases", "compat", "gate", "connections", "disk", "scratch"},
     {"config", "machine", "events", "faults", "silence"},
     {"redaction", "ranks", "stacks", "checkpoint_folder", "unrecorded"},
-    {"sources", "status", "health", "history", "curves", "plan", "terminal", "wording"},
+    {"sources", "status", "health", "history", "curves", "plan", "terminal", "wording", "streams"},
     {
         "data",
         "model",

@@ -7,14 +7,17 @@ import os
 import subprocess
 import sys
 import threading
+import traceback
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 
+from lora_trainer import streams
+from lora_trainer.display import Display
 from lora_trainer.events import Failed, PhaseChanged, StepDone, Warned
 from lora_trainer.logfile import LONGEST_LINE_BYTES, copy, open_log
-from lora_trainer.redaction import Redaction
+from lora_trainer.redaction import Redaction, given_secrets
 
 CANARY = "canary+/secret=0123"
 
@@ -84,11 +87,59 @@ def test_what_tools_have_stored_is_struck(home, tmp_path):
         ("hf_" + "a1B2" * 8, "***"),
         ("Authorization: Bearer abcdefghijklmnop1234", "Authorization: Bearer ***"),
         ("https://me:hunter2@proxy:3128/x", "https://***@proxy:3128/x"),
+        ("https:/me:hunter2@proxy/x", "https:/***@proxy/x"),
+        ("https://me:hun@ter2@proxy/x", "https://***@proxy/x"),
+        ("https://:hunter2@proxy", "https://***@proxy"),
+        ("https://atokenforuser@host/x", "https://***@host/x"),
+        ("ssh://git@host/x", "ssh://git@host/x"),
         ("http://127.0.0.1:8080/a@b", "http://127.0.0.1:8080/a@b"),
+        ("https://h/x?token=abc&n=1", "https://h/x?token=***&n=1"),
+        ("https://h/x?n=1&access_token=a%20b&m=2", "https://h/x?n=1&access_token=***&m=2"),
+        ("/x?X-Amz-Signature=ab&X-Amz-Date=1", "/x?X-Amz-Signature=***&X-Amz-Date=1"),
+        ("https%3A%2F%2Fh%3Fapi_key%3Dabc%26n%3D1", "https%3A%2F%2Fh%3Fapi_key%3D***%26n%3D1"),
+        ("https://h/#access_token=abc", "https://h/#access_token=***"),
+        ("https://h/?monkey=1&tokenizer=2&keyword=3", "https://h/?monkey=1&tokenizer=2&keyword=3"),
+        ("Authorization: Basic bWU6aHVudGVyMmh1bnRlcjI=", "Authorization: Basic ***"),
+        ("github_pat_" + "a1" * 11, "***"),
+        ("AKIA" + "A1" * 8, "***"),
     ],
 )
 def test_tokens_of_a_known_shape_are_struck_wherever_they_come_from(text, struck):
     assert Redaction().text(text) == struck
+
+
+def test_password_in_a_url_of_the_environment_is_struck_alone_too(home):
+    redaction = Redaction.of(home | {"HTTPS_PROXY": f"http://me:{quote('hunter-2')}@proxy:1"})
+    assert redaction.text("407 for me with hunter-2") == "407 for me with ***"
+
+
+def test_secret_given_on_the_command_line_is_known():
+    given = ["train", "--hf_token", "abc-def", "--api-key=ghi-jkl", "--max_new_tokens", "123456"]
+    assert given_secrets(given) == ["abc-def", "ghi-jkl"]
+
+
+def test_all_that_is_printed_is_struck(capsys):
+    with streams.redacted(Redaction([CANARY])):
+        print("printed", CANARY)
+        sys.stdout.writelines([f"lines {CANARY}\n"])
+        Display(None).note(f"noted {CANARY}")
+        try:
+            raise ValueError(CANARY)
+        except ValueError:
+            traceback.print_exc()
+        assert not hasattr(sys.stdout, "buffer")
+    told = capsys.readouterr()
+    assert "canary" not in told.out + told.err
+    assert told.out.startswith("printed ***\nlines ***\n")
+    assert "ValueError: ***" in told.err
+
+
+def test_display_on_a_redacted_file_strikes_secrets(tmp_path):
+    with (tmp_path / "log").open("w") as file:
+        display = Display(streams.RedactedStream(file, Redaction(["canary-7"])))
+        display.note("noted canary-7")
+        display.close()
+    assert "noted ***" in (tmp_path / "log").read_text()
 
 
 def test_events_lose_secrets_and_keep_everything_else():
@@ -154,6 +205,15 @@ def test_log_goes_on_after_the_process_that_opened_it_was_stopped(tmp_path):
 
 
 def test_log_on_a_full_disk_loses_lines_and_blocks_nobody():
-    with open_log(Path("/dev/full"), Redaction()) as log:
+    warned = []
+    with open_log(Path("/dev/full"), Redaction(), warned.append) as log:
         assert os.write(log, b"a line\n" * 9000) == 63_000
         assert os.write(log, b"a line\n" * 9000) == 63_000
+    assert warned == ["full is not whole: the disk did not take it"]
+
+
+def test_log_that_cannot_be_opened_costs_a_warning_alone(tmp_path):
+    warned = []
+    with open_log(tmp_path, Redaction(), warned.append) as log:
+        os.write(log, b"a line\n")
+    assert warned == [f"{tmp_path.name} is not written: Is a directory"]

@@ -6,6 +6,7 @@ import pytest
 from run_events import started
 
 from lora_trainer.errors import DataError
+from lora_trainer.redaction import Redaction
 from lora_trainer.status import RunStatus, fold
 from lora_trainer.transcript import VARIABLE, Transcript
 
@@ -14,7 +15,7 @@ def test_lines_and_the_last_fault_are_kept_and_appended(tmp_path):
     for _ in range(2):
         with (
             pytest.raises(DataError),
-            Transcript({VARIABLE: str(tmp_path)}, "mine", 1) as transcript,
+            Transcript({VARIABLE: str(tmp_path)}, "mine", 1, Redaction()) as transcript,
         ):
             transcript.note("status: here")
             raise DataError.of("row 7 is empty", remedy="fill it")
@@ -25,9 +26,40 @@ def test_lines_and_the_last_fault_are_kept_and_appended(tmp_path):
 
 @pytest.mark.parametrize("environ", [{}, {VARIABLE: ""}, {VARIABLE: "/proc/nowhere"}])
 def test_without_a_folder_that_can_be_written_nothing_is_kept_and_nothing_fails(environ):
-    with Transcript(environ, "mine", 1) as transcript:
+    warned = []
+    with Transcript(environ, "mine", 1, Redaction(), warned.append) as transcript:
         transcript.note("status: here")
         transcript.show(*_first())
+    assert len(warned) == bool(environ.get(VARIABLE))
+
+
+def test_full_disk_costs_the_file_and_one_warning_and_leaves_the_fault(tmp_path):
+    (tmp_path / "mine.log").symlink_to("/dev/full")
+    warned = []
+    environ = {VARIABLE: str(tmp_path)}
+    with (
+        pytest.raises(DataError),
+        Transcript(environ, "mine", 1, Redaction(), warned.append) as transcript,
+    ):
+        transcript.note("status: here")
+        for _ in range(3):
+            transcript.show(*_first())
+        raise DataError.of("row 7 is empty", remedy="fill it")
+    (warning,) = warned
+    assert "mine.log is not kept: No space left on device" in warning
+
+
+def test_no_secret_is_in_the_file_nor_in_its_name(tmp_path):
+    environ = {VARIABLE: str(tmp_path)}
+    with (
+        pytest.raises(DataError),
+        Transcript(environ, "canary-7", 1, Redaction(["canary-7"])) as transcript,
+    ):
+        transcript.note("a finished run is in /outputs/canary-7")
+        raise DataError.of("no row in canary-7", remedy="look at canary-7")
+    text = (tmp_path / "***.log").read_text()
+    assert "canary" not in text
+    assert "remedy: look at ***" in text
 
 
 def _first():
