@@ -83,6 +83,7 @@ class Snapshot:
     rng: dict[str, Tensor]
     generators: dict[str, Any]
     digest: str
+    initial: str = ""  # digest of the first adapter, where its init changes the base (initial.py)
     figures: Sequence[str] = ()  # what the recording may lack of the way here (unrecorded.py)
 
 
@@ -109,7 +110,7 @@ def take_snapshot(
         "python": _to_json(random.getstate()),
         "numpy": [kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
     }
-    return Snapshot(state, adapter, moments, rng, generators, digest, figures)
+    return Snapshot(state, adapter, moments, rng, generators, digest, figures=figures)
 
 
 def restore_optimizer(

@@ -61,6 +61,7 @@ class CheckpointStore:
         self.folder = folder
         self.keep = keep
         self.set_aside: list[Path] = []  # by the last save: what was in the checkpoint's place
+        self.initial = ""  # goes into each checkpoint
         self._digest = digest
 
     @property
@@ -159,6 +160,7 @@ class CheckpointStore:
                 rng=load_file(path / "rng.safetensors"),
                 generators=raw["generators"],
                 digest=raw["digest"],
+                initial=str(raw.get("initial", "")),
                 figures=[str(line) for line in raw.get("figures", [])],
             )
             try_generators(snapshot)
@@ -171,6 +173,7 @@ class CheckpointStore:
             "state": asdict(snapshot.state),
             "generators": snapshot.generators,
             "digest": snapshot.digest,
+            "initial": self.initial,
             "figures": list(snapshot.figures),
             "torch": torch.__version__,
         }

@@ -17,14 +17,6 @@ from .model.adapter import trained_parameters
 from .output import FINAL
 
 
-def save_initial(model: Any, folder: Path) -> Path:
-    """Keep the adapter as initialised, for inits that change the base (PiSSA, OLoRA)."""
-    if not (folder / "adapter_config.json").exists():
-        model.save_pretrained(str(folder), safe_serialization=True)
-        follow_umask(folder)
-    return folder
-
-
 def export(
     model: Any,
     tokenizer: Any,
@@ -35,7 +27,7 @@ def export(
 ) -> Path:
     """Write `final_model/` whole or not at all; return it.
 
-    `initial` is the folder of `save_initial`: the adapter is then converted so that it
+    `initial` is the folder of `initial.save`: the adapter is then converted so that it
     fits the untouched base model.
     """
     final, beside = output_dir / FINAL, output_dir / f".{FINAL}.writing"

@@ -43,6 +43,7 @@ class Taken:
     step: int
     adapter: dict[str, Any]
     seconds: float
+    initial: str  # the digest of the adapter that its run began with
 
 
 def export_adapter(named: str, target: Path) -> None:
@@ -117,20 +118,23 @@ def _read(checkpoint: Path) -> Taken:
     from .checkpoint import state_from
 
     verify(checkpoint)
-    state = state_from(read_state(checkpoint)["state"])
+    raw = read_state(checkpoint)
+    state = state_from(raw["state"])
     if step_of(checkpoint.name) not in (None, state.step):
         raise CorruptCheckpointError(f"it holds the checkpoint of step {state.step}")
     try:
         weights = load_file(checkpoint / "adapter.safetensors")
     except SafetensorError as error:
         raise CorruptCheckpointError("unreadable: SafetensorError") from error
-    return Taken(checkpoint.parent.parent, state.step, weights, state.train_seconds)
+    initial = str(raw.get("initial", ""))
+    return Taken(checkpoint.parent.parent, state.step, weights, state.train_seconds, initial)
 
 
 def _write(taken: Taken, trained: Trained, target: Path) -> None:
     """Have PEFT write the weights in its format, under its names."""
     from .card import write_model_card
     from .export import save_adapter, save_prompt_format, with_prompt_format
+    from .initial import FOLDER, verified
     from .model import load
     from .model.adapter import changes_base
 
@@ -141,7 +145,9 @@ def _write(taken: Taken, trained: Trained, target: Path) -> None:
     model = _model_of(taken, trained, source)
     if source.hub_id:
         model.peft_config["default"].base_model_name_or_path = source.hub_id
-    initial = taken.run / "initial_adapter" if changes_base(config.lora) else None
+    initial = None
+    if changes_base(config.lora):
+        initial = verified(taken.run / FOLDER, taken.initial)
     prompt_format = format_of_run(taken.run, tokenizer)
     generation = load.load_generation_config(source, config.model)
     with fresh_folder(target) as folder:

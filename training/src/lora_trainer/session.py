@@ -50,6 +50,7 @@ from .identity import (
     check_adapter_base,
     digest_of,
 )
+from .initial import FOLDER, Initial, verified, weights_digest
 from .loop import Parts
 from .machine import Machine, read_machine
 from .model import determinism, flash, load, loftq, probe, quantize, zero
@@ -86,7 +87,7 @@ class Session:
     parameters: dict[str, torch.nn.Parameter]
     store: CheckpointStore
     output_dir: Path
-    initial: Path | None = None
+    initial: Initial | None = None
     ranks: Ranks = ALONE
     figures: dict[str, float] = field(default_factory=dict)
 
@@ -128,8 +129,15 @@ class Session:
             for name, value in figures.items():
                 self.figures.setdefault(f"{name}_before", value)
 
-    def restore(self, snapshot: Snapshot | None) -> TrainState:
+    def restore(
+        self, snapshot: Snapshot | None, emit: Callable[[Event], None] = lambda _: None
+    ) -> TrainState:
         """Continue from a checkpoint, or seed a fresh start."""
+        if self.initial is not None and self.ranks.is_first:
+            expected = snapshot.initial if snapshot else ""
+            if warning := self.initial.settle(self.causal.model, expected):
+                emit(Warned(message=warning))
+            self.store.initial = expected or self.initial.digest
         if snapshot is None:
             seed = self.config.training.seed
             random.seed(seed)
@@ -221,7 +229,7 @@ class Session:
             self.output_dir,
             order.redaction.event(_card_facts(self, order, state)),
             self.prompt_format,
-            self.initial,
+            verified(self.initial.folder, self.store.initial) if self.initial else None,
         )
 
 
@@ -307,9 +315,9 @@ def _open_model(
             load_start(model, find_adapter(config.lora.adapter_name_or_path))
         if config.lora.init_lora_weights == loftq.INIT:
             loftq.begin_from_residuals(model, load.weights_folder(source, config.model))
-        initial = output_dir / "initial_adapter" if changes_base(config.lora) else None
-        if initial is not None and ranks.is_first:
-            export.save_initial(model, initial)
+        initial = None
+        if changes_base(config.lora):
+            initial = Initial(output_dir / FOLDER, weights_digest(trained_parameters(model)))
         causal = CausalLM(
             model,
             device=device,

@@ -201,7 +201,7 @@ def run(order: Order, emit: Callable[[Event], None], stop: StopFlag) -> int:
         (order.output_dir / DONE).unlink(missing_ok=True)
         sync(order.output_dir)
         _write_facts(order, session)
-    state = session.restore(snapshot)
+    state = session.restore(snapshot, emit)
     stop.step = state.step
     if state.step:
         _recall(order, session, snapshot, emit)

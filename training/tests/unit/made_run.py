@@ -9,12 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from faults.tiny_model import write_model, write_rows
+from lora_trainer import initial as initials
 from lora_trainer.card import CardFacts, write_model_card
 from lora_trainer.checkpoint import TrainState, take_snapshot
 from lora_trainer.checkpoint_store import CheckpointStore
 from lora_trainer.compat import dtype_argument
 from lora_trainer.config import Config
-from lora_trainer.export import save_adapter, save_initial
+from lora_trainer.export import save_adapter
 from lora_trainer.model.adapter import adapter_state, add_adapter, changes_base, trained_parameters
 from lora_trainer.optim import make_optimizer
 from lora_trainer.output import RESOLVED, write_json
@@ -47,7 +48,7 @@ def make_run(root: Path, *keys: str, is_finished: bool = True) -> Path:
     write_json(run / RESOLVED, settings.redacted())
     model = adapted(root / "model", settings.config)
     is_converted = changes_base(settings.config.lora)
-    initial = save_initial(model, run / "initial_adapter") if is_converted else None
+    initial = initials.save(model, run / "initial_adapter") if is_converted else None
     shake(model)
     _save_checkpoint(run, model, settings.config)
     if is_finished:

@@ -8,6 +8,7 @@ from families import VOCABULARY, tiny_model
 from peft import PeftModel
 
 from lora_trainer import export
+from lora_trainer import initial as initials
 from lora_trainer.card import CardFacts
 from lora_trainer.config import LoraSection
 from lora_trainer.errors import ConfigError
@@ -47,7 +48,7 @@ KINDS = {
 def test_an_exported_adapter_gives_the_trained_logits_on_the_plain_base(kind, tmp_path):
     section = LoraSection(lora_r=4, lora_alpha=8, **KINDS[kind])
     model = add_adapter(tiny_model("llama"), section, seed=3)
-    initial = export.save_initial(model, tmp_path / "initial") if changes_base(section) else None
+    initial = initials.save(model, tmp_path / "initial") if changes_base(section) else None
     torch.manual_seed(4)
     with torch.no_grad():
         for parameter in trained_parameters(model).values():

@@ -40,7 +40,7 @@ LAYERS = [
         "logfile",
         "meter",
     },
-    {"views", "exposition", "transcript", "restarts", "endings", "finite"},
+    {"views", "exposition", "transcript", "restarts", "endings", "finite", "initial"},
     {"export", "recovery"},
     {"web"},
     {"server"},

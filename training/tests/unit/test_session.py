@@ -33,7 +33,8 @@ def test_exported_tokenizer_asks_as_the_given_template_trained(tmp_path: Path) -
 
 
 def test_every_generator_of_random_numbers_is_seeded() -> None:
-    only_seed: Any = SimpleNamespace(config=SimpleNamespace(training=SimpleNamespace(seed=7)))
+    config = SimpleNamespace(training=SimpleNamespace(seed=7))
+    only_seed: Any = SimpleNamespace(config=config, initial=None)
     drawn = []
     for before in (1, 2):
         random.seed(before)
