@@ -149,8 +149,16 @@ no_gpu() {
   warn "$1: $2. Training runs on the CPU. Remedy: $3"
 }
 
+# A GPU that is there and cannot be used: the run is not moved to the CPU behind the user's back.
+unserved_gpu() {
+  fail 69 "model, hub or device unavailable" "$1" "the stack $LORA_STACK" "$2" \
+    "$3; or on the host ./training/run.sh --cpu"
+}
+
 check_gpu() {
   local driver capability least_driver least most gpus
+  # Hidden on purpose.
+  [[ "${CUDA_VISIBLE_DEVICES-all}" != '' && "${CUDA_VISIBLE_DEVICES-all}" != -1 ]] || return 0
   case "${LORA_STACK:-cpu}" in
     cu121) least_driver=525 least=70 most=90 ;;
     current) least_driver=580 least=75 most=999 ;;
@@ -168,11 +176,11 @@ check_gpu() {
   fi
   while read -r driver capability; do
     if ((${driver%%.*} < least_driver)); then
-      no_gpu "the driver is too old for the stack $LORA_STACK" \
+      unserved_gpu "the driver is too old for the stack $LORA_STACK" \
         "it is $driver, needed is $least_driver" \
         "update the driver$([[ "$LORA_STACK" == current ]] && echo ', or ./build.sh --stack cu121')"
     elif ((${capability/./} < least || ${capability/./} > most)); then
-      no_gpu "the stack $LORA_STACK does not serve this GPU" \
+      unserved_gpu "the stack $LORA_STACK does not serve this GPU" \
         "its compute capability is $capability, served are ${least:0:1}.${least:1} to ${most:0:-1}.${most: -1}" \
         "./build.sh --stack $([[ "$LORA_STACK" == cu121 ]] && echo current || echo cu121)"
     fi

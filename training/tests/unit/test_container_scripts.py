@@ -353,27 +353,30 @@ def test_entrypoint_writes_the_default_config_where_none_is_mounted(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("gpu", "stack", "said"),
+    ("gpu", "stack", "said", "code"),
     [
-        (None, "cu121", "no GPU is visible"),
-        ("", "cu121", "no GPU answers"),
-        ("470.82.01, 8.6", "cu121", "the driver is too old"),
-        ("535.104.05, 8.6", "current", "the driver is too old"),
-        ("580.65.06, 12.0", "cu121", "does not serve this GPU"),
-        ("580.65.06, 7.0", "current", "does not serve this GPU"),
-        ("535.104.05, 8.6", "cu121", ""),
-        (None, "cpu", ""),
+        (None, "cu121", "no GPU is visible", 0),
+        ("", "cu121", "no GPU answers", 0),
+        ("470.82.01, 8.6", "cu121", "the driver is too old", 69),
+        ("535.104.05, 8.6", "current", "the driver is too old", 69),
+        ("580.65.06, 12.0", "cu121", "does not serve this GPU", 69),
+        ("580.65.06, 7.0", "current", "does not serve this GPU", 69),
+        ("535.104.05, 8.6", "cu121", "", 0),
+        (None, "cpu", "", 0),
     ],
 )
 def test_entrypoint_checks_driver_and_gpu_against_the_stack(
-    tmp_path: Path, gpu: str | None, stack: str, said: str
+    tmp_path: Path, gpu: str | None, stack: str, said: str, code: int
 ) -> None:
     (tmp_path / "tools").mkdir()
     if gpu is not None:
         (tmp_path / "tools" / "nvidia-smi").write_text(f"#!/bin/sh\necho '{gpu}'\n")
         (tmp_path / "tools" / "nvidia-smi").chmod(0o755)
     warned = entrypoint(tmp_path, LORA_STACK=stack)
-    assert warned.returncode == 0, warned.stderr
+    assert warned.returncode == code, warned.stderr
+    assert ("run.sh --cpu" in warned.stderr) is (code == 69)
+    hidden = entrypoint(tmp_path, LORA_STACK=stack, CUDA_VISIBLE_DEVICES="")
+    assert hidden.returncode == 0, hidden.stderr
     assert (said in warned.stderr) if said else ("GPU" not in warned.stderr)
     insisted = entrypoint(tmp_path, LORA_STACK=stack, LORA_REQUIRE_GPU="1")
     assert insisted.returncode == (69 if said else 0)
