@@ -12,8 +12,8 @@ REMEDIES = {
     f"or set train_on to last, or {_KEEP}",
     Change.WORDS_DROPPED: "look at rows with lora-trainer check --show-sample, "
     "then name a chat_template that writes answers as they are",
-    Change.WORDS_ADDED: "look at rows with lora-trainer check --show-sample; an empty reasoning "
-    "block is added where answers have no reasoning: add it, or name another chat_template",
+    Change.THOUGHTS_ADDED: "add the reasoning to the answers, "
+    "or name a chat_template that writes answers as they are",
     Change.SYSTEM_DROPPED: _KEEP,
     Change.QUESTION_CHANGED: f"look at rows with lora-trainer check --show-sample, then {_KEEP}",
     Change.START_SPELLED: "leave it out of the rows",

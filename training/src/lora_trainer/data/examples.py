@@ -12,6 +12,9 @@ class Change(Enum):
 
     THOUGHTS_DROPPED = "the chat template leaves out the reasoning of an answer"
     WORDS_DROPPED = "the chat template leaves out or rewrites words of an answer"
+    THOUGHTS_ADDED = (
+        "the chat template adds an empty reasoning block to an answer, and it is trained"
+    )
     WORDS_ADDED = "the chat template adds words to an answer, and they are trained"
     SPACE_STRIPPED = "the chat template strips white space around an answer"
     SYSTEM_DROPPED = "the chat template leaves out a system prompt"

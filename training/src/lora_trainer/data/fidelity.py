@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -76,8 +76,8 @@ def _changes_of_answer(
     elif not any(thoughts) and content not in text and content.strip() in text:
         changes.add(Change.SPACE_STRIPPED)
     is_compared = not answer.get("tool_calls") and Change.WORDS_DROPPED not in changes
-    if is_compared and _is_added(trained, [*thoughts, words.strip()], template):
-        changes.add(Change.WORDS_ADDED)
+    if is_compared and (added := _added(trained, [*thoughts, words.strip()], template)):
+        changes.add(added)
     return changes
 
 
@@ -95,22 +95,29 @@ def _split_thoughts(content: str) -> tuple[str, str, str]:
     return _THOUGHTS_TAG.sub(" ", content[: end.start()]), end[0], content[end.end() :]
 
 
-def _is_added(trained: str, own: Iterable[str], template: ChatTemplate) -> bool:
-    """Tell whether anything but the answer and special tokens is trained."""
-    texts = sorted(filter(None, own), key=len, reverse=True)
-    left = trained.replace("\0", " ")
-    for text in texts:
-        left = left.replace(text, " ", 1)
-    if len(texts) > 1:
-        left = _THOUGHTS_TAG.sub(" ", left)
-    if not _without_special_tokens(template.tokenizer, left).strip():
-        return False
-    left = _squeezed(trained.replace("\0", " "))
-    for text in texts:
-        left = left.replace(_squeezed(text), " ", 1)
-    if len(texts) > 1:
-        left = _THOUGHTS_TAG.sub(" ", left)
-    return bool(_without_special_tokens(template.tokenizer, left).strip())
+def _added(trained: str, own: Sequence[str], template: ChatTemplate) -> Change | None:
+    """Return what is trained beside an answer and special tokens, None where nothing is."""
+    trained = trained.replace("\0", " ")
+    if _rest_of(_plain(trained, template), sorted(own, key=len, reverse=True)):
+        squeezed = [_squeezed(_plain(text, template)) for text in own]
+        longest_first = sorted(squeezed, key=len, reverse=True)
+        if _rest_of(_squeezed(_plain(trained, template)), longest_first):
+            return Change.WORDS_ADDED
+    *thoughts, words = own
+    has_block = _THOUGHTS_TAG.search(trained) and not _THOUGHTS_TAG.search(words)
+    return Change.THOUGHTS_ADDED if has_block and not any(thoughts) else None
+
+
+def _rest_of(text: str, known: Sequence[str]) -> str:
+    """Return what is left of a text without each of the known ones, once."""
+    for one in filter(None, known):
+        text = text.replace(one, " ", 1)
+    return text.strip()
+
+
+def _plain(text: str, template: ChatTemplate) -> str:
+    """Return text with a space in place of special tokens and the tags of reasoning."""
+    return _THOUGHTS_TAG.sub(" ", _without_special_tokens(template.tokenizer, text))
 
 
 @lru_cache(maxsize=8)
