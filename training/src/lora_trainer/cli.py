@@ -306,9 +306,9 @@ def _run(arguments: list[str]) -> int:
             return 0
         if "click" in type(error).__module__:  # typer carries a click of its own
             return _end(_usage(error))
-        from .faults import disk_fault
+        from .faults import disk_fault, limit_fault
 
-        if (fault := disk_fault(error)) is not None:
+        if (fault := limit_fault(error) or disk_fault(error)) is not None:
             return _end(fault)
         return _end(
             InternalError.of(

@@ -113,6 +113,7 @@ class ConfigError(TrainerError):
 class MemoryKilledError(TrainerError):
     """The run was killed for memory, after all retries."""
 
+    KIND: ClassVar[str] = "memory"
     exit_code = 137
 
 

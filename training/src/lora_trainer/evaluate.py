@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from .data.batches import Rows
+from .memory import in_pieces
 from .model import determinism
 from .model.forward import CausalLM, MicroBatch
 from .ranks import ALONE, Ranks
@@ -31,6 +32,7 @@ class Score:
     targets: int
     seconds: float
     suspects: tuple[int, ...] = ()
+    batch_examples: int = 0  # how many rows fitted into memory at a time
 
     @property
     def perplexity(self) -> float:
@@ -67,17 +69,17 @@ def score(
     causal.model.eval()
     batches = list(_by_length(rows, batch_examples))
     figures = torch.zeros(len(batches), 3, dtype=torch.float64)
+    last, fitting = len(batches) - 1, batch_examples
     try:
         for first in range(0, len(batches), ranks.count):
             if should_stop():
                 return None
             # Ranks that share a model must all go through it: at the end, once too often.
             own = first + ranks.rank
-            micro = take(rows, batches[min(own, len(batches) - 1)])
             if own < len(batches) or causal.is_sharded:
-                loss, hits = causal.score(micro)
+                found, fitting = _score_pieces(causal, rows, batches[min(own, last)], fitting)
             if own < len(batches):
-                figures[own] = torch.tensor([loss, hits, micro.targets], dtype=torch.float64)
+                figures[own] = found
             progress(min(len(rows), (first + ranks.count) * batch_examples))
     finally:
         causal.model.train(was_training)
@@ -87,7 +89,21 @@ def score(
     seconds = time.monotonic() - start
     pairs = zip(batches, rows_of_figures, strict=True)
     suspects = [index for batch, row in pairs if not math.isfinite(row[0]) for index in batch]
-    return Score(loss / max(1, targets), hits / max(1, targets), targets, seconds, tuple(suspects))
+    loss, accuracy = loss / max(1, targets), hits / max(1, targets)
+    return Score(loss, accuracy, targets, seconds, tuple(suspects), fitting)
+
+
+def _score_pieces(
+    causal: CausalLM, rows: Rows, batch: Sequence[int], most: int
+) -> tuple[torch.Tensor, int]:
+    """Return loss, hits and targets of a batch, and how many of its rows fit at a time."""
+
+    def scored(piece: Sequence[int]) -> list[float]:
+        micro = take(rows, piece)
+        return [*causal.score(micro), micro.targets]
+
+    parts, most = in_pieces(batch, most, scored, is_divisible=not causal.is_sharded)
+    return torch.tensor(parts, dtype=torch.float64).sum(0), most
 
 
 def _by_length(rows: Rows, batch_examples: int) -> Iterator[list[int]]:

@@ -100,6 +100,8 @@ class RankFigures:
     tokens: int
     memory_bytes: int
     gpu_memory_bytes: int = 0
+    micro_batch_examples: int = 0
+    gradient_checkpointing: int = 0  # 1: it is on
 
     @property
     def tokens_per_second(self) -> float:
@@ -187,6 +189,18 @@ class Warned(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryReduced(Event):
+    """Memory ran out in the step after `step`, or in its evaluation: the sizes used from now on."""
+
+    kind: ClassVar[str] = "memory"
+    step: int
+    micro_batch_examples: int
+    eval_batch_examples: int
+    gradient_checkpointing: bool
+    cause: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Restarted(Event):
     """The worker ended without finishing and is started again (said by the supervisor)."""
 
@@ -243,8 +257,8 @@ KINDS: Mapping[str, type[Event]] = {
     event.kind: event
     for event in (
         RunStarted, PhaseChanged, Planned, Progress, StepDone, RanksMeasured, Evaluated,
-        Generated, Sample, CheckpointSaved, Resumed, Warned, Restarted, Failed, Finished,
-        Stopped, Ended,
+        Generated, Sample, CheckpointSaved, Resumed, Warned, MemoryReduced, Restarted, Failed,
+        Finished, Stopped, Ended,
     )
 }  # fmt: skip
 HINTS = {

@@ -5,11 +5,38 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import AccessError, InternalError, MemoryKilledError, StorageError, TrainerError
+from .errors import (
+    AccessError,
+    InternalError,
+    MemoryKilledError,
+    StorageError,
+    TrainerError,
+    UnavailableError,
+)
 
+# What allocators and libraries say when they get no memory, or no thread.
+MEMORY_WORDS = (
+    "can't allocate memory",
+    "annot allocate memory",
+    "std::bad_alloc",
+    "out of memory",
+    "ALLOC_FAILED",
+    "could not create a memory",
+    "failed to map segment from shared object",
+    "Memory allocation still failed",
+)
+THREAD_WORDS = (
+    "can't start new thread",
+    "Thread creation failed",
+    "pthread_create failed",
+    "ThreadPoolBuildError",
+    "Resource temporarily unavailable",
+)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 
@@ -17,18 +44,101 @@ def explain(error: BaseException) -> TrainerError:
     """Return the error with its exit code: ours as it is, others by what they mean."""
     if isinstance(error, TrainerError):
         return error
-    if (fault := disk_fault(error)) is not None:
+    if (fault := limit_fault(error) or disk_fault(error)) is not None:
         return fault
     kind = type(error).__name__
-    is_allocation = kind == "RuntimeError" and "can't allocate memory" in str(error)
-    if kind == "OutOfMemoryError" or isinstance(error, MemoryError) or is_allocation:
-        return _out_of_memory(error)
     return InternalError.of(
         f"the worker failed: {kind}",
         where=_place_of(error),
         why=str(error).strip().splitlines()[0][:300] if str(error).strip() else kind,
         remedy="see train.log in the output folder for the traceback; start again to resume",
     )
+
+
+def limit_fault(error: BaseException) -> TrainerError | None:
+    """Return what a refusal of memory or of a thread means; None for any other error."""
+    if is_out_of_memory(error):
+        return out_of_memory(_place_of(error), str(error))
+    if is_out_of_threads(error):
+        return out_of_threads(_place_of(error), str(error))
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an allocation failed: on a GPU, in the process, or when mapping a file.
+
+    Libraries report it as errors of many types; torch's own are RuntimeErrors.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    is_of_library = isinstance(error, (RuntimeError, OSError, ImportError))
+    return (is_of_library or _is_rust(error)) and has_words(str(error), MEMORY_WORDS)
+
+
+def is_out_of_threads(error: BaseException) -> bool:
+    """Tell whether the system refused one more thread or process."""
+    if isinstance(error, OSError) and error.errno == errno.EAGAIN:
+        return True
+    is_of_library = isinstance(error, (RuntimeError, OSError))
+    return (is_of_library or _is_rust(error)) and has_words(str(error), THREAD_WORDS)
+
+
+def has_words(text: str, words: Sequence[str]) -> bool:
+    """Tell whether a text has one of these phrases."""
+    return any(word in text for word in words)
+
+
+def limit_in_log(text: str) -> TrainerError | None:
+    """Return what the last words of a process that died without a report mean, if known."""
+    lines = text.splitlines()
+    for line in reversed(lines):
+        if has_words(line, MEMORY_WORDS):
+            return out_of_memory("train.log", line)
+        if has_words(line, THREAD_WORDS):
+            return out_of_threads("train.log", line)
+    return None
+
+
+def out_of_memory(where: str, text: str) -> TrainerError:
+    """Return the error of memory that ran out; another try with smaller batches may do."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    remedy = (
+        "lower per_device_train_batch_size or max_seq_length, set gradient_checkpointing to true, "
+        "or use_4bit to true"
+    )
+    if limit != resource.RLIM_INFINITY:
+        remedy = (
+            f"ulimit -v unlimited (the address space is limited to {limit:,} bytes), or {remedy}"
+        )
+    error = MemoryKilledError.of(
+        "memory ran out", where=where, why=_first_line(text, "no memory was left"), remedy=remedy
+    )
+    error.retry = MemoryKilledError.KIND
+    return error
+
+
+def out_of_threads(where: str, text: str) -> TrainerError:
+    """Return the error of a thread or process that the system refused."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    of_user = "" if limit == resource.RLIM_INFINITY else f" (the limit of this user is {limit:,})"
+    return UnavailableError.of(
+        "the system refuses one more thread or process",
+        where=where,
+        why=f"{_first_line(text, 'no reason was given')}{of_user}",
+        remedy="raise the limit: ulimit -u unlimited, or LORA_PIDS of a container; or need fewer "
+        "threads: OMP_NUM_THREADS=1 and --preprocessing_num_workers 1",
+    )
+
+
+def _first_line(text: str, otherwise: str) -> str:
+    return (text.strip().splitlines() or [otherwise])[0][:300]
+
+
+def _is_rust(error: BaseException) -> bool:
+    """Tell whether a panic of the tokenizers or safetensors library is what was raised."""
+    return type(error).__name__ in ("PanicException", "SafetensorError")
 
 
 def disk_fault(error: BaseException, place: str = "") -> TrainerError | None:
@@ -56,16 +166,6 @@ def disk_fault(error: BaseException, place: str = "") -> TrainerError | None:
             remedy=f"sudo chown -R {os.getuid()}:{os.getgid()} {Path(place).parent}",
         )
     return None
-
-
-def _out_of_memory(error: BaseException) -> TrainerError:
-    return MemoryKilledError.of(
-        "memory ran out",
-        where="training step",
-        why=(str(error).strip().splitlines() or ["no memory was left"])[0][:300],
-        remedy="lower per_device_train_batch_size or max_seq_length, set "
-        "gradient_checkpointing to true, or use_4bit to true; the run resumes by itself",
-    )
 
 
 def _place_of(error: BaseException) -> str:

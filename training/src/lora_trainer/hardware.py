@@ -21,6 +21,7 @@ from .machine import (
     UNLIMITED_BYTES,
     cgroup_memory_limit_bytes,
     is_hidden,
+    memory_cgroups,
     visible_devices,
 )
 
@@ -198,13 +199,12 @@ def memory_bytes(root: Path = CGROUP) -> tuple[int, int]:
     limit = cgroup_memory_limit_bytes(root)
     if limit >= min(machine.total, UNLIMITED_BYTES):
         return machine.total - machine.available, machine.total
-    for current, stat, droppable in (
-        ("memory.current", "memory.stat", "inactive_file"),
-        ("memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
-    ):
+    for folder, is_v2 in reversed(memory_cgroups(root)):  # the process's own comes last
+        current = "memory.current" if is_v2 else "memory.usage_in_bytes"
+        droppable = "inactive_file" if is_v2 else "total_inactive_file"
         try:
-            used = int((root / current).read_text())
-            lines = (root / stat).read_text().splitlines()
+            used = int((folder / current).read_text())
+            lines = (folder / "memory.stat").read_text().splitlines()
         except (OSError, ValueError):
             continue
         table = dict(line.split(maxsplit=1) for line in lines if " " in line)

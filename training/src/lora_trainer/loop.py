@@ -31,12 +31,14 @@ from .events import (
     Warned,
     progress_of,
 )
+from .fitting import Fitting
 from .machine import peak_memory_bytes
+from .memory import MemoryLimits
 from .model.adapter import adapter_state
 from .model.forward import CausalLM
 from .optim import learning_rate, set_learning_rate
 from .plan import Plan
-from .ranks import ALONE, Ranks, own_batches, seed_of, sum_step
+from .ranks import ALONE, Ranks, own_batches, sum_step
 
 # Between two signs of life of steps that are not logged: the stall watch goes by them.
 BEAT_SECONDS = 5.0
@@ -65,11 +67,14 @@ class Parts:
     name_rows: Callable[[Sequence[int], bool], list[str]] = lambda indices, _: [
         f"row {index}" for index in indices
     ]
+    # Keeps what the run was cut down to when memory ran out, for later starts.
+    keep_limits: Callable[[MemoryLimits], None] = lambda _: None
 
 
 def train(parts: Parts, state: TrainState) -> TrainState:
     """Train from `state` to the plan's end, an early stop, or a stop request; saved on return."""
     saved_step = state.step if state.step else -1
+    fitting = Fitting(parts.plan, parts.causal, parts.ranks, parts.emit, parts.keep_limits)
     parts.causal.model.train()
     beat = progress_of(parts.emit, "steps", parts.plan.total_steps, BEAT_SECONDS)
     while True:
@@ -78,14 +83,14 @@ def train(parts: Parts, state: TrainState) -> TrainState:
             # checkpoint, does not have it, and must not take this step for its best.
             saved_step = _save_at(parts, state)
         if _is_evaluation_due(parts, state):
-            state = _evaluate(parts, state)
+            state = _evaluate(parts, state, fitting)
         is_done = state.step >= parts.plan.total_steps or _is_out_of_patience(parts, state)
         must_end = is_done or parts.should_stop()
         if saved_step != state.step and (must_end or _is_save_due(parts, state)):
             saved_step = _save_at(parts, state)
         if must_end:
             return state
-        state = _step(parts, state)
+        state = _step(parts, state, fitting)
         if not _is_logged(parts, state.step):
             beat(state.step)
 
@@ -104,16 +109,13 @@ def _ends_between_evaluations(parts: Parts, state: TrainState) -> bool:
     return state.step >= parts.plan.total_steps and (not every or state.step % every != 0)
 
 
-def _step(parts: Parts, state: TrainState) -> TrainState:
+def _step(parts: Parts, state: TrainState, fitting: Fitting) -> TrainState:
     """Do one optimizer step: of its micro-batches those that are this rank's."""
     start = time.monotonic()
     training, plan, ranks = parts.training, parts.plan, parts.ranks
-    batches = [
-        evaluate.take(parts.rows, rows)
-        for rows in split_micro_batches(
-            parts.order.step_rows(state.step), plan.micro_batch_examples
-        )
-    ]
+    size = fitting.sizes.micro_batch_examples
+    pieces = list(split_micro_batches(parts.order.step_rows(state.step), size))
+    batches = [evaluate.take(parts.rows, rows) for rows in pieces]
     targets = sum(batch.targets for batch in batches)
     rate = learning_rate(
         state.step,
@@ -123,14 +125,15 @@ def _step(parts: Parts, state: TrainState) -> TrainState:
         kind=training.lr_scheduler_type,
     )
     set_learning_rate(parts.optimizer, rate)
-    summed = torch.zeros((), device=parts.causal.device)
     own = own_batches([batch.tokens for batch in batches], ranks, parts.causal.is_sharded)
-    for index, weight in own:
-        # Dropout follows from the place in the step, whoever computes it.
-        torch.manual_seed(seed_of(training.seed, state.step, index))
-        share = parts.causal.loss(batches[index]) * (weight / max(1, targets))
-        share.backward()
-        summed += share.detach()
+    summed = fitting.accumulate(
+        parts.rows,
+        [(pieces[index], index, weight) for index, weight in own],
+        targets,
+        parts.optimizer,
+        seed=training.seed,
+        step=state.step,
+    )
     if ranks.count > 1 and torch.cuda.is_available():
         # A rank's time is that of its kernels, which have only been launched so far; the sum
         # over ranks that follows waits for them anyway.
@@ -141,8 +144,10 @@ def _step(parts: Parts, state: TrainState) -> TrainState:
         tokens=sum(batches[index].tokens for index, weight in own if weight),
         memory_bytes=peak_memory_bytes(),
         gpu_memory_bytes=_gpu_memory_bytes(),
+        **fitting.measured(),
     )
     loss, measured = sum_step(ranks, list(parts.parameters.values()), summed, figures)
+    fitting.agree(measured, state.step)
     # An infinite bound measures the norm and scales nothing.
     bound = training.max_grad_norm or math.inf
     norm = float(torch.nn.utils.clip_grad_norm_(parts.parameters.values(), bound))
@@ -210,19 +215,20 @@ def _is_evaluation_due(parts: Parts, state: TrainState) -> bool:
     return is_interval or state.step in (0, parts.plan.total_steps)
 
 
-def _evaluate(parts: Parts, state: TrainState) -> TrainState:
+def _evaluate(parts: Parts, state: TrainState, fitting: Fitting) -> TrainState:
     """Evaluate; a stop request in between leaves it to the resumed run."""
     parts.emit(PhaseChanged(phase="evaluating", detail=f"step {state.step}"))
     score = evaluate.score(
         parts.causal,
         parts.eval_rows,
-        batch_examples=parts.training.per_device_eval_batch_size,
+        batch_examples=fitting.sizes.eval_batch_examples,
         should_stop=parts.should_stop,
         progress=progress_of(parts.emit, "rows", len(parts.eval_rows)),
         ranks=parts.ranks,
     )
     if score is None:
         return state
+    fitting.agree_on_evaluation(score.batch_examples, state.step)
     after = state.after_evaluation(score.loss, parts.training.early_stopping_threshold)
     parts.emit(
         Evaluated(

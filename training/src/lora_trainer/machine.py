@@ -6,9 +6,9 @@ zero or empty, never guessed.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
+import resource
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +20,8 @@ import psutil
 CGROUP = Path("/sys/fs/cgroup")
 # cgroup v1 says "no limit" with a number near 2**63, v2 with the word max.
 UNLIMITED_BYTES = 1 << 60
+OWN_CGROUPS = Path("/proc/self/cgroup")
+VMSTAT = Path("/proc/vmstat")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Hardware facts; memory is the smaller of the host's and the cgroup's limit, in bytes."""
+    """Hardware facts; memory is the least of the host's and of what limits it, in bytes."""
 
     cores: int
     memory_bytes: int
@@ -53,40 +55,76 @@ def read_machine() -> Machine:
     gpus, driver = _read_gpus()
     return Machine(
         cores=_usable_cores(),
-        memory_bytes=min(psutil.virtual_memory().total, cgroup_memory_limit_bytes()),
+        memory_bytes=min(
+            psutil.virtual_memory().total, cgroup_memory_limit_bytes(), address_space_bytes()
+        ),
         gpus=gpus,
         driver=driver,
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
     )
 
 
+def address_space_bytes() -> int:
+    """Return the limit that `ulimit -v` sets to a process; UNLIMITED_BYTES where none."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return UNLIMITED_BYTES if limit == resource.RLIM_INFINITY else min(limit, UNLIMITED_BYTES)
+
+
 def cgroup_memory_limit_bytes(root: Path = CGROUP) -> int:
     """Return this process's memory limit from cgroup v2 or v1; UNLIMITED_BYTES where none."""
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            text = (root / name).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            return min(int(text), UNLIMITED_BYTES)
-    return UNLIMITED_BYTES
+    limits = [
+        min(int(text), UNLIMITED_BYTES)
+        for folder, is_v2 in memory_cgroups(root)
+        if (text := _read(folder / ("memory.max" if is_v2 else "memory.limit_in_bytes"))).isdigit()
+    ]
+    return min(limits, default=UNLIMITED_BYTES)
 
 
 def oom_kills(root: Path = CGROUP) -> int:
-    """Return how often the kernel has killed a process of this cgroup for memory."""
-    counts = (
-        _counted(root / name, "oom_kill") for name in ("memory.events", "memory/memory.oom_control")
-    )
-    return max(counts)
+    """Return how often the kernel has killed a process of this cgroup for memory.
+
+    Without a memory cgroup to ask, as on a bare machine, those of the whole machine count.
+    """
+    counts = [
+        _counted(_read(folder / ("memory.events" if is_v2 else "memory.oom_control")), "oom_kill")
+        for folder, is_v2 in memory_cgroups(root)
+    ]
+    known = [count for count in counts if count is not None]
+    if known:
+        return max(known)
+    return _counted(_read(VMSTAT), "oom_kill") or 0 if root == CGROUP else 0
 
 
-def _counted(path: Path, name: str) -> int:
-    """Return the number behind a name in a file of such lines; 0 where there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in path.read_text().splitlines():
-            if line.split()[:1] == [name]:
-                return int(line.split()[1])
-    return 0
+def memory_cgroups(root: Path) -> list[tuple[Path, bool]]:
+    """Return the folders of this process's memory cgroup, and whether each is of version 2.
+
+    In a container its own cgroup is mounted as the root; elsewhere it is further down.
+    """
+    folders = [(root, True), (root / "memory", False)]
+    for line in _read(OWN_CGROUPS).splitlines() if root == CGROUP else ():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not controllers:
+            folders.append((root / path.lstrip("/"), True))
+        elif "memory" in controllers.split(","):
+            folders.append((root / "memory" / path.lstrip("/"), False))
+    return folders
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _counted(text: str, name: str) -> int | None:
+    """Return the number behind a name in lines of such pairs; None where there is none."""
+    for line in text.splitlines():
+        words = line.split()
+        if words[:1] == [name] and len(words) > 1 and words[1].isdigit():
+            return int(words[1])
+    return None
 
 
 def free_disk_bytes(path: Path) -> int:

@@ -13,6 +13,7 @@ from typing import IO, Any
 from .disk import sync
 from .errors import AccessError, ConfigError, StorageError
 from .events import Event
+from .memory import MEMORY
 from .sources import Settings
 
 DIGEST = "config.digest"
@@ -28,7 +29,7 @@ OWN = frozenset(
     {
         DONE, EVENTS, RESOLVED, LOG, DIGEST, SERVER, "plan.json", "data.json", "environment.json",
         "report.html", "loss.png", "logs", "checkpoints", "initial_adapter", FINAL,
-        f".{FINAL}.writing",
+        f".{FINAL}.writing", MEMORY,
     }
 )  # fmt: skip
 # What a kill leaves of a file that was being written, and of the test of a folder.

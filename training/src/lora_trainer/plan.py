@@ -7,12 +7,13 @@ keeps it. Imports no torch.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from .config import Config, TrainingSection
 from .errors import ConfigError
 from .machine import Machine
+from .memory import MemoryLimits
 
 Precision = Literal["float32", "bfloat16"]
 Parallelism = Literal["none", "ddp", "fsdp", "deepspeed"]
@@ -69,16 +70,18 @@ class DataProfile:
 class Share:
     """What one of several processes has of the work; `micro_batch` 0: as configured.
 
-    `is_offloaded`: its part of the layers lies in the host's memory.
+    `is_offloaded`: its part of the layers lies in the host's memory. `eval_batch` likewise.
     """
 
     processes: int = 1
     parallelism: Parallelism = "none"
     micro_batch: int = 0
     is_offloaded: bool = False
+    eval_batch: int = 0
 
 
 ALL = Share()
+AS_CONFIGURED = MemoryLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,7 @@ class Plan:
     warmup_steps: int
     peak_learning_rate: float
     eval_rows: int
+    eval_batch_examples: int
     eval_every_steps: int
     save_every_steps: int
     loss_chunk_tokens: int
@@ -109,11 +113,15 @@ class Plan:
     trainable_parameters: int
     estimated_memory_bytes: int
     memory_limit_bytes: int
+    # Of one example with gradient checkpointing, and what fits where that does not (`smaller`).
+    least_memory_bytes: int = 0
+    smaller_plans: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain JSON data."""
-        return asdict(self) | {"reasons": list(self.reasons)}
+        lists = {"reasons": list(self.reasons), "smaller_plans": list(self.smaller_plans)}
+        return asdict(self) | lists
 
 
 def make_plan(
@@ -127,9 +135,12 @@ def make_plan(
     padding_free: bool,
     processes: int = 1,
     parallelism: Parallelism = "none",
+    limits: MemoryLimits = AS_CONFIGURED,
     reasons: tuple[str, ...] = (),
 ) -> Plan:
     """Resolve a run's numbers; `precision` and `attention` are measured by the caller.
+
+    `limits` are what the run was cut down to when its memory ran out.
 
     A step is per_device_train_batch_size x gradient_accumulation_steps examples whatever
     the number of processes: they share them out, and no number but the time changes.
@@ -144,11 +155,15 @@ def make_plan(
     steps_per_epoch = math.ceil(data.rows / step_examples)
     total, warmup = steps_of(training, steps_per_epoch)
     # Where there are fewer micro-batches than processes, these become smaller.
-    micro_batch = min(training.per_device_train_batch_size, -(-step_examples // processes))
+    as_asked = min(training.per_device_train_batch_size, -(-step_examples // processes))
+    micro_batch = min(as_asked, limits.micro_batch_examples or as_asked)
+    eval_batch = training.per_device_eval_batch_size
+    eval_batch = min(eval_batch, limits.eval_batch_examples or eval_batch)
     # Where there is no GPU, the host's memory is where the layers are anyway.
     is_offloaded = config.training.offload_param_device == "cpu" and machine.has_gpu
-    share = Share(processes, parallelism, micro_batch, is_offloaded)
-    checkpointing, why = _choose_checkpointing(config, machine, shape, data, precision, share)
+    share = Share(processes, parallelism, micro_batch, is_offloaded, eval_batch)
+    chosen = _choose_checkpointing(config, machine, shape, data, precision, share, limits)
+    checkpointing, why = chosen
     return Plan(
         device="cuda" if machine.has_gpu else "cpu",
         processes=processes,
@@ -167,6 +182,7 @@ def make_plan(
         warmup_steps=warmup,
         peak_learning_rate=training.learning_rate,
         eval_rows=data.eval_rows,
+        eval_batch_examples=eval_batch,
         eval_every_steps=training.eval_steps if data.eval_rows else 0,
         save_every_steps=config.output.save_steps,
         loss_chunk_tokens=training.loss_chunk_tokens,
@@ -176,7 +192,12 @@ def make_plan(
             config, shape, data, precision, has_checkpointing=checkpointing, share=share
         ),
         memory_limit_bytes=memory_limit_bytes(machine, processes),
-        reasons=(*reasons, *why, *_idle_reasons(config, step_examples, processes)),
+        reasons=(
+            *reasons,
+            *why,
+            *_idle_reasons(config, step_examples, processes),
+            *limits.reasons(as_asked, training.per_device_eval_batch_size),
+        ),
     )
 
 
@@ -193,6 +214,18 @@ def steps_of(training: TrainingSection, steps_per_epoch: int) -> tuple[int, int]
         else math.ceil(training.warmup_ratio * total)
     )
     return total, min(warmup, total)
+
+
+def limited(plan: Plan, limits: MemoryLimits) -> Plan:
+    """Return the plan of a run that goes on with smaller batches."""
+    batches = math.ceil(plan.step_examples / limits.micro_batch_examples)
+    return replace(
+        plan,
+        micro_batch_examples=limits.micro_batch_examples,
+        micro_batches=-(-batches // plan.processes),
+        eval_batch_examples=limits.eval_batch_examples,
+        gradient_checkpointing=limits.gradient_checkpointing,
+    )
 
 
 def estimate_memory_bytes(
@@ -224,7 +257,8 @@ def estimate_memory_bytes(
     layers = layer + shape.layers * hidden if has_checkpointing else layer * shape.layers
     # logits, their float32 softmax and its gradient, one chunk at a time; an evaluation's
     # batch is often the larger one.
-    scored = config.training.per_device_eval_batch_size * data.longest if data.eval_rows else 0
+    eval_batch = share.eval_batch or config.training.per_device_eval_batch_size
+    scored = eval_batch * data.longest if data.eval_rows else 0
     chunk = min(max(tokens, scored), config.training.loss_chunk_tokens)
     logits = chunk * shape.vocab_size * 12
     return int(RUNTIME_BYTES + weights + adapter + layers + logits)
@@ -349,8 +383,9 @@ def _choose_checkpointing(
     data: DataProfile,
     precision: Precision,
     share: Share,
+    limits: MemoryLimits,
 ) -> tuple[bool, tuple[str, ...]]:
-    asked = config.model.gradient_checkpointing
+    asked = limits.gradient_checkpointing or config.model.gradient_checkpointing
     if asked != "auto":
         return bool(asked), ()
     needed = estimate_memory_bytes(

@@ -83,6 +83,14 @@ class Ranks:
             else:
                 torch.distributed.all_gather_into_tensor(whole, part)
 
+    def least(self, value: int) -> int:
+        """Return the least of all ranks' values; every rank must ask."""
+        if self.count == 1:
+            return value
+        values = torch.zeros(self.count, dtype=torch.int64)
+        values[self.rank] = value
+        return int(self.summed(values).min())
+
     def wait(self) -> None:
         """Wait until every rank is here."""
         self.is_any(False)
@@ -234,20 +242,24 @@ def sum_step(
     ]
 
 
-FIGURES = 4
+FIGURES = 6
 
 
 def _packed(own: RankFigures) -> list[float]:
-    return [own.seconds, float(own.tokens), own.memory_bytes / 1024, own.gpu_memory_bytes / 1024]
+    sizes = [float(own.micro_batch_examples), float(own.gradient_checkpointing)]
+    memory = [own.memory_bytes / 1024, own.gpu_memory_bytes / 1024]
+    return [own.seconds, float(own.tokens), *memory, *sizes]
 
 
 def _unpacked(rank: int, row: list[Any]) -> RankFigures:
     """Return a rank's figures; float32 carries them to seven digits."""
-    seconds, tokens, memory_kib, gpu_kib = row
+    seconds, tokens, memory_kib, gpu_kib, examples, checkpointing = row
     return RankFigures(
         rank=rank,
         seconds=seconds,
         tokens=int(tokens),
         memory_bytes=int(memory_kib) * 1024,
         gpu_memory_bytes=int(gpu_kib) * 1024,
+        micro_batch_examples=int(examples),
+        gradient_checkpointing=int(checkpointing),
     )

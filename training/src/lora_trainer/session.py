@@ -53,6 +53,7 @@ from .identity import (
 from .initial import FOLDER, Initial, verified, weights_digest
 from .loop import Parts
 from .machine import Machine, read_machine
+from .memory import MemoryLimits
 from .model import determinism, flash, load, loftq, probe, quantize, zero
 from .model.adapter import (
     add_adapter,
@@ -64,9 +65,12 @@ from .model.adapter import (
 from .model.forward import CausalLM
 from .model.shard import choose_sharing
 from .optim import make_optimizer
-from .plan import Plan, make_plan
+from .output import write_json
+from .plan import Plan, limited, make_plan
 from .preview import parallelism_before_loading, shape_of
 from .ranks import ALONE, Ranks
+from .recovery import read_limits, write_limits
+from .smaller import with_smaller_plans
 from .sources.adapter import find_adapter
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors", "datasets")
@@ -210,7 +214,14 @@ class Session:
             ranks=self.ranks,
             unrecorded=unrecorded,
             name_rows=self.name_rows,
+            keep_limits=self.keep_limits,
         )
+
+    def keep_limits(self, limits: MemoryLimits) -> None:
+        """Keep what the run was cut down to when memory ran out, here and for later starts."""
+        self.plan = limited(self.plan, limits)
+        write_limits(self.output_dir, limits)
+        write_json(self.output_dir / "plan.json", self.plan.to_dict())
 
     def name_rows(self, indices: Sequence[int], is_held_out: bool) -> list[str]:
         """Name tokenized rows by file and line, as far as the datasets still tell."""
@@ -340,16 +351,18 @@ def _open_model(
         raise flash.refusal(fallback)
     weights = [source.weight for source in source_specs(config, config.data.dataset)]
     rows_of_epoch = rows_of_epoch_in(splits, weights, config.training.seed)
+    profile = profile_of(splits, rows_to_train(rows_of_epoch))
     plan = make_plan(
         config,
         machine,
         shape_of_base,
-        profile_of(splits, rows_to_train(rows_of_epoch)),
+        profile,
         precision=used,
         attention=attention,
         padding_free=causal.packed is not None,
         processes=ranks.count,
         parallelism=parallelism,
+        limits=read_limits(output_dir),
         reasons=tuple(
             reason
             for reason in (
@@ -362,6 +375,7 @@ def _open_model(
             if reason
         ),
     )
+    plan = with_smaller_plans(plan, config, shape_of_base, profile)
     if plan.gradient_checkpointing:
         enable_checkpointing(base, lets_go=parallelism == "deepspeed")
     if base_hash is None and ranks.is_first:

@@ -230,6 +230,8 @@ def _apply(status: RunStatus, event: Event) -> RunStatus:
             return replace(rewound, resumed=event, is_worker_down=False)
         case said.Warned(message=message):
             return _warned(status, message[:KEPT_CHARACTERS])
+        case said.MemoryReduced():
+            return replace(status, plan=_with_sizes(status.plan, event))
         case said.Restarted():
             status = replace(status, restarts=_kept((*status.restarts, event)), failure=None)
             return replace(_fresh(status), is_worker_down=True)
@@ -355,6 +357,19 @@ def _warned(status: RunStatus, message: str) -> RunStatus:
     if len(status.warnings) >= KEPT_EVENTS:  # the first ones tell more than the last
         return replace(status, warnings_left_out=status.warnings_left_out + 1)
     return replace(status, warnings=(*status.warnings, RunWarning(message)))
+
+
+def _with_sizes(plan: Mapping[str, Any], event: said.MemoryReduced) -> Mapping[str, Any]:
+    """Return the plan with the sizes that a run goes on with after memory ran out."""
+    processes = max(1, int(plan.get("processes", 1)))
+    examples = int(plan.get("step_examples", 0))
+    batches = -(-examples // max(1, event.micro_batch_examples))
+    return dict(plan) | {
+        "micro_batch_examples": event.micro_batch_examples,
+        "micro_batches": -(-batches // processes),
+        "eval_batch_examples": event.eval_batch_examples,
+        "gradient_checkpointing": event.gradient_checkpointing,
+    }
 
 
 def _with_sample(samples: tuple[said.Sample, ...], event: said.Sample) -> tuple[said.Sample, ...]:

@@ -17,8 +17,17 @@ from dataclasses import asdict
 from typing import IO, Any
 
 from . import claim, earlier_run
-from .endings import FINAL_CODES, WorkerEnd, failed, given_up, saved_step, stopped
-from .errors import TrainerError, UnavailableError
+from .endings import (
+    FINAL_CODES,
+    WorkerEnd,
+    failed,
+    failure_in_log,
+    given_up,
+    is_told_at_once,
+    saved_step,
+    stopped,
+)
+from .errors import MemoryKilledError, TrainerError, UnavailableError
 from .events import (
     Ended,
     Event,
@@ -189,7 +198,7 @@ class Supervisor:
     def _run_worker(self) -> int:
         """Start the worker until it finishes, fails for good, or uses up its restarts."""
         restarts = Restarts(self.config.monitoring.max_restarts)
-        recovery = Recovery()
+        recovery = Recovery(self.output_dir)
         while True:
             self.tell(
                 RunStarted(
@@ -206,12 +215,15 @@ class Supervisor:
             if end.code == 0:
                 self.tell(Ended(exit_code=0))
                 return 0
-            if not self._signals and (cause := recovery.after(end.failure)):
+            if not self._signals and (retry := recovery.after(end, self.status)):
                 attempt = restarts.spare()
-                self.tell(Restarted(attempt=attempt, cause=cause, exit_code=end.code))
+                for event in retry.events:
+                    self.tell(event)
+                self.tell(Restarted(attempt=attempt, cause=retry.cause, exit_code=end.code))
                 continue
             if end.failure:
-                raise self._final(failed(end.failure), is_recorded=not end.failure.retry)
+                error = failed(end.failure, self.status)
+                raise self._final(error, is_recorded=is_told_at_once(end.failure))
             if end.code == 143 or self._signals:
                 raise self._stopped()
             refusal = restarts.refusal(self.status)
@@ -236,6 +248,7 @@ class Supervisor:
             "secrets": sorted(self.redaction.secrets),
         }
         place = self.output_dir / LOG
+        log_bytes = place.stat().st_size if place.exists() else 0
         with open_log(place, self.redaction, self._warn) as log, os.fdopen(reading):
             self._worker = worker = WorkerGroup(
                 order,
@@ -254,11 +267,15 @@ class Supervisor:
             )
             failure, stall = self._follow(reading, watch)
         code = worker.wait()
+        if failure is None and not stall and (failure := failure_in_log(code, place, log_bytes)):
+            self.tell(failure) if is_told_at_once(failure) else None
         # Once it has said why it gives up, a second fault while it ends changes nothing.
         if failure is not None:
-            return WorkerEnd(failure.exit_code, failure.problems[0]["what"], failure)
+            is_memory = failure.retry == MemoryKilledError.KIND
+            return WorkerEnd(failure.exit_code, failure.problems[0]["what"], failure, is_memory)
         if code == -signal.SIGKILL and watch.was_out_of_memory():
-            return WorkerEnd(code, f"{worker.fallen}was killed by the kernel for memory")
+            cause = f"{worker.fallen}was killed by the kernel for memory"
+            return WorkerEnd(code, cause, is_out_of_memory=True)
         return WorkerEnd(STALLED if stall else code, stall or f"{worker.fallen}{cause_of(code)}")
 
     def _follow(self, reading: int, watch: Watch) -> tuple[Failed | None, str]:
@@ -284,7 +301,7 @@ class Supervisor:
                             self.tell(event)
                         elif not failure:
                             failure = event
-                            if not failure.retry:  # else there may be a second try
+                            if is_told_at_once(failure):
                                 self.tell(event)
                 if time.monotonic() - checked >= WATCH_SECONDS:
                     checked = time.monotonic()

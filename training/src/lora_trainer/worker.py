@@ -348,7 +348,7 @@ def _answer(
         session.tokenizer,
         asked,
         ends=session.stops,
-        batch_examples=order.config.training.per_device_eval_batch_size,
+        batch_examples=session.plan.eval_batch_examples,
         max_new_tokens=order.config.training.eval_max_new_tokens,
         should_stop=must_stop,
         progress=progress_of(emit, "answers", len(asked)),

@@ -7,7 +7,7 @@ took 8 s for a second's work.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lora_trainer.checkpoint_store import CheckpointStore
 from lora_trainer.compat import enable_checkpointing
 from lora_trainer.config import Config, LoraSection, ModelSection
 from lora_trainer.data.batches import StepOrder
-from lora_trainer.events import Evaluated, RanksMeasured, StepDone
+from lora_trainer.events import Evaluated, MemoryReduced, RanksMeasured, StepDone
 from lora_trainer.loop import Parts, train
 from lora_trainer.machine import Machine
 from lora_trainer.model.adapter import add_adapter, trained_parameters
@@ -115,6 +115,39 @@ def trained(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) -> 
         "slowest": [event.slowest for event in measured],
         "held": sum(map(held, parts.causal.decoder.layers.parameters())),
         "adapter": {name: p.detach().clone() for name, p in parts.parameters.items()},
+    }
+
+
+def short_of_memory(ranks: Ranks, folder: Path, own: dict) -> dict[str, Any]:
+    """Train where the last rank has memory for one example at a time alone."""
+    parts, events = make_parts(ranks, folder, "ddp", own)
+    kept: list[Any] = []
+    causal = parts.causal
+    sound_loss, sound_score, failed = causal.loss, causal.score, []
+
+    def loss(batch: Any) -> Any:
+        fits(batch)
+        return sound_loss(batch)
+
+    def score(batch: Any) -> Any:
+        fits(batch)
+        return sound_score(batch)
+
+    def fits(batch: Any) -> None:
+        if ranks.rank == ranks.count - 1 and len(batch.ids) > 1:
+            failed.append(len(batch.ids))
+            raise MemoryError
+
+    causal.loss, causal.score = loss, score
+    state = train(replace(parts, keep_limits=kept.append), TrainState())
+    return {
+        "step": state.step,
+        "losses": [event.loss for event in events if isinstance(event, StepDone)],
+        "evals": [event.eval_loss for event in events if isinstance(event, Evaluated)],
+        "adapter": {name: p.detach().clone() for name, p in parts.parameters.items()},
+        "kept": [asdict(one) for one in kept],
+        "failed": failed,
+        "reduced": [e.micro_batch_examples for e in events if isinstance(e, MemoryReduced)],
     }
 
 

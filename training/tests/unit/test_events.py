@@ -18,6 +18,7 @@ from lora_trainer.events import (
     Failed,
     Finished,
     Generated,
+    MemoryReduced,
     PhaseChanged,
     Planned,
     Progress,
@@ -63,6 +64,10 @@ EXAMPLES = [
     CheckpointSaved(time=1.5, step=1, path="checkpoints/step-000001", bytes=5, seconds=0.2),
     Resumed(time=1.5, step=1, path="checkpoints/step-000001", skipped=["checkpoints/step-000002"]),
     Warned(time=1.5, message="mind"),
+    MemoryReduced(
+        time=1.5, step=1, micro_batch_examples=2, eval_batch_examples=8,
+        gradient_checkpointing=True, cause="no more",
+    ),
     Restarted(time=1.5, attempt=1, cause="killed", exit_code=137),
     Failed(time=1.5, exit_code=65, problems=[{"what": "bad row", "where": "a.jsonl:3"}]),
     Finished(

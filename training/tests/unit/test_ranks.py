@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extras import needs_deepspeed
+from lora_trainer.memory import MemoryLimits
 from lora_trainer.model.quantize import works_on_cpu
 from lora_trainer.ranks import PeerLostError, Ranks, is_peer_lost, own_batches, seed_of, share_out
 
@@ -191,3 +193,22 @@ def test_sharded_rank_without_work_goes_along_with_weight_nought() -> None:
 def test_dropout_has_another_seed_at_each_place_of_a_run() -> None:
     places = [(seed, step, index) for seed in (0, 1) for step in range(3) for index in range(3)]
     assert len({seed_of(*place) for place in places}) == len(places)
+
+
+def test_rank_that_runs_out_of_memory_makes_all_ranks_agree_on_less(
+    alone: Any, tmp_path: Path
+) -> None:
+    expected, own = alone({}), {"per_device_eval_batch_size": 3}
+    found = together(2, tmp_path / "run", ranks_at_work.short_of_memory, tmp_path / "run", own)
+    first, last = found
+    assert first["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+    assert first["evals"] == pytest.approx(expected["evals"], abs=1e-5)
+    for name, tensor in expected["adapter"].items():
+        for one in found:
+            torch.testing.assert_close(one["adapter"][name], tensor, atol=1e-5, rtol=0)
+    # Once in the first evaluation and once in the first step, on the rank that is short alone.
+    assert (first["failed"], last["failed"]) == ([], [3, 2])
+    # Rank 0 speaks and keeps, the sizes are the same on both.
+    assert first["kept"][-1] == asdict(MemoryLimits(1, 1, False))
+    assert first["reduced"] == [2, 1]
+    assert (last["kept"], last["reduced"]) == ([], [])

@@ -27,8 +27,18 @@ from lora_trainer.errors import (
     MemoryKilledError,
     StoppedError,
     TrainerError,
+    UnavailableError,
 )
-from lora_trainer.events import Event, Failed, PhaseChanged, StepDone, Warned, parse_line
+from lora_trainer.events import (
+    Event,
+    Failed,
+    MemoryReduced,
+    PhaseChanged,
+    Planned,
+    StepDone,
+    Warned,
+    parse_line,
+)
 from lora_trainer.group import cause_of
 from lora_trainer.output import EventFile, archive, make_folder, write_text
 from lora_trainer.sources import resolve
@@ -742,3 +752,113 @@ def test_retry_leaves_the_budget_of_crashes_alone(made: Made, tmp_path: Path) ->
     )
     assert made(script, "--max_restarts", "1").run() == 0
     assert workers(tmp_path) == 3
+
+
+PLAN = Planned(
+    plan={
+        "micro_batch_examples": 4,
+        "eval_batch_examples": 8,
+        "gradient_checkpointing": False,
+        "step_examples": 4,
+        "processes": 1,
+        "least_memory_bytes": 3_000_000_000,
+        "memory_limit_bytes": 2_000_000_000,
+        "smaller_plans": ["--max_seq_length 64 needs about 1.5 GB"],
+    }
+).to_line()
+
+
+def planned_from_file(folder: Path) -> str:
+    """Return shell commands that say a plan with the sizes that the folder's run keeps to."""
+    value = f"sed -n 's/.*\"NAME\": \\([^,]*\\).*/\\1/p' {folder}/memory.json"
+    reads = [
+        f"M=$({value.replace('NAME', 'micro_batch_examples')})",
+        f"G=$({value.replace('NAME', 'gradient_checkpointing')})",
+    ]
+    line = PLAN.strip().replace('examples": 4', "examples\": '${M:-4}'", 1)
+    line = line.replace('checkpointing": false', "checkpointing\": '${G:-false}'")
+    return "\n".join([*reads, f"echo '{line}' >/dev/fd/$LORA_TRAINER_EVENTS_FD\n"])
+
+
+def test_worker_that_is_killed_for_memory_goes_on_with_smaller_batches_until_none_is_left(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor.Watch, "was_out_of_memory", lambda _: True)
+    training = PhaseChanged(phase="training").to_line()
+    script = f"{planned_from_file(tmp_path / 'out')}{says(training, step_line(3))} kill -KILL $$"
+    # They are no crashes: no restart is allowed for those.
+    run = made(script, "--max_restarts", "0")
+    with pytest.raises(MemoryKilledError, match="killed by the kernel for memory") as caught:
+        run.run()
+    assert caught.value.exit_code == 137
+    reduced = [event for event in told(run.output_dir) if isinstance(event, MemoryReduced)]
+    assert [(one.micro_batch_examples, one.gradient_checkpointing) for one in reduced] == [
+        (2, False), (1, False), (1, True),
+    ]  # fmt: skip
+    assert workers(tmp_path) == 4
+    assert json.loads((run.output_dir / "memory.json").read_text()) == {
+        "micro_batch_examples": 1, "eval_batch_examples": 8, "gradient_checkpointing": True,
+    }  # fmt: skip
+    (problem,) = caught.value.problems
+    assert "needs about 3.0 GB, and 2.0 GB are there" in problem.why
+    assert problem.remedy.startswith("--max_seq_length 64 needs about 1.5 GB; with it")
+    assert run.status.plan["micro_batch_examples"] == 1
+
+
+def test_smaller_batches_are_in_the_plan_and_the_warnings_of_the_status(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor.Watch, "was_out_of_memory", lambda _: True)
+    training = PhaseChanged(phase="training").to_line()
+    script = f"if [ $N = 0 ]; then {says(PLAN, training, step_line(3))} kill -KILL $$; fi"
+    run = made(script)
+    assert run.run() == 0
+    assert (run.status.plan["micro_batch_examples"], run.status.plan["micro_batches"]) == (2, 2)
+    assert any("memory ran out at step 4" in one.message for one in run.status.warnings)
+
+
+def test_kill_for_memory_while_evaluating_makes_the_evaluation_smaller(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor.Watch, "was_out_of_memory", lambda _: True)
+    evaluating = PhaseChanged(phase="evaluating").to_line()
+    run = made(f"if [ $N = 0 ]; then {says(PLAN, evaluating)} kill -KILL $$; fi")
+    assert run.run() == 0
+    (reduced,) = [event for event in told(run.output_dir) if isinstance(event, MemoryReduced)]
+    assert (reduced.micro_batch_examples, reduced.eval_batch_examples) == (4, 4)
+
+
+def test_memory_that_runs_out_while_loading_has_no_smaller_batch_to_try(
+    made: Made, tmp_path: Path
+) -> None:
+    problem = {"what": "memory ran out", "where": "w", "why": "y", "remedy": "use_4bit"}
+    failed = Failed(exit_code=137, problems=[problem], retry="memory").to_line()
+    loading = PhaseChanged(phase="loading").to_line()
+    with pytest.raises(MemoryKilledError) as caught:
+        made(f"{says(loading, failed)} exit 137").run()
+    assert workers(tmp_path) == 1
+    assert caught.value.problems[0].remedy == "use_4bit"
+
+
+def test_rank_that_reports_memory_makes_all_go_on_with_less(made: Made, tmp_path: Path) -> None:
+    problem = {"what": "memory ran out", "where": "w", "why": "y", "remedy": "r"}
+    failed = Failed(exit_code=137, problems=[problem], retry="memory").to_line()
+    training = PhaseChanged(phase="training").to_line()
+    run = made(f"if [ $N = 0 ]; then {says(PLAN, training, failed)} exit 137; fi")
+    assert run.run() == 0
+    assert workers(tmp_path) == 2
+    assert "failed" not in kinds(run.output_dir)
+    (restart,) = run.status.restarts
+    assert restart.cause == "memory ran out; goes on with micro-batches of 2 examples"
+
+
+def test_library_that_ends_the_process_for_want_of_a_thread_is_explained(
+    made: Made, tmp_path: Path
+) -> None:
+    run = made(
+        "echo 'libgomp: Thread creation failed: Resource temporarily unavailable' >&2; exit 1"
+    )
+    with pytest.raises(UnavailableError, match="refuses one more thread"):
+        run.run()
+    assert workers(tmp_path) == 1
+    assert kinds(run.output_dir) == ["run_started", "failed", "ended"]

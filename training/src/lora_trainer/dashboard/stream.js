@@ -6,7 +6,7 @@
 
 const KINDS = [
   "run_started", "phase", "plan", "progress", "step", "eval", "generated", "sample",
-  "checkpoint", "resumed", "warning", "restart", "ranks", "failed", "finished", "stopped",
+  "checkpoint", "resumed", "warning", "memory", "restart", "ranks", "failed", "finished", "stopped",
   "ended", "tick", "log", "reset",
 ];
 const SILENCE_MS = 15_000; // the server ticks every second
