@@ -72,6 +72,9 @@ def data_warnings(config: Config, splits: DataSplits) -> list[str]:
     for name, report in (("dataset", splits.train_report), ("eval_dataset", splits.eval_report)):
         if report is None:
             continue
+        if ended := report.processes_restarted:
+            processes = "1 tokenizing process" if ended == 1 else f"{ended} tokenizing processes"
+            told.append(f"{name}: {processes} ended early; the rows were done again")
         if report.rows_truncated:
             told.append(
                 f"{name}: {report.rows_truncated:,} of {report.rows_read:,} rows are cut to "

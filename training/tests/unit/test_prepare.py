@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import psutil
 import pytest
@@ -18,11 +19,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from lora_trainer.data import prepare as prepare_module
 from lora_trainer.data.encoder import TokenizerFactory
 from lora_trainer.data.examples import Chat, Completion, Encoded
 from lora_trainer.data.instructions import RowError
 from lora_trainer.data.locate import SourceSpec
+from lora_trainer.data.pool import EncodingPool
 from lora_trainer.data.prepare import PrepareSettings, prepare, prepare_splits
 from lora_trainer.errors import (
     ConfigError,
@@ -56,6 +57,10 @@ class WordEncoder:
             raise KeyError(SECRET)
         if "killed" in dict(words):
             os.kill(os.getpid(), 9)
+        for once in (word for word, _ in words if word.startswith("once=")):
+            if not Path(once[5:]).exists():
+                Path(once[5:]).touch()
+                os.kill(os.getpid(), 9)
         trained = [t and word != "mute" for word, t in words]
         return Encoded([len(word) for word, _ in words] + [END], [*trained, any(trained)])
 
@@ -306,8 +311,24 @@ def test_an_error_of_a_tokenizing_process_reaches_the_user(tmp_path, workers, wo
 
 def test_a_killed_tokenizing_process_is_explained(tmp_path):
     spec = write(tmp_path / "d.jsonl", texts(*["fine"] * 3000, "killed"))
-    with pytest.raises(MemoryKilledError, match="killed"):
+    with pytest.raises(MemoryKilledError, match="killed twice") as caught:
         run(spec, tmp_path, workers=2)
+    path = spec.path_or_id
+    assert caught.value.problems[0].where == f"{path}:2561 to {path}:3001"
+    assert not psutil.Process().children()
+
+
+def test_a_tokenizing_process_killed_once_is_replaced_and_its_rows_done_again(tmp_path):
+    rows = ["fine one", *["fine"] * 3000, "fine two"]
+    whole, _ = run(write(tmp_path / "whole.jsonl", texts(*rows)), tmp_path, workers=2)
+    rows[1500] = f"fine once={tmp_path / 'killed'}"
+    spec = write(tmp_path / "d.jsonl", texts(*rows))
+    killed, report = run(spec, tmp_path, workers=2)
+    assert report.processes_restarted == 1
+    assert report.rows_used == len(rows) == len(whole)
+    assert [killed[n][0].tolist() for n in (0, 1499, 1501, 3001)] == [
+        whole[n][0].tolist() for n in (0, 1499, 1501, 3001)
+    ]
     assert not psutil.Process().children()
 
 
@@ -430,7 +451,7 @@ def test_preparing_imports_neither_torch_nor_other_heavy_libraries():
 
 
 def test_small_datasets_start_no_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "EncodingPool", lambda *_: pytest.fail("pool started"))
+    monkeypatch.setattr(EncodingPool, "__enter__", lambda _: pytest.fail("pool started"))
     run(write(tmp_path / "d.jsonl", pairs(2000)), tmp_path, workers=8)
 
 

@@ -17,7 +17,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, cast
 
 from lora_trainer.data.encoder import ChunkSettings, EncodedChunk, EncoderFactory, encode_chunk
@@ -33,15 +33,20 @@ CHUNKS_AHEAD = 2
 class EncodingPool:
     """Processes that tokenize chunks of rows.
 
+    One that ends within a chunk is replaced, and the chunk is done again, once.
+
     Raises:
-        MemoryKilledError: a process was killed, by the kernel most often.
-        InternalError: a process ended by itself.
+        MemoryKilledError: a second process was killed within a chunk, by the kernel most often.
+        InternalError: a second process ended by itself within a chunk.
     """
 
     def __init__(self, factory: EncoderFactory, processes: int) -> None:
         self._factory = factory
-        self._size = processes
+        self.size = processes
+        self.restarts = 0
         self._local = threading.local()
+        self._lock = threading.Lock()
+        self._is_closing = False
         self._children: list[subprocess.Popen[bytes]] = []
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="tokenize")
 
@@ -49,8 +54,10 @@ class EncodingPool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for child in self._children:
-            child.kill()
+        with self._lock:
+            self._is_closing = True
+            for child in self._children:
+                child.kill()
         self._threads.shutdown(cancel_futures=True)
         for child in self._children:
             child.wait()
@@ -63,23 +70,34 @@ class EncodingPool:
         waiting: deque[Future[EncodedChunk]] = deque()
         for task in tasks:
             waiting.append(self._threads.submit(self._ask, task))
-            if len(waiting) > self._size * CHUNKS_AHEAD:
+            if len(waiting) > self.size * CHUNKS_AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
     def _ask(self, task: Task) -> EncodedChunk:
-        """Give a task to this thread's process and wait for the result."""
-        child = getattr(self._local, "child", None) or self._start()
+        """Give a task to this thread's process, or a second one, and wait for the result."""
         try:
-            _send(cast(BinaryIO, child.stdin), task)
-            answer = pickle.load(cast(BinaryIO, child.stdout))  # noqa: S301 - our own child's
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise _ended(child.wait()) from error
+            answer = self._answer(task)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            self._local.child = None
+            with self._lock:
+                self.restarts += not self._is_closing
+            try:
+                answer = self._answer(task)
+            except (OSError, EOFError, pickle.UnpicklingError) as error:
+                if self._local.child is None:  # it could not even be started
+                    raise
+                raise _ended(self._local.child.wait(), task) from error
         if isinstance(answer, EncodedChunk):
             return answer
         code, problems = answer
         raise ERRORS_BY_CODE[code](problems)
+
+    def _answer(self, task: Task) -> Any:
+        child = getattr(self._local, "child", None) or self._start()
+        _send(cast(BinaryIO, child.stdin), task)
+        return pickle.load(cast(BinaryIO, child.stdout))  # noqa: S301 - our own child's
 
     def _start(self) -> subprocess.Popen[bytes]:
         environment = {
@@ -88,13 +106,16 @@ class EncodingPool:
             "TOKENIZERS_PARALLELISM": "false",  # one thread a process: there is one for each core
             "TRANSFORMERS_VERBOSITY": "error",
         }
-        child = subprocess.Popen(
-            [sys.executable, "-c", CHILD_PROGRAM],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-        )
-        self._children.append(child)
+        with self._lock:
+            if self._is_closing:  # its processes are killed, and none is to follow
+                raise CancelledError
+            child = subprocess.Popen(
+                [sys.executable, "-c", CHILD_PROGRAM],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+            )
+            self._children.append(child)
         self._local.child = child
         _send(cast(BinaryIO, child.stdin), self._factory)
         return child
@@ -131,15 +152,20 @@ def _send(stream: BinaryIO, value: Any) -> None:
     stream.flush()
 
 
-def _ended(exit_code: int) -> TrainerError:
+def _ended(exit_code: int, task: Task) -> TrainerError:
+    """Return the error of a process that ended within a chunk of rows, as one before it did."""
+    rows = task[0]
+    where = rows[0].where if len(rows) == 1 else f"{rows[0].where} to {rows[-1].where}"
     if exit_code == -signal.SIGKILL:
         return MemoryKilledError.of(
-            "a tokenizing process was killed",
+            "a tokenizing process was killed twice within the same rows",
+            where=where,
             why="the kernel does so when memory runs out",
-            remedy="set preprocessing_num_workers to a smaller number",
+            remedy="set preprocessing_num_workers to a smaller number, or look at these rows",
         )
     return InternalError.of(
-        "a tokenizing process ended by itself",
+        "a tokenizing process ended by itself, twice within the same rows",
+        where=where,
         why=f"exit status {exit_code}",
-        remedy="set preprocessing_num_workers to 1 to see its error",
+        remedy="set preprocessing_num_workers to 1 to see its error, or look at these rows",
     )

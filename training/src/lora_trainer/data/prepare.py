@@ -177,7 +177,8 @@ def prepare(
         how = f"remade: {fault}"
     processes = num_workers or _default_processes()
     with new_entry(cache_dir, key, vocab_size) as writer:
-        counts = _tokenize(sources, encoder, settings, processes, writer, progress)
+        pool = EncodingPool(encoder, processes)
+        counts = _tokenize(sources, encoder, settings, pool, writer, progress)
         if stamps != [source.stamps() for source in sources]:
             raise DataError.of(
                 "a dataset changed while it was read",
@@ -186,7 +187,7 @@ def prepare(
             )
         writer.finish(key, counts)
     dataset = TokenizedDataset(cache_dir / key)
-    return dataset, report_on(dataset, how)
+    return dataset, report_on(dataset, how, pool.restarts)
 
 
 def prepare_splits(
@@ -266,7 +267,7 @@ def _tokenize(
     sources: Sequence[_Source],
     encoder: EncoderFactory,
     settings: PrepareSettings,
-    processes: int,
+    pool: EncodingPool,
     writer: CacheWriter,
     progress: Progress | None,
 ) -> dict[str, Any]:
@@ -289,7 +290,7 @@ def _tokenize(
                 # Once refused, the rest is only counted, so that all is reported at once.
                 yield chunk, chunk_settings, tally.log.is_refused
 
-    with closing(_encoded(tasks(), encoder, processes)) as chunks:
+    with closing(_encoded(tasks(), encoder, pool)) as chunks:
         for chunk in chunks:
             tally.add(chunk)
             source = numbers.popleft()
@@ -313,7 +314,7 @@ def _tokenize(
 
 
 def _encoded(
-    tasks: Iterator[Task], encoder: EncoderFactory, processes: int
+    tasks: Iterator[Task], encoder: EncoderFactory, pool: EncodingPool
 ) -> Generator[EncodedChunk, None, None]:
     """Run tasks in order: here for a small dataset or a single core, else in processes."""
     first: list[Task] = []
@@ -323,8 +324,8 @@ def _encoded(
         count += len(task[0])
         if count > IN_PROCESS_ROWS:
             break
-    if count > IN_PROCESS_ROWS and processes > 1:
-        with EncodingPool(encoder, processes) as pool:
+    if count > IN_PROCESS_ROWS and pool.size > 1:
+        with pool:
             yield from pool.encode(chain(first, tasks))
         return
     local = encoder()

@@ -20,7 +20,8 @@ class DataReport:
     `formats` has one for each source. `longest_tokens` is before truncation, the other
     lengths are after it. `rows_changed` counts the rows that the chat template or the tokenizer
     writes otherwise than they stand, by the kind of change. `cache` says whether the tokens
-    were made, reused, or remade and why.
+    were made, reused, or remade and why; `processes_restarted` how many processes ended
+    while they were made.
     """
 
     rows_read: int
@@ -42,6 +43,7 @@ class DataReport:
     longest_tokens: int
     digest: str
     cache: str
+    processes_restarted: int = 0
 
 
 @dataclass(slots=True)
@@ -115,7 +117,7 @@ class Tally:
             raise DataError(problems)
 
 
-def report_on(dataset: TokenizedDataset, cache: str) -> DataReport:
+def report_on(dataset: TokenizedDataset, cache: str, processes_restarted: int = 0) -> DataReport:
     """Complete the counts that were stored with a dataset."""
     lengths = dataset.lengths
     p50, p90, p99 = (int(p) for p in np.percentile(lengths, (50, 90, 99)))
@@ -132,4 +134,5 @@ def report_on(dataset: TokenizedDataset, cache: str) -> DataReport:
         max_tokens=int(lengths.max()),
         digest=dataset.digest,
         cache=cache,
+        processes_restarted=processes_restarted,
     )
