@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import precision
+from . import compat, precision  # noqa: F401  compat quiets libraries before they are imported
 from .config import Config
 from .data.prepare import DataSplits
 from .dataset import profile_of, refuse_long_rows, rows_of_epoch_in, rows_to_train, source_specs
