@@ -104,6 +104,24 @@ def test_package_that_nothing_needs_is_not_imported(
     monkeypatch.delitem(sys.modules, quantize.PACKAGE, raising=False)
 
 
+@pytest.mark.parametrize(
+    ("own_config", "is_hidden"), [({}, True), ({"quantization_config": {}}, False)]
+)
+def test_config_of_a_fetched_model_says_whether_it_needs_the_package(
+    tmp_path, monkeypatch, own_config, is_hidden
+):
+    monkeypatch.delitem(sys.modules, quantize.PACKAGE, raising=False)
+    commit = tmp_path / "models--someone--model" / "snapshots" / ("a" * 40)
+    commit.mkdir(parents=True)
+    (commit / "config.json").write_text(json.dumps(own_config))
+    (commit.parents[1] / "refs").mkdir()
+    (commit.parents[1] / "refs" / "main").write_text("a" * 40)
+    section = ModelSection(model_name_or_path="someone/model", model_cache_dir=str(tmp_path))
+    quantize.leave_out(Config(model=section))
+    assert (quantize.PACKAGE in sys.modules) == is_hidden
+    monkeypatch.delitem(sys.modules, quantize.PACKAGE, raising=False)
+
+
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantized_base_learns_packed_and_in_chunks(folder, kind):

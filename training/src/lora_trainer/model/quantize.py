@@ -46,13 +46,32 @@ def leave_out(config: Config) -> None:
     """Hide bitsandbytes from PEFT, which imports it wherever it is installed, if no key needs it.
 
     That import takes a third of a start: 5 s of processor time of 15. A model whose own
-    config may ask for it, such as one on the hub, keeps it.
+    config may ask for it keeps it: one that was never fetched from the hub.
     """
     name = config.model.model_name_or_path
     own = Path(name, "config.json")
+    if name != EMBEDDED_MODEL and not own.is_file():
+        own = _fetched(config.model)
     is_known = name == EMBEDDED_MODEL or own.is_file()
     if is_known and not _asked(config) and not (own.is_file() and _says_quantized(own)):
         sys.modules.setdefault(PACKAGE, None)  # type: ignore[arg-type]
+
+
+def _fetched(section: ModelSection) -> Path:
+    """Return the config of a hub's model in the local cache; a path to nothing if it is not."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        own = try_to_load_from_cache(
+            section.model_name_or_path,
+            "config.json",
+            cache_dir=section.model_cache_dir,
+            revision=section.model_revision,
+        )
+    except HFValidationError:  # a path that is not there
+        own = None
+    return Path(own if isinstance(own, str) else "/dev/null/none")
 
 
 def _says_quantized(config_file: Path) -> bool:
