@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from .data.prompt_format import PromptFormat
 from .disk import follow_umask, sync
 from .model.adapter import trained_parameters
 from .output import FINAL
+
+CARD = "README.md"
 
 
 def export(
@@ -33,10 +36,8 @@ def export(
     final, beside = output_dir / FINAL, output_dir / f".{FINAL}.writing"
     shutil.rmtree(beside, ignore_errors=True)
     save_adapter(model, beside, initial)
-    generation = model.get_base_model().generation_config
-    facts = with_prompt_format(facts, prompt_format, tokenizer, generation)
-    save_prompt_format(beside, prompt_format, tokenizer, generation)
-    write_model_card(beside / "README.md", facts)
+    save_prompt_format(beside, prompt_format, tokenizer, model.get_base_model().generation_config)
+    write_model_card(beside / CARD, facts)
     follow_umask(beside)
     for path in (*beside.iterdir(), beside):
         sync(path)
@@ -52,21 +53,21 @@ def save_prompt_format(
 
     The token that ends the trained answers is an end token in each of them.
     """
+    generation_config(prompt_format, tokenizer, generation).save_pretrained(str(folder))
     use_end_token(tokenizer, prompt_format)
     tokenizer.save_pretrained(str(folder))
-    generation_config(prompt_format, tokenizer, generation).save_pretrained(str(folder))
     prompt_format.save(folder)
 
 
 def with_prompt_format(
-    facts: CardFacts, prompt_format: PromptFormat, tokenizer: Any, generation: Any
+    facts: CardFacts, prompt_format: PromptFormat, tokenizer: Any, stops: Sequence[int]
 ) -> CardFacts:
     """Return a card's facts with how the model is asked and where its answers end."""
     return replace(
         facts,
         prompt_kind=prompt_format.kind,
         end_tokens=tuple(tokenizer.convert_ids_to_tokens(list(prompt_format.end_token_ids))),
-        stop_token_ids=tuple(prompt_format.stops(tokenizer, generation)),
+        stop_token_ids=tuple(stops),
     )
 
 

@@ -153,7 +153,8 @@ def _write(taken: Taken, trained: Trained, target: Path) -> None:
     with fresh_folder(target) as folder:
         save_adapter(model, folder, initial, taken.adapter if initial is None else None)
         facts = _card_facts(taken, trained, source)
-        facts = with_prompt_format(facts, prompt_format, tokenizer, generation)
+        stops = prompt_format.stops(tokenizer, generation)
+        facts = with_prompt_format(facts, prompt_format, tokenizer, stops)
         save_prompt_format(folder, prompt_format, tokenizer, generation)
         write_model_card(folder / "README.md", Redaction.of(os.environ).event(facts))
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from . import card, export, precision
+from .card_facts import card_facts
 from .checkpoint import Snapshot, TrainState, misfit, restore_generators, restore_optimizer
 from .checkpoint_folder import CorruptCheckpointError
 from .checkpoint_store import CheckpointStore, OtherRunError
@@ -33,7 +34,6 @@ from .dataset import (
     data_warnings,
     end_warning,
     format_of_splits,
-    hub_ids,
     name_rows,
     open_data,
     profile_of,
@@ -46,7 +46,6 @@ from .errors import StorageError
 from .events import Event, PhaseChanged, Warned
 from .identity import (
     BaseHash,
-    adapter_note,
     check_adapter_base,
     digest_of,
 )
@@ -65,7 +64,7 @@ from .model.adapter import (
 from .model.forward import CausalLM
 from .model.shard import choose_sharing
 from .optim import make_optimizer
-from .output import write_json
+from .output import FINAL, write_json
 from .plan import Plan, limited, make_plan
 from .preview import parallelism_before_loading, shape_of
 from .ranks import ALONE, Ranks
@@ -106,7 +105,7 @@ class Session:
         """Return how the rows ask, and what ends their answers."""
         return format_of_splits(self.splits, self.tokenizer)
 
-    @property
+    @cached_property
     def stops(self) -> list[int]:
         """Return the ids of the tokens that end an answer."""
         return self.prompt_format.stops(self.tokenizer, self.causal.inner.generation_config)
@@ -238,9 +237,16 @@ class Session:
             self.causal.model,
             self.tokenizer,
             self.output_dir,
-            order.redaction.event(_card_facts(self, order, state)),
+            order.redaction.event(card_facts(self, order.run_name, state)),
             self.prompt_format,
             verified(self.initial.folder, self.store.initial) if self.initial else None,
+        )
+
+    def write_card(self, order: Any, state: TrainState) -> None:
+        """Write the model card again, with the figures that came after the export."""
+        card.write_model_card(
+            self.output_dir / FINAL / export.CARD,
+            order.redaction.event(card_facts(self, order.run_name, state)),
         )
 
 
@@ -405,43 +411,4 @@ def _open_model(
         output_dir=output_dir,
         initial=initial,
         ranks=ranks,
-    )
-
-
-def _card_facts(session: Session, order: Any, state: TrainState) -> card.CardFacts:
-    config, figures = session.config, session.figures
-    profile = profile_of(session.splits, session.order.rows)
-    names = ("exact_match", "eval_loss", "eval_perplexity", "eval_token_accuracy")
-    after = {n: figures[n] for n in (*names, "loss") if n in figures}
-    if "exact_match_after" in figures:
-        after["exact_match"] = figures["exact_match_after"]
-    if "loss" in after:
-        after["train_loss"] = after.pop("loss")
-    quantization = "4 bit" if config.model.use_4bit else "8 bit" if config.model.use_8bit else ""
-    started = adapter_note(config)
-    notes = (session.source.note, loftq.note(config.lora, config.model), started)
-    return card.CardFacts(
-        run_name=order.run_name,
-        base_model=session.source.name,
-        base_model_hub_id=session.source.hub_id or None,
-        base_model_revision=session.source.revision,
-        base_model_license=load.find_license(session.source) or None,
-        quantization=quantization,
-        dataset_hub_ids=hub_ids(config),
-        data_digest=session.splits.train.digest,
-        train_rows=session.order.rows,
-        train_tokens=profile.tokens,
-        supervised_tokens=profile.trained_tokens,
-        eval_rows=profile.eval_rows,
-        steps=state.step,
-        train_seconds=state.train_seconds,
-        trainable_parameters=session.plan.trainable_parameters,
-        config_digest=config.digest(),
-        hyperparameters=card.shown_keys(config),
-        metrics_before={n: figures[f"{n}_before"] for n in names if f"{n}_before" in figures},
-        metrics_after=after,
-        versions=session.versions,
-        use_dora=config.lora.use_dora,
-        modules_to_save=tuple(config.lora.modules_to_save),
-        notes=tuple(n for n in notes if n),
     )

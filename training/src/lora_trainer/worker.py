@@ -216,14 +216,17 @@ def run(order: Order, emit: Callable[[Event], None], stop: StopFlag) -> int:
         emit(Stopped(step=state.step, signal=stop.signal or "SIGTERM"))
         return 143
     session.take_best(state)
+    if ranks.is_first:
+        # Before the answers: no fault while they are made may cost the adapter.
+        emit(PhaseChanged(phase="exporting"))
+        session.export(order, state)
     if session.initial is None:
         with session.causal.model.disable_adapter():
             _answer(order, session, emit, must_stop, when="before", step=0)
     _answer(order, session, emit, must_stop, when="after", step=state.step)
     if not ranks.is_first:
         return 0
-    emit(PhaseChanged(phase="exporting"))
-    session.export(order, state)
+    session.write_card(order, state)
     from .machine import peak_memory_bytes
 
     emit(

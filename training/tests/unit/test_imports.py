@@ -61,7 +61,7 @@ LAYERS = [
     {"identity"},
     {"earlier_run"},
     {"dataset", "watch", "claim"},
-    {"preview"},
+    {"preview", "card_facts"},
     {"session", "target", "trained"},
     {"worker", "check", "chat", "comparison", "extract", "merge"},
     {"supervisor", "viewer"},

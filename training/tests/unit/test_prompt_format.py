@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_trainer import cli
 from lora_trainer.data.prompt_format import PromptFormat, format_of_rows, read_format
 from lora_trainer.events import Generated, Warned
+from lora_trainer.export import save_prompt_format
 
 ENDOFTEXT, IM_START, IM_END = 0, 1, 2
 
@@ -197,3 +198,12 @@ def test_training_ends_stop_generation_before_the_bases_own(tokenizer) -> None:
     generation.eos_token_id = [IM_START, ENDOFTEXT]
     assert PromptFormat("chat", (IM_END,)).stops(tokenizer, generation) == [2, 1, 0]
     assert PromptFormat("chat", ()).stops(tokenizer, None) == [ENDOFTEXT]
+
+
+def test_base_end_of_the_tokenizer_alone_stays_an_end(tmp_path: Path) -> None:
+    base = AutoTokenizer.from_pretrained(write_base(tmp_path))
+    base.chat_template = CHATML
+    save_prompt_format(tmp_path, PromptFormat("chat", (IM_END,)), base, None)
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [IM_END, ENDOFTEXT]
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token == "<|im_end|>"

@@ -11,7 +11,8 @@ from faults.tiny_model import write_model
 from lora_trainer import loop
 from lora_trainer import session as sessions
 from lora_trainer.output import RESOLVED, write_json
-from lora_trainer.sources import resolve
+from lora_trainer.redaction import Redaction
+from lora_trainer.sources import Settings, resolve
 from lora_trainer.worker import _answer
 
 CHATML = (
@@ -42,20 +43,19 @@ def write_base(root: Path) -> Path:
     return folder
 
 
-def train_run(root: Path, row: dict[str, Any], *keys: str, steps: int = 60) -> tuple[Path, list]:
-    """Train on one row until it is known by heart; return the run's folder and its events."""
+def settings_of(root: Path, row: dict[str, Any], *keys: str, steps: int = 60) -> Settings:
+    """Write base model and rows, and resolve a run on them in `root`/run."""
     base = write_base(root)
     (root / "rows.jsonl").write_text((json.dumps(row) + "\n") * 8)
-    run = root / "run"
-    run.mkdir()
-    settings = resolve(
+    (root / "run").mkdir()
+    return resolve(
         None,
         {},
         [
             f"--model_name_or_path={base}",
             f"--dataset={root / 'rows.jsonl'}",
             f"--dataset_cache_dir={root / 'cache'}",
-            f"--output_dir={run}",
+            f"--output_dir={root / 'run'}",
             "--preprocessing_num_workers=1",
             f"--max_steps={steps}",
             "--per_device_train_batch_size=2",
@@ -65,11 +65,16 @@ def train_run(root: Path, row: dict[str, Any], *keys: str, steps: int = 60) -> t
             *keys,
         ],
     )
+
+
+def train_run(root: Path, row: dict[str, Any], *keys: str, steps: int = 60) -> tuple[Path, list]:
+    """Train on one row until it is known by heart; return the run's folder and its events."""
+    settings, run = settings_of(root, row, *keys, steps=steps), root / "run"
     write_json(run / RESOLVED, settings.redacted())
     events: list[Any] = []
     session = sessions.open_session(settings.config, run, events.append)
     state = loop.train(session.parts(events.append, lambda: False), session.restore(None))
-    order = SimpleNamespace(config=settings.config, run_name="run")
+    order = SimpleNamespace(config=settings.config, run_name="run", redaction=Redaction())
     _answer(order, session, events.append, lambda: False, when="after", step=state.step)
     (run / "data.json").write_text(json.dumps(session.data_facts))
     session.export(order, state)

@@ -78,14 +78,14 @@ class CausalLM:
 
     def loss(self, batch: MicroBatch) -> Tensor:
         """Return the summed cross entropy over the batch's targets, differentiable."""
-        with self._autocast():
+        with self.autocast():
             hidden_NW, labels_N = self._hidden(batch)
             return summed_loss(self.head, hidden_NW, labels_N, self.chunk)
 
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> tuple[float, int]:
         """Return the summed cross entropy and the number of targets predicted best."""
-        with self._autocast():
+        with self.autocast():
             hidden_NW, labels_N = self._hidden(batch)
             return summed_loss_and_hits(self.head, hidden_NW, labels_N, self.chunk)
 
@@ -103,19 +103,24 @@ class CausalLM:
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[Any]:
-        """Give the model in the state that `generate` wants: native attention, cache, eval."""
+        """Give the model as `generate` wants it: precision, native attention, cache, eval."""
         before = packed_attention.switch(self.inner, self.native_attention)
         was_training = self.model.training
         self.model.eval()
         self.inner.config.use_cache = True
         try:
-            yield self.model
+            with self.autocast():
+                yield self.model
         finally:
             self.inner.config.use_cache = False
             self.model.train(was_training)
             packed_attention.switch(self.inner, before)
 
-    def _autocast(self) -> Any:
+    def autocast(self) -> Any:
+        """Give the precision that the model computes in; whatever runs it does so in here.
+
+        A quantized base has norms in float32 before a head in bfloat16: outside, they do not fit.
+        """
         if self.precision == "bfloat16":
             return torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16)
         return contextlib.nullcontext()

@@ -119,7 +119,7 @@ def _own_loss(causal: CausalLM, batch: MicroBatch) -> float:
     try:
         for ids in batch.ids:
             ids_1T = torch.from_numpy(ids).to(causal.device)[None]
-            with causal._autocast():
+            with causal.autocast():
                 logits = causal.model(input_ids=ids_1T, use_cache=False).logits[0, :-1]
             total += float(
                 torch.nn.functional.cross_entropy(logits.float(), ids_1T[0, 1:], reduction="sum")
