@@ -125,8 +125,9 @@ check_extra() {
 
 check_files() {
   local file
-  for file in Dockerfile .dockerignore docker-entrypoint.sh config.json "requirements/$STACK.txt" \
-    "requirements/$STACK-torch.txt" requirements/embedded.txt src/lora_trainer/cli.py; do
+  for file in Dockerfile .dockerignore docker-entrypoint.sh config.json train_lora.py \
+    "requirements/$STACK.txt" "requirements/$STACK-torch.txt" requirements/embedded.txt \
+    requirements/install.sh src/lora_trainer/__main__.py; do
     [[ -r "$TRAINING/$file" ]] || fail 78 "a file of the image is missing" "$TRAINING/$file" \
       "the checkout is not whole" "git checkout -- training"
   done
@@ -143,6 +144,13 @@ check_room() {
   fail 74 "too little disk space for the image" "$root" \
     "$((free * 1024 / 1000 ** 3)) GB are free, $needed GB are needed" \
     "docker system prune, docker builder prune, or give the engine another data-root"
+}
+
+# BuildKit asks the registry about a base image that the engine does not have, at every build: with
+# it, a rebuild needs no network.
+keep_base() {
+  docker image inspect "$BASE" >/dev/null 2>&1 || docker pull "$BASE" >&2 ||
+    say "The base image $BASE cannot be pulled; the build tries it by itself"
 }
 
 build_image() {
@@ -176,6 +184,7 @@ build_main() {
   check_extra
   check_files
   check_room
+  keep_base
   build_image
   if ((IS_PUSHED)); then
     docker push "$TAG" || fail 69 "the image could not be pushed" "$TAG" "see above" \

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Train a LoRA adapter: `python train_lora.py [--config config.json]`."""
 
 import sys

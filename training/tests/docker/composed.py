@@ -37,6 +37,28 @@ def docker(*arguments: str, check: bool = True, **options: Any) -> subprocess.Co
     return done
 
 
+def build(tag: str, folder: Path, network: str = "host") -> subprocess.CompletedProcess[str]:
+    """Build the cpu stack with build.sh, every secret given from files in a folder."""
+    certificates = folder / "certificates.pem"
+    own = os.environ.get("LORA_TEST_CA_CERT", "/etc/ssl/certs/ca-certificates.crt")
+    certificates.write_text(Path(own).read_text() + f"\n# {MARK}\n")
+    pip_conf = folder / "pip.conf"
+    pip_conf.write_text(f"# {MARK}\n[global]\ntimeout = 180\n")
+    arguments = ["--stack", "cpu", "--tag", tag, "--network", network]
+    arguments += ["--ca-cert", str(certificates), "--pip-conf", str(pip_conf)]
+    if base := os.environ.get("LORA_TEST_BASE_IMAGE"):
+        arguments += ["--base-image", base]
+    if wheels := os.environ.get("LORA_TEST_WHEELS"):
+        arguments += ["--wheels", wheels]
+    return subprocess.run(
+        [TRAINING / "build.sh", *arguments],
+        env=os.environ | {"BUILDKIT_PROGRESS": "plain"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def free_port() -> int:
     """Return a port that nobody listens on now."""
     with socket.socket() as listener:
@@ -80,7 +102,6 @@ class Project:
             "LORA_IMAGE": image,
             "LORA_UID": str(UID),
             "LORA_GID": str(UID),
-            "LORA_CPUS": str(min(4, os.cpu_count() or 1)),
             "HEALTH_PORT": str(self.port),
             "OMP_NUM_THREADS": "1",
             "LORA_CONFIG": str(self.config),

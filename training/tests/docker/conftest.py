@@ -9,11 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
-from composed import MARK, TRAINING, Project
+from composed import Project, build
 
 IMAGE = "lora-trainer:tested"
 
@@ -44,26 +43,8 @@ def engine() -> None:
 @pytest.fixture(scope="session")
 def image(engine: None, tmp_path_factory: pytest.TempPathFactory) -> Image:
     """Build the cpu stack from a clean context with build.sh, every secret given."""
-    folder = tmp_path_factory.mktemp("build")
-    certificates = folder / "certificates.pem"
-    own = os.environ.get("LORA_TEST_CA_CERT", "/etc/ssl/certs/ca-certificates.crt")
-    certificates.write_text(Path(own).read_text() + f"\n# {MARK}\n")
-    pip_conf = folder / "pip.conf"
-    pip_conf.write_text(f"# {MARK}\n[global]\ntimeout = 180\n")
-    arguments = ["--stack", "cpu", "--tag", IMAGE, "--network", "host"]
-    arguments += ["--ca-cert", str(certificates), "--pip-conf", str(pip_conf)]
-    if base := os.environ.get("LORA_TEST_BASE_IMAGE"):
-        arguments += ["--base-image", base]
-    if wheels := os.environ.get("LORA_TEST_WHEELS"):
-        arguments += ["--wheels", wheels]
     began = time.monotonic()
-    built = subprocess.run(
-        [TRAINING / "build.sh", *arguments],
-        env=os.environ | {"BUILDKIT_PROGRESS": "plain"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    built = build(IMAGE, tmp_path_factory.mktemp("build"))
     assert built.returncode == 0, built.stderr[-6000:]
     return Image(IMAGE, built.stdout + built.stderr, time.monotonic() - began)
 

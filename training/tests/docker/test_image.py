@@ -7,7 +7,7 @@ import re
 import subprocess
 
 import pytest
-from composed import MARK, docker
+from composed import MARK, build, docker
 
 pytestmark = pytest.mark.docker
 
@@ -44,6 +44,42 @@ def test_the_image_has_no_compiler_no_pip_and_no_package_cache(image):
         "find /var/cache/apt /var/lib/apt/lists /root /tmp -type f -size +0 2>/dev/null"
     )
     assert in_image(image, "bash", "-c", f"{script}; true") == ""
+
+
+def test_nothing_in_the_image_raises_rights_or_installs_packages(image):
+    script = (
+        "find / -xdev -type f -perm /6000; "
+        "for name in apt apt-get perl su sudo mount; do "
+        'path="$(command -v $name)" && [ -u "$path" -o "${name#apt}" != "$name" -o $name = perl ] '
+        '&& echo "$path"; done; find / -xdev -name "perl*" -type d -not -path "*/doc/*"'
+    )
+    assert in_image(image, "bash", "-c", f"{script}; true") == ""
+
+
+def test_torch_is_in_a_layer_of_its_own(image):
+    """A changed lock of other packages does not ship torch and CUDA again."""
+    lines = docker("history", "--format", "{{.CreatedBy}}", image.name).stdout.splitlines()
+    assert len([line for line in lines if line.startswith("COPY /opt/venv")]) == 3
+
+
+def test_a_rebuild_without_network_gives_the_same_layers(image, tmp_path):
+    """The cache holds every package of unchanged locks, and no time or order shows in a layer.
+
+    But for one: Docker dates the marks of what is removed, apt and perl.
+    """
+    again = build("lora-trainer:again", tmp_path, "none")
+    assert again.returncode == 0, again.stderr[-6000:]
+    first, second = (
+        json.loads(docker("image", "inspect", name).stdout)[0]["RootFS"]["Layers"]
+        for name in (image.name, "lora-trainer:again")
+    )
+    assert len(first) == len(second)
+    assert sum(one != other for one, other in zip(first, second, strict=True)) <= 1
+
+
+def test_train_lora_py_is_executable_in_the_working_folder(image):
+    for command in (("./train_lora.py",), ("python", "train_lora.py")):
+        assert "Usage:" in in_image(image, *command, "--help")
 
 
 def test_build_secrets_are_in_no_layer_and_not_in_the_history(image):

@@ -70,6 +70,8 @@ class Checkout:
             for name in (stack, f"{stack}-torch", f"{stack}-test", "embedded", "deepspeed"):
                 (self.training / "requirements" / f"{name}.txt").write_text(f"{name}==1\n")
         self.write_lock_sh(status=0)
+        for file in ("requirements/install.sh", "train_lora.py"):
+            shutil.copy(TRAINING / file, self.training / file)
         (self.training / "config.json").write_text("{}")
         (self.training / "src" / "lora_trainer" / "__main__.py").write_text(TRAINER)
         for tool in TOOLS.split():
