@@ -22,11 +22,17 @@ quoted() {
   done
 }
 
+# renumbered LIST: as many numbers as the list has, from 0
+renumbered() { awk -F, '{ for (i = 0; i < NF; i++) printf "%s%d", i ? "," : "", i }' <<<"$1"; }
+
 # Writes what is this run's own, on top of the compose files: options, variables, certain GPUs.
 write_override() {
   local service name lines=()
   OVERRIDE="$STATE/$COMPOSE_PROJECT_NAME.compose.yml"
   mkdir -p "$STATE"
+  lines=("      LORA_HOST_BY: run.sh") # the entrypoint's remedies are run.sh's then
+  # The GPUs of a list are counted from 0 in the container.
+  [[ ! "$GPUS" =~ ^[0-9] ]] || lines+=("      CUDA_VISIBLE_DEVICES: $(quoted "$(renumbered "$GPUS")")")
   while IFS='=' read -r name _; do
     [[ "$name" == LORA_TRAINER_CONFIG ]] || lines+=("      $name: $(quoted "${!name}")")
   done < <(env | grep -E '^LORA_TRAINER_[A-Z0-9_]+=')
@@ -35,9 +41,9 @@ write_override() {
     for service in preflight trainer; do
       printf '  %s:\n    command: [%s]\n' "$service" \
         "$(quoted "$([[ "$service" == trainer ]] && echo train || echo preflight)" ${PASSED[@]+"${PASSED[@]}"})"
-      ((${#lines[@]} == 0)) || printf '    environment:\n'
-      ((${#lines[@]} == 0)) || printf '%s\n' "${lines[@]}"
-      [[ ! "$GPUS" =~ ^[0-9] ]] || printf '    deploy: {resources: {reservations: {devices: !override [%s]}}}\n' \
+      printf '    environment:\n'
+      printf '%s\n' "${lines[@]}"
+      [[ "$service" == preflight || ! "$GPUS" =~ ^[0-9] ]] || printf '    deploy: {resources: {reservations: {devices: !override [%s]}}}\n' \
         "{driver: nvidia, device_ids: [\"${GPUS//,/\", \"}\"], capabilities: [gpu]}"
     done
   } >"$OVERRIDE"
@@ -70,7 +76,7 @@ run_in_container() {
   [[ "$STACK" == cpu ]] || require_gpu_runtime
   choose_user
   make_folders
-  limit_cpus
+  check_cpus
   secret_file HF_TOKEN
   secret_file WANDB_API_KEY
   LORA_CONFIG="$(cd "$(dirname "$CONFIG")" && pwd)/${CONFIG##*/}"
@@ -78,7 +84,9 @@ run_in_container() {
   write_override
   compose_command
   if [[ "$COMMAND" == check ]]; then
-    exec "${COMPOSE[@]}" run --rm --no-deps --no-TTY trainer check ${PASSED[@]+"${PASSED[@]}"}
+    code=0
+    "${COMPOSE[@]}" run --rm --no-deps --no-TTY trainer check ${PASSED[@]+"${PASSED[@]}"} || code=$?
+    exit "$code"
   fi
   if id="$(running_container)"; then
     fail 75 "a run is under way in a container" "container ${id:0:12}" \
@@ -89,6 +97,7 @@ run_in_container() {
   say "Dashboard: $(dashboard)"
   if ((IS_BACKGROUND)); then
     say "The run goes on in the container; ./training/run.sh logs | status | stop"
+    [[ ! -d "$(secrets_folder)" ]] || watch_secrets
     return
   fi
   follow_container
@@ -109,6 +118,19 @@ start_container() {
     explain_start "$output"
   fi
   ID="$(container_of trainer)"
+}
+
+# Outlives this terminal, to remove the secrets' files when the run ends.
+watch_secrets() {
+  trap - EXIT
+  (
+    trap '' HUP INT
+    while running_container >/dev/null || [[ "$(state_of "$ID" Status)" == restarting ]]; do
+      docker wait "$ID" || true
+      sleep 1
+    done
+    remove_secrets
+  ) </dev/null >/dev/null 2>&1 &
 }
 
 explain_start() {
@@ -164,5 +186,11 @@ stop_container() {
   ((IS_STOPPING == 0)) || return 0
   IS_STOPPING=1
   say "Stopping; the checkpoint is being saved ($(setting LORA_STOP_GRACE 120s) at most)"
-  docker stop "$ID" >/dev/null 2>&1 &
+  stop_for_good "$ID" >/dev/null 2>&1 &
+}
+
+# stop_for_good CONTAINER: without that, the Docker daemon starts it again when it starts itself
+stop_for_good() {
+  docker update --restart no "$1" >/dev/null || true
+  docker stop "$1" >/dev/null
 }

@@ -160,22 +160,36 @@ make_folders() {
     "there is no such folder" "mkdir -p $LORA_DATASETS, or set LORA_DATASETS"
 }
 
-# limit_cpus: the engine refuses to start a container with more CPUs than the machine has
-limit_cpus() {
-  local wanted cores
-  wanted="$(setting LORA_CPUS 4)"
-  cores="$(docker info --format '{{.NCPU}}')"
-  LORA_CPUS="$(awk -v wanted="$wanted" -v cores="$cores" 'BEGIN { print wanted < cores ? wanted : cores }')"
-  export LORA_CPUS
+# check_cpus: Compose takes a whole number of CPUs
+check_cpus() {
+  local cpus
+  cpus="$(setting LORA_CPUS 4)"
+  [[ "$cpus" =~ ^[1-9][0-9]*$ ]] || fail 78 "LORA_CPUS is not understood" "LORA_CPUS=$cpus" \
+    "it must be a whole number of CPUs" "LORA_CPUS=4 ./training/run.sh"
 }
 
 # secret_file VARIABLE: moves a secret of the environment to a file that the run's user alone may
-# read, so that `docker inspect` does not show it, and sets VARIABLE_FILE
+# read, so that `docker inspect` does not show it, and sets VARIABLE_FILE. The file is this run's:
+# it goes when the run ends.
 secret_file() {
-  local value file_variable="$1_FILE" folder="$STATE/secrets"
+  local value file_variable="$1_FILE" folder
+  folder="$(secrets_folder)"
   value="$(setting "$1" '')"
   [[ -n "$value" && -z "$(setting "$file_variable" '')" ]] || return 0
+  trap remove_secrets EXIT
   (umask 077 && mkdir -p "$folder" && printf '%s\n' "$value" >"$folder/$1")
   ((EUID != 0)) || chown "$LORA_UID:$LORA_GID" "$folder" "$folder/$1"
   export "$file_variable=$folder/$1" "$1="
+}
+
+secrets_folder() { printf '%s\n' "$STATE/secrets/$COMPOSE_PROJECT_NAME"; }
+
+# Leaves them to a container that goes on, or may: Docker mounts them again when it restarts it.
+remove_secrets() {
+  local id
+  id="$(container_of trainer)"
+  case "$([[ -z "$id" ]] || state_of "$id" Status)" in
+    running | restarting | paused) ;;
+    *) ! has_engine || rm -rf -- "$(secrets_folder)" ;;
+  esac
 }

@@ -196,7 +196,8 @@ stop_run() {
     rm -f -- "$LOCAL_PID"
   elif id="$(running_container)"; then
     say "Stopping the container; its checkpoint is being saved"
-    docker stop "$id" >/dev/null
+    stop_for_good "$id"
+    remove_secrets
     say "stopped with exit code $(state_of "$id" ExitCode)"
   else
     say "No run of run.sh is under way; one in the foreground is stopped with Ctrl-C"

@@ -16,7 +16,7 @@ from typing import IO
 
 import psutil
 
-from .errors import BusyError
+from .errors import BusyError, Problem
 from .output import LOCK, finish_archiving, open_lock
 
 # How long a start waits for the worker of a supervisor that was killed alone.
@@ -43,12 +43,7 @@ def hold(folder: Path) -> Iterator[IO[str]]:
                 holder = file.read().strip() or "unknown"
             # A dead supervisor's worker is about to save and end.
             if is_alive(holder) or time.monotonic() > until:
-                raise BusyError.of(
-                    "another run holds this output folder",
-                    where=str(folder),
-                    why=f"its lock is held by {holder}",
-                    remedy="wait for it, stop it, or give another --run_name",
-                )
+                raise _busy(folder, holder)
             time.sleep(0.1)
         file.seek(0)
         file.truncate()
@@ -56,6 +51,32 @@ def hold(folder: Path) -> Iterator[IO[str]]:
         file.flush()
         finish_archiving(folder)
         yield file
+
+
+def check_free(folder: Path) -> None:
+    """Look whether a run holds the folder, and leave it as it is.
+
+    Raises:
+        BusyError: one does.
+    """
+    if not (folder / LOCK).is_file():
+        return
+    with open_lock(folder / LOCK) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _busy(folder, file.read().strip() or "unknown") from None
+
+
+def _busy(folder: Path, holder: str) -> BusyError:
+    return BusyError(
+        Problem(
+            "another run holds this output folder",
+            where=str(folder),
+            why=f"its lock is held by {holder}",
+            remedy="wait for it, stop it, or give another --run_name",
+        )
+    )
 
 
 def is_alive(holder: str) -> bool:

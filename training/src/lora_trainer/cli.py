@@ -109,12 +109,15 @@ def check(
     """Run every check that needs no training; list all problems at once."""
     if debug:
         os.environ[DEBUG] = "1"
+    from . import claim
     from .check import check_all, preflight
+    from .output import output_folder
 
     settings = _settings(context, config)
     interrupts.unwind()
     if quick:
         preflight(settings)
+        claim.check_free(output_folder(settings))
         return
     check_all(settings, sample_rows=rows if show_sample else 0)
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO, cast
 
+from .mounts import on_host
 from .redaction import Redaction
 
 
@@ -29,9 +30,9 @@ class RedactedStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write the text without secrets."""
+        """Write the text without secrets, with the host's names of paths."""
         with self._losing():
-            self._stream.write(self.redaction.text(text))
+            self._stream.write(on_host(self.redaction.text(text)))
         return len(text)
 
     def flush(self) -> None:

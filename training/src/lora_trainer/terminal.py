@@ -12,6 +12,8 @@ import select
 import unicodedata
 from typing import TextIO
 
+from .mounts import on_host
+
 PATIENCE_SECONDS = 2.0  # a terminal that takes nothing for so long is given up
 SHOWN_CHARACTERS = 500  # of a sample's text or a message
 
@@ -49,13 +51,13 @@ class Sink:
         return 80, 24
 
     def write(self, text: str) -> int:
-        """Write all of the text, or drop it."""
+        """Write all of the text, with the host's names of paths, or drop it."""
         if not self.is_dead:
             try:
                 # The descriptor goes past the stream, which may have secrets to strike out.
                 if (redaction := getattr(self._stream, "redaction", None)) is not None:
                     text = redaction.text(text)
-                self._write(text.encode(self.encoding, "backslashreplace"))
+                self._write(on_host(text).encode(self.encoding, "backslashreplace"))
             except (OSError, ValueError, LookupError) as error:
                 self.is_dead, self.error = True, error
         return len(text)

@@ -40,6 +40,7 @@ def test_a_stopped_run_saves_ends_with_143_and_resumes_to_the_same_bytes(make_pr
     assert adapter_digest(stopped.run_folder) == adapter_digest(whole.run_folder)
     ended = health_check(whole)
     assert (ended.returncode, "the run has finished" in ended.stdout) == (0, True), ended.stdout
+    assert str(whole.run_folder / "final_model") in whole.logs()
 
     # A finished run is left as it is.
     before = (stopped.run_folder / "DONE").stat().st_mtime_ns

@@ -10,6 +10,7 @@ import pytest
 from composed import UID, Project
 
 pytestmark = pytest.mark.docker
+OTHER = 4321
 
 
 def refusal(project: Project) -> tuple[int, float, str]:
@@ -31,7 +32,31 @@ def test_outputs_that_belong_to_root_end_with_77_and_the_chown_line(make_project
     code, seconds, text = refusal(project)
     assert code == 77
     assert seconds < 2
-    assert f"sudo chown -R {UID}:{UID}" in text
+    assert f"sudo chown -R {UID}:{UID} {project.root / 'outputs'}\n" in text
+
+
+def test_folders_of_another_user_end_with_77_and_the_command_that_works(make_project):
+    project = make_project("others")
+    for name in ("outputs", "models", "logs"):
+        os.chown(project.root / name, OTHER, OTHER)
+    code, _, text = refusal(project)
+    assert code == 77
+    command = f"LORA_UID={OTHER} LORA_GID={OTHER} docker compose -f docker-compose.training.yml"
+    assert f"{command} -f docker-compose.cpu.yml up" in text
+    project.environment |= {"LORA_UID": str(OTHER), "LORA_GID": str(OTHER)}
+    assert project.compose("up", "--no-build", "preflight", check=False).returncode == 0
+
+
+def test_a_host_without_gpu_gets_the_command_that_works_there(make_project):
+    """Docker's own message, could not select device driver, offers none."""
+    project = make_project("no-gpu")
+    override = project.root / "cu121.yml"
+    override.write_text('services: {preflight: {environment: {LORA_STACK: "cu121"}}}\n')
+    project.overrides[:] = [str(override)]
+    code, seconds, text = refusal(project)
+    assert code == 69
+    assert seconds < 2
+    assert "docker compose -f docker-compose.training.yml -f docker-compose.cpu.yml up" in text
 
 
 def test_outputs_that_are_only_for_reading_end_with_77(make_project):
@@ -74,4 +99,4 @@ def test_an_unknown_key_ends_with_78_and_names_its_place(make_project):
     code, _, text = refusal(project)
     assert code == 78
     assert "learning_rate" in text
-    assert "/workspace/config.json" in text
+    assert str(project.config) in text

@@ -70,7 +70,7 @@ def test_container_sees_its_limits(project):
     assert host["Memory"] == host["MemorySwap"] == 16 << 30
     assert host["ShmSize"] == 8 << 30
     assert host["PidsLimit"] == 1024
-    assert host["NanoCpus"] == min(4, os.cpu_count() or 1) * 10**9
+    assert host["CpuQuota"] / host["CpuPeriod"] == 4  # of those that the machine has
     megabytes = project.inside("df", "-Pm", "/dev/shm").splitlines()[1].split()[1]
     assert int(megabytes) == 8192
     script = (
@@ -101,6 +101,21 @@ def _gateway(project: Project) -> str:
     """Return the host's own address on the container's network."""
     networks = project.inspect()["NetworkSettings"]["Networks"].values()
     return next(network["Gateway"] for network in networks)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_by_preflight(project, make_project):
+    second = make_project("second")
+    second.environment["LORA_OUTPUTS"] = str(project.root / "outputs")
+    project.wait(lambda: project.step() > 0, "the first step")
+    assert second.up() == 75
+    assert second.state()["Status"] == "created"
+    assert "another run holds this output folder" in second.logs("preflight")
+
+
+def test_what_the_container_prints_are_the_hosts_names(project):
+    project.wait(lambda: project.step() > 0, "the first step")
+    assert f"status: http://127.0.0.1:{project.port}" in project.logs()
+    assert "/workspace/" not in project.logs()
 
 
 def test_the_log_is_rotated(project, make_project):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from lora_trainer import cli
+from lora_trainer import claim, cli
 from lora_trainer.config import leaf_sections
 from lora_trainer.errors import BusyError
 
@@ -92,3 +93,16 @@ def test_debug_shows_the_traceback(
     monkeypatch.setattr("lora_trainer.sources.resolve", raising(BusyError.of("held")))
     assert cli.main(["train", "--debug"]) == 75
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_quick_check_is_refused_while_a_run_holds_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A container's preflight ends with 75: Docker would restart the second run three times."""
+    monkeypatch.setattr("lora_trainer.check.preflight", lambda _: None)
+    arguments = ["check", "--quick", "--dataset", "x.jsonl", "--output_dir", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    with claim.hold(tmp_path):
+        assert cli.main(arguments) == 75
+    assert f"pid {os.getpid()}" in capsys.readouterr().err
+    assert cli.main(arguments) == 0

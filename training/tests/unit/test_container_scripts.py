@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,9 @@ case "$*" in
   "image inspect"*) [ -e "{root}/has-image" ] ;;
   "ps "*preflight*) cat "{root}/preflight" 2>/dev/null ;;
   "ps "*trainer*) cat "{root}/container" 2>/dev/null ;;
-  *" up "*) env | grep -E '^(LORA_|HF_|WANDB)' | sort >"{root}/up-environment" ;;
+  *" up "* | *" run "*)
+    cat "${{HF_TOKEN_FILE:-/dev/null}}" >"{root}/token-seen"
+    env | grep -E '^(LORA_|HF_|WANDB)' | sort >"{root}/up-environment" ;;
   "port "*) [ "$(cat "{root}/state")" = running ] && echo 127.0.0.1:9 || exit 1 ;;
   "logs "*) cat "{root}/log" >&2 ;;
   "inspect --format {{{{.State.Status}}}}"*preflight*) echo exited ;;
@@ -199,10 +201,38 @@ def test_an_engine_that_answers_gets_the_run_as_the_caller(checkout: Checkout) -
         line.split("=", 1) for line in (checkout.root / "up-environment").read_text().splitlines()
     )
     assert seen["LORA_UID"] == (str(os.getuid()) if os.getuid() else "1000")
-    assert seen["LORA_CPUS"] == "2"
     assert seen["HF_TOKEN"] == ""
-    assert Path(seen["HF_TOKEN_FILE"]).read_text() == "s3\n"
+    assert (checkout.root / "token-seen").read_text() == "s3\n"
     assert "s3" not in calls(checkout) + override + result.stderr
+
+
+@pytest.mark.parametrize("flags", [(), ("--background",), ("--check",)], ids="-".join)
+def test_the_tokens_file_is_removed_when_the_run_ends(
+    checkout: Checkout, flags: tuple[str, ...]
+) -> None:
+    (checkout.root / "container").write_text("")
+    result = checkout.run("training/run.sh", *flags, HF_TOKEN="s3")
+    assert (checkout.root / "token-seen").read_text() == "s3\n", result.stderr
+    until = time.monotonic() + 20
+    while held := list((checkout.training / ".cache").rglob("HF_TOKEN")):
+        assert time.monotonic() < until, held
+        time.sleep(0.05)
+
+
+def test_the_tokens_file_stays_while_the_container_runs(checkout: Checkout) -> None:
+    (checkout.root / "container").write_text("0123456789abcdef\n")
+    (checkout.root / "state").write_text("running\n")
+    result = checkout.run("training/run.sh", HF_TOKEN="s3")
+    assert result.returncode == 75
+    assert list((checkout.training / ".cache").rglob("HF_TOKEN"))
+    result = checkout.run("training/run.sh", "stop")
+    assert "docker update --restart no 0123456789abcdef" in calls(checkout)
+
+
+def test_cpus_are_whole(checkout: Checkout) -> None:
+    result = checkout.run("training/run.sh", "--docker", LORA_CPUS="1.5")
+    assert result.returncode == 78
+    assert "a whole number" in result.stderr
 
 
 def test_a_gpu_needs_the_toolkit_and_a_list_becomes_device_ids(checkout: Checkout) -> None:
@@ -215,7 +245,10 @@ def test_a_gpu_needs_the_toolkit_and_a_list_becomes_device_ids(checkout: Checkou
     result = checkout.run("training/run.sh", "--docker", "--background", "--gpus", "0,2")
     assert result.returncode == 0, result.stderr
     override = (checkout.training / ".cache" / "lora-trainer.compose.yml").read_text()
-    assert 'device_ids: ["0", "2"]' in override
+    preflight, trainer = override.split("  trainer:")
+    assert "device_ids" not in preflight
+    assert 'device_ids: ["0", "2"]' in trainer
+    assert 'CUDA_VISIBLE_DEVICES: "0,1"' in trainer
     assert "docker-compose.cpu.yml" not in calls(checkout).splitlines()[-1]
 
 
@@ -323,70 +356,3 @@ def test_health_check_looks_at_a_run_of_this_machine_that_has_ended(
     assert result.returncode == code, result.stdout
     assert ("finished" in result.stdout) == (code == 0)
     assert ("configuration" in result.stdout) == (code == 1)
-
-
-def entrypoint(root: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the entrypoint over a workspace in a folder, with a trainer that prints its arguments."""
-    tools = root / "tools"
-    tools.mkdir(exist_ok=True)
-    (tools / "lora-trainer").write_text('#!/bin/sh\necho "$@"\n')
-    (tools / "lora-trainer").chmod(0o755)
-    for name in ("datasets", "outputs", "models", "logs"):
-        (root / "workspace" / name).mkdir(parents=True, exist_ok=True)
-    default = root / "default.json"
-    default.write_text("{}")
-    given = {"LORA_WORKSPACE": str(root / "workspace"), "LORA_DEFAULT_CONFIG": str(default)}
-    return subprocess.run(
-        [TRAINING / "docker-entrypoint.sh", *arguments],
-        env={"PATH": f"{tools}:/usr/bin:/bin"} | given | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_entrypoint_writes_the_default_config_where_none_is_mounted(tmp_path: Path) -> None:
-    done = entrypoint(tmp_path, "--max_steps", "2")
-    config = tmp_path / "workspace" / "config.json"
-    assert done.stdout == f"train --config {config} --max_steps 2\n"
-    assert config.read_text() == "{}"
-
-
-@pytest.mark.parametrize(
-    ("gpu", "stack", "said", "code"),
-    [
-        (None, "cu121", "no GPU is visible", 0),
-        ("", "cu121", "no GPU answers", 0),
-        ("470.82.01, 8.6", "cu121", "the driver is too old", 69),
-        ("535.104.05, 8.6", "current", "the driver is too old", 69),
-        ("580.65.06, 12.0", "cu121", "does not serve this GPU", 69),
-        ("580.65.06, 7.0", "current", "does not serve this GPU", 69),
-        ("535.104.05, 8.6", "cu121", "", 0),
-        (None, "cpu", "", 0),
-    ],
-)
-def test_entrypoint_checks_driver_and_gpu_against_the_stack(
-    tmp_path: Path, gpu: str | None, stack: str, said: str, code: int
-) -> None:
-    (tmp_path / "tools").mkdir()
-    if gpu is not None:
-        (tmp_path / "tools" / "nvidia-smi").write_text(f"#!/bin/sh\necho '{gpu}'\n")
-        (tmp_path / "tools" / "nvidia-smi").chmod(0o755)
-    warned = entrypoint(tmp_path, LORA_STACK=stack)
-    assert warned.returncode == code, warned.stderr
-    assert ("run.sh --cpu" in warned.stderr) is (code == 69)
-    hidden = entrypoint(tmp_path, LORA_STACK=stack, CUDA_VISIBLE_DEVICES="")
-    assert hidden.returncode == 0, hidden.stderr
-    assert (said in warned.stderr) if said else ("GPU" not in warned.stderr)
-    insisted = entrypoint(tmp_path, LORA_STACK=stack, LORA_REQUIRE_GPU="1")
-    assert insisted.returncode == (69 if said else 0)
-
-
-def test_entrypoint_drops_secrets_that_are_empty_and_hands_wandb_its_own(tmp_path: Path) -> None:
-    empty, key = tmp_path / "empty", tmp_path / "key"
-    empty.write_text("")
-    key.write_text("k3y\n")
-    names = {"HF_TOKEN_FILE": str(empty), "HF_TOKEN": "", "WANDB_API_KEY_FILE": str(key)}
-    seen = entrypoint(tmp_path, "env", **names).stdout
-    assert "HF_TOKEN" not in seen
-    assert "WANDB_API_KEY=k3y\n" in seen

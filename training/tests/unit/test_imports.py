@@ -14,7 +14,7 @@ import lora_trainer
 SOURCE = Path(lora_trainer.__file__).parent
 # Each module may import the layers above its own, and its own layer only where said.
 LAYERS = [
-    {"quoting", "interrupts"},
+    {"quoting", "interrupts", "mounts"},
     {"errors", "aliases", "compat", "gate", "connections", "disk", "scratch"},
     {"config", "machine", "events", "faults", "silence"},
     {"redaction", "ranks", "stacks", "checkpoint_folder", "unrecorded"},
