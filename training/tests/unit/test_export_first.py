@@ -48,7 +48,8 @@ def test_the_card_states_the_answers_that_came_after_the_export(tmp_path: Path) 
     kinds = [event.phase for event in events if event.kind == "phase"]
     assert kinds.index("exporting") < len(kinds) - 1 - kinds[::-1].index("evaluating")
     card = (tmp_path / "run" / FINAL / "README.md").read_text()
-    assert "| exact match | 0.0 % | 0.0 % |" in card
+    before, after = (event.exact_match for event in events if event.kind == "generated")
+    assert f"| exact match | {100 * before:.1f} % | {100 * after:.1f} % |" in card
     assert "eos_token_id=[2, 0]" in card
 
 
