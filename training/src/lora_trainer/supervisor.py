@@ -355,6 +355,8 @@ class Supervisor:
     def _warnings(self) -> list[str]:
         """Return what the user should know before the worker begins."""
         found = [*self._notes]
+        if self.redaction.text(str(self.output_dir)) != str(self.output_dir):
+            found.append("the output folder's name holds a secret, shown as ***: choose another")
         if skipped := self.live.lines_skipped:
             lines = "1 line" if skipped == 1 else f"{skipped} lines"
             found.append(f"{lines} of {EVENTS} skipped: no event, or a field of another type")

@@ -56,11 +56,12 @@ class Secretive:
 
     def leaks(self, ended: Ended) -> dict[str, list[str]]:
         """Return the kinds of secrets that were found, with where."""
-        inputs = self.root / "home"
+        home = self.root / "home"
+        inputs = {*home.glob("*"), home / ".cache" / "huggingface" / "token"}
         texts = {"stdout": ended.out.encode(), "stderr": ended.err.encode()} | {
             str(path.relative_to(self.root)): path.read_bytes()
             for path in self.root.rglob("*")
-            if path.is_file() and inputs not in path.parents
+            if path.is_file() and path not in inputs
         }
         found: dict[str, list[str]] = {}
         for kind, secret in SECRETS.items():
@@ -84,6 +85,7 @@ def test_finished_run_leaves_no_secret(secretive: Secretive) -> None:
     assert secretive.leaks(ended) == {}
     card = (secretive.root / "done" / RUN_TOKEN / "final_model" / "README.md").read_text()
     assert "# \\*\\*\\*\n" in card
+    assert "output folder's name holds a secret" in ended.out
     assert "status: " in (secretive.root / "logs" / "***.log").read_text()
 
 
