@@ -236,7 +236,7 @@ class OutputSection(Section):
     )
     save_total_limit: Count = Field(3, description="Checkpoints kept, the best one not counted")
     resume: Literal["auto", "never"] = Field(
-        "auto", description="Go on from the newest sound checkpoint, or start anew"
+        "auto", description="Resume from the newest sound checkpoint, or start over"
     )
     on_finished: Literal["archive", "stop"] = Field(
         "stop",

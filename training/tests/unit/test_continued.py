@@ -37,6 +37,15 @@ def test_longer_run_ends_with_the_bytes_of_one_trained_to_that_end_at_once(runs:
         assert after["state"][kept] == before["state"][kept]
 
 
+def test_epochs_are_continued_past_the_end_of_one(runs: Runs) -> None:
+    by_epochs = ("max_steps", None, "num_train_epochs")
+    runs.start("epochs-at-once", *by_epochs, "1.25")
+    runs.start("epochs", *by_epochs, "0.75")
+    runs.start("epochs", *by_epochs, "1.25")
+    assert runs.checkpoint_state("epochs", 15)["state"]["step"] == 15
+    assert runs.adapter("epochs") == runs.adapter("epochs-at-once")
+
+
 def test_run_killed_while_it_is_made_longer_ends_with_the_same_bytes(runs: Runs) -> None:
     runs.start("killed")
     folder = runs.root / "killed"
