@@ -179,7 +179,8 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 def _read(path: Path, most: int) -> bytes:
     with _opened(path) as file:
-        return file.read(most)
+        # Python sets aside as much memory as it is asked to read.
+        return file.read(min(most, os.fstat(file.fileno()).st_size))
 
 
 def _sha256(file: BinaryIO) -> str:
