@@ -5,8 +5,12 @@ Imports nothing of the package.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
+
+CHECKSUMS = "SHA256SUMS"
+BLOCK_BYTES = 1 << 20
 
 
 def sync(path: Path) -> None:
@@ -46,3 +50,32 @@ def follow_umask(folder: Path) -> None:
 def _set_mode(path: Path, mode: int) -> None:
     if not path.is_symlink() and path.stat().st_mode & 0o777 != mode:
         path.chmod(mode)
+
+
+def write_checksums(folder: Path) -> None:
+    """Write down the hashes of a folder's files, for `sha256sum --check SHA256SUMS` and readers.
+
+    The model card is left out: its figures may follow later.
+    """
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    files = [path for path in files if path.name not in (CHECKSUMS, "README.md")]
+    lines = [f"{_sha256(path)}  {path.name}\n" for path in files]
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def is_changed(path: Path) -> bool:
+    """Tell whether a file is not the one whose hash is beside it; False if none is."""
+    try:
+        text = (path.parent / CHECKSUMS).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    hashes = {name: digest for digest, _, name in (one.partition("  ") for one in text.split("\n"))}
+    return path.name in hashes and _sha256(path) != hashes[path.name]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -13,7 +13,7 @@ from typing import Any
 from . import finite
 from .card import CardFacts, write_model_card
 from .data.prompt_format import PromptFormat
-from .disk import follow_umask, sync
+from .disk import follow_umask, sync, write_checksums
 from .model.adapter import trained_parameters
 from .output import FINAL
 
@@ -38,6 +38,7 @@ def export(
     save_adapter(model, beside, initial)
     save_prompt_format(beside, prompt_format, tokenizer, model.get_base_model().generation_config)
     write_model_card(beside / CARD, facts)
+    write_checksums(beside)
     follow_umask(beside)
     for path in (*beside.iterdir(), beside):
         sync(path)

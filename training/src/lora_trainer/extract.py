@@ -17,6 +17,7 @@ import typer
 
 from .checkpoint_folder import CorruptCheckpointError, listed, read_state, step_of, verify
 from .data.prompt_format import format_of_run
+from .disk import write_checksums
 from .errors import Problem, UnavailableError
 from .faults import disk_fault
 from .output import EVENTS, FINAL
@@ -29,6 +30,7 @@ from .trained import (
     config_of_run,
     is_checkpoint,
     locate_base,
+    refuse_changed,
 )
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ def export_adapter(named: str, target: Path) -> None:
     path = Path(named).expanduser().absolute()
     refuse_existing(target)
     if (path / FINAL / ADAPTER_CONFIG).is_file():
+        refuse_changed(path / FINAL)
         _copy(path / FINAL, target)
         typer.echo(f"the run is finished: its final adapter was copied to {target}")
         return
@@ -157,6 +160,7 @@ def _write(taken: Taken, trained: Trained, target: Path) -> None:
         facts = with_prompt_format(facts, prompt_format, tokenizer, stops)
         save_prompt_format(folder, prompt_format, tokenizer, generation)
         write_model_card(folder / "README.md", Redaction.of(os.environ).event(facts))
+        write_checksums(folder)
 
 
 def _model_of(taken: Taken, trained: Trained, source: Any) -> Any:

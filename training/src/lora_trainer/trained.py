@@ -17,6 +17,7 @@ import typer
 from .checkpoint_folder import has_any
 from .config import EMBEDDED_MODEL, Config, leaf_sections
 from .data.prompt_format import PromptFormat, read_format
+from .disk import CHECKSUMS, is_changed
 from .errors import ConfigError, Problem, TrainerError, UnavailableError
 from .output import FINAL, RESOLVED
 
@@ -114,11 +115,28 @@ def _adapter(folder: Path, run: Path | None) -> Trained:
             why=f"{ADAPTER_WEIGHTS} is not there; pickled weights can run code and are not read",
             remedy="save it again with model.save_pretrained(folder, safe_serialization=True)",
         )
+    refuse_changed(folder)
     if run is not None:
         return Trained(run.name, config_of_run(run), folder, run)
     base, revision = _base_of(folder)
     known = {"model_name_or_path": base, "model_revision": revision}
     return Trained(folder.name, Config(), folder).as_loaded(**known)
+
+
+def refuse_changed(folder: Path) -> None:
+    """Refuse an exported adapter whose weights are not those that were exported.
+
+    Raises:
+        UnavailableError: they are not.
+    """
+    if is_changed(folder / ADAPTER_WEIGHTS):
+        raise UnavailableError.of(
+            "the adapter has changed since it was exported",
+            where=str(folder / ADAPTER_WEIGHTS),
+            why=f"its hash is not the one in {CHECKSUMS}: damaged, or replaced",
+            remedy="export it again from a checkpoint: lora-trainer export RUN/checkpoints/STEP "
+            f"TARGET; if you replaced it yourself: rm {folder / CHECKSUMS}",
+        )
 
 
 def _base_of(folder: Path) -> tuple[str, str | None]:

@@ -10,7 +10,10 @@ import pytest
 from made_run import make_run
 
 from lora_trainer.config import EMBEDDED_MODEL
+from lora_trainer.disk import write_checksums
 from lora_trainer.errors import ConfigError, UnavailableError
+from lora_trainer.extract import export_adapter
+from lora_trainer.sources.adapter import find_adapter
 from lora_trainer.trained import EMBEDDED_HUB_ID, find, open_model
 
 
@@ -50,6 +53,30 @@ def test_base_model_alone_has_no_adapter(run: Path) -> None:
     assert find(str(run.parent / "model")).adapter is None
     assert find(EMBEDDED_MODEL).config.model.model_name_or_path == EMBEDDED_MODEL
     assert find("owner/name").config.model.model_name_or_path == "owner/name"
+
+
+def test_exported_adapter_that_has_changed_is_refused_by_all_that_read_it(
+    run: Path, tmp_path: Path
+) -> None:
+    final = Path(shutil.copytree(run / "final_model", tmp_path / "run" / "final_model"))
+    write_checksums(final)
+    assert find(str(final)).adapter == final
+    card, weights = final / "README.md", final / "adapter_model.safetensors"
+    card.write_text(card.read_text() + "and a word of the user's\n")
+    assert find(str(final)).adapter == final
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UnavailableError, match="changed since it was exported"):
+        find(str(final))
+    with pytest.raises(UnavailableError, match="changed since it was exported"):
+        export_adapter(str(final.parent), tmp_path / "copy")
+    with pytest.raises(ConfigError) as caught:
+        find_adapter(str(final))
+    assert "SHA256SUMS" in caught.value.problems[0].why
+    (final / "SHA256SUMS").unlink()  # the user says so
+    assert find(str(final)).adapter == final
+    assert find_adapter(str(final)).weights == weights
 
 
 def test_unfinished_run_names_the_command_that_helps(tmp_path: Path) -> None:

@@ -7,14 +7,15 @@ given ones must agree. Only safetensors are read, and nothing here needs torch.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint_folder import CorruptCheckpointError, listed, verify
 from ..config import EMBEDDED_MODEL, Config
+from ..disk import CHECKSUMS, is_changed
 from ..errors import ConfigError, Problem
 from .given import Given
 
@@ -82,8 +83,7 @@ def find_adapter(named: str) -> StartAdapter:
         return _in_peft_format(path / FINAL, path)
     if (path / CHECKPOINT_WEIGHTS).is_file():
         return _checkpoint(path)
-    steps = sorted(path.glob(f"{CHECKPOINTS}/step-*"), key=lambda one: (len(one.name), one.name))
-    for checkpoint in reversed(steps):
+    for checkpoint in reversed(_listed(path / CHECKPOINTS)):
         if _is_sound(checkpoint):
             return _checkpoint(checkpoint)
     if (path / PICKLED).is_file():
@@ -137,6 +137,12 @@ def _in_peft_format(folder: Path, run: Path | None) -> StartAdapter:
             else _unusable(
                 folder, f"it has no {WEIGHTS}", "save it again with model.save_pretrained(folder)"
             )
+        )
+    if is_changed(folder / WEIGHTS):
+        raise _unusable(
+            folder,
+            f"{WEIGHTS} is not the one in {CHECKSUMS}: damaged, or replaced",
+            f"name a checkpoint of its run; if you replaced it yourself: rm {folder / CHECKSUMS}",
         )
     facts = _read(folder / CONFIG)
     if facts.get("peft_type") != "LORA":
@@ -233,14 +239,20 @@ def _disagreement(
     )
 
 
-def _is_sound(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint's adapter is the one of its manifest."""
+def _listed(folder: Path) -> list[Path]:
     try:
-        entry = json.loads((checkpoint / "manifest.json").read_text())[CHECKPOINT_WEIGHTS]
-        data = (checkpoint / CHECKPOINT_WEIGHTS).read_bytes()
-        return bool(hashlib.sha256(data).hexdigest() == entry["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return listed(folder)
+    except OSError:
+        return []
+
+
+def _is_sound(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint verifies."""
+    try:
+        verify(checkpoint)
+    except CorruptCheckpointError:
         return False
+    return True
 
 
 def _refuse_changed_base(folder: Path, init: Any, remedy: str) -> None:
