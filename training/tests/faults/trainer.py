@@ -117,10 +117,16 @@ class Trainer:
 class Run:
     """A training command that is running."""
 
-    def __init__(self, command: list[str], output: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        output: Path,
+        environment: dict[str, str],
+        process: Any = None,
+    ) -> None:
         self.output = output
         self.began = time.time()
-        self.process = subprocess.Popen(
+        self.process = process or subprocess.Popen(
             command,
             env=environment,
             stdin=subprocess.DEVNULL,
