@@ -166,6 +166,7 @@ def test_other_weights_under_the_adapters_path_are_another_run(runs: Runs, tmp_p
     runs.start("content", *arguments)
     moved = runs.settings("content", "adapter_name_or_path", str(elsewhere), "lora_r", None)
     assert judge(runs.root / "content", moved).does == "nothing"
+    (adapter / "SHA256SUMS").unlink()  # replaced on purpose
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file({name: 2 * w for name, w in weights.items()}, adapter / "adapter_model.safetensors")
     assert "the weights of the adapter" in refusal(runs, "content", *arguments)
