@@ -16,6 +16,7 @@ from typing import Any
 import typer
 
 from .errors import ConfigError
+from .model import sizes
 from .trained import Opened, Trained, open_model
 
 HELP = """\
@@ -238,7 +239,7 @@ def _generate(
 
 
 def _refuse_long(tokens: int, model: Any) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = sizes.positions(model.config)
     if limit and tokens >= limit:
         raise ConfigError.of(
             "the conversation is longer than the model can read",

@@ -43,6 +43,13 @@ def enable_checkpointing(model: Any, *, lets_go: bool = False) -> None:
 
 
 def decoder(model: Any) -> Any:
-    """Return what is below the head; Gemma 3 lacks the attribute it names in transformers 4.50."""
+    """Return what is below the head; not every class has the attribute that it names.
+
+    Gemma 3 has not in transformers 4.50, Llama 4 has not in 5: it is the child with the embeddings.
+    """
     below = getattr(model, model.base_model_prefix, None)
-    return model.get_decoder() if below is None else below
+    if below is not None:
+        return below
+    embeddings = model.get_input_embeddings()
+    holders = [one for one in model.children() if any(m is embeddings for m in one.modules())]
+    return holders[0] if len(holders) == 1 and holders[0] is not embeddings else None

@@ -24,7 +24,7 @@ from .data.split import epoch_rows
 from .disk import follow_umask
 from .errors import ConfigError, DataError, TrainerError
 from .events import Event, progress_of
-from .model import load
+from .model import load, sizes
 from .plan import DataProfile
 
 
@@ -223,7 +223,7 @@ def refuse_long_rows(config: Config, model: Any, splits: DataSplits) -> None:
     Raises:
         ConfigError: a row is longer.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = sizes.positions(model.config)
     longest = max(int(d.lengths.max()) for d in (splits.train, splits.eval) if d is not None)
     if limit and longest > limit:
         raise ConfigError.of(

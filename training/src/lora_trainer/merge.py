@@ -185,10 +185,9 @@ def _merge(trained: Trained, stored: Stored, target: Path) -> float:
 
 
 def _attention(source: Any, trained: Trained) -> str:
-    from .model import load
+    from .model import attention, load
 
-    shape = load.load_config(source, trained.config.model)
-    return "eager" if getattr(shape, "attn_logit_softcapping", None) else "sdpa"
+    return attention.native(load.load_config(source, trained.config.model))
 
 
 def _merged(model: Any) -> Any:
@@ -224,10 +223,12 @@ def _use_trained_ends(model: Any, opened: Opened) -> None:
 def _tokens(model: Any) -> Any:
     import torch
 
+    from .model import sizes
+
     generator = torch.Generator().manual_seed(0)
-    most = getattr(model.config, "max_position_embeddings", None) or ASKED_TOKENS
+    most = sizes.positions(model.config) or ASKED_TOKENS
     shape = (1, min(ASKED_TOKENS, most))
-    return torch.randint(0, model.config.vocab_size, shape, generator=generator)
+    return torch.randint(0, sizes.vocabulary(model.config), shape, generator=generator)
 
 
 def _logits(model: Any, asked: Any) -> Any:

@@ -11,8 +11,8 @@ from .config import Config
 from .data.prepare import DataSplits
 from .dataset import profile_of, refuse_long_rows, rows_of_epoch_in, rows_to_train, source_specs
 from .machine import Machine, read_machine
-from .model import flash, load, quantize
-from .model.adapter import add_adapter, read_start, trained_parameters
+from .model import flash, load, probe, quantize, reach, sizes
+from .model.adapter import ALL_LINEAR, add_adapter, read_start, trained_parameters
 from .plan import (
     ModelShape,
     Parallelism,
@@ -38,13 +38,30 @@ def parallelism_before_loading(
 
 
 def _unloaded(config: Config, shape: Any) -> Any:
-    """Return the base model without its weights, on the meta device."""
+    """Return the base model without its weights, on the meta device.
+
+    Raises:
+        ConfigError: it is none that transformers builds.
+    """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            shape, trust_remote_code=config.model.trust_remote_code
-        )
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                shape, trust_remote_code=config.model.trust_remote_code
+            )
+    except Exception as error:  # each class checks its configuration in its own way
+        why = f"transformers cannot build it as a causal language model: {probe.said(error)}"
+        raise probe.refusal(shape, why) from error
+
+
+def refuse_unsupported(config: Config, shape: Any) -> None:
+    """Refuse a model that cannot be trained on text, before its weights are read.
+
+    Raises:
+        ConfigError: it is no causal language model, or asks for something else than tokens.
+    """
+    probe.check_unloaded(_unloaded(config, shape))
 
 
 def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Plan:
@@ -57,6 +74,7 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
     shape = load.load_config(source, config.model)
     config, whole = quantize.as_stored(config, shape, has_gpu=machine.has_gpu)
     base = _unloaded(config, shape)
+    probe.check_unloaded(base)
     device = precision.device_of(machine)
     used = precision.choose_precision(config.model.bf16, device)[0]
     with torch.device("meta"):
@@ -67,6 +85,8 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
         lora = config.lora.model_copy(update={"init_lora_weights": True})
         model = add_adapter(base, lora, seed=config.training.seed)
         trained = trained_parameters(model)
+        is_all_linear = lora.lora_target_modules == ALL_LINEAR
+        reached = reach.notes(model, parameters[0], is_all_linear=is_all_linear)
     if config.lora.adapter_name_or_path is not None:
         read_start(model, find_adapter(config.lora.adapter_name_or_path))
     weights = [source.weight for source in source_specs(config, config.data.dataset)]
@@ -87,7 +107,7 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
         padding_free=config.training.padding_free is not False,
         processes=processes,
         parallelism=parallelism,
-        reasons=tuple(reason for reason in (whole, why, flashed) if reason),
+        reasons=tuple(reason for reason in (whole, why, flashed, *reached) if reason),
     )
 
 
@@ -98,12 +118,12 @@ def shape_of(
     config = model.config
     return ModelShape(
         model_type=config.model_type,
-        layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        vocab_size=config.vocab_size,
+        layers=sizes.layers(config) or 1,
+        hidden_size=sizes.width(config),
+        intermediate_size=sizes.intermediate_width(config),
+        vocab_size=sizes.vocabulary(config),
         parameters=parameters[0],
         unquantized_parameters=parameters[1],
         trainable_parameters=sum(p.numel() for p in trained.values()),
-        max_positions=getattr(config, "max_position_embeddings", 0) or 0,
+        max_positions=sizes.positions(config),
     )

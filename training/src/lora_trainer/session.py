@@ -53,20 +53,22 @@ from .initial import FOLDER, Initial, verified, weights_digest
 from .loop import Parts
 from .machine import Machine, read_machine
 from .memory import MemoryLimits
-from .model import determinism, flash, load, loftq, probe, quantize, zero
+from .model import determinism, flash, load, loftq, probe, quantize, reach, zero
 from .model.adapter import (
+    ALL_LINEAR,
     add_adapter,
     changes_base,
     load_adapter_state,
     load_start,
     trained_parameters,
 )
+from .model.attention import native
 from .model.forward import CausalLM
 from .model.shard import choose_sharing
 from .optim import make_optimizer
 from .output import FINAL, write_json
 from .plan import Plan, limited, make_plan
-from .preview import parallelism_before_loading, shape_of
+from .preview import parallelism_before_loading, refuse_unsupported, shape_of
 from .ranks import ALONE, Ranks
 from .recovery import read_limits, write_limits
 from .smaller import with_smaller_plans
@@ -302,8 +304,9 @@ def _open_model(
     dtype = torch.bfloat16 if used == "bfloat16" else torch.float32
     asked = config.model.use_flash_attention
     flashed = flash.choose(asked, machine, used, model=shape)
-    # sdpa knows no soft-cap on the scores; eager computes it.
-    attention = "eager" if getattr(shape, "attn_logit_softcapping", None) else "sdpa"
+    attention = native(shape)
+    if not config.model.trust_remote_code:  # whose classes may need what is in their repository
+        refuse_unsupported(config, shape)
     parallelism, chosen = parallelism_before_loading(config, machine, shape, used, ranks)
     share = None
     if parallelism in ("fsdp", "deepspeed"):
@@ -351,6 +354,9 @@ def _open_model(
     with named():
         fallback = probe.verify(causal, ranks.is_any)
         varying = determinism.require(lambda: probe.exercise(causal)) if device == "cuda" else ""
+    reached = reach.notes(
+        model, parameters[0], is_all_linear=config.lora.lora_target_modules == ALL_LINEAR
+    )
     if causal.packed is not None:
         attention = flash.described(flashed, flash.pytorch_kernel(device, used, shape))
     elif asked == flash.STRICT:
@@ -377,6 +383,7 @@ def _open_model(
                 fallback,
                 varying,
                 flash.reason(asked, flashed, attention),
+                *reached,
             )
             if reason
         ),

@@ -202,7 +202,7 @@ def open_model(trained: Trained, *, dtype: Any = None) -> Opened:
 
     from . import precision
     from .machine import read_machine
-    from .model import load, quantize
+    from .model import attention, load, quantize
     from .model.forward import CausalLM
 
     machine = read_machine()
@@ -216,9 +216,8 @@ def open_model(trained: Trained, *, dtype: Any = None) -> Opened:
         dtype = torch.bfloat16 if used == "bfloat16" else torch.float32
     source = locate_base(trained)
     tokenizer = load.load_tokenizer(tokenizer_source(trained, source), section)
-    shape = load.load_config(source, section)
-    attention = "eager" if getattr(shape, "attn_logit_softcapping", None) else "sdpa"
-    model = load.load_model(source, section, dtype=dtype, device=device, attention=attention)
+    native = attention.native(load.load_config(source, section))
+    model = load.load_model(source, section, dtype=dtype, device=device, attention=native)
     if trained.adapter is not None:
         model = _with_adapter(model, trained)
     causal = CausalLM(

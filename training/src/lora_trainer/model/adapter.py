@@ -7,14 +7,17 @@ PEFT's modules and state names stay as they are, so that what is saved loads wit
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import compat
 from ..config import LoraSection
 from ..errors import ConfigError, TrainerError
 from ..sources.adapter import StartAdapter
+from . import reach
 
 # These inits move part of the base weights into the adapter: the saved adapter must be
 # converted to fit the untouched base model (PEFT doubles its rank for that).
@@ -47,6 +50,7 @@ def add_adapter(model: Any, section: LoraSection, *, seed: int) -> Any:
         lora_alpha=section.lora_alpha,  # type: ignore[arg-type,unused-ignore]
         lora_dropout=section.lora_dropout,
         target_modules=targets,
+        exclude_modules=_left_alone(model, targets) or None,
         use_rslora=section.use_rslora,
         use_dora=section.use_dora,
         # LoftQ's first weights follow (loftq.py); PEFT's own would round the base itself.
@@ -57,7 +61,12 @@ def add_adapter(model: Any, section: LoraSection, *, seed: int) -> Any:
     )
     torch.manual_seed(seed)
     try:
-        return get_peft_model(model, lora)
+        with warnings.catch_warnings():
+            # PEFT gives fused experts a rank of their own, and then warns that no module has it.
+            warnings.filterwarnings("ignore", message=".*_pattern keys did not match")
+            if targets == ALL_LINEAR:
+                _leave_router_parameters(model, lora)
+            return get_peft_model(model, lora)
     except (ValueError, TypeError) as error:  # PEFT's word on what it cannot adapt
         raise ConfigError.of(
             "PEFT cannot put this adapter on the model",
@@ -65,6 +74,34 @@ def add_adapter(model: Any, section: LoraSection, *, seed: int) -> Any:
             why=str(error).split("\n")[0],
             remedy=_linear_remedy(model),
         ) from error
+
+
+def _left_alone(model: Any, targets: str | list[str]) -> list[str]:
+    """Return endings of names that all-linear leaves alone: routers, what PEFT cannot adapt."""
+    if targets != ALL_LINEAR:
+        return []
+    left = reach.routers(model) | reach.read_past_lora(model) | reach.own_products(model)
+    adapted = [name for name in _targeted(model, targets) if name not in left]
+    return reach.shortest(left, adapted)
+
+
+def _leave_router_parameters(model: Any, lora: Any) -> None:
+    """Take routers out of the parameters that PEFT makes of all-linear on transformers 5.
+
+    It adapts tensors of fused experts too, but neither with dropout nor with DoRA.
+    """
+    if compat.MAJOR < 5:
+        return
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    convert_peft_config_for_transformers(lora, model, None)
+    can_adapt = not lora.lora_dropout and not lora.use_dora
+    kept = sorted(
+        name
+        for name in lora.target_parameters or ()
+        if can_adapt and not reach.is_router_parameter(name)
+    )
+    lora.target_parameters = kept or None
 
 
 def _named_targets(targets: str | list[str]) -> str | list[str]:

@@ -1,21 +1,29 @@
 """A micro-batch through the model: packed or padded in, summed loss out.
 
+Four ways, the fastest first: examples concatenated, through decoder and head; padded, through
+decoder and head; padded, through the model's own forward pass, which makes the logits of every
+position; so, an example at a time. `probe.verify` takes the first that computes what the model
+itself computes.
+
 Legend: B examples, L longest, T tokens of all examples, W width, N supervised positions.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import compat
+from ..errors import UnavailableError
 from . import attention as packed_attention
 from . import fused
 from .attention import PackedAttention
@@ -65,20 +73,37 @@ class CausalLM:
         self.model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.inner = inner
-        self.decoder = compat.decoder(inner)
-        self.head: Head = find_head(inner)
+        self.is_one_by_one = False  # examples are not padded either
+        self.whole_why = ""  # why decoder and head are not called apart; empty: they are
+        self._find_decoder_and_head(inner)
         self.device = device
         self.chunk = chunk
         self.precision = precision
         self.native_attention = str(inner.config._attn_implementation)
         self.is_sharded = False
         self.packed: PackedAttention | None = None
-        if padding_free:
+        if padding_free and not self.whole_why:
             self.packed = packed_attention.install(inner, kernel)
+
+    def _find_decoder_and_head(self, inner: Any) -> None:
+        self.decoder: Any = None
+        self.head: Head = NO_HEAD
+        try:
+            decoder, head = compat.decoder(inner), find_head(inner)
+        except Exception as error:  # classes raise what they like where they have no such thing
+            self.whole_why = f"its decoder and head were not found ({type(error).__name__})"
+            return
+        if decoder is None or decoder is inner or head.linear is None:
+            self.whole_why = "its decoder and head were not found"
+            return
+        self.decoder, self.head = decoder, head
 
     def loss(self, batch: MicroBatch) -> Tensor:
         """Return the summed cross entropy over the batch's targets, differentiable."""
         with self.autocast():
+            if self.whole_why:
+                logits_NV, labels_N = self._whole_logits(batch)
+                return F.cross_entropy(logits_NV, labels_N, reduction="sum")
             hidden_NW, labels_N = self._hidden(batch)
             return summed_loss(self.head, hidden_NW, labels_N, self.chunk)
 
@@ -86,6 +111,10 @@ class CausalLM:
     def score(self, batch: MicroBatch) -> tuple[float, int]:
         """Return the summed cross entropy and the number of targets predicted best."""
         with self.autocast():
+            if self.whole_why:
+                logits_NV, labels_N = self._whole_logits(batch)
+                loss = float(F.cross_entropy(logits_NV, labels_N, reduction="sum"))
+                return loss, int((logits_NV.argmax(-1) == labels_N).sum())
             hidden_NW, labels_N = self._hidden(batch)
             return summed_loss_and_hits(self.head, hidden_NW, labels_N, self.chunk)
 
@@ -93,6 +122,14 @@ class CausalLM:
         """Share the frozen layers out over the ranks, as `shard.choose_sharing` chose."""
         from .shard import shard
 
+        if self.whole_why:
+            kind = self.inner.config.model_type
+            raise UnavailableError.of(
+                f"models of type {kind} cannot be sharded",
+                where="training.parallelism",
+                why=self.whole_why,
+                remedy="--parallelism ddp, and nothing offloaded",
+            )
         shard(self.inner, self.decoder, self.device, share)
         self.is_sharded = True
 
@@ -100,6 +137,11 @@ class CausalLM:
         """Go over to padded micro-batches, for a model that packing would compute wrongly."""
         packed_attention.switch(self.inner, self.native_attention)
         self.packed = None
+
+    def use_whole_forward(self, why: str) -> None:
+        """Go over to padded micro-batches through the model's own forward pass."""
+        self.pad()
+        self.whole_why = why
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[Any]:
@@ -142,27 +184,64 @@ class CausalLM:
         output = self.decoder(
             input_ids=self._tensor(ids_T)[None],
             position_ids=self._tensor(positions_T)[None],
-            use_cache=False,
+            **_no_cache(self.decoder),
         )
         hidden_TW = output.last_hidden_state[0]
         return hidden_TW[self._tensor(target_N - 1)], self._tensor(ids_T[target_N])
 
     def _padded_hidden(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        longest = max(len(ids) for ids in batch.ids)
-        ids_BL = np.zeros((len(batch.ids), longest), dtype=np.int64)
-        mask_BL = np.zeros_like(ids_BL)
-        is_target_BL = np.zeros(ids_BL.shape, dtype=bool)
-        for row, (ids, marks) in enumerate(zip(batch.ids, batch.is_trained, strict=True)):
-            ids_BL[row, : len(ids)] = ids
-            mask_BL[row, : len(ids)] = 1
-            is_target_BL[row, 1 : len(ids)] = marks[1:]
-        rows_N, columns_N = np.nonzero(is_target_BL)
-        output = self.decoder(
-            input_ids=self._tensor(ids_BL), attention_mask=self._tensor(mask_BL), use_cache=False
-        )
+        ids_BL, mask_BL, (rows_N, columns_N) = _padded(batch)
+        output = call(self.decoder, self._tensor(ids_BL), self._tensor(mask_BL))
         hidden_BLW = output.last_hidden_state
         hidden_NW = hidden_BLW[self._tensor(rows_N), self._tensor(columns_N - 1)]
         return hidden_NW, self._tensor(ids_BL[rows_N, columns_N])
 
+    def _whole_logits(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Return logits that predict the targets (N, V), and the targets (N,)."""
+        if self.is_one_by_one and len(batch.ids) > 1:
+            singles = [
+                self._whole_logits(MicroBatch([ids], [marks]))
+                for ids, marks in zip(batch.ids, batch.is_trained, strict=True)
+            ]
+            logits, labels = zip(*singles, strict=True)
+            return torch.cat(logits), torch.cat(labels)
+        ids_BL, mask_BL, (rows_N, columns_N) = _padded(batch)
+        logits_BLV = call(self.model, self._tensor(ids_BL), self._tensor(mask_BL)).logits
+        logits_NV = logits_BLV[self._tensor(rows_N), self._tensor(columns_N - 1)]
+        return logits_NV.float(), self._tensor(ids_BL[rows_N, columns_N])
+
     def _tensor(self, values: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(self.device)
+
+
+# In place of the head of a model that has none which could be called apart.
+NO_HEAD = Head(torch.nn.Identity())
+
+
+def _padded(
+    batch: MicroBatch,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Return token ids and attention mask (B, L), and rows and columns (N,) of the targets."""
+    longest = max(len(ids) for ids in batch.ids)
+    ids_BL = np.zeros((len(batch.ids), longest), dtype=np.int64)
+    mask_BL = np.zeros_like(ids_BL)
+    is_target_BL = np.zeros(ids_BL.shape, dtype=bool)
+    for row, (ids, marks) in enumerate(zip(batch.ids, batch.is_trained, strict=True)):
+        ids_BL[row, : len(ids)] = ids
+        mask_BL[row, : len(ids)] = 1
+        is_target_BL[row, 1 : len(ids)] = marks[1:]
+    rows_N, columns_N = np.nonzero(is_target_BL)
+    return ids_BL, mask_BL, (rows_N, columns_N)
+
+
+def call(module: Any, ids_BL: Tensor, mask_BL: Tensor) -> Any:
+    """Call a decoder or a model, without a cache where its forward pass knows of one."""
+    return module(input_ids=ids_BL, attention_mask=mask_BL, **_no_cache(module))
+
+
+def _no_cache(module: Any) -> dict[str, bool]:
+    """Return the argument that switches the cache off, where a forward pass takes it."""
+    inner = module.get_base_model() if hasattr(module, "get_base_model") else module
+    return (
+        {"use_cache": False} if "use_cache" in inspect.signature(inner.forward).parameters else {}
+    )

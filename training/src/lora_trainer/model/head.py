@@ -47,6 +47,10 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+# Gemma 2 and 3's field, RecurrentGemma's, xLSTM's.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
 def find_head(model: Any) -> Head:
     """Return the head of a causal language model from its config's field names.
 
@@ -56,7 +60,7 @@ def find_head(model: Any) -> Head:
     multiplier = float(getattr(config, "logit_scale", None) or 1.0)
     if scaling := getattr(config, "logits_scaling", None):
         multiplier /= float(scaling)
-    cap = getattr(config, "final_logit_softcapping", None)
+    cap = next((own for name in SOFTCAPS if (own := getattr(config, name, None))), None)
     return Head(model.get_output_embeddings(), multiplier, float(cap) if cap else None)
 
 

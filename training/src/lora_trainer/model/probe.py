@@ -1,31 +1,47 @@
 """Prove on the loaded model that what we compute is what the model computes.
 
-Two shortcuts are taken that a model could break silently: the decoder and the head are
-called apart, and examples are concatenated. Both are compared, on a few random tokens,
-with the model's own forward pass on each example alone. A head that differs is refused
-by name; packing that differs falls back to padding. A base model in 4 or 8 bits is
-compared with itself, in the same bits: rounding explains no more there.
+Shortcuts are taken that a model could break silently: examples are concatenated, and the
+decoder and the head are called apart. Each is compared, on a few random tokens, with the
+model's own forward pass on each example alone, and tried with a backward pass. What differs or
+raises gives way to the next: packed, padded, the model's own forward pass over padded examples,
+and over one example at a time. A model that none of them computes is refused by name, as is one
+that sees later tokens. A base model in 4 or 8 bits is compared with itself, in the same bits:
+rounding explains no more there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
+from numpy.typing import NDArray
 
-from ..errors import UnavailableError
-from .attention import UnsupportedAttentionError, switch
-from .forward import CausalLM, MicroBatch
+from ..errors import ConfigError, TrainerError
+from ..faults import is_out_of_memory
+from . import sizes
+from .attention import switch
+from .forward import CausalLM, MicroBatch, call
 from .quantize import rows_apart
 
 # Largest difference of a mean token loss that rounding explains: float32 and bfloat16.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
+# The same tokens before another one: nothing but noise may be between them.
+SAME = {"float32": 1e-5, "bfloat16": 1e-2}
 LENGTHS = (9, 24, 5)
 # A sliding window shorter than this is crossed by the probe; a longer one costs too much.
 LONGEST_WINDOW = 512
+LONGEST_REASON = 200
+LOOKS_AHEAD = (
+    "its predictions change with later tokens: it, or its configuration (is_decoder, causal), "
+    "is not that of a causal language model"
+)
+TEXT_ALONE = "its own forward pass fails on text alone"
+OTHER_RANK = "fail in another process"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +58,13 @@ class Difference:
 
 
 def verify(causal: CausalLM, is_any: Callable[[bool], bool] = bool) -> str:
-    """Check head and packing; switch `causal` to padding where packing is not exact.
+    """Find the fastest way that is exact, and leave `causal` on it.
 
     Several ranks decide together: `is_any` tells whether any of them says so. Returns a
-    sentence for the plan when padding is used instead, else an empty string.
+    sentence for the plan when a slower way is used instead, else an empty string.
 
     Raises:
-        UnavailableError: the model does something to its logits that we do not do.
+        ConfigError: no way computes what the model itself does, or it cannot be trained.
     """
     was_training = causal.model.training
     causal.model.eval()
@@ -61,29 +77,124 @@ def verify(causal: CausalLM, is_any: Callable[[bool], bool] = bool) -> str:
 
 def _verify(causal: CausalLM, is_any: Callable[[bool], bool]) -> str:
     batch = _sample(causal.inner)
-    if causal.packed is not None:
-        try:
-            packed = _difference(causal, batch)
-        except UnsupportedAttentionError as error:
-            reason = f"padding is used: this architecture needs {error}"
-        else:
-            if not is_any(not packed.is_small):
-                return ""
-            reason = f"padding is used: concatenated examples differ by {packed.value:.1e}"
-        causal.pad()
+    if causal.is_sharded:  # an error here is one of how layers are shared out, named elsewhere
+        own, fault = _own_loss(causal, batch), ""
     else:
-        reason = ""
-    padded = _difference(causal, batch)
-    if not padded.is_small:
-        kind = causal.inner.config.model_type
-        raise UnavailableError.of(
-            f"models of type {kind} are not supported",
-            where="model_name_or_path",
-            why=f"the model's own loss and ours differ by {padded.value:.1e} on the same tokens: "
-            "its head does something unknown to us",
-            remedy="choose another base model, or report this type",
-        )
-    return reason
+        own, fault = _attempted(lambda: _own_loss(causal, batch))
+    if is_any(bool(fault)):
+        raise refusal(causal.inner.config, f"{TEXT_ALONE}: {fault or OTHER_RANK}")
+    ahead, fault = _attempted(lambda: _looks_ahead(causal, batch))
+    if is_any(bool(fault) or not Difference(ahead, SAME[causal.precision]).is_small):
+        raise refusal(causal.inner.config, LOOKS_AHEAD)
+    reasons = []
+    if causal.packed is not None:
+        fault = _fault(causal, batch, own)
+        if not is_any(bool(fault)):
+            return ""
+        reasons.append(f"padding is used: concatenated examples {fault or OTHER_RANK}")
+        causal.pad()
+    if not causal.whole_why:
+        fault = _fault(causal, batch, own)
+        if not is_any(bool(fault)):
+            return "; ".join(reasons)
+        fault = f"decoder and head, called apart, {fault or OTHER_RANK}"
+        if causal.is_sharded:  # the model's own forward pass would not gather the layers
+            raise refusal(causal.inner.config, fault)
+        causal.use_whole_forward(fault)
+    fault = _fault(causal, batch, own)
+    if not is_any(bool(fault)):
+        return f"padding is used, and logits of every token are computed: {causal.whole_why}"
+    causal.is_one_by_one = True
+    why = f"padded examples {fault or OTHER_RANK}"
+    fault = _fault(causal, batch, own)
+    if is_any(bool(fault)):
+        raise refusal(causal.inner.config, f"one example at a time, {fault or OTHER_RANK}")
+    return f"examples are computed one at a time: {why}"
+
+
+def check_unloaded(model: Any) -> None:
+    """Try a model without weights, on the meta device, on plain tokens.
+
+    Raises:
+        ConfigError: its code asks for something else, such as an image.
+    """
+    ids_1T = torch.zeros((1, max(LENGTHS)), dtype=torch.long, device="meta")
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            call(model, ids_1T, torch.ones_like(ids_1T))
+    except (ValueError, TypeError) as error:
+        if "meta" not in str(error).lower():
+            raise refusal(model.config, f"{TEXT_ALONE}: {said(error)}") from error
+    except Exception:  # what cannot be computed without weights says nothing of the model
+        return
+
+
+def refusal(config: Any, why: str) -> TrainerError:
+    """Return the error of a model that cannot be trained here, by the name of its type."""
+    return ConfigError.of(
+        f"models of type {config.model_type} are not supported",
+        where="model_name_or_path",
+        why=why,
+        remedy="choose another base model; docs/architectures.md lists those that are trained",
+    )
+
+
+def _fault(causal: CausalLM, batch: MicroBatch, own: float) -> str:
+    """Say what is wrong with the way that `causal` is on; empty where it is exact."""
+    ours, fault = _attempted(lambda: _loss(causal, batch))
+    if fault:
+        return f"fail: {fault}"
+    difference = Difference(ours - own, TOLERANCES[causal.precision])
+    if not difference.is_small:
+        return f"differ by {difference.value:.1e}"
+    if causal.is_sharded:
+        return ""
+    _, fault = _attempted(lambda: _train_step(causal, batch))
+    return f"fail in training: {fault}" if fault else ""
+
+
+def _attempted(compute: Callable[[], float]) -> tuple[float, str]:
+    """Return what was computed, or which error was raised; memory that ran out is no fault."""
+    try:
+        return compute(), ""
+    except TrainerError:
+        raise
+    except Exception as error:  # a model's code raises what it likes
+        if is_out_of_memory(error):
+            raise
+        return 0.0, said(error)
+
+
+def said(error: Exception) -> str:
+    """Return the first line of what a model's code raised, cut where it is long."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]} ..."
+
+
+@torch.no_grad()
+def _loss(causal: CausalLM, batch: MicroBatch) -> float:
+    return causal.score(batch)[0] / batch.targets
+
+
+def _train_step(causal: CausalLM, batch: MicroBatch) -> float:
+    """Run a backward pass in training mode; leave neither gradients nor random numbers behind."""
+    parameters = [p for p in causal.model.parameters() if p.requires_grad]
+    causal.model.train()
+    try:
+        with torch.random.fork_rng(devices=_devices(causal)):
+            loss = causal.loss(batch)
+            if loss.requires_grad:
+                loss.backward()
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+        causal.model.eval()
+    return 0.0
+
+
+def _devices(causal: CausalLM) -> list[int]:
+    return [torch.cuda.current_device()] if causal.device.startswith("cuda") else []
 
 
 def exercise(causal: CausalLM) -> None:
@@ -95,35 +206,47 @@ def exercise(causal: CausalLM) -> None:
 
 
 def _sample(model: Any) -> MicroBatch:
-    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
-    config = text or model.config
+    config = sizes.text_config(model.config)
     window = getattr(config, "sliding_window", None) or 0
     extra = (window + 7,) if 0 < window <= LONGEST_WINDOW else ()
     order = np.random.Generator(np.random.PCG64(0))
-    ids = [order.integers(0, config.vocab_size, length) for length in (*LENGTHS, *extra)]
+    ids = [order.integers(0, sizes.vocabulary(config), length) for length in (*LENGTHS, *extra)]
     return MicroBatch(ids, [np.ones(len(one), dtype=bool) for one in ids])
 
 
 @torch.no_grad()
-def _difference(causal: CausalLM, batch: MicroBatch) -> Difference:
-    tolerance = TOLERANCES[causal.precision]
-    ours = causal.score(batch)[0] / batch.targets
-    return Difference(ours - _own_loss(causal, batch), tolerance)
-
-
 def _own_loss(causal: CausalLM, batch: MicroBatch) -> float:
     """Return the mean token loss of the model's own forward, one example at a time."""
-    # Eager attention knows every argument (soft-caps too); sdpa raises or leaves them out.
+    with _eager(causal):
+        total = sum(float(_own_losses(causal, ids).sum()) for ids in batch.ids)
+    return total / batch.targets
+
+
+@torch.no_grad()
+def _looks_ahead(causal: CausalLM, batch: MicroBatch) -> float:
+    """Return how far the losses of an example's tokens change with the token after them."""
+    ids = max(batch.ids, key=len)
+    other = ids.copy()
+    other[-1] = (other[-1] + 1) % sizes.vocabulary(causal.inner.config)
+    with _eager(causal):
+        apart = _own_losses(causal, ids)[:-1] - _own_losses(causal, other)[:-1]
+    return float(apart.abs().mean())
+
+
+@contextlib.contextmanager
+def _eager(causal: CausalLM) -> Iterator[None]:
+    """Switch to eager attention, which knows every argument; sdpa raises, or leaves some out."""
     before = switch(causal.inner, "eager")
-    total = 0.0
     try:
-        for ids in batch.ids:
-            ids_1T = torch.from_numpy(ids).to(causal.device)[None]
-            with causal.autocast():
-                logits = causal.model(input_ids=ids_1T, use_cache=False).logits[0, :-1]
-            total += float(
-                torch.nn.functional.cross_entropy(logits.float(), ids_1T[0, 1:], reduction="sum")
-            )
+        yield
     finally:
         switch(causal.inner, before)
-    return total / batch.targets
+
+
+def _own_losses(causal: CausalLM, ids: NDArray[np.int64]) -> torch.Tensor:
+    """Return the losses of an example's tokens but the first, by the model's own forward."""
+    ids_1T = torch.from_numpy(ids).to(causal.device)[None]
+    with causal.autocast():
+        # Given no mask, a few classes make one that takes each pad token for padding.
+        output = call(causal.model, ids_1T, torch.ones_like(ids_1T))
+    return F.cross_entropy(output.logits[0, :-1].float(), ids_1T[0, 1:], reduction="none")

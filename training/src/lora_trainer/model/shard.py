@@ -21,7 +21,7 @@ from ..config import TrainingSection
 from ..errors import UnavailableError
 from ..plan import Parallelism
 from ..ranks import Ranks
-from . import zero
+from . import sizes, zero
 from .gather import GatheredLayers, move
 
 Sharing = Callable[[nn.ModuleList, nn.Module, set[nn.Parameter]], None]
@@ -86,7 +86,7 @@ def shard(model: Any, decoder: nn.Module, device: str, share: Sharing) -> None:
 
 
 def _layers_of(model: Any, decoder: nn.Module) -> nn.ModuleList:
-    count = model.config.num_hidden_layers
+    count = sizes.layers(model.config)
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
