@@ -11,6 +11,7 @@ from lora_trainer import export
 from lora_trainer import initial as initials
 from lora_trainer.card import CardFacts
 from lora_trainer.config import LoraSection
+from lora_trainer.data.prompt_format import PromptFormat
 from lora_trainer.errors import ConfigError
 from lora_trainer.model.adapter import (
     adapter_state,
@@ -23,6 +24,8 @@ from lora_trainer.model.adapter import (
 
 class NoTokenizer:
     """A tokenizer without files."""
+
+    eos_token_id = pad_token_id = chat_template = None
 
     def save_pretrained(self, folder):
         """Write nothing."""
@@ -57,11 +60,14 @@ def test_an_exported_adapter_gives_the_trained_logits_on_the_plain_base(kind, tm
     model.eval()
     trained = model(input_ids=ids).logits
     facts = CardFacts(run_name="t", base_model="tiny")
-    folder = export.export(model, NoTokenizer(), tmp_path, facts, initial)
+    asked = PromptFormat("text", ())
+    folder = export.export(model, NoTokenizer(), tmp_path, facts, asked, initial)
     assert {path.name for path in folder.iterdir()} == {
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "generation_config.json",
+        "prompt_format.json",
     }
     loaded = PeftModel.from_pretrained(tiny_model("llama"), str(folder)).eval()
     torch.testing.assert_close(loaded(input_ids=ids).logits, trained, rtol=1e-3, atol=1e-3)

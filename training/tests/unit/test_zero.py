@@ -42,7 +42,7 @@ def refusal(
         (INSTALLED, {}, []),
         (INSTALLED, {"model": {"use_4bit": True}}, ["4 or 8 bits", "--parallelism fsdp"]),
         (INSTALLED, {"model": {"use_8bit": True}}, ["4 or 8 bits", "--parallelism fsdp"]),
-        ({"torch": "2.13.0"}, {}, ["needs DeepSpeed", zero.INSTALL]),
+        ({"torch": "2.13.0"}, {}, ["needs DeepSpeed", "deepspeed.txt"]),
         (INSTALLED | {"torch": "2.1.2+cu121"}, {}, ["needs torch 2.6", "with torch 2.1.2+cu121"]),
         (INSTALLED | {"torch": "2.6.0"}, {}, []),
     ],
