@@ -64,6 +64,7 @@ def test_an_exported_adapter_gives_the_trained_logits_on_the_plain_base(kind, tm
     folder = export.export(model, NoTokenizer(), tmp_path, facts, asked, initial)
     assert {path.name for path in folder.iterdir()} == {
         "README.md",
+        "SHA256SUMS",
         "adapter_config.json",
         "adapter_model.safetensors",
         "generation_config.json",
