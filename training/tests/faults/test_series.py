@@ -1,7 +1,7 @@
-"""Fifty SIGKILLs and twenty SIGTERMs over all phases of a run: always the same bytes.
+"""Fifty SIGKILLs, twenty SIGTERMs and full disks over all phases of a run: always the same bytes.
 
 What is real: each run is the real supervisor and the real worker, in processes of their own, on
-real files, ended by real signals. The instants are seeded: an
+real files, ended by real signals or by a disk that is really full. The instants are seeded: an
 event, and up to 50 ms more. What is not: processes are forked from one that has imported torch
 already (`zygote.py`), so no signal meets an import; `test_resume.py` has that. Each call of a save
 is made to fail in `tests/unit/test_checkpoint.py`, where 1,000 bits are flipped as well.
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from faults.test_mistakes import fill, small_disk
 from faults.trainer import (
     EVAL_STEPS,
     STEPS,
@@ -151,3 +152,54 @@ def test_twenty_stop_signals_end_with_143_and_change_nothing(
     ended = zygote.start(trainer, output, on_finished="stop").wait()
     assert ended.code == 0, ended.err
     assert_same_as(undisturbed, output)
+
+
+# Where the disk becomes full, and how many bytes it still takes.
+FULL = [
+    (at_phase("starting"), 0),
+    (at_phase("tokenizing"), 0),
+    (at_phase("tokenizing"), 60_000),
+    (at_phase("evaluating"), 0),
+    (at_step(3), 0),
+    (at_phase("saving"), 0),
+    (at_phase("saving"), 100_000),
+    (at_step(EVAL_STEPS), 150_000),
+    (at_phase("evaluating", STEPS), 0),
+    (at_phase("exporting"), 0),
+    (at_phase("exporting"), 40_000),
+    (at_phase("exporting"), 150_000),
+    (has_ended, 0),
+    (has_ended, 30_000),
+]
+
+
+def test_full_disk_at_any_writer_loses_nothing(
+    trainer: Trainer, undisturbed: Path, zygote: Zygote
+) -> None:
+    """The disk becomes full at each instant; with room again, the same command goes on."""
+    codes = []
+    with small_disk(trainer.root / "series-disk") as disk:
+        output = disk / "run"
+        places = {"dataset_cache_dir": str(disk / "cache")}
+        for instant, spare in FULL:
+            run = zygote.start(trainer, output, **places)
+            run.wait_for(soon(instant) if instant is not has_ended else has_ended)
+            fill(disk / "filler")
+            with (disk / "filler").open("ab") as file:
+                file.truncate(max(0, file.tell() - spare))
+            ended = run.wait()
+            codes.append(ended.code)
+            assert ended.code in (0, 74), ended.err
+            assert "Traceback" not in ended.err
+            if ended.code == 74:
+                assert "exit code 74" in ended.block
+                assert "df -h" in ended.block or "free some" in ended.block
+            for name in ("filler", "crumbs"):
+                (disk / name).unlink()
+            if (output / "DONE").exists():
+                break
+        ended = zygote.start(trainer, output, on_finished="stop", **places).wait()
+        assert ended.code == 0, ended.err
+        # What a full disk did not take of the recording travelled in the checkpoints.
+        assert_same_as(undisturbed, output)
+    assert codes.count(74) >= 6
