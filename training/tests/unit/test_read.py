@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -379,6 +379,7 @@ def test_one_endless_line_takes_little_memory(tmp_path):
 @pytest.mark.parametrize("suffix", [*KINDS, ".jsonl.gz"])
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(content=st.binary(max_size=400))
+@example(content=b"\x1c")  # white space to Unicode, not to bytes
 def test_no_bytes_in_a_file_raise_anything_but_our_own_errors(tmp_path, suffix, content):
     path = tmp_path / f"fuzz{suffix}"
     path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)

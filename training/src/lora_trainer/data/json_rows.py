@@ -174,7 +174,7 @@ def _document_rows(stream: BinaryIO, file: DataFile, split: str) -> Iterator[Row
 
 
 def _rows_in(documents: list[Any], file: DataFile, split: str) -> list[Any]:
-    if len(documents) > 1:
+    if len(documents) != 1:  # none where all is white space to Unicode, though not to bytes
         return documents
     (document,) = documents
     if isinstance(document, dict):

@@ -44,7 +44,7 @@ NAMES_OF_A_RUNS_FILES = frozenset(
     {
         "checkpoints", "config.digest", "config.resolved.json", "data.json", "done",
         "environment.json", "events.jsonl", "final_model", "initial_adapter", "logs", "loss.png",
-        "plan.json", "report.html", "server.json", "train.log",
+        "memory.json", "plan.json", "report.html", "server.json", "train.log",
     }
 )  # fmt: skip
 EVALUATION = ("eval_dataset", "eval_fraction")
