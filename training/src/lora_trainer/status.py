@@ -239,9 +239,10 @@ def _apply(status: RunStatus, event: Event) -> RunStatus:
             return replace(status, phase="failed", failure=event, is_worker_down=True)
         case said.Finished():
             peak = max(status.peak_memory_bytes, event.peak_memory_bytes)
-            return replace(status, phase="finished", finished=event, peak_memory_bytes=peak)
+            status = replace(status, phase="finished", detail="", progress=None)
+            return replace(status, finished=event, peak_memory_bytes=peak)
         case said.Stopped():
-            return replace(status, phase="stopped", stopped=event)
+            return replace(status, phase="stopped", progress=None, stopped=event)
         case said.Ended(exit_code=exit_code):
             return _ended(status, exit_code)
         case _:

@@ -161,6 +161,16 @@ def test_a_new_phase_begins_without_progress():
     assert (status.phase, status.progress) == ("evaluating", None)
 
 
+def test_a_run_that_has_finished_has_no_progress_of_its_last_phase():
+    done = {"step": 4, "train_seconds": 5.0, "tokens_seen": 400, "peak_memory_bytes": 600}
+    status = after(
+        PhaseChanged(phase="evaluating", detail="answers after training"),
+        Progress(done=1, total=6, unit="answers"),
+        Finished(**done, results=[]),
+    )
+    assert (status.phase, status.detail, status.progress) == ("finished", "", None)
+
+
 @pytest.mark.parametrize("phase", ["evaluating", "saving"])
 def test_a_pause_between_steps_still_counts_as_training(phase):
     status = after(PhaseChanged(phase=phase), status=training(3, total_steps=10))
