@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 
@@ -40,6 +41,7 @@ def install() -> None:
 def unwind() -> None:
     """Let a stop signal unwind the command from now on, where `install` was called."""
     if _is_installed:
+        sys.unraisablehook = _report_unraisable
         _set(_raise)
 
 
@@ -98,6 +100,12 @@ def _end_at_once(number: int, _frame: FrameType | None) -> None:
 def _raise(number: int, _frame: FrameType | None) -> None:
     received.append(number)
     raise KeyboardInterrupt
+
+
+def _report_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    """Keep quiet of a KeyboardInterrupt that a callback swallowed: `handled` raises it again."""
+    if not (received and isinstance(unraisable.exc_value, KeyboardInterrupt)):
+        sys.__unraisablehook__(unraisable)
 
 
 def _pass_over(_number: int, _frame: FrameType | None) -> None:

@@ -145,3 +145,27 @@ def test_signal_that_nohup_ignores_stays_ignored(trainer: Trainer) -> None:
 def test_signal_after_the_end_leaves_the_exit_code(trainer: Trainer) -> None:
     program = ASKED + "\n".join([*STAGES, INTERRUPTED])
     assert end_of(started([sys.executable, "-c", program], trainer.environment())) == (69, "")
+
+
+def test_interrupt_that_a_destructor_swallows_leaves_no_traceback(trainer: Trainer) -> None:
+    code = (
+        "import os, signal, time\n"
+        "from lora_trainer import interrupts\n"
+        "interrupts.install()\n"
+        "interrupts.unwind()\n"
+        "class Closing:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(5)\n"
+        "Closing()\n"
+        "print('swallowed', interrupts.received)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        env=trainer.environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=listens_to_stops,
+    )
+    assert (done.stdout.strip(), done.stderr) == ("swallowed [2]", "")

@@ -94,7 +94,7 @@ def test_worker_that_hangs_is_unhealthy_shows_its_stacks_and_ends_the_run(
 def test_stopped_supervisor_holds_up_no_step_and_loses_no_event(
     trainer: Trainer, undisturbed: Path
 ) -> None:
-    output = trainer.root / "supervisor-stopped"
+    output = trainer.root / "supervisor-held-up"
     run = trainer.start(output)
     run.wait_for(at_step(10))
     worker = run.worker

@@ -37,7 +37,7 @@ def write_base(root: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 0}))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings |= {"eos_token": "<|endoftext|>"}
+    settings |= {"eos_token": "<|endoftext|>", "model_input_names": ["input_ids", "attention_mask"]}
     del settings["chat_template"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
