@@ -20,7 +20,7 @@
 #   --apt-sources FILE  a sources.list to use while building
 #   --wheels FOLDER     a folder of wheels that pip looks into too
 #   --network NAME      the build's network, e.g. host
-#   --no-cache          do every step anew
+#   --no-cache          repeat every step
 #   --push              push the image to the registry that its tag names
 #   --help              this text
 #

@@ -210,7 +210,7 @@ make_environment() {
   else
     if [[ "$STACK" == cpu ]]; then check_disk "$CPU_BYTES"; else check_disk "$CUDA_BYTES"; fi
     if [[ -e "$VENV" && ! -e "$VENV/stamp" ]]; then
-      say "Found an unfinished $VENV; making it anew"
+      say "Found an unfinished $VENV; installing it again"
     fi
     say "${BOLD}Installing the stack $STACK into $VENV (once, some minutes)$PLAIN"
     say "  $("$PYTHON" --version) from $PYTHON"

@@ -122,7 +122,7 @@ class DatasetSource(Section):
 
 
 class DataSection(Section):
-    """What is learnt: rows, their format, and which of their tokens are trained."""
+    """The training data: rows, their format, and which of their tokens are trained."""
 
     dataset: str | list[str | DatasetSource] = Field(
         "demo/train.jsonl",

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from .disk import follow_umask
+from .disk import follow_umask, sync
 from .errors import ConfigError, StorageError
 from .machine import free_disk_bytes
 from .wording import size
@@ -72,16 +72,8 @@ def fresh_folder(target: Path) -> Iterator[Path]:
         yield beside
         follow_umask(beside)
         for path in (*(one for one in beside.rglob("*") if one.is_file()), beside):
-            _sync(path)
+            sync(path)
         beside.replace(target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    _sync(target.absolute().parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target.absolute().parent)

@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_trainer.disk import follow_umask
+from lora_trainer.disk import follow_umask, sync
 from lora_trainer.errors import AccessError, StorageError, TrainerError
 from lora_trainer.scratch import release, scratch_folder
 
@@ -177,7 +177,7 @@ class CacheWriter:
                 json.dump(manifest, text, indent=1)
                 text.flush()
                 os.fsync(text.fileno())
-            _sync_directory(self.directory)
+            sync(self.directory)
 
     def close(self) -> None:
         """Close the files."""
@@ -248,7 +248,7 @@ def _put_in_place(directory: Path, target: Path) -> None:
         else:
             return  # another process was faster
     directory.rename(target)
-    _sync_directory(target.parent)
+    sync(target.parent)
 
 
 def _verified_manifest(directory: Path) -> dict[str, Any]:
@@ -299,14 +299,6 @@ def _verify_shapes(arrays: Mapping[str, NDArray[Any]]) -> None:
         raise CacheFault("its files do not belong together")
     if np.any(np.diff(offsets) < 0):
         raise CacheFault("its rows overlap")
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager
