@@ -20,10 +20,10 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from lora_trainer.config import ModelSection
+from lora_trainer.config.schema import ModelSection
 from lora_trainer.data.encoder import TokenizerFactory
-from lora_trainer.data.locate import SourceSpec
 from lora_trainer.data.prepare import PrepareSettings, prepare
+from lora_trainer.data.resolve import SourceSpec
 from lora_trainer.model.load import locate
 
 WORDS = ["lamp", "room", "green", "seven", "open", "river", "paper", "listen", "cold", "window"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_trainer.config import Config
+from lora_trainer.config.schema import Config
 from lora_trainer.errors import ConfigError
 from lora_trainer.model import zero
 

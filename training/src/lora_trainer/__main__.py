@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from . import interrupts
+from .host import interrupts
 
 
 def main(*before: str) -> int:
@@ -14,8 +14,8 @@ def main(*before: str) -> int:
     """
     interrupts.install()
     try:
-        from . import streams
         from .cli import main as run
+        from .host import streams
 
         code = run([*before, *sys.argv[1:]])
         interrupts.finish(code)

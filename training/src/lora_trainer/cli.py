@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import interrupts, streams
 from .errors import ConfigError, InternalError, TrainerError
+from .host import interrupts, streams
 from .redaction import Redaction, given_secrets
 
 if TYPE_CHECKING:
-    from .events import Event
-    from .sources import Settings
-    from .status import RunStatus
-    from .trained import Trained
+    from .commands.finetuned import FinetunedModel
+    from .config.settings import Settings
+    from .run.events import Event
+    from .run.status import RunStatus
 
 DEBUG = "LORA_TRAINER_DEBUG"
 QUIET = {
@@ -63,14 +63,14 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 @app.command(context_settings=EXTRA)
 def train(context: typer.Context, config: ConfigFile = None, debug: Debug = False) -> None:
     """Train. Every key of the config is an option too: --learning_rate 1e-4."""
-    from .display import Display
-    from .supervisor import Supervisor, redaction_of
+    from .report.console import Display
+    from .supervise.supervisor import Supervisor, redaction_of
 
     if debug:
         os.environ[DEBUG] = "1"
     settings = _settings(context, config)
-    from .check import preflight
-    from .transcript import Transcript
+    from .commands.check import preflight
+    from .report.console_log import Transcript
 
     redaction = redaction_of(settings)
     streams.strike(redaction)
@@ -109,22 +109,23 @@ def check(
     """Run every check that needs no training; list all problems at once."""
     if debug:
         os.environ[DEBUG] = "1"
-    from . import claim
-    from .check import check_all, preflight
-    from .output import output_folder
+    from .commands.check import check_all, preflight
+    from .run import lock
+    from .run.folder import output_folder
 
     settings = _settings(context, config)
     interrupts.unwind()
     if quick:
         preflight(settings)
-        claim.check_free(output_folder(settings))
+        lock.check_free(output_folder(settings))
         return
     check_all(settings, sample_rows=rows if show_sample else 0)
 
 
 def _settings(context: typer.Context, config: Path | None) -> Settings:
     """Resolve the configuration; without --config, report which file is taken."""
-    from .sources import find_config, resolve
+    from .config.default_file import find_config
+    from .config.settings import resolve
 
     if config is None:
         config, why = find_config(os.environ)
@@ -155,7 +156,7 @@ def chat(
     debug: Debug = False,
 ) -> None:
     """Talk with a trained model, or answer one prompt."""
-    from .chat import Asking, talk
+    from .commands.chat import Asking, talk
 
     asking = Asking(system, base, max_new_tokens, temperature, top_p)
     talk(_trained(place, model, debug), asking, None if prompt == "-" else prompt)
@@ -181,7 +182,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Compare base model and adapter on held-out rows."""
-    from .comparison import Wanted, compare
+    from .commands.evaluate import Wanted, compare
 
     wanted = Wanted(tuple(dataset or ()), split, rows, answers, max_new_tokens)
     compare(_trained(place, model, debug), wanted, is_json=as_json, output=output)
@@ -190,7 +191,7 @@ def evaluate(
 @app.command()
 def merge(place: Place, target: Target, model: Base = None, debug: Debug = False) -> None:
     """Merge an adapter into its base model; check that both answer alike."""
-    from .merge import merge
+    from .commands.merge import merge
 
     merge(_trained(place, model, debug), target)
 
@@ -202,7 +203,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write a checkpoint's adapter in PEFT's format, also of an unfinished run."""
-    from .extract import export_adapter
+    from .commands.export import export_adapter
 
     if debug:
         os.environ[DEBUG] = "1"
@@ -210,10 +211,10 @@ def export(
     export_adapter(checkpoint, target)
 
 
-def _trained(place: str, model: str | None, debug: bool) -> Trained:
+def _trained(place: str, model: str | None, debug: bool) -> FinetunedModel:
     """Find a trained adapter; the token and the caches are this machine's."""
-    from .sources import resolve
-    from .trained import find
+    from .commands.finetuned import find
+    from .config.settings import resolve
 
     if debug:
         os.environ[DEBUG] = "1"
@@ -242,7 +243,7 @@ def dashboard(
     ] = None,
 ) -> None:
     """Show a run, finished or still going on, in the browser."""
-    from .viewer import view
+    from .serve.replay import view
 
     view(
         output_dir.absolute(),
@@ -259,7 +260,7 @@ def schema() -> None:
     """Print the JSON Schema of a config file."""
     import json
 
-    from .config import json_schema
+    from .config.schema import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
 
@@ -267,7 +268,7 @@ def schema() -> None:
 @app.command()
 def keys() -> None:
     """Print every key with its default, limits and aliases."""
-    from .sources import help_text
+    from .config.reference import help_text
 
     typer.echo(help_text())
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .quoting import printable
+from .host.quoting import printable
 
 
 @dataclass(frozen=True, slots=True)

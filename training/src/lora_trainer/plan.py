@@ -10,10 +10,10 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from .config import Config, TrainingSection
+from .config.schema import Config, TrainingSection
 from .errors import ConfigError
 from .machine import Machine
-from .memory import MemoryLimits
+from .run.memory_limits import MemoryLimits
 
 Precision = Literal["float32", "bfloat16"]
 Parallelism = Literal["none", "ddp", "fsdp", "deepspeed"]

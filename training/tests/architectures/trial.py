@@ -12,13 +12,13 @@ import torch.nn.functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM
 
 from architectures.tiny import VOCABULARY, tiny_model
-from lora_trainer.config import LoraSection
+from lora_trainer.config.schema import LoraSection
 from lora_trainer.errors import TrainerError
 from lora_trainer.model import quantize, reach
-from lora_trainer.model.adapter import add_adapter, trained_parameters
+from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.forward import CausalLM, MicroBatch
 from lora_trainer.model.probe import check_unloaded, verify
-from lora_trainer.preview import shape_of
+from lora_trainer.train.dry_run import shape_of
 
 # The last one crosses the tiny models' sliding windows.
 LENGTHS = (9, 24, 5, 13)
@@ -93,7 +93,7 @@ def _unloaded_fault(config: Any) -> str:
         except TrainerError as error:
             return _refusal(error)
         adapted = add_adapter(unloaded.requires_grad_(False), LORA, seed=11)
-    sized = shape_of(unloaded, parameters, trained_parameters(adapted))
+    sized = shape_of(unloaded, parameters, trainable_parameters(adapted))
     assert sized.layers and sized.vocab_size, sized
     reach.notes(adapted, sized.parameters, is_all_linear=True)
     return ""
@@ -120,7 +120,7 @@ def _batch() -> MicroBatch:
 def _spread(model: Any) -> None:
     """Give both LoRA matrices weights, so that both have gradients."""
     with torch.no_grad():
-        for parameter in trained_parameters(model).values():
+        for parameter in trainable_parameters(model).values():
             parameter.copy_(torch.randn_like(parameter) * 0.2)
 
 
@@ -160,7 +160,7 @@ def _ours(causal: CausalLM, batch: MicroBatch) -> Step:
 def _step(model: Any, loss: torch.Tensor) -> Step:
     loss.backward()
     gradients = {}
-    for name, parameter in trained_parameters(model).items():
+    for name, parameter in trainable_parameters(model).items():
         gradients[name] = (
             torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
         )

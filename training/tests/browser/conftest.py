@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from browser.page import Page
-from lora_trainer.events import Event, StepDone
-from lora_trainer.live import LiveRun
 from lora_trainer.redaction import Redaction
-from lora_trainer.server import StatusServer
-from lora_trainer.status import RECENT_STEPS
+from lora_trainer.run.events import Event, StepDone
+from lora_trainer.run.status import RECENT_STEPS
+from lora_trainer.serve.run_state import RunState
+from lora_trainer.serve.server import StatusServer
 
 Serve = Callable[..., StatusServer]
 MANY = 1000
 
 
-def live_after(events: Sequence[Event]) -> LiveRun:
+def live_after(events: Sequence[Event]) -> RunState:
     """Return a run after these events; of very many, the status is that of the newest."""
-    live = LiveRun(Redaction.of({}))
+    live = RunState(Redaction.of({}))
     steps = [event for event in events if isinstance(event, StepDone)]
     left_out = {step.step for step in steps[: -2 * RECENT_STEPS]} if len(steps) > MANY else ()
     for event in events:

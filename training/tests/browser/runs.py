@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from run_events import evaluated, generated, sample, saved, started
 
-from lora_trainer.events import (
+from lora_trainer.run.events import (
     Ended,
     Event,
     Failed,

@@ -10,7 +10,7 @@ import pytest
 
 from browser.page import DESKTOP, PHONE, Page
 from browser.runs import failed, finished, going_on, step
-from lora_trainer.events import PhaseChanged
+from lora_trainer.run.events import PhaseChanged
 
 pytestmark = pytest.mark.browser
 STATES = {"going-on": going_on, "failed": failed, "finished": finished}

@@ -9,7 +9,7 @@ import pytest
 from browser.conftest import Serve
 from browser.page import DESKTOP, PHONE, TABLET, Page
 from browser.runs import HOSTILE, REMEDY, failed, finished, going_on
-from lora_trainer import web
+from lora_trainer.serve import app
 
 pytestmark = pytest.mark.browser
 STATES = {"going-on": going_on, "failed": failed, "finished": finished}
@@ -145,7 +145,7 @@ def test_the_page_is_dark_where_the_system_is_and_remembers_another_choice(page,
 
 
 def test_without_the_chart_library_the_figures_stand_in_tables(page, serve, monkeypatch):
-    monkeypatch.setattr(web, "LIBRARY", "a_package_that_is_not_there")
+    monkeypatch.setattr(app, "LIBRARY", "a_package_that_is_not_there")
     page.open(serve(*going_on()).url)
     page.wait_for_text("#chart-loss table", "step 120")
     assert page.is_shown("#no-charts")

@@ -8,8 +8,8 @@ import pytest
 from run_events import evaluated
 
 from browser.runs import failed, finished, going_on, step
-from lora_trainer import web
-from lora_trainer.events import PhaseChanged, RanksMeasured, Restarted
+from lora_trainer.run.events import PhaseChanged, RanksMeasured, Restarted
+from lora_trainer.serve import app
 
 pytestmark = pytest.mark.browser
 LONG = 100_000
@@ -75,7 +75,7 @@ def test_a_lost_server_is_told_and_found_again(page, serve):
 
 
 def test_a_stream_that_the_browser_gives_up_is_opened_again(page, serve, monkeypatch):
-    monkeypatch.setattr(web, "MOST_STREAMS", 0)  # answered with 503, after which none retries
+    monkeypatch.setattr(app, "MOST_STREAMS", 0)  # answered with 503, after which none retries
     page.open(serve(*going_on()).url)
     page.wait_for_text("#connection", "Reconnecting")
     monkeypatch.undo()

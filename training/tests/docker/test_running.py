@@ -156,7 +156,7 @@ def test_health_check_sh_finds_the_container_healthy(project):
 def test_docker_finds_the_container_unhealthy_when_its_worker_hangs(project):
     """The last one: it ends the run."""
     project.wait(lambda: project.step() > 0, "the first step")
-    worker = project.processes("lora_trainer.worker")[0]
+    worker = project.processes("lora_trainer.train.worker")[0]
     project.inside("bash", "-c", f"kill -STOP {worker}")
     project.wait(lambda: project.state()["Health"]["Status"] == "unhealthy", "unhealthy", 90)
     answer = project.ask("/health")

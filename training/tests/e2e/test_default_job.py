@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_trainer.events import Evaluated, Generated, PhaseChanged, StepDone, parse_line
+from lora_trainer.run.events import Evaluated, Generated, PhaseChanged, StepDone, parse_line
 
 TRAINING = Path(__file__).resolve().parents[2]
 CONFIG = TRAINING / "config.json"
@@ -95,7 +95,7 @@ def test_plain_peft_loads_the_adapter_and_answers_as_the_samples_say(job):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lora_trainer.config import ModelSection
+    from lora_trainer.config.schema import ModelSection
     from lora_trainer.model.load import locate
 
     folder, _ = job

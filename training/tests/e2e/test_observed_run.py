@@ -32,7 +32,7 @@ FIRST_ANSWER_SECONDS = 10.0  # one second is the aim; CI machines are slow and s
 # A library that prints what it should not, in the worker alone.
 TALKATIVE = """
 import os, sys
-if "lora_trainer.worker" in sys.orig_argv:
+if "lora_trainer.train.worker" in sys.orig_argv:
     for name in ("HF_TOKEN", "WANDB_API_KEY", "STUDIO_PASSWORD"):
         print("login failed for", os.environ[name], file=sys.stderr)
 """

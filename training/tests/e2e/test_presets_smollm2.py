@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from checkout import TRAINING
 
-from lora_trainer.config import EMBEDDED_MODEL
-from lora_trainer.events import StepDone, parse_line
+from lora_trainer.config.schema import EMBEDDED_MODEL
 from lora_trainer.model import quantize
+from lora_trainer.run.events import StepDone, parse_line
 
 PRESETS = sorted((TRAINING / "configs").glob("*.json"))
 STEPS = 3

@@ -9,7 +9,7 @@ import torch
 from test_equivalence import make_rows, ours, plain
 from transformers import AutoModelForCausalLM
 
-from lora_trainer.config import LoraSection, ModelSection
+from lora_trainer.config.schema import LoraSection, ModelSection
 from lora_trainer.model.forward import CausalLM
 from lora_trainer.model.load import locate
 from lora_trainer.model.probe import verify

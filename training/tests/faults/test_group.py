@@ -29,7 +29,7 @@ from faults.trainer import (
     steps_saved,
     wait_until_gone,
 )
-from lora_trainer.status import replay
+from lora_trainer.run.status import replay
 
 KILLED, FIRST_STOP, SECOND_STOP = 13, 30, 42
 TOLD = random.Random(8).randrange(2)  # the rank that is killed

@@ -23,7 +23,7 @@ def _watch(event, arguments):
         while frame is not None:
             files.append(frame.f_code.co_filename)
             frame = frame.f_back
-        is_own_pipe = any(f.endswith("lora_trainer/data/pool.py") for f in files)
+        is_own_pipe = any(f.endswith("lora_trainer/data/tokenizer_pool.py") for f in files)
         told = ("own pipe " if is_own_pipe else "file ") + ".".join(map(str, arguments))
     elif event == "open" and str(arguments[0]).endswith((".bin", ".pt", ".pth", ".pkl")):
         if "/lora-trainer/datasets/" in str(arguments[0]):

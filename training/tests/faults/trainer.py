@@ -167,7 +167,7 @@ class Run:
 
     def ranks(self) -> list[int]:
         """Return the process ids of all workers, in order of rank."""
-        return [pid for pid in self.family() if "lora_trainer.worker" in _command(pid)]
+        return [pid for pid in self.family() if "lora_trainer.train.worker" in _command(pid)]
 
     def family(self) -> list[int]:
         """Return the supervisor's process id and those of all its descendants."""

@@ -106,7 +106,7 @@ class ForkedWorker:
         if self.pid == 0:
             log = stdout if isinstance(stdout, int) else stdout.fileno()
             _become(reading, log, log, kept=pass_fds, environment=env)
-            from lora_trainer import worker
+            from lora_trainer.train import worker
 
             _end_with(worker.main)
         os.close(reading)
@@ -170,7 +170,8 @@ def _end_with(act: Callable[[], int]) -> None:
 def _train(order: dict[str, Any], environment: dict[str, str]) -> None:
     streams = [os.open(one, os.O_CREAT | os.O_WRONLY | os.O_TRUNC) for one in order["streams"]]
     _become(os.open(os.devnull, os.O_RDONLY), *streams, kept=(), environment=environment)
-    from lora_trainer import __main__, group
+    from lora_trainer import __main__
+    from lora_trainer.supervise import workers
 
     class Subprocess:
         """`subprocess` as `group` uses it."""
@@ -178,7 +179,7 @@ def _train(order: dict[str, Any], environment: dict[str, str]) -> None:
         PIPE = subprocess.PIPE
         Popen = ForkedWorker
 
-    group.subprocess = Subprocess  # type: ignore[assignment]
+    workers.subprocess = Subprocess  # type: ignore[assignment]
     sys.argv = ["lora-trainer", *order["start"]]
     _end_with(__main__.main)
 
@@ -189,7 +190,11 @@ def _serve() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    from lora_trainer import check, cli, curves, merge, session, supervisor, worker  # noqa: F401
+    from lora_trainer import cli  # noqa: F401
+    from lora_trainer.commands import check, merge  # noqa: F401
+    from lora_trainer.report import charts  # noqa: F401
+    from lora_trainer.supervise import supervisor  # noqa: F401
+    from lora_trainer.train import session, worker  # noqa: F401
 
     environment = dict(os.environ)
     print('"ready"', flush=True)

@@ -7,11 +7,11 @@ import torch
 from families import tiny_model
 from test_equivalence import make_rows
 
-from lora_trainer.config import LoraSection
-from lora_trainer.evaluate import take
+from lora_trainer.config.schema import LoraSection
 from lora_trainer.model.adapter import add_adapter
 from lora_trainer.model.forward import CausalLM
 from lora_trainer.model.probe import verify
+from lora_trainer.train.evaluate import take
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from faults.tiny_model import write_model, write_rows
-from lora_trainer import earlier_run, worker
-from lora_trainer.events import Event
-from lora_trainer.output import DONE, RESOLVED, write_json
-from lora_trainer.sources import Settings, resolve
+from lora_trainer.config.settings import Settings, resolve
+from lora_trainer.run.events import Event
+from lora_trainer.run.folder import DONE, RESOLVED, write_json
+from lora_trainer.supervise import earlier_run
+from lora_trainer.train import worker
 
 
 class Killed(BaseException):

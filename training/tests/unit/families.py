@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from lora_trainer.compat import MAJOR
+from lora_trainer.model.compat import MAJOR
 
 VOCABULARY = 64
 COMMON = {

@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from lora_trainer.ranks import join
+from lora_trainer.model.ranks import join
 
 SECONDS = 240.0
 _context = multiprocessing.get_context("forkserver")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from run_events import RUN, sample, saved, stepped
 
-from lora_trainer.events import Failed, PhaseChanged, RanksMeasured, Restarted, Warned
-from lora_trainer.hardware import Gauges, GpuReading, HostReading, Reading
-from lora_trainer.live import LiveRun
 from lora_trainer.redaction import Redaction
-from lora_trainer.silence import Silence
+from lora_trainer.run.events import Failed, PhaseChanged, RanksMeasured, Restarted, Warned
+from lora_trainer.run.silence import Silence
+from lora_trainer.serve.gauges import Gauges, GpuReading, HostReading, Reading
+from lora_trainer.serve.run_state import RunState
 
 RANKS = [
     {"rank": rank, "seconds": 2.0, "tokens": 100, "memory_bytes": 7, "gpu_memory_bytes": 0}
@@ -26,16 +26,16 @@ def gauges_of() -> Gauges:
     return gauges
 
 
-def live_run(*events) -> LiveRun:
+def live_run(*events) -> RunState:
     """Return a run to which the events have happened, seen soon after."""
-    live = LiveRun(Redaction(), clock=lambda: 100.0)
+    live = RunState(Redaction(), clock=lambda: 100.0)
     live.silence = Silence(lambda: 0.0)
     for event in events:
         live.add(event)
     return live
 
 
-def full_run() -> LiveRun:
+def full_run() -> RunState:
     """Return a run in which everything happened that can."""
     live = live_run(
         *RUN,

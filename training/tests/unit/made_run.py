@@ -9,17 +9,22 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from faults.tiny_model import write_model, write_rows
-from lora_trainer import initial as initials
-from lora_trainer.card import CardFacts, write_model_card
-from lora_trainer.checkpoint import TrainState, take_snapshot
-from lora_trainer.checkpoint_store import CheckpointStore
-from lora_trainer.compat import dtype_argument
-from lora_trainer.config import Config
-from lora_trainer.export import save_adapter
-from lora_trainer.model.adapter import adapter_state, add_adapter, changes_base, trained_parameters
-from lora_trainer.optim import make_optimizer
-from lora_trainer.output import RESOLVED, write_json
-from lora_trainer.sources import resolve
+from lora_trainer.config.schema import Config
+from lora_trainer.config.settings import resolve
+from lora_trainer.model.adapter import (
+    adapter_state,
+    add_adapter,
+    changes_base,
+    trainable_parameters,
+)
+from lora_trainer.model.compat import dtype_argument
+from lora_trainer.report.model_card import CardFacts, write_model_card
+from lora_trainer.run.folder import RESOLVED, write_json
+from lora_trainer.train import initial as initials
+from lora_trainer.train.checkpoint import TrainState, take_snapshot
+from lora_trainer.train.checkpoint_store import CheckpointStore
+from lora_trainer.train.export import save_adapter
+from lora_trainer.train.optim import make_optimizer
 
 STEP = 7
 
@@ -70,7 +75,7 @@ def shake(model) -> None:
     """Give every trained parameter another value, as training would."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for parameter in trained_parameters(model).values():
+        for parameter in trainable_parameters(model).values():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
@@ -81,7 +86,7 @@ def logits_of(model) -> torch.Tensor:
 
 
 def _save_checkpoint(run: Path, model, config: Config) -> None:
-    parameters = trained_parameters(model)
+    parameters = trainable_parameters(model)
     optimizer = make_optimizer(parameters, config.training)
     store = CheckpointStore(run / "checkpoints", keep=3, digest="made")
     state = TrainState(step=STEP, train_seconds=1.0)

@@ -19,22 +19,22 @@ import transformers.models.llama.modeling_llama
 from families import VOCABULARY, tiny_model
 from test_equivalence import SETTINGS, ListRows, make_rows
 
-from lora_trainer.checkpoint import TrainState
-from lora_trainer.checkpoint_store import CheckpointStore
-from lora_trainer.compat import enable_checkpointing
-from lora_trainer.config import Config, LoraSection, ModelSection
-from lora_trainer.data.batches import StepOrder
-from lora_trainer.events import Evaluated, MemoryReduced, RanksMeasured, StepDone
-from lora_trainer.loop import Parts, train
+from lora_trainer.config.schema import Config, LoraSection, ModelSection
+from lora_trainer.data.batches import Sampler
 from lora_trainer.machine import Machine
-from lora_trainer.model.adapter import add_adapter, trained_parameters
+from lora_trainer.model.adapter import add_adapter, trainable_parameters
+from lora_trainer.model.compat import enable_checkpointing
 from lora_trainer.model.forward import CausalLM
 from lora_trainer.model.gather import GatheredLayers
 from lora_trainer.model.load import ModelSource, load_model
+from lora_trainer.model.ranks import PeerLostError, Ranks
 from lora_trainer.model.shard import choose_sharing
-from lora_trainer.optim import make_optimizer
 from lora_trainer.plan import DataProfile, ModelShape, Parallelism, make_plan
-from lora_trainer.ranks import PeerLostError, Ranks
+from lora_trainer.run.events import Evaluated, MemoryReduced, RanksMeasured, StepDone
+from lora_trainer.train.checkpoint import TrainState
+from lora_trainer.train.checkpoint_store import CheckpointStore
+from lora_trainer.train.loop import TrainingContext, train
+from lora_trainer.train.optim import make_optimizer
 
 with contextlib.suppress(ImportError):
     import bitsandbytes  # noqa: F401
@@ -60,7 +60,7 @@ def make_parts(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) 
     if parallelism in ("fsdp", "deepspeed"):
         training = config.training
         causal.shard(choose_sharing(parallelism, training, "cpu", ranks, is_packed=is_gathered))
-    parameters = trained_parameters(model)
+    parameters = trainable_parameters(model)
     plan = make_plan(
         config,
         Machine(cores=1, memory_bytes=1 << 34, gpus=()),
@@ -73,11 +73,11 @@ def make_parts(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) 
         parallelism=parallelism,
     )
     events: list[Any] = []
-    parts = Parts(
+    parts = TrainingContext(
         causal=causal,
         parameters=parameters,
         optimizer=make_optimizer(parameters, config.training),
-        order=StepOrder(len(rows), plan.step_examples, seed=5),
+        order=Sampler(len(rows), plan.step_examples, seed=5),
         rows=rows,
         eval_rows=ListRows(rows[:9]),
         store=CheckpointStore(folder / "checkpoints", keep=1, digest="x"),
@@ -219,8 +219,8 @@ def note(path: Path, rank: int) -> None:
 
 def untouched(ranks: Ranks) -> list[bool]:
     """Sum a step in which one parameter has a gradient on one rank, another on none."""
-    from lora_trainer.events import RankFigures
-    from lora_trainer.ranks import sum_step
+    from lora_trainer.model.ranks import sum_step
+    from lora_trainer.run.events import RankFigures
 
     seen, unseen = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
     if ranks.rank == 1:

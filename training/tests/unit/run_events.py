@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import reduce
 
-from lora_trainer.events import (
+from lora_trainer.run.events import (
     CheckpointSaved,
     Evaluated,
     Finished,
@@ -15,7 +15,7 @@ from lora_trainer.events import (
     Sample,
     StepDone,
 )
-from lora_trainer.status import RunStatus, fold
+from lora_trainer.run.status import RunStatus, fold
 
 
 def started(time=0.0, attempt=0, digest="d1"):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lora_trainer.checkpoint import Snapshot, TrainState, take_snapshot
-from lora_trainer.checkpoint_store import CheckpointStore
+from lora_trainer.train.checkpoint import Snapshot, TrainState, take_snapshot
+from lora_trainer.train.checkpoint_store import CheckpointStore
 
 DIGEST = "this run"
 

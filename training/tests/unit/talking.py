@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from lora_trainer.server import StatusServer
+from lora_trainer.serve.server import StatusServer
 
 SECONDS = 30.0  # CI machines are slow
 

@@ -7,10 +7,7 @@ import torch
 from families import VOCABULARY, tiny_model
 from peft import PeftModel
 
-from lora_trainer import export
-from lora_trainer import initial as initials
-from lora_trainer.card import CardFacts
-from lora_trainer.config import LoraSection
+from lora_trainer.config.schema import LoraSection
 from lora_trainer.data.prompt_format import PromptFormat
 from lora_trainer.errors import ConfigError
 from lora_trainer.model.adapter import (
@@ -18,8 +15,11 @@ from lora_trainer.model.adapter import (
     add_adapter,
     changes_base,
     load_adapter_state,
-    trained_parameters,
+    trainable_parameters,
 )
+from lora_trainer.report.model_card import CardFacts
+from lora_trainer.train import export
+from lora_trainer.train import initial as initials
 
 
 class NoTokenizer:
@@ -54,7 +54,7 @@ def test_an_exported_adapter_gives_the_trained_logits_on_the_plain_base(kind, tm
     initial = initials.save(model, tmp_path / "initial") if changes_base(section) else None
     torch.manual_seed(4)
     with torch.no_grad():
-        for parameter in trained_parameters(model).values():
+        for parameter in trainable_parameters(model).values():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     ids = torch.randint(VOCABULARY, (1, 12))
     model.eval()
@@ -89,7 +89,7 @@ def test_an_adapter_state_goes_back_in_place():
     model = add_adapter(tiny_model("llama"), LoraSection(lora_r=4), seed=0)
     before = adapter_state(model)
     with torch.no_grad():
-        for parameter in trained_parameters(model).values():
+        for parameter in trainable_parameters(model).values():
             parameter.add_(1)
     load_adapter_state(model, before)
     after = adapter_state(model)

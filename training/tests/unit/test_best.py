@@ -12,15 +12,15 @@ import torch
 from snapshots import steps_of
 
 from faults.tiny_model import write_model, write_rows
-from lora_trainer.checkpoint import Snapshot, TrainState, take_snapshot
-from lora_trainer.checkpoint_store import CheckpointStore
+from lora_trainer.config.settings import resolve
 from lora_trainer.errors import StorageError
-from lora_trainer.session import Session, open_session
-from lora_trainer.sources import resolve
+from lora_trainer.train.checkpoint import Snapshot, TrainState, take_snapshot
+from lora_trainer.train.checkpoint_store import CheckpointStore
+from lora_trainer.train.session import TrainingSetup, open_session
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> Session:
+def opened(tmp_path_factory: pytest.TempPathFactory) -> TrainingSetup:
     root = tmp_path_factory.mktemp("best")
     settings = resolve(
         None,
@@ -39,12 +39,12 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Session:
 
 
 @pytest.fixture
-def session(opened: Session, tmp_path: Path) -> Session:
+def session(opened: TrainingSetup, tmp_path: Path) -> TrainingSetup:
     """Return a session after four steps, each with a checkpoint; the second is the best."""
     return trained(opened, tmp_path, keep=2)
 
 
-def trained(opened: Session, folder: Path, *, keep: int) -> Session:
+def trained(opened: TrainingSetup, folder: Path, *, keep: int) -> TrainingSetup:
     store = CheckpointStore(folder / "checkpoints", keep=keep, digest=opened.store.digest)
     session = replace(opened, store=store)
     for step, best_step in ((1, 1), (2, 2), (3, 2), (4, 2)):
@@ -52,7 +52,7 @@ def trained(opened: Session, folder: Path, *, keep: int) -> Session:
     return session
 
 
-def snapshot_of(session: Session, state: TrainState) -> Snapshot:
+def snapshot_of(session: TrainingSetup, state: TrainState) -> Snapshot:
     adapter = {
         name: torch.full(p.shape, float(state.step)) for name, p in session.parameters.items()
     }
@@ -61,18 +61,18 @@ def snapshot_of(session: Session, state: TrainState) -> Snapshot:
     )
 
 
-def damage(session: Session) -> None:
+def damage(session: TrainingSetup) -> None:
     path = session.store.path_of(2) / "adapter.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
 
 
-def remove_best(session: Session) -> None:
+def remove_best(session: TrainingSetup) -> None:
     shutil.rmtree(session.store.path_of(2))
 
 
-def put_another_steps(session: Session) -> None:
+def put_another_steps(session: TrainingSetup) -> None:
     shutil.rmtree(session.store.path_of(2))
     shutil.copytree(session.store.path_of(3), session.store.path_of(2))
 
@@ -80,7 +80,7 @@ def put_another_steps(session: Session) -> None:
 UNSOUND = [damage, remove_best, put_another_steps]
 
 
-def test_sound_best_is_exported(session: Session) -> None:
+def test_sound_best_is_exported(session: TrainingSetup) -> None:
     newest, skipped = session.store.newest(session.refuse)
     assert newest is not None
     assert (newest.state.step, skipped) == (4, [])
@@ -90,7 +90,7 @@ def test_sound_best_is_exported(session: Session) -> None:
 
 @pytest.mark.parametrize("make_unsound", UNSOUND, ids=lambda make: make.__name__)
 def test_run_goes_back_behind_a_best_that_is_not_sound(
-    session: Session, make_unsound: Callable[[Session], None]
+    session: TrainingSetup, make_unsound: Callable[[TrainingSetup], None]
 ) -> None:
     make_unsound(session)
     newest, skipped = session.store.newest(session.refuse)
@@ -103,7 +103,7 @@ def test_run_goes_back_behind_a_best_that_is_not_sound(
 
 @pytest.mark.parametrize("make_unsound", UNSOUND, ids=lambda make: make.__name__)
 def test_run_goes_back_to_an_earlier_sound_checkpoint_if_there_is_one(
-    opened: Session, tmp_path: Path, make_unsound: Callable[[Session], None]
+    opened: TrainingSetup, tmp_path: Path, make_unsound: Callable[[TrainingSetup], None]
 ) -> None:
     session = trained(opened, tmp_path, keep=9)
     make_unsound(session)
@@ -114,7 +114,7 @@ def test_run_goes_back_to_an_earlier_sound_checkpoint_if_there_is_one(
 
 @pytest.mark.parametrize("make_unsound", UNSOUND, ids=lambda make: make.__name__)
 def test_best_that_is_not_sound_at_the_end_is_never_replaced_by_the_last(
-    session: Session, make_unsound: Callable[[Session], None]
+    session: TrainingSetup, make_unsound: Callable[[TrainingSetup], None]
 ) -> None:
     make_unsound(session)
     with pytest.raises(StorageError, match="the best checkpoint is damaged") as caught:
@@ -123,14 +123,14 @@ def test_best_that_is_not_sound_at_the_end_is_never_replaced_by_the_last(
     assert "start the same command again" in caught.value.problems[0].remedy
 
 
-def test_best_of_every_kept_checkpoint_is_kept(session: Session) -> None:
+def test_best_of_every_kept_checkpoint_is_kept(session: TrainingSetup) -> None:
     session.store.save(snapshot_of(session, TrainState(step=5, best_step=5)))
     assert steps_of(session.store) == [2, 4, 5]
     session.store.save(snapshot_of(session, TrainState(step=6, best_step=5)))
     assert steps_of(session.store) == [5, 6]
 
 
-def test_checkpoint_of_another_shape_is_skipped(session: Session) -> None:
+def test_checkpoint_of_another_shape_is_skipped(session: TrainingSetup) -> None:
     state = TrainState(step=5, best_step=5)
     odd = snapshot_of(session, state)
     session.store.save(replace(odd, adapter={n: t[:1] for n, t in odd.adapter.items()}))

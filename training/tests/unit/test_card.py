@@ -6,7 +6,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from lora_trainer.card import CardFacts, write_model_card
+from lora_trainer.report.model_card import CardFacts, write_model_card
 
 FACTS = CardFacts(
     run_name="lights",

@@ -17,9 +17,10 @@ from made_run import adapted, make_run, shake
 from transformers import AutoTokenizer
 
 import lora_trainer
-from lora_trainer import chat, cli
+from lora_trainer import cli
+from lora_trainer.commands import chat
+from lora_trainer.commands.finetuned import config_of_run, find, open_model
 from lora_trainer.data.prompt_format import PromptFormat
-from lora_trainer.trained import config_of_run, find, open_model
 
 
 @pytest.fixture(scope="module")

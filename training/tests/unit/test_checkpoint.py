@@ -15,21 +15,16 @@ import pytest
 import torch
 from snapshots import DIGEST, snapshot_at, steps_of
 
-from lora_trainer import checkpoint_store
-from lora_trainer.checkpoint import (
+from lora_trainer.checkpoint_folder import FILES, MANIFEST, CorruptCheckpointError, verify
+from lora_trainer.train import checkpoint_store
+from lora_trainer.train.checkpoint import (
     Snapshot,
     TrainState,
     restore_generators,
     restore_optimizer,
     take_snapshot,
 )
-from lora_trainer.checkpoint_folder import (
-    FILES,
-    MANIFEST,
-    CorruptCheckpointError,
-    verify,
-)
-from lora_trainer.checkpoint_store import CheckpointStore, OtherRunError
+from lora_trainer.train.checkpoint_store import CheckpointStore, OtherRunError
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_trainer import claim, cli
-from lora_trainer.config import leaf_sections
+from lora_trainer import cli
+from lora_trainer.config.schema import leaf_sections
 from lora_trainer.errors import BusyError
+from lora_trainer.run import lock
 
 
 def test_schema_is_valid_json_that_knows_every_key(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +80,7 @@ def test_every_fault_has_its_exit_code_and_no_traceback(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv(cli.DEBUG, raising=False)
-    monkeypatch.setattr("lora_trainer.sources.resolve", raising(error))
+    monkeypatch.setattr("lora_trainer.config.resolve", raising(error))
     assert cli.main(["train"]) == code
     told = capsys.readouterr().err
     assert said in told
@@ -90,7 +91,7 @@ def test_debug_shows_the_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(cli.DEBUG, "")  # so that it is put back afterwards
-    monkeypatch.setattr("lora_trainer.sources.resolve", raising(BusyError.of("held")))
+    monkeypatch.setattr("lora_trainer.config.resolve", raising(BusyError.of("held")))
     assert cli.main(["train", "--debug"]) == 75
     assert "Traceback" in capsys.readouterr().err
 
@@ -99,10 +100,10 @@ def test_a_quick_check_is_refused_while_a_run_holds_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A container's preflight ends with 75: Docker would restart the second run three times."""
-    monkeypatch.setattr("lora_trainer.check.preflight", lambda _: None)
+    monkeypatch.setattr("lora_trainer.commands.check.preflight", lambda _: None)
     arguments = ["check", "--quick", "--dataset", "x.jsonl", "--output_dir", str(tmp_path)]
     assert cli.main(arguments) == 0
-    with claim.hold(tmp_path):
+    with lock.hold(tmp_path):
         assert cli.main(arguments) == 75
     assert f"pid {os.getpid()}" in capsys.readouterr().err
     assert cli.main(arguments) == 0

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from made_run import make_run
 
-from lora_trainer import cli, evaluate, meter
-from lora_trainer.comparison import Comparison, Figures, table
+from lora_trainer import cli
+from lora_trainer.commands.evaluate import Comparison, Figures, table
+from lora_trainer.report import progress
+from lora_trainer.train import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def test_figures_are_those_of_each_model_alone(
 def test_progress_and_time_left_are_shown_where_there_is_no_terminal(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(meter, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     monkeypatch.setattr(evaluate, "LISTEN_SECONDS", 0.0)
     rows = str(run.parent / "held-out.jsonl")
     assert cli.main(["evaluate", str(run), "--dataset", rows, "--json"]) == 0

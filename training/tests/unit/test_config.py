@@ -10,8 +10,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from lora_trainer.aliases import ALIASES, COMMA_LISTS, CONVERTED_ALIASES
-from lora_trainer.config import (
+from lora_trainer.config.aliases import ALIASES, COMMA_LISTS, CONVERTED_ALIASES
+from lora_trainer.config.compatibility import CONVERSIONS, NO_MEANING
+from lora_trainer.config.reference import BEGIN, END, help_text, key_table, replace_block
+from lora_trainer.config.schema import (
     NOT_IN_DIGEST,
     Config,
     DataSection,
@@ -24,10 +26,8 @@ from lora_trainer.config import (
     section_names,
     sections,
 )
+from lora_trainer.config.settings import resolve
 from lora_trainer.errors import TrainerError
-from lora_trainer.sources import help_text, key_table, resolve
-from lora_trainer.sources.foreign import CONVERSIONS, NO_MEANING
-from lora_trainer.sources.table import BEGIN, END, replace_block
 
 TRAINING = Path(__file__).parents[2]
 CHECKER = jsonschema.Draft202012Validator(json_schema())
@@ -191,7 +191,7 @@ def test_table_replaces_only_what_stands_between_its_marks():
 def test_module_renews_a_readme(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"{BEGIN}{END}")
-    command = [sys.executable, "-m", "lora_trainer.sources", str(readme)]
+    command = [sys.executable, "-m", "lora_trainer.config", str(readme)]
     subprocess.run(command, check=True, env={"PYTHONPATH": str(TRAINING / "src")})
     assert readme.read_text() == f"{BEGIN}\n{key_table()}{END}"
 
@@ -199,4 +199,4 @@ def test_module_renews_a_readme(tmp_path):
 @pytest.mark.skipif(not (TRAINING / "README.md").exists(), reason="there is no README.md yet")
 def test_readme_holds_the_current_table_of_keys():
     text = (TRAINING / "README.md").read_text("utf-8")
-    assert replace_block(text) == text, "run: python -m lora_trainer.sources README.md"
+    assert replace_block(text) == text, "run: python -m lora_trainer.config README.md"

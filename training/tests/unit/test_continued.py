@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_trainer import earlier_run
 from lora_trainer.errors import ConfigError
-from lora_trainer.events import CheckpointSaved, Evaluated, PhaseChanged, Resumed, StepDone
-from lora_trainer.output import DONE
+from lora_trainer.run.events import CheckpointSaved, Evaluated, PhaseChanged, Resumed, StepDone
+from lora_trainer.run.folder import DONE
+from lora_trainer.supervise import earlier_run
 from unit.continued import Runs
 
 

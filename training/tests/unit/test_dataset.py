@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lora_trainer.config import Config
+from lora_trainer.config.schema import Config
 from lora_trainer.data.examples import Change
 from lora_trainer.data.read import iter_rows
-from lora_trainer.dataset import data_digest, data_warnings, rows_to_train, source_specs
 from lora_trainer.errors import DataError
+from lora_trainer.train.datasets import data_digest, data_warnings, rows_to_train, source_specs
 
 
 def splits(**changes):

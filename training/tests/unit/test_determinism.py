@@ -9,11 +9,11 @@ import torch
 from families import tiny_model
 from test_equivalence import make_rows
 
-from lora_trainer import evaluate
-from lora_trainer.config import LoraSection
+from lora_trainer.config.schema import LoraSection
 from lora_trainer.model import determinism, probe
 from lora_trainer.model.adapter import add_adapter
 from lora_trainer.model.forward import CausalLM
+from lora_trainer.train import evaluate
 
 
 @pytest.fixture(autouse=True)

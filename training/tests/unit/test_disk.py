@@ -12,7 +12,7 @@ import pytest
 from made_run import make_run
 
 from lora_trainer import cli
-from lora_trainer.disk import follow_umask
+from lora_trainer.host.disk import follow_umask
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o002], ids=oct)

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from run_events import DONE, PLAN, RUN, START, after, evaluated, sample, stepped
 
-from lora_trainer import display as display_module
-from lora_trainer.display import Display, panel_rows
-from lora_trainer.events import (
+from lora_trainer.report import console as display_module
+from lora_trainer.report.console import Display, panel_rows
+from lora_trainer.run.events import (
     CheckpointSaved,
     Event,
     Failed,
@@ -30,7 +30,7 @@ from lora_trainer.events import (
     Resumed,
     Warned,
 )
-from lora_trainer.status import RunStatus, fold
+from lora_trainer.run.status import RunStatus, fold
 
 SOURCE = Path(display_module.__file__).parents[1]
 
@@ -273,7 +273,7 @@ def test_a_stream_without_unicode_gets_escapes():
 
 def test_a_broken_pipe_leaves_the_exit_code_alone():
     script = (
-        "import os, sys; from lora_trainer.display import Display\n"
+        "import os, sys; from lora_trainer.report.console import Display\n"
         "display = Display(); [display.note('x' * 1000) for _ in range(500)]; display.close()\n"
         "sys.exit(7)"
     )
@@ -305,7 +305,7 @@ def test_closing_twice_is_harmless():
 
 
 def test_importing_the_display_imports_no_torch_and_no_rich():
-    script = "import sys, lora_trainer.display; print({'torch', 'rich'} & set(sys.modules))"
+    script = "import sys, lora_trainer.report.console; print({'torch', 'rich'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True,
         env={**os.environ, "PYTHONPATH": str(SOURCE)},

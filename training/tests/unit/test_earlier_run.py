@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from lora_trainer import check, earlier_run
-from lora_trainer.earlier_run import judge, mark_of
+from lora_trainer.commands import check
+from lora_trainer.config.settings import Settings, resolve
 from lora_trainer.errors import ConfigError
-from lora_trainer.identity import Identity, Mark, read_mark
-from lora_trainer.output import DIGEST, DONE, RESOLVED, write_json
 from lora_trainer.plan import steps_of
-from lora_trainer.sources import Settings, resolve
+from lora_trainer.run.folder import DIGEST, DONE, RESOLVED, write_json
+from lora_trainer.supervise import earlier_run
+from lora_trainer.supervise.earlier_run import judge, mark_of
+from lora_trainer.train.identity import Identity, Mark, read_mark
 
 FOREVER = ["--lr_scheduler_type", "constant", "--warmup_steps", "0"]
 
@@ -55,7 +56,7 @@ class Folder:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
-    monkeypatch.setattr("lora_trainer.identity.base_folder", lambda _: None)
+    monkeypatch.setattr("lora_trainer.train.identity.base_folder", lambda _: None)
     data = tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "out").mkdir()

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lora_trainer.config import ModelSection
+from lora_trainer.config.schema import ModelSection
 from lora_trainer.errors import UnavailableError
 from lora_trainer.model import embedded, load
 

@@ -13,20 +13,20 @@ import transformers
 from families import FAMILIES, VOCABULARY, tiny_model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_trainer.checkpoint import TrainState
-from lora_trainer.checkpoint_store import CheckpointStore
-from lora_trainer.compat import MAJOR, enable_checkpointing
-from lora_trainer.config import Config, LoraSection
-from lora_trainer.data.batches import StepOrder
-from lora_trainer.events import Event, StepDone
-from lora_trainer.loop import Parts, train
+from lora_trainer.config.schema import Config, LoraSection
+from lora_trainer.data.batches import Sampler
 from lora_trainer.machine import Machine
 from lora_trainer.model import attention
-from lora_trainer.model.adapter import add_adapter, trained_parameters
+from lora_trainer.model.adapter import add_adapter, trainable_parameters
+from lora_trainer.model.compat import MAJOR, enable_checkpointing
 from lora_trainer.model.forward import CausalLM, MicroBatch
 from lora_trainer.model.probe import verify
-from lora_trainer.optim import make_optimizer
 from lora_trainer.plan import DataProfile, ModelShape, make_plan
+from lora_trainer.run.events import Event, StepDone
+from lora_trainer.train.checkpoint import TrainState
+from lora_trainer.train.checkpoint_store import CheckpointStore
+from lora_trainer.train.loop import TrainingContext, train
+from lora_trainer.train.optim import make_optimizer
 
 STEPS = 20
 SETTINGS = {
@@ -67,7 +67,7 @@ def ours(model, rows, folder: Path, *, padding_free: bool, lora: LoraSection, ow
     causal = CausalLM(
         peft_model, device="cpu", padding_free=padding_free, chunk=7, precision="float32"
     )
-    parameters = trained_parameters(peft_model)
+    parameters = trainable_parameters(peft_model)
     shape = ModelShape("tiny", 2, 32, 48, VOCABULARY, 1, 1, 128)
     plan = make_plan(
         config,
@@ -79,8 +79,8 @@ def ours(model, rows, folder: Path, *, padding_free: bool, lora: LoraSection, ow
         padding_free=padding_free,
     )
     events: list[Event] = []
-    order = StepOrder(len(rows), plan.step_examples, seed=5)
-    parts = Parts(
+    order = Sampler(len(rows), plan.step_examples, seed=5)
+    parts = TrainingContext(
         causal=causal,
         parameters=parameters,
         optimizer=make_optimizer(parameters, config.training),
@@ -99,7 +99,7 @@ def ours(model, rows, folder: Path, *, padding_free: bool, lora: LoraSection, ow
     return losses, {name: p.detach().clone() for name, p in parameters.items()}, order
 
 
-def plain(model, rows, order: StepOrder, *, lora: LoraSection, own=None):
+def plain(model, rows, order: Sampler, *, lora: LoraSection, own=None):
     """Train with transformers and PEFT alone: padded batches, labels -100, their own loss."""
     settings = SETTINGS | (own or {})
     from peft import LoraConfig, get_peft_model

@@ -10,8 +10,8 @@ import torch
 from families import tiny_model
 from test_equivalence import ListRows, make_rows
 
-from lora_trainer import evaluate
 from lora_trainer.model.forward import CausalLM
+from lora_trainer.train import evaluate
 
 
 def tiny_causal():

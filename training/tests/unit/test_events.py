@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_trainer.events import (
+from lora_trainer.redaction import Redaction
+from lora_trainer.report.html import write_report
+from lora_trainer.report.text import closing_lines, lasting_line
+from lora_trainer.run.events import (
     KINDS,
     CheckpointSaved,
     Ended,
@@ -34,14 +37,11 @@ from lora_trainer.events import (
     parse_line,
     progress_of,
 )
-from lora_trainer.exposition import TEXT_TYPE, expose
-from lora_trainer.hardware import Gauges
-from lora_trainer.live import LiveRun, to_json
-from lora_trainer.redaction import Redaction
-from lora_trainer.report import write_report
-from lora_trainer.views import history_view, status_view
-from lora_trainer.wording import closing_lines, lasting_line
-from lora_trainer.worker import EventPipe, figures_of
+from lora_trainer.serve.gauges import Gauges
+from lora_trainer.serve.prometheus import TEXT_TYPE, expose
+from lora_trainer.serve.responses import history_view, status_view
+from lora_trainer.serve.run_state import RunState, to_json
+from lora_trainer.train.worker import EventPipe, figures_of
 
 EXAMPLES = [
     RunStarted(time=1.5, run_name="demo", config_digest="ab", output_dir="/out", attempt=1, pid=7),
@@ -225,7 +225,7 @@ def test_a_torn_line_is_not_counted_as_foreign():
 def test_whatever_fields_hold_every_reader_of_a_recording_copes(tmp_path):
     lines = list(odd_lines())
     (tmp_path / "events.jsonl").write_text("\n".join(lines) + "\n")
-    live = LiveRun(Redaction(["canary"]))
+    live = RunState(Redaction(["canary"]))
     live.replay(tmp_path / "events.jsonl")
     assert live.lines_skipped == sum(parse_line(line) is None for line in lines) > 500
     gauges = Gauges(tmp_path)

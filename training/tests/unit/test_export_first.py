@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file
 from trained_run import CHAT, CHATML, settings_of
 
-from lora_trainer import evaluate, worker
-from lora_trainer.output import FINAL
+from lora_trainer.run.folder import FINAL
+from lora_trainer.train import evaluate, worker
 
 
 def run_worker(root: Path, *keys: str) -> list:
@@ -58,11 +58,11 @@ def test_exporting_changes_nothing_of_the_model_that_answers(
     init: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict] = []
-    from lora_trainer.session import Session
+    from lora_trainer.train.session import TrainingSetup
 
-    plain = Session.export
+    plain = TrainingSetup.export
 
-    def watched(self: Session, order: object, state: object) -> Path:
+    def watched(self: TrainingSetup, order: object, state: object) -> Path:
         before = {k: v.clone() for k, v in self.causal.model.state_dict().items()}
         path = plain(self, order, state)
         after = self.causal.model.state_dict()
@@ -71,7 +71,7 @@ def test_exporting_changes_nothing_of_the_model_that_answers(
         assert self.causal.model.active_adapters == ["default"]
         return path
 
-    monkeypatch.setattr(Session, "export", watched)
+    monkeypatch.setattr(TrainingSetup, "export", watched)
     run_worker(tmp_path, f"--init_lora_weights={init}")
     assert seen
     assert all(seen[0].values())

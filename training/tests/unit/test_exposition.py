@@ -15,8 +15,8 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from run_events import PLAN, RUN, START, stepped
 
-from lora_trainer.events import RanksMeasured
-from lora_trainer.exposition import JSON_TYPE, OPENMETRICS_TYPE, TEXT_TYPE, expose, negotiate
+from lora_trainer.run.events import RanksMeasured
+from lora_trainer.serve.prometheus import JSON_TYPE, OPENMETRICS_TYPE, TEXT_TYPE, expose, negotiate
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 PARSERS = {TEXT_TYPE: parse_text, OPENMETRICS_TYPE: parse_openmetrics}

@@ -11,9 +11,10 @@ from made_run import STEP, adapted, logits_of, make_run, shake
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_trainer import cli, target
-from lora_trainer.compat import dtype_argument
-from lora_trainer.trained import config_of_run
+from lora_trainer import cli
+from lora_trainer.commands import new_folder
+from lora_trainer.commands.finetuned import config_of_run
+from lora_trainer.model.compat import dtype_argument
 
 
 def loaded(folder: Path, base: Path):
@@ -107,7 +108,7 @@ def test_full_disk_is_told_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path, is_finished=False)
-    monkeypatch.setattr(target, "free_disk_bytes", lambda _: 1000)
+    monkeypatch.setattr(new_folder, "free_disk_bytes", lambda _: 1000)
     assert cli.main(["export", str(run), str(tmp_path / "out")]) == 74
     assert "no room" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -122,7 +123,7 @@ def test_failing_on_the_way_leaves_nothing_behind(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "README.md")
 
-    monkeypatch.setattr("lora_trainer.card.write_model_card", full)
+    monkeypatch.setattr("lora_trainer.report.model_card.write_model_card", full)
     assert cli.main(["export", str(run), str(tmp_path / "out")]) == 74
     assert sorted(tmp_path.iterdir()) == before
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_trainer.endings import failure_in_log
 from lora_trainer.errors import InternalError, MemoryKilledError, UnavailableError
 from lora_trainer.faults import explain
+from lora_trainer.supervise.endings import failure_in_log
 
 MEMORY = [
     torch.cuda.OutOfMemoryError("CUDA out of memory."),

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from byte_tokenizer import make_tokenizer
 
+from lora_trainer.data.bad_rows import Row
 from lora_trainer.data.encoder import ChunkSettings, TokenizerEncoder, encode_chunk
 from lora_trainer.data.examples import Change, Chat, Completion, Text
 from lora_trainer.data.mask import encode, mark
-from lora_trainer.data.rows import Row
 from lora_trainer.data.template import ChatTemplate
 
 CHATML = (

@@ -12,14 +12,14 @@ from families import VOCABULARY, tiny_model
 from test_equivalence import ListRows
 from test_loop import make_parts, of_kind, scores
 
-from lora_trainer import evaluate, loop
-from lora_trainer.checkpoint import TrainState
-from lora_trainer.config import LoraSection
+from lora_trainer.config.schema import LoraSection
 from lora_trainer.errors import NotFiniteError
-from lora_trainer.events import CheckpointSaved, Evaluated, StepDone, Warned
-from lora_trainer.export import save_adapter
-from lora_trainer.finite import is_finite
-from lora_trainer.model.adapter import add_adapter, trained_parameters
+from lora_trainer.model.adapter import add_adapter, trainable_parameters
+from lora_trainer.run.events import CheckpointSaved, Evaluated, StepDone, Warned
+from lora_trainer.train import evaluate, loop
+from lora_trainer.train.checkpoint import TrainState
+from lora_trainer.train.export import save_adapter
+from lora_trainer.train.finite import is_finite
 
 ODD = VOCABULARY - 1  # a token whose embedding is infinite in these tests
 
@@ -112,7 +112,7 @@ def test_weights_that_diverge_on_the_way_are_blamed_on_the_learning_rate(tmp_pat
 
 def test_adapter_that_is_not_finite_is_not_exported(tmp_path):
     model = add_adapter(tiny_model("llama"), LoraSection(lora_r=4), seed=1)
-    next(iter(trained_parameters(model).values())).data[0, 0] = math.nan
+    next(iter(trainable_parameters(model).values())).data[0, 0] = math.nan
     with pytest.raises(NotFiniteError, match="was not exported"):
         save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

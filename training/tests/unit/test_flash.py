@@ -15,13 +15,13 @@ from families import FAMILIES, tiny_model
 from test_equivalence import make_rows
 from transformers import LlamaConfig
 
-from lora_trainer.compat import MAJOR
 from lora_trainer.errors import ConfigError
-from lora_trainer.evaluate import take
 from lora_trainer.machine import Gpu, Machine
 from lora_trainer.model import flash
+from lora_trainer.model.compat import MAJOR
 from lora_trainer.model.forward import CausalLM
 from lora_trainer.model.probe import verify
+from lora_trainer.train.evaluate import take
 
 REFERENCE = '''
 import torch

@@ -10,12 +10,7 @@ from hypothesis import strategies as st
 
 from lora_trainer.data.examples import Chat, Completion, Text
 from lora_trainer.data.fingerprint import example_hash
-from lora_trainer.data.formats import (
-    FORMATS,
-    STANDARD_FIELDS,
-    detect_format,
-    to_example,
-)
+from lora_trainer.data.formats import FORMATS, STANDARD_FIELDS, detect_format, to_example
 from lora_trainer.data.instructions import RowError
 from lora_trainer.errors import ConfigError, DataError, TrainerError
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from families import FAMILIES, tiny_model
 
-from lora_trainer.config import LoraSection
+from lora_trainer.config.schema import LoraSection
 from lora_trainer.model import fused
-from lora_trainer.model.adapter import add_adapter, trained_parameters
+from lora_trainer.model.adapter import add_adapter, trainable_parameters
 
 
 def adapted(family: str = "llama", **keys):
@@ -16,7 +16,7 @@ def adapted(family: str = "llama", **keys):
     model = add_adapter(tiny_model(family), LoraSection(lora_r=4, **keys), seed=3)
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
-        for parameter in trained_parameters(model).values():
+        for parameter in trainable_parameters(model).values():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.train()
 
@@ -26,7 +26,7 @@ def loss_and_gradients(model):
     ids = torch.arange(5, 45).view(2, 20)
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
-    return float(loss.detach()), {n: p.grad.clone() for n, p in trained_parameters(model).items()}
+    return float(loss.detach()), {n: p.grad.clone() for n, p in trainable_parameters(model).items()}
 
 
 @pytest.mark.parametrize("has_bias", [True, False])

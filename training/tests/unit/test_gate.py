@@ -10,9 +10,9 @@ import pytest
 from live_runs import full_run
 from talking import Answer, ask, connected, is_closed, say
 
-from lora_trainer import connections
-from lora_trainer.gate import host_name
-from lora_trainer.server import StatusServer
+from lora_trainer.serve import limits
+from lora_trainer.serve.auth import host_name
+from lora_trainer.serve.server import StatusServer
 
 TOKEN = "a-token-of-some-length"
 PATHS = ("/", "/health", "/metrics", "/status", "/history", "/log", "/events", "/openapi.json")
@@ -141,7 +141,7 @@ def test_giant_or_malformed_heads_are_refused(plain: StatusServer, data, capfd):
 
 
 def test_body_that_nobody_wants_is_not_read_without_end(fresh: StatusServer, monkeypatch):
-    monkeypatch.setattr(connections, "REQUEST_SECONDS", 1.0)
+    monkeypatch.setattr(limits, "REQUEST_SECONDS", 1.0)
     fresh.start()
     with connected(fresh) as client:
         head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999999\r\n\r\n"
@@ -156,7 +156,7 @@ def test_body_that_nobody_wants_is_not_read_without_end(fresh: StatusServer, mon
 
 
 def test_head_that_comes_by_drops_is_given_up(fresh: StatusServer, monkeypatch):
-    monkeypatch.setattr(connections, "REQUEST_SECONDS", 1.0)
+    monkeypatch.setattr(limits, "REQUEST_SECONDS", 1.0)
     fresh.start()
     assert ask(fresh, "/metrics").code == 200  # it is there
     with connected(fresh) as client:
@@ -169,14 +169,14 @@ def test_head_that_comes_by_drops_is_given_up(fresh: StatusServer, monkeypatch):
 
 
 def test_connection_that_says_nothing_is_closed(fresh: StatusServer, monkeypatch):
-    monkeypatch.setattr(connections, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(limits, "REQUEST_SECONDS", 0.5)
     fresh.start()
     with connected(fresh) as client:
         assert is_closed(client)
 
 
 def test_full_house_makes_room_for_who_really_asks(fresh: StatusServer, monkeypatch):
-    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 8)
+    monkeypatch.setattr(limits, "MOST_CONNECTIONS", 8)
     fresh.start()
     crowd = [socket.create_connection(("127.0.0.1", fresh.port)) for _ in range(30)]
     try:

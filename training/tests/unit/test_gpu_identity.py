@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from lora_trainer.cli import CUDA_ENVIRONMENT
-from lora_trainer.hardware import read_gpus
 from lora_trainer.machine import read_machine
+from lora_trainer.serve.gauges import read_gpus
 
 GB = 1 << 30
 SLICE = "MIG-5c8d0b1f-1111-5555-9999-aaaaaaaaaaaa"

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from lora_trainer import hardware
-from lora_trainer.hardware import (
+from lora_trainer.serve import gauges as hardware
+from lora_trainer.serve.gauges import (
     KEPT_READINGS,
     Gauges,
     HostReading,

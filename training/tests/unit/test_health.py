@@ -5,9 +5,17 @@ import math
 import pytest
 from run_events import after, saved, started, stepped, training
 
-from lora_trainer.events import Ended, Failed, PhaseChanged, Progress, Restarted, Stopped, Warned
-from lora_trainer.health import health, stall_timeout
-from lora_trainer.status import RunStatus
+from lora_trainer.run.events import (
+    Ended,
+    Failed,
+    PhaseChanged,
+    Progress,
+    Restarted,
+    Stopped,
+    Warned,
+)
+from lora_trainer.run.health import health, stall_timeout
+from lora_trainer.run.status import RunStatus
 
 PROBLEM = [{"what": "row 3 is broken", "remedy": "mend row 3"}]
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_events import evaluated, sample, saved, started, stepped
 
-from lora_trainer.events import PhaseChanged, Restarted, Resumed, Warned
-from lora_trainer.history import KEPT_MOMENTS, KEPT_POINTS, WHOLE, History, stretches
+from lora_trainer.run.events import PhaseChanged, Restarted, Resumed, Warned
+from lora_trainer.run.history import KEPT_MOMENTS, KEPT_POINTS, WHOLE, History, stretches
 
 
 def history(*events, capacity=8192):

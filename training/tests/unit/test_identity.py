@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from faults.tiny_model import write_model
-from lora_trainer import identity
-from lora_trainer.config import ModelSection
+from lora_trainer.config.schema import ModelSection
 from lora_trainer.data.fingerprint import FileHashes
 from lora_trainer.errors import UnavailableError
-from lora_trainer.identity import BaseHash, Identity, other_run
+from lora_trainer.train import identity
+from lora_trainer.train.identity import BaseHash, Identity, other_run
 
 
 @pytest.fixture

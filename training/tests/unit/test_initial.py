@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from faults.tiny_model import write_model, write_rows
-from lora_trainer import export, initial
-from lora_trainer.checkpoint import Snapshot, TrainState, take_snapshot
+from lora_trainer.config.settings import resolve
 from lora_trainer.errors import StorageError, UnavailableError
-from lora_trainer.events import Event, Warned
 from lora_trainer.model.adapter import adapter_state
-from lora_trainer.session import Session, open_session
-from lora_trainer.sources import resolve
+from lora_trainer.run.events import Event, Warned
+from lora_trainer.train import export, initial
+from lora_trainer.train.checkpoint import Snapshot, TrainState, take_snapshot
+from lora_trainer.train.session import TrainingSetup, open_session
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def opened(root: Path, output: Path) -> Session:
+def opened(root: Path, output: Path) -> TrainingSetup:
     settings = resolve(
         None,
         {},
@@ -44,7 +44,7 @@ def opened(root: Path, output: Path) -> Session:
 
 
 @pytest.fixture
-def started(root: Path, tmp_path: Path) -> tuple[Session, Snapshot]:
+def started(root: Path, tmp_path: Path) -> tuple[TrainingSetup, Snapshot]:
     """Return a session that saved a checkpoint at its first step, and that checkpoint."""
     session = opened(root, tmp_path)
     session.restore(None)
@@ -88,7 +88,7 @@ def remove_all(folder: Path) -> None:
 DAMAGES = [flip_weights, flip_config, remove_weights, remove_config, remove_all]
 
 
-def exported(session: Session, target: Path) -> bytes:
+def exported(session: TrainingSetup, target: Path) -> bytes:
     assert session.initial is not None
     folder = initial.verified(session.initial.folder, session.store.initial)
     export.save_adapter(session.causal.model, target, folder)
@@ -97,7 +97,10 @@ def exported(session: Session, target: Path) -> bytes:
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_damaged_first_adapter_is_written_again_and_the_export_is_the_same(
-    root: Path, tmp_path: Path, started: tuple[Session, Snapshot], damage: Callable[[Path], None]
+    root: Path,
+    tmp_path: Path,
+    started: tuple[TrainingSetup, Snapshot],
+    damage: Callable[[Path], None],
 ) -> None:
     session, snapshot = started
     session.restore(snapshot)
@@ -113,7 +116,7 @@ def test_damaged_first_adapter_is_written_again_and_the_export_is_the_same(
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_first_adapter_that_is_damaged_by_the_end_is_not_exported_from(
-    tmp_path: Path, started: tuple[Session, Snapshot], damage: Callable[[Path], None]
+    tmp_path: Path, started: tuple[TrainingSetup, Snapshot], damage: Callable[[Path], None]
 ) -> None:
     session, _ = started
     damage(tmp_path / initial.FOLDER)
@@ -123,7 +126,7 @@ def test_first_adapter_that_is_damaged_by_the_end_is_not_exported_from(
 
 
 def test_first_adapter_of_another_run_is_replaced(
-    root: Path, tmp_path: Path, started: tuple[Session, Snapshot]
+    root: Path, tmp_path: Path, started: tuple[TrainingSetup, Snapshot]
 ) -> None:
     session, snapshot = started
     other = {name: value * 2 for name, value in adapter_state(session.causal.model).items()}
@@ -135,7 +138,7 @@ def test_first_adapter_of_another_run_is_replaced(
 
 
 def test_init_that_comes_out_differently_uses_the_first_one_or_ends(
-    tmp_path: Path, started: tuple[Session, Snapshot]
+    tmp_path: Path, started: tuple[TrainingSetup, Snapshot]
 ) -> None:
     session, snapshot = started
     assert session.initial is not None

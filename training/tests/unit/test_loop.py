@@ -10,18 +10,18 @@ import torch
 from families import VOCABULARY, tiny_model
 from test_equivalence import ListRows, make_rows
 
-from lora_trainer import evaluate, loop
-from lora_trainer.checkpoint import TrainState
-from lora_trainer.checkpoint_store import CheckpointStore
-from lora_trainer.config import Config, LoraSection
-from lora_trainer.data.batches import StepOrder
+from lora_trainer.config.schema import Config, LoraSection
+from lora_trainer.data.batches import Sampler
 from lora_trainer.errors import InternalError
-from lora_trainer.events import CheckpointSaved, Evaluated, Progress, StepDone
 from lora_trainer.machine import Machine
-from lora_trainer.model.adapter import add_adapter, trained_parameters
+from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.forward import CausalLM
-from lora_trainer.optim import make_optimizer
 from lora_trainer.plan import DataProfile, ModelShape, make_plan
+from lora_trainer.run.events import CheckpointSaved, Evaluated, Progress, StepDone
+from lora_trainer.train import evaluate, loop
+from lora_trainer.train.checkpoint import TrainState
+from lora_trainer.train.checkpoint_store import CheckpointStore
+from lora_trainer.train.optim import make_optimizer
 
 
 def make_parts(folder, *, save_steps=0, should_stop=lambda: False, **training):
@@ -31,7 +31,7 @@ def make_parts(folder, *, save_steps=0, should_stop=lambda: False, **training):
     )
     model = add_adapter(tiny_model("llama"), LoraSection(lora_r=4), seed=1)
     causal = CausalLM(model, device="cpu", padding_free=True, chunk=64, precision="float32")
-    parameters = trained_parameters(model)
+    parameters = trainable_parameters(model)
     rows = make_rows()
     plan = make_plan(
         config,
@@ -43,11 +43,11 @@ def make_parts(folder, *, save_steps=0, should_stop=lambda: False, **training):
         padding_free=True,
     )
     events = []
-    parts = loop.Parts(
+    parts = loop.TrainingContext(
         causal=causal,
         parameters=parameters,
         optimizer=make_optimizer(parameters, config.training),
-        order=StepOrder(len(rows), plan.step_examples, 0),
+        order=Sampler(len(rows), plan.step_examples, 0),
         rows=rows,
         eval_rows=ListRows(rows[:8]),
         store=CheckpointStore(folder, keep=2, digest="x"),

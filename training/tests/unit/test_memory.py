@@ -9,16 +9,22 @@ import pytest
 import torch
 from test_loop import make_parts, of_kind
 
-from lora_trainer import evaluate, loop, smaller
-from lora_trainer.checkpoint import TrainState
-from lora_trainer.config import Config
+from lora_trainer.config.schema import Config
 from lora_trainer.errors import MemoryKilledError
-from lora_trainer.events import Evaluated, MemoryReduced, StepDone, Warned
 from lora_trainer.machine import Machine
-from lora_trainer.memory import BatchSizes, MemoryLimits, in_pieces, reduced, why_nothing_fits
 from lora_trainer.plan import AS_CONFIGURED, DataProfile, ModelShape, make_plan
-from lora_trainer.recovery import read_limits, write_limits
-from lora_trainer.smaller import with_smaller_plans
+from lora_trainer.run.events import Evaluated, MemoryReduced, StepDone, Warned
+from lora_trainer.run.memory_limits import (
+    BatchSizes,
+    MemoryLimits,
+    in_pieces,
+    reduced,
+    why_nothing_fits,
+)
+from lora_trainer.supervise.recovery import read_limits, write_limits
+from lora_trainer.train import evaluate, loop, smaller_plans
+from lora_trainer.train.checkpoint import TrainState
+from lora_trainer.train.smaller_plans import with_smaller_plans
 
 ON_GPU = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 ON_CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")
@@ -277,7 +283,7 @@ def test_damaged_limits_are_as_good_as_none(tmp_path, text):
 
 
 def test_plan_that_would_fit_is_named_with_its_numbers(monkeypatch):
-    monkeypatch.setattr(smaller.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(smaller_plans.importlib.util, "find_spec", lambda _: object())
     plan = plan_of(memory_bytes=5_600_000_000)
     why, remedy = why_nothing_fits(plan.to_dict())
     assert "5.6 GB are there" in why
@@ -287,7 +293,7 @@ def test_plan_that_would_fit_is_named_with_its_numbers(monkeypatch):
 
 
 def test_machine_that_is_too_small_for_anything_is_named(monkeypatch):
-    monkeypatch.setattr(smaller.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(smaller_plans.importlib.util, "find_spec", lambda _: None)
     plan = plan_of(memory_bytes=1_000_000_000)
     assert plan.smaller_plans == ()
     assert "more memory than 1.0 GB" in why_nothing_fits(plan.to_dict())[1]

@@ -12,10 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_trainer import cli, merge, target
-from lora_trainer.compat import dtype_argument
-from lora_trainer.trained import config_of_run
-from lora_trainer.wording import size
+from lora_trainer import cli
+from lora_trainer.commands import merge, new_folder
+from lora_trainer.commands.finetuned import config_of_run
+from lora_trainer.model.compat import dtype_argument
+from lora_trainer.report.text import size
 
 
 def of_disk(folder: Path):
@@ -105,10 +106,10 @@ def test_what_cannot_be_merged_is_told_before_the_model_is_loaded(
     assert cli.main(["merge", str(tmp_path / "model"), str(out)]) == 78
     assert cli.main(["merge", str(run), str(run)]) == 78
     with monkeypatch.context() as context:
-        context.setattr(target, "free_disk_bytes", lambda _: 1000)
+        context.setattr(new_folder, "free_disk_bytes", lambda _: 1000)
         assert cli.main(["merge", str(run), str(out)]) == 74
     monkeypatch.setattr(merge, "stored_weights", lambda *_: merge.Stored("bfloat16", 10**14))
-    monkeypatch.setattr(target, "free_disk_bytes", lambda _: 10**15)
+    monkeypatch.setattr(new_folder, "free_disk_bytes", lambda _: 10**15)
     assert cli.main(["merge", str(run), str(out)]) == 137
     told = capsys.readouterr().err
     for words in ("no adapter to merge", "there already", "no room", "not enough memory"):

@@ -6,8 +6,8 @@ import io
 
 import pytest
 
-from lora_trainer import meter
-from lora_trainer.meter import Meter
+from lora_trainer.report import progress
+from lora_trainer.report.progress import Meter
 
 
 class Terminal(io.StringIO):
@@ -20,7 +20,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [0.0]
-    monkeypatch.setattr(meter.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -51,6 +51,6 @@ def test_a_terminal_shows_one_line_that_goes_away(clock: list[float]) -> None:
     with Meter("scoring", 10, "rows", screen) as one:
         clock[0] = 1.0
         one.update(5)
-    assert screen.getvalue().split(meter.CLEAR_LINE) == [
+    assert screen.getvalue().split(progress.CLEAR_LINE) == [
         "", "scoring 10 rows ...\n", "scoring: 5 of 10 rows, 50.0%, 0:01 left", "",
     ]  # fmt: skip

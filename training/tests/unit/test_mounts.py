@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lora_trainer.cli import main
-from lora_trainer.display import Display
-from lora_trainer.mounts import MOUNTS, on_host
+from lora_trainer.host.mounts import MOUNTS, on_host
+from lora_trainer.report.console import Display
 
 HOST = {
     "LORA_HOST_OUTPUTS": "../public/outputs",

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import save
 from snapshots import DIGEST, snapshot_at, steps_of
 
-from lora_trainer.checkpoint import misfit
 from lora_trainer.checkpoint_folder import FILES, MANIFEST, has_any, listed, remove, verify
-from lora_trainer.checkpoint_store import CheckpointStore
 from lora_trainer.errors import AccessError, ConfigError
+from lora_trainer.train.checkpoint import misfit
+from lora_trainer.train.checkpoint_store import CheckpointStore
 
 
 @pytest.fixture

@@ -7,22 +7,22 @@ import schemathesis
 from hypothesis import HealthCheck, settings
 from live_runs import full_run, gauges_of
 
-from lora_trainer import views
-from lora_trainer.live import LiveRun
 from lora_trainer.redaction import Redaction
-from lora_trainer.web import Pages, make_app, openapi_document
+from lora_trainer.serve import responses
+from lora_trainer.serve.app import Pages, make_app, openapi_document
+from lora_trainer.serve.run_state import RunState
 
 HOST = {"host": "localhost"}
 
 
-def app_of(live: LiveRun):
+def app_of(live: RunState):
     pages = Pages(live, gauges_of(), lambda: None)
     return make_app(pages, names=["localhost"], token="", port=1)
 
 
 # The stream never ends: its own tests read it. Both states of a run must fit the document.
 APPS = {name: app_of(live) for name, live in
-        {"empty": LiveRun(Redaction()), "full": full_run()}.items()}  # fmt: skip
+        {"empty": RunState(Redaction()), "full": full_run()}.items()}  # fmt: skip
 schema = schemathesis.openapi.from_dict(openapi_document()).exclude(path="/events")
 
 
@@ -39,5 +39,5 @@ def test_answers_are_as_the_document_says(case, state):
 @pytest.mark.parametrize("name", ["health", "metrics", "status"])
 def test_document_names_every_key_of_an_answer(name):
     known = openapi_document()["components"]["schemas"][name.capitalize()]["properties"]
-    view = getattr(views, f"{name}_view")(full_run(), gauges_of())
+    view = getattr(responses, f"{name}_view")(full_run(), gauges_of())
     assert view.keys() == known.keys()

@@ -9,14 +9,14 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_trainer.config import TrainingSection
-from lora_trainer.data.batches import RowView, StepOrder, split_micro_batches
-from lora_trainer.optim import learning_rate, make_optimizer, set_learning_rate
+from lora_trainer.config.schema import TrainingSection
+from lora_trainer.data.batches import RowView, Sampler, split_micro_batches
+from lora_trainer.train.optim import learning_rate, make_optimizer, set_learning_rate
 
 
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 2**32 - 1))
 def test_an_epoch_sees_every_row_once(rows, step_examples, seed):
-    order = StepOrder(rows, step_examples, seed)
+    order = Sampler(rows, step_examples, seed)
     for epoch in (0, 1):
         first = epoch * order.steps_per_epoch
         seen = [order.step_rows(first + step) for step in range(order.steps_per_epoch)]
@@ -24,21 +24,21 @@ def test_an_epoch_sees_every_row_once(rows, step_examples, seed):
 
 
 def test_the_order_depends_on_seed_and_epoch_and_nothing_else():
-    order = StepOrder(100, 10, seed=1)
-    assert list(order.step_rows(3)) == list(StepOrder(100, 10, seed=1).step_rows(3))
+    order = Sampler(100, 10, seed=1)
+    assert list(order.step_rows(3)) == list(Sampler(100, 10, seed=1).step_rows(3))
     assert list(order.epoch_order(0)) != list(order.epoch_order(1))
-    assert list(order.epoch_order(0)) != list(StepOrder(100, 10, seed=2).epoch_order(0))
+    assert list(order.epoch_order(0)) != list(Sampler(100, 10, seed=2).epoch_order(0))
 
 
 def test_a_step_is_shared_out_without_changing_it():
-    rows = StepOrder(10, 7, seed=0).step_rows(0)
+    rows = Sampler(10, 7, seed=0).step_rows(0)
     shared = [list(part) for part in split_micro_batches(rows, 3)]
     assert [len(part) for part in shared] == [3, 3, 1]
     assert [row for part in shared for row in part] == list(rows)
 
 
 def test_weighted_sources_choose_an_epochs_rows():
-    order = StepOrder(4, 2, 0, lambda epoch: np.array([epoch, 5, 5, 7]))
+    order = Sampler(4, 2, 0, lambda epoch: np.array([epoch, 5, 5, 7]))
     assert sorted(order.epoch_order(3)) == [3, 5, 5, 7]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import lora_trainer
-from lora_trainer import web
-from lora_trainer.events import KINDS
+from lora_trainer.run.events import KINDS
+from lora_trainer.serve import app
 
 FOLDER = Path(lora_trainer.__file__).parent / "dashboard"
 SCRIPTS = sorted(FOLDER.glob("*.js"))
@@ -20,7 +20,7 @@ def test_all_that_the_page_names_is_served():
     page = (FOLDER / "index.html").read_text()
     named = set(re.findall(r'(?:src|href)="/static/([^"]+)"', page))
     assert {"app.js", "style.css", "bokeh.min.js"} <= named
-    assert named <= web.static_files().keys()
+    assert named <= app.static_files().keys()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -49,12 +49,12 @@ def test_the_page_has_no_script_or_style_of_its_own_and_asks_nobody_else():
 
 
 def test_the_chart_library_is_found_without_being_imported():
-    names = [path.name for path in web.library_files()]
+    names = [path.name for path in app.library_files()]
     assert names == ["bokeh.min.js", "bokeh-api.min.js"]
     assert "bokeh" not in sys.modules
 
 
 def test_without_the_chart_library_the_page_is_served_all_the_same(monkeypatch):
-    monkeypatch.setattr(web, "LIBRARY", "a_package_that_is_not_there")
-    assert web.library_files() == []
-    assert "app.js" in web.static_files()
+    monkeypatch.setattr(app, "LIBRARY", "a_package_that_is_not_there")
+    assert app.library_files() == []
+    assert "app.js" in app.static_files()

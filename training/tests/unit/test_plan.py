@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_trainer.config import Config
+from lora_trainer.config.schema import Config
 from lora_trainer.errors import ConfigError
 from lora_trainer.machine import (
     UNLIMITED_BYTES,
@@ -15,13 +15,7 @@ from lora_trainer.machine import (
     peak_memory_bytes,
     read_machine,
 )
-from lora_trainer.plan import (
-    DataProfile,
-    ModelShape,
-    choose_parallelism,
-    make_plan,
-    process_count,
-)
+from lora_trainer.plan import DataProfile, ModelShape, choose_parallelism, make_plan, process_count
 
 SHAPE = ModelShape("llama", 30, 576, 1536, 49152, 134_515_008, 4_884_480, 8192)
 MACHINE = Machine(cores=2, memory_bytes=24 << 30, gpus=())

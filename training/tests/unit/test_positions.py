@@ -9,8 +9,8 @@ import pytest
 
 from lora_trainer.data.fingerprint import example_hash
 from lora_trainer.data.formats import to_example
-from lora_trainer.data.locate import SourceSpec
 from lora_trainer.data.positions import find_rows
+from lora_trainer.data.resolve import SourceSpec
 from lora_trainer.errors import DataError
 
 

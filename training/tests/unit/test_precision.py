@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_trainer import precision
+from lora_trainer.model import precision
 
 
 def test_slow_bfloat16_is_refused_and_said(monkeypatch):

@@ -11,12 +11,13 @@ from test_quantize import load_base, make_batch, needs_bitsandbytes
 from transformers import AutoTokenizer
 
 from faults.tiny_model import write_model
-from lora_trainer import chat, evaluate
-from lora_trainer.config import LoraSection
+from lora_trainer.commands import chat
+from lora_trainer.config.schema import LoraSection
 from lora_trainer.data.prompt_format import PromptFormat
 from lora_trainer.model.adapter import add_adapter
 from lora_trainer.model.forward import CausalLM
 from lora_trainer.model.probe import verify
+from lora_trainer.train import evaluate
 
 BASES = [
     ("float32", {}),

@@ -22,9 +22,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from lora_trainer.data.encoder import TokenizerFactory
 from lora_trainer.data.examples import Chat, Completion, Encoded
 from lora_trainer.data.instructions import RowError
-from lora_trainer.data.locate import SourceSpec
-from lora_trainer.data.pool import CHILD_PROGRAM, EncodingPool
 from lora_trainer.data.prepare import PrepareSettings, prepare, prepare_splits
+from lora_trainer.data.resolve import SourceSpec
+from lora_trainer.data.tokenizer_pool import CHILD_PROGRAM, EncodingPool
 from lora_trainer.errors import (
     ConfigError,
     DataError,

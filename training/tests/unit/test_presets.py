@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from faults.tiny_model import write_model, write_rows
-from lora_trainer import session as sessions
-from lora_trainer.check import preflight
-from lora_trainer.config import Config, leaf_sections
-from lora_trainer.events import Event, StepDone, Warned
-from lora_trainer.loop import train
+from lora_trainer.commands.check import preflight
+from lora_trainer.config.schema import Config, leaf_sections
+from lora_trainer.config.settings import resolve
 from lora_trainer.machine import Gpu, Machine
 from lora_trainer.model import quantize
 from lora_trainer.plan import DataProfile, ModelShape, make_plan
-from lora_trainer.sources import resolve
+from lora_trainer.run.events import Event, StepDone, Warned
+from lora_trainer.train import session as sessions
+from lora_trainer.train.loop import train
 
 # As they stand in the specification.
 SPECIFIED = (

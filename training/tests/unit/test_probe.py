@@ -9,10 +9,10 @@ import torch
 import transformers
 from families import tiny_model
 
-from lora_trainer.config import LoraSection
+from lora_trainer.config.schema import LoraSection
 from lora_trainer.errors import ConfigError
 from lora_trainer.model import attention
-from lora_trainer.model.adapter import add_adapter, trained_parameters
+from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.forward import CausalLM, MicroBatch
 from lora_trainer.model.probe import _sample, check_unloaded, verify
 
@@ -75,7 +75,7 @@ def test_the_trial_leaves_no_gradient_and_the_random_numbers_alone():
     torch.manual_seed(5)
     verify(causal_of(model))
     assert torch.equal(torch.rand(3), expected)
-    assert all(p.grad is None for p in trained_parameters(model).values())
+    assert all(p.grad is None for p in trainable_parameters(model).values())
 
 
 def test_a_head_of_more_than_one_layer_is_computed_by_the_models_own_forward():

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_trainer import cli
 from lora_trainer.data.prompt_format import PromptFormat, format_of_rows, read_format
-from lora_trainer.events import Generated, Warned
-from lora_trainer.export import save_prompt_format
+from lora_trainer.run.events import Generated, Warned
+from lora_trainer.train.export import save_prompt_format
 
 ENDOFTEXT, IM_START, IM_END = 0, 1, 2
 

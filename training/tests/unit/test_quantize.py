@@ -17,16 +17,15 @@ from transformers import LlamaConfig
 from transformers.utils import is_bitsandbytes_available
 
 from faults.tiny_model import write_model
-from lora_trainer import stacks
-from lora_trainer.checkpoint import TrainState, restore_optimizer, take_snapshot
-from lora_trainer.config import Config, LoraSection, ModelSection, TrainingSection
+from lora_trainer.config.schema import Config, LoraSection, ModelSection, TrainingSection
 from lora_trainer.errors import ConfigError
-from lora_trainer.model import load, loftq, quantize
-from lora_trainer.model.adapter import add_adapter, trained_parameters
+from lora_trainer.model import load, loftq, quantize, stacks
+from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.forward import CausalLM, MicroBatch
 from lora_trainer.model.probe import verify
-from lora_trainer.optim import make_optimizer
 from lora_trainer.plan import DataProfile, ModelShape, estimate_memory_bytes
+from lora_trainer.train.checkpoint import TrainState, restore_optimizer, take_snapshot
+from lora_trainer.train.optim import make_optimizer
 
 KINDS = {
     "nf4": {"use_4bit": True, "bnb_4bit_use_double_quant": False},
@@ -98,7 +97,7 @@ def test_package_that_nothing_needs_is_not_imported(
         model_name_or_path=str(tmp_path) if own_config is not None else "someone/model",
         **{k: v for k, v in settings.items() if k != "optim"},
     )
-    quantize.leave_out(Config(model=section, training=training))
+    quantize.skip_bitsandbytes_import(Config(model=section, training=training))
     assert (quantize.PACKAGE in sys.modules) == is_hidden
     assert not is_hidden or importlib.util.find_spec(quantize.PACKAGE) is None
     monkeypatch.delitem(sys.modules, quantize.PACKAGE, raising=False)
@@ -117,7 +116,7 @@ def test_config_of_a_fetched_model_says_whether_it_needs_the_package(
     (commit.parents[1] / "refs").mkdir()
     (commit.parents[1] / "refs" / "main").write_text("a" * 40)
     section = ModelSection(model_name_or_path="someone/model", model_cache_dir=str(tmp_path))
-    quantize.leave_out(Config(model=section))
+    quantize.skip_bitsandbytes_import(Config(model=section))
     assert (quantize.PACKAGE in sys.modules) == is_hidden
     monkeypatch.delitem(sys.modules, quantize.PACKAGE, raising=False)
 
@@ -131,7 +130,7 @@ def test_quantized_base_learns_packed_and_in_chunks(folder, kind):
     assert causal.packed is not None
     model.train()
     batch = make_batch()
-    parameters = trained_parameters(model)
+    parameters = trainable_parameters(model)
     assert all(p.dtype == torch.float32 for p in parameters.values())
     optimizer = make_optimizer(parameters, TrainingSection(learning_rate=0.01))
     before = causal.score(batch)[0] / batch.targets
@@ -157,7 +156,7 @@ def test_chunked_loss_and_gradients_are_those_of_the_whole_logits(folder, kind):
                 own = model(input_ids=torch.as_tensor(ids)[None], labels=labels).loss
                 loss = loss + own * int(marks[1:].sum())
         loss.backward()
-        gradients = {n: p.grad for n, p in trained_parameters(model).items()}
+        gradients = {n: p.grad for n, p in trainable_parameters(model).items()}
         results.append((float(loss.detach()), gradients))
     (loss, gradients), (expected, expected_gradients) = results
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -288,7 +287,9 @@ def test_base_that_is_stored_in_fewer_bits_is_taken_as_it_is(folder, kind, tmp_p
     base = load_base(folder, **KINDS[kind])
     base.save_pretrained(tmp_path)
     section, source = ModelSection(), load.ModelSource(str(tmp_path), "stored")
-    config, _ = quantize.as_stored(Config(), load.load_config(source, section), has_gpu=False)
+    config, _ = quantize.apply_stored_quantization(
+        Config(), load.load_config(source, section), has_gpu=False
+    )
     assert (config.model.use_4bit, config.model.use_8bit) == (kind == "nf4", kind == "8bit")
     if kind == "nf4":
         assert config.model.bnb_4bit_use_double_quant is False  # as stored; true by default
@@ -298,7 +299,7 @@ def test_base_that_is_stored_in_fewer_bits_is_taken_as_it_is(folder, kind, tmp_p
     assert causal_of(stored).score(batch) == pytest.approx(causal_of(base).score(batch), rel=1e-5)
     model = add_adapter(stored, LoraSection(lora_r=4), seed=1)
     model.train()
-    optimizer = make_optimizer(trained_parameters(model), TrainingSection(learning_rate=0.01))
+    optimizer = make_optimizer(trainable_parameters(model), TrainingSection(learning_rate=0.01))
     losses = train(causal_of(model), optimizer, batch, 8)
     assert losses[-1] < losses[0] - 0.3
 
@@ -306,8 +307,11 @@ def test_base_that_is_stored_in_fewer_bits_is_taken_as_it_is(folder, kind, tmp_p
 def test_base_that_something_else_packed_is_refused_by_its_name():
     shape = LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ConfigError, match="quantized by gptq"):
-        quantize.as_stored(Config(), shape, has_gpu=True)
-    assert quantize.as_stored(Config(), LlamaConfig(), has_gpu=False) == (Config(), "")
+        quantize.apply_stored_quantization(Config(), shape, has_gpu=True)
+    assert quantize.apply_stored_quantization(Config(), LlamaConfig(), has_gpu=False) == (
+        Config(),
+        "",
+    )
 
 
 @pytest.mark.parametrize(("version", "is_refused"), [("0.45.5", True), ("0.50.2", False)])
@@ -374,20 +378,25 @@ def test_base_in_fewer_bits_is_whole_where_nothing_can_quantize_it(
 ):
     pretend(monkeypatch, version)
     config = Config.model_validate({"model": {key: True}})
-    whole, why = quantize.as_stored(config, LlamaConfig(), has_gpu=False)
+    whole, why = quantize.apply_stored_quantization(config, LlamaConfig(), has_gpu=False)
     assert not quantize.is_quantized(whole.model)
     assert f"{key}: the base model is loaded UNQUANTIZED" in why
     assert lacks in why
     assert whole.digest() != config.digest()  # a checkpoint of the one does not continue the other
     if version:
-        assert quantize.as_stored(config, LlamaConfig(), has_gpu=True) == (config, "")
+        assert quantize.apply_stored_quantization(config, LlamaConfig(), has_gpu=True) == (
+            config,
+            "",
+        )
 
 
 def test_loftq_on_a_base_that_cannot_be_quantized_is_refused(monkeypatch):
     pretend(monkeypatch, "0.45.5")
     sections = {"model": {"use_4bit": True}, "lora": {"init_lora_weights": "loftq"}}
     with pytest.raises(ConfigError, match="use_4bit: true needs a GPU"):
-        quantize.as_stored(Config.model_validate(sections), LlamaConfig(), has_gpu=False)
+        quantize.apply_stored_quantization(
+            Config.model_validate(sections), LlamaConfig(), has_gpu=False
+        )
 
 
 @pytest.mark.parametrize("has_gpu", [True, False])

@@ -16,9 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extras import needs_deepspeed
-from lora_trainer.memory import MemoryLimits
 from lora_trainer.model.quantize import works_on_cpu
-from lora_trainer.ranks import PeerLostError, Ranks, is_peer_lost, own_batches, seed_of, share_out
+from lora_trainer.model.ranks import (
+    PeerLostError,
+    Ranks,
+    is_peer_lost,
+    own_batches,
+    seed_of,
+    share_out,
+)
+from lora_trainer.run.memory_limits import MemoryLimits
 
 
 @pytest.fixture(scope="module")

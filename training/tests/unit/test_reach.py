@@ -7,10 +7,10 @@ import torch
 import transformers
 from families import COMMON, tiny_model
 
-from lora_trainer.compat import MAJOR
-from lora_trainer.config import LoraSection
+from lora_trainer.config.schema import LoraSection
 from lora_trainer.model import reach
 from lora_trainer.model.adapter import add_adapter
+from lora_trainer.model.compat import MAJOR
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MIXTURES = {

@@ -14,16 +14,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from lora_trainer.data.locate import KINDS, SourceSpec, locate
+from lora_trainer.data.bad_rows import MAX_DEPTH, BadRow, BadRowLog, Row, fault_in
 from lora_trainer.data.read import iter_rows
-from lora_trainer.data.rows import MAX_DEPTH, BadRow, BadRowLog, Row, fault_in
-from lora_trainer.errors import (
-    AccessError,
-    DataError,
-    StorageError,
-    TrainerError,
-    UnavailableError,
-)
+from lora_trainer.data.resolve import KINDS, SourceSpec, locate
+from lora_trainer.errors import AccessError, DataError, StorageError, TrainerError, UnavailableError
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c\nd", "completion": "é"}]
 SECRET = "the moon is a secret"

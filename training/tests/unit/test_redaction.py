@@ -13,11 +13,11 @@ from urllib.parse import quote
 
 import pytest
 
-from lora_trainer import streams
-from lora_trainer.display import Display
-from lora_trainer.events import Failed, PhaseChanged, StepDone, Warned
-from lora_trainer.logfile import LONGEST_LINE_BYTES, copy, open_log
+from lora_trainer.host import streams
 from lora_trainer.redaction import Redaction, given_secrets
+from lora_trainer.report.console import Display
+from lora_trainer.run.events import Failed, PhaseChanged, StepDone, Warned
+from lora_trainer.supervise.log_filter import LONGEST_LINE_BYTES, copy, open_log
 
 CANARY = "canary+/secret=0123"
 

@@ -9,10 +9,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-import lora_trainer.report
-from lora_trainer import events as said
-from lora_trainer.curves import MOST_POINTS, _label, short, smoothed, thinned
-from lora_trainer.report import write_report
+import lora_trainer.report.html
+from lora_trainer.report.charts import MOST_POINTS, _label, short, smoothed, thinned
+from lora_trainer.report.html import write_report
+from lora_trainer.run import events as said
 
 VOID = {"meta", "polyline"}
 CONFIG = {
@@ -89,7 +89,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def report(tmp_path, monkeypatch):
     """Write a run folder from events and JSON files, and return its page; no picture."""
-    monkeypatch.setattr(lora_trainer.report, "_picture", lambda *_: b"")
+    monkeypatch.setattr(lora_trainer.report.html, "_picture", lambda *_: b"")
 
     def write(events, torn="", **files):
         lines = "".join(event.to_line() for event in events) + torn
@@ -343,7 +343,7 @@ def test_numbers_are_short(value, text):
 
 
 def test_neither_torch_nor_matplotlib_is_imported_with_the_module():
-    code = "import sys, lora_trainer.report; print({'torch', 'matplotlib'} & set(sys.modules))"
+    code = "import sys, lora_trainer.report.html; print({'torch', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)},
@@ -353,9 +353,7 @@ def test_neither_torch_nor_matplotlib_is_imported_with_the_module():
 
 def test_the_picture_needs_no_writable_home(tmp_path):
     (tmp_path / "events.jsonl").write_text("".join(event.to_line() for event in RUN))
-    code = (
-        "import sys, pathlib, lora_trainer.report as r; r.write_report(pathlib.Path(sys.argv[1]))"
-    )
+    code = "import sys, pathlib, lora_trainer.report.html as r; r.write_report(pathlib.Path(sys.argv[1]))"
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
         capture_output=True, text=True, check=True,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from run_events import after, saved, started, stepped, training
 
-from lora_trainer.restarts import RENEWING_STEPS, Restarts
-from lora_trainer.status import RunStatus
+from lora_trainer.run.status import RunStatus
+from lora_trainer.supervise.restarts import RENEWING_STEPS, Restarts
 
 
 def at(step: int, *more: object) -> RunStatus:

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from lora_trainer import check, curves, group
+from lora_trainer.commands import check
+from lora_trainer.config.settings import resolve
 from lora_trainer.data.cache import new_entry
 from lora_trainer.errors import StorageError
+from lora_trainer.host.scratch import LOCK, release, scratch_folder
 from lora_trainer.model import embedded, hub
-from lora_trainer.scratch import LOCK, release, scratch_folder
-from lora_trainer.sources import resolve
+from lora_trainer.report import charts
+from lora_trainer.supervise import workers
 
 # The real preparation of the embedded model, stopped halfway.
 PREPARES = """
@@ -86,7 +88,7 @@ def test_folder_that_another_program_made_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "lora-trainer-mine").mkdir()
     os.utime(tmp_path / "lora-trainer-mine", (0, 0))
     (tmp_path / "lora-trainer-file").write_text("mine")
-    with scratch_folder(tmp_path, group.MEETING) as folder:
+    with scratch_folder(tmp_path, workers.MEETING) as folder:
         assert (folder / LOCK).exists()
     assert not folder.exists()
     assert {p.name for p in tmp_path.iterdir()} == {"lora-trainer-mine", "lora-trainer-file"}
@@ -127,10 +129,10 @@ def test_workers_make_a_folder_to_meet_in_only_if_they_are_several(
         seen.append(len(list(tmp_path.iterdir())))
         return start(*arguments, **options)
 
-    monkeypatch.setattr(group.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(group.subprocess, "Popen", popen)
+    monkeypatch.setattr(workers.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(workers.subprocess, "Popen", popen)
     monkeypatch.setattr(sys, "executable", "/bin/true")
-    group.WorkerGroup({}, count, log=subprocess.DEVNULL, pass_fds=(), environment={}).wait()
+    workers.WorkerGroup({}, count, log=subprocess.DEVNULL, pass_fds=(), environment={}).wait()
     assert seen == [folders] * count
     assert not list(tmp_path.iterdir())
 
@@ -138,13 +140,13 @@ def test_workers_make_a_folder_to_meet_in_only_if_they_are_several(
 def test_folder_of_fonts_is_removed_after_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(curves.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(charts.tempfile, "tempdir", str(tmp_path))
     monkeypatch.delenv("MPLCONFIGDIR", raising=False)
-    monkeypatch.setattr(curves.os, "access", lambda *_: False)
+    monkeypatch.setattr(charts.os, "access", lambda *_: False)
     killed = tmp_path / "lora-trainer-matplotlib-killed"
     killed.mkdir()
     (killed / LOCK).touch()
-    with curves._matplotlib_folder():
+    with charts._matplotlib_folder():
         assert len(list(tmp_path.iterdir())) == 1
         assert not killed.exists()
     assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import lora_trainer
-from lora_trainer.config import ModelSection
+from lora_trainer.config.schema import ModelSection
 
 SOURCE = Path(lora_trainer.__file__).parent
 ROOT = SOURCE.parents[2]

@@ -15,12 +15,12 @@ from live_runs import full_run, live_run
 from run_events import PLAN, RUN, START, stepped
 from talking import Stream, ask, connected, is_closed
 
-from lora_trainer import connections, live, server
 from lora_trainer.errors import ConfigError, UnavailableError
-from lora_trainer.events import Failed, Warned
-from lora_trainer.live import LiveRun
 from lora_trainer.redaction import Redaction
-from lora_trainer.server import LogTail, StatusServer, read_token
+from lora_trainer.run.events import Failed, Warned
+from lora_trainer.serve import limits, run_state, server
+from lora_trainer.serve.run_state import RunState
+from lora_trainer.serve.server import LogFollower, StatusServer, read_token
 
 Serve = Callable[..., StatusServer]
 
@@ -30,7 +30,7 @@ def serve() -> Iterator[Serve]:
     """Return a function that serves a run on a free port."""
     started: list[StatusServer] = []
 
-    def begin(run: LiveRun, **options) -> StatusServer:
+    def begin(run: RunState, **options) -> StatusServer:
         one = StatusServer(run, port=0, **options)
         one.start()
         started.append(one)
@@ -105,8 +105,8 @@ def test_metrics_come_in_the_format_that_accept_asks_for(serve: Serve):
 def test_log_is_its_newest_lines_without_secrets(serve: Serve, tmp_path: Path):
     path = tmp_path / "train.log"
     path.write_text("".join(f"line {n} canary-9\n" for n in range(500)) + "not yet whole")
-    run = LiveRun(Redaction(["canary-9"]))
-    one = serve(run, log=LogTail(run, path))
+    run = RunState(Redaction(["canary-9"]))
+    one = serve(run, log=LogFollower(run, path))
     lines = ask(one, "/log?lines=2").json()["lines"]
     assert lines == ["line 498 ***", "line 499 ***"]
     with path.open("a") as file:
@@ -146,7 +146,7 @@ def test_stream_of_another_server_begins_with_a_reset(serve: Serve, last):
 
 
 def test_who_missed_more_than_is_kept_is_told_so(serve: Serve, monkeypatch):
-    monkeypatch.setattr(live, "KEPT_FRAMES", 4)
+    monkeypatch.setattr(run_state, "KEPT_FRAMES", 4)
     run = live_run(START)
     one = serve(run)
     with Stream(one) as stream:
@@ -165,7 +165,7 @@ def test_stream_tells_new_lines_of_the_log(serve: Serve, tmp_path: Path):
     path = tmp_path / "train.log"
     path.write_text("old\n")
     run = live_run(START)
-    with Stream(serve(run, log=LogTail(run, path))) as stream:
+    with Stream(serve(run, log=LogFollower(run, path))) as stream:
         stream.next("tick")
         with path.open("a") as file:
             file.write("new\n")
@@ -175,7 +175,7 @@ def test_stream_tells_new_lines_of_the_log(serve: Serve, tmp_path: Path):
 
 
 def test_client_that_reads_nothing_holds_nobody_back_and_is_let_go(serve: Serve, monkeypatch):
-    monkeypatch.setattr(connections, "UNREAD_SECONDS", 1.0)
+    monkeypatch.setattr(limits, "UNREAD_SECONDS", 1.0)
     run = live_run(START)
     one = serve(run)
     with socket.socket() as lazy, Stream(one) as stream:
@@ -196,9 +196,9 @@ def test_client_that_reads_nothing_holds_nobody_back_and_is_let_go(serve: Serve,
 
 
 def test_too_many_streams_are_refused_and_the_rest_goes_on(serve: Serve, monkeypatch):
-    from lora_trainer import web
+    from lora_trainer.serve import app
 
-    monkeypatch.setattr(web, "MOST_STREAMS", 1)
+    monkeypatch.setattr(app, "MOST_STREAMS", 1)
     one = serve(live_run(START))
     with Stream(one) as first:
         first.next("tick")

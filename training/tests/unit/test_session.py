@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from faults.tiny_model import TEMPLATE, write_model, write_rows
-from lora_trainer.session import Session, open_session
-from lora_trainer.sources import resolve
+from lora_trainer.config.settings import resolve
+from lora_trainer.train.session import TrainingSetup, open_session
 
 
 def test_exported_tokenizer_asks_as_the_given_template_trained(tmp_path: Path) -> None:
@@ -40,6 +40,6 @@ def test_every_generator_of_random_numbers_is_seeded() -> None:
         random.seed(before)
         np.random.seed(before)
         torch.manual_seed(before)
-        Session.restore(cast(Session, only_seed), None)
+        TrainingSetup.restore(cast(TrainingSetup, only_seed), None)
         drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
     assert drawn[0] == drawn[1]

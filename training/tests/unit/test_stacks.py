@@ -10,10 +10,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from lora_trainer import check, precision, stacks
+from lora_trainer.commands import check
+from lora_trainer.config.settings import resolve
 from lora_trainer.errors import UnavailableError
 from lora_trainer.machine import read_machine
-from lora_trainer.sources import resolve
+from lora_trainer.model import precision, stacks
 
 NVML_ERROR = type("NVMLError", (Exception,), {})
 

@@ -13,10 +13,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lora_trainer.earlier_run import judge
 from lora_trainer.errors import ConfigError
-from lora_trainer.events import Event, Resumed, StepDone
-from lora_trainer.session import open_session
+from lora_trainer.run.events import Event, Resumed, StepDone
+from lora_trainer.supervise.earlier_run import judge
+from lora_trainer.train.session import open_session
 from unit.continued import Runs
 
 STEPS = 5

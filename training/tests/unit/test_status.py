@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_events import after, evaluated, generated, sample, saved, started, stepped, training
 
-from lora_trainer.events import (
+from lora_trainer.run.events import (
     Ended,
     Failed,
     Finished,
@@ -19,7 +19,14 @@ from lora_trainer.events import (
     StepDone,
     Warned,
 )
-from lora_trainer.status import KEPT_CHARACTERS, KEPT_EVENTS, RECENT_STEPS, RunStatus, fold, replay
+from lora_trainer.run.status import (
+    KEPT_CHARACTERS,
+    KEPT_EVENTS,
+    RECENT_STEPS,
+    RunStatus,
+    fold,
+    replay,
+)
 
 
 def test_a_recorded_run_replays_to_the_same_status():

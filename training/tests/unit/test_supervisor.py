@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_trainer import claim, output, silence, supervisor
-from lora_trainer.earlier_run import mark_of
+from lora_trainer.config.settings import resolve
 from lora_trainer.errors import (
     AccessError,
     BusyError,
@@ -29,7 +28,10 @@ from lora_trainer.errors import (
     TrainerError,
     UnavailableError,
 )
-from lora_trainer.events import (
+from lora_trainer.run import folder as output
+from lora_trainer.run import lock as claim
+from lora_trainer.run import silence
+from lora_trainer.run.events import (
     Event,
     Failed,
     MemoryReduced,
@@ -39,11 +41,12 @@ from lora_trainer.events import (
     Warned,
     parse_line,
 )
-from lora_trainer.group import cause_of
-from lora_trainer.output import EventFile, archive, make_folder, write_text
-from lora_trainer.sources import resolve
-from lora_trainer.status import RunStatus, fold
-from lora_trainer.supervisor import Supervisor
+from lora_trainer.run.folder import EventFile, archive, make_folder, write_text
+from lora_trainer.run.status import RunStatus, fold
+from lora_trainer.supervise import supervisor
+from lora_trainer.supervise.earlier_run import mark_of
+from lora_trainer.supervise.supervisor import Supervisor
+from lora_trainer.supervise.workers import cause_of
 
 Made = Callable[..., Supervisor]
 
@@ -693,7 +696,7 @@ def test_worker_is_not_stalled_by_a_gap_in_which_the_supervisor_was_stopped(
         time.sleep(next(gaps, 0.0) if run.status.step == 3 else 0.0)
         return []
 
-    monkeypatch.setattr(supervisor.Watch, "warnings", warnings)
+    monkeypatch.setattr(supervisor.Watchdog, "warnings", warnings)
     run = made(says(step_line(3)) + "sleep 2.2", "--stall_timeout_seconds", "1.5")
     assert run.run() == 0
     assert workers(tmp_path) == 1
@@ -703,7 +706,7 @@ def test_worker_is_not_stalled_by_a_gap_in_which_the_supervisor_was_stopped(
 def test_worker_that_the_kernel_kills_for_memory_is_told_of_as_that(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor.Watch, "was_out_of_memory", lambda _: True)
+    monkeypatch.setattr(supervisor.Watchdog, "was_out_of_memory", lambda _: True)
     with pytest.raises(MemoryKilledError, match="killed by the kernel for memory"):
         made(f"{says(step_line(1))} kill -KILL $$").run()
 
@@ -783,7 +786,7 @@ def planned_from_file(folder: Path) -> str:
 def test_worker_that_is_killed_for_memory_goes_on_with_smaller_batches_until_none_is_left(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor.Watch, "was_out_of_memory", lambda _: True)
+    monkeypatch.setattr(supervisor.Watchdog, "was_out_of_memory", lambda _: True)
     training = PhaseChanged(phase="training").to_line()
     script = f"{planned_from_file(tmp_path / 'out')}{says(training, step_line(3))} kill -KILL $$"
     # They are no crashes: no restart is allowed for those.
@@ -808,7 +811,7 @@ def test_worker_that_is_killed_for_memory_goes_on_with_smaller_batches_until_non
 def test_smaller_batches_are_in_the_plan_and_the_warnings_of_the_status(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor.Watch, "was_out_of_memory", lambda _: True)
+    monkeypatch.setattr(supervisor.Watchdog, "was_out_of_memory", lambda _: True)
     training = PhaseChanged(phase="training").to_line()
     script = f"if [ $N = 0 ]; then {says(PLAN, training, step_line(3))} kill -KILL $$; fi"
     run = made(script)
@@ -820,7 +823,7 @@ def test_smaller_batches_are_in_the_plan_and_the_warnings_of_the_status(
 def test_kill_for_memory_while_evaluating_makes_the_evaluation_smaller(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor.Watch, "was_out_of_memory", lambda _: True)
+    monkeypatch.setattr(supervisor.Watchdog, "was_out_of_memory", lambda _: True)
     evaluating = PhaseChanged(phase="evaluating").to_line()
     run = made(f"if [ $N = 0 ]; then {says(PLAN, evaluating)} kill -KILL $$; fi")
     assert run.run() == 0

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_trainer.terminal import Sink, clean, one_line
+from lora_trainer.report.terminal import Sink, clean, one_line
 
 
 @given(text=st.text())

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_trainer import stacks, trackers
-from lora_trainer.trackers import NullTracker, missing_trackers, open_trackers
+from lora_trainer.model import stacks
+from lora_trainer.train import trackers
+from lora_trainer.train.trackers import NullTracker, missing_trackers, open_trackers
 
 
 class FakeTracker:

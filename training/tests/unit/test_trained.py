@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from made_run import make_run
 
-from lora_trainer.config import EMBEDDED_MODEL
-from lora_trainer.disk import write_checksums
+from lora_trainer.commands.export import export_adapter
+from lora_trainer.commands.finetuned import EMBEDDED_HUB_ID, find, open_model
+from lora_trainer.config.schema import EMBEDDED_MODEL
+from lora_trainer.config.start_adapter import find_adapter
 from lora_trainer.errors import ConfigError, UnavailableError
-from lora_trainer.extract import export_adapter
-from lora_trainer.sources.adapter import find_adapter
-from lora_trainer.trained import EMBEDDED_HUB_ID, find, open_model
+from lora_trainer.host.disk import write_checksums
 
 
 @pytest.fixture(scope="module")

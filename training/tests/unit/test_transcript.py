@@ -7,8 +7,8 @@ from run_events import started
 
 from lora_trainer.errors import DataError
 from lora_trainer.redaction import Redaction
-from lora_trainer.status import RunStatus, fold
-from lora_trainer.transcript import VARIABLE, Transcript
+from lora_trainer.report.console_log import VARIABLE, Transcript
+from lora_trainer.run.status import RunStatus, fold
 
 
 def test_lines_and_the_last_fault_are_kept_and_appended(tmp_path):

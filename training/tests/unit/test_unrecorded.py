@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from snapshots import DIGEST, snapshot_at
 
-from lora_trainer.checkpoint_store import CheckpointStore
-from lora_trainer.events import Evaluated, Event, Generated, Resumed, RunStarted, StepDone
-from lora_trainer.history import WHOLE, History
-from lora_trainer.status import RunStatus, fold
-from lora_trainer.unrecorded import Unrecorded, recall
+from lora_trainer.run.events import Evaluated, Event, Generated, Resumed, RunStarted, StepDone
+from lora_trainer.run.history import WHOLE, History
+from lora_trainer.run.status import RunStatus, fold
+from lora_trainer.run.unrecorded import Unrecorded, recall
+from lora_trainer.train.checkpoint_store import CheckpointStore
 
 
 def step(number: int) -> StepDone:

@@ -11,11 +11,17 @@ import pytest
 from run_events import PLAN, RUN, START, stepped
 
 from lora_trainer.errors import ConfigError
-from lora_trainer.events import Ended, RunStarted
-from lora_trainer.live import LiveRun
-from lora_trainer.output import EVENTS, LOCK
 from lora_trainer.redaction import Redaction
-from lora_trainer.viewer import Recording, is_held, own_address, stall_timeout_seconds, view
+from lora_trainer.run.events import Ended, RunStarted
+from lora_trainer.run.folder import EVENTS, LOCK
+from lora_trainer.serve.replay import (
+    EventFollower,
+    is_held,
+    own_address,
+    stall_timeout_seconds,
+    view,
+)
+from lora_trainer.serve.run_state import RunState
 
 PID_OF_NOBODY = 2**22 + 1
 
@@ -30,11 +36,11 @@ def lock(folder: Path, pid: int, host: str = "") -> None:
 
 
 @pytest.fixture
-def recording(tmp_path: Path) -> Recording:
-    return Recording(tmp_path, LiveRun(Redaction(["canary-77"])))
+def recording(tmp_path: Path) -> EventFollower:
+    return EventFollower(tmp_path, RunState(Redaction(["canary-77"])))
 
 
-def test_finished_run_is_shown_whole_and_well(recording: Recording, tmp_path: Path):
+def test_finished_run_is_shown_whole_and_well(recording: EventFollower, tmp_path: Path):
     record(tmp_path, *RUN, Ended(time=100.0, exit_code=0))
     recording.read()
     live = recording.live
@@ -43,7 +49,7 @@ def test_finished_run_is_shown_whole_and_well(recording: Recording, tmp_path: Pa
     assert len(live.parts(1000)["points"]) == 40
 
 
-def test_run_that_goes_on_is_followed_line_by_line(recording: Recording, tmp_path: Path):
+def test_run_that_goes_on_is_followed_line_by_line(recording: EventFollower, tmp_path: Path):
     lock(tmp_path, os.getpid())
     record(tmp_path, START, PLAN, stepped(1))
     recording.read()
@@ -61,7 +67,7 @@ def test_run_that_goes_on_is_followed_line_by_line(recording: Recording, tmp_pat
     assert recording.live.is_abandoned is False
 
 
-def test_another_run_in_the_folder_begins_anew(recording: Recording, tmp_path: Path):
+def test_another_run_in_the_folder_begins_anew(recording: EventFollower, tmp_path: Path):
     record(tmp_path, START, PLAN, stepped(1), stepped(2))
     recording.read()
     (tmp_path / EVENTS).rename(tmp_path / "aside")
@@ -70,7 +76,9 @@ def test_another_run_in_the_folder_begins_anew(recording: Recording, tmp_path: P
     assert (recording.live.status.run_name, recording.live.status.step) == ("b", 0)
 
 
-def test_run_whose_process_is_gone_is_told_to_be_abandoned(recording: Recording, tmp_path: Path):
+def test_run_whose_process_is_gone_is_told_to_be_abandoned(
+    recording: EventFollower, tmp_path: Path
+):
     lock(tmp_path, PID_OF_NOBODY)
     record(tmp_path, START, PLAN, stepped(1))
     recording.read()
@@ -81,7 +89,7 @@ def test_run_whose_process_is_gone_is_told_to_be_abandoned(recording: Recording,
     assert judged.is_training is False
 
 
-def test_secret_of_an_older_recording_is_not_shown(recording: Recording, tmp_path: Path):
+def test_secret_of_an_older_recording_is_not_shown(recording: EventFollower, tmp_path: Path):
     started = RunStarted(time=9.0, run_name="canary-77", config_digest="d", output_dir="o")
     record(tmp_path, started)
     recording.read()

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from run_events import after, stepped, training
 
-from lora_trainer import machine, watch
-from lora_trainer.events import Planned
-from lora_trainer.silence import Silence
-from lora_trainer.status import RunStatus
-from lora_trainer.watch import Watch
+from lora_trainer import machine
+from lora_trainer.run.events import Planned
+from lora_trainer.run.silence import Silence
+from lora_trainer.run.status import RunStatus
+from lora_trainer.supervise import watchdog
+from lora_trainer.supervise.watchdog import Watchdog
 
 HANGS = (
     "import faulthandler, signal, sys, time\n"
@@ -52,13 +53,13 @@ def ranks(tmp_path: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
         process.stdout.close()
 
 
-def watched(tmp_path: Path, *pids: int, limit: float = 10.0) -> Watch:
-    return Watch(pids or [os.getpid()], tmp_path / "train.log", limit)
+def watched(tmp_path: Path, *pids: int, limit: float = 10.0) -> Watchdog:
+    return Watchdog(pids or [os.getpid()], tmp_path / "train.log", limit)
 
 
 @pytest.fixture(autouse=True)
 def _score_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "OOM_SCORE", 0)
+    monkeypatch.setattr(watchdog, "OOM_SCORE", 0)
 
 
 def test_silence_beyond_the_limit_is_a_stall(tmp_path: Path) -> None:
@@ -126,7 +127,7 @@ def test_stacks_of_every_rank_of_a_worker_that_hangs_are_in_its_log(
 def test_worker_that_cannot_show_its_stacks_does_not_hold_up_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "STACKS_SECONDS", 0.2)
+    monkeypatch.setattr(watchdog, "STACKS_SECONDS", 0.2)
     process = subprocess.Popen(["sh", "-c", "trap '' USR1; sleep 60"], start_new_session=True)
     time.sleep(0.1)
     seen = watched(tmp_path, process.pid)
@@ -156,7 +157,7 @@ def test_end_takes_along_what_the_worker_started(tmp_path: Path) -> None:
 def test_memory_near_its_limit_is_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "memory_bytes", lambda: (98 * 10**7, 10**9))
+    monkeypatch.setattr(watchdog, "memory_bytes", lambda: (98 * 10**7, 10**9))
     seen = watched(tmp_path)
     (told,) = seen.warnings(training())
     assert "980 MB of 1.0 GB" in told
@@ -166,7 +167,7 @@ def test_memory_near_its_limit_is_told_once(
 def test_disk_that_cannot_take_the_next_checkpoint_is_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "free_disk_bytes", lambda _: 10**6)
+    monkeypatch.setattr(watchdog, "free_disk_bytes", lambda _: 10**6)
     status = after(Planned(time=1.0, plan={"trainable_parameters": 10**6}), stepped(4))
     seen = watched(tmp_path)
     (told,) = seen.warnings(status)

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from lora_trainer.data.bad_rows import BadRow, Row
 from lora_trainer.data.encodings import guess_encoding
-from lora_trainer.data.locate import SourceSpec
 from lora_trainer.data.read import iter_rows
-from lora_trainer.data.rows import BadRow, Row
+from lora_trainer.data.resolve import SourceSpec
 from lora_trainer.errors import DataError, Problem
 
 ROWS = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(4)]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lora_trainer import worker
+from lora_trainer.train import worker
 
 
 @pytest.fixture(autouse=True)

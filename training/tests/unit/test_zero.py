@@ -10,10 +10,10 @@ import torch
 from families import tiny_model
 from torch import nn
 
-from lora_trainer.config import Config
+from lora_trainer.config.schema import Config
 from lora_trainer.errors import ConfigError, UnavailableError
 from lora_trainer.model import zero
-from lora_trainer.ranks import PeerLostError, Ranks
+from lora_trainer.model.ranks import PeerLostError, Ranks
 
 DEEPSPEED = {"training": {"parallelism": "deepspeed"}}
 INSTALLED = {"torch": "2.13.0+cpu", "deepspeed": "0.19.8"}

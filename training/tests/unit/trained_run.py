@@ -8,12 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from faults.tiny_model import write_model
-from lora_trainer import loop
-from lora_trainer import session as sessions
-from lora_trainer.output import RESOLVED, write_json
+from lora_trainer.config.settings import Settings, resolve
 from lora_trainer.redaction import Redaction
-from lora_trainer.sources import Settings, resolve
-from lora_trainer.worker import _answer
+from lora_trainer.run.folder import RESOLVED, write_json
+from lora_trainer.train import loop
+from lora_trainer.train import session as sessions
+from lora_trainer.train.worker import _answer
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' "

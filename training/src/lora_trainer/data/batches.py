@@ -22,7 +22,7 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
-class StepOrder:
+class Sampler:
     """The order of `rows` examples, `step_examples` of them a step, shuffled every epoch.
 
     An epoch's last step may be smaller; no example is left out or seen twice.

@@ -31,9 +31,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_trainer.disk import follow_umask, sync
-from lora_trainer.errors import AccessError, StorageError, TrainerError
-from lora_trainer.scratch import release, scratch_folder
+from ..errors import AccessError, StorageError, TrainerError
+from ..host.disk import follow_umask, sync
+from ..host.scratch import release, scratch_folder
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lora_trainer.data.examples import Change
+from .examples import Change
 
 _KEEP = "name a chat_template that keeps it"
 REMEDIES = {

@@ -16,12 +16,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_trainer.data.examples import Chat, Encoded, Example
-from lora_trainer.data.fingerprint import example_hash
-from lora_trainer.data.formats import FormatName, to_example
-from lora_trainer.data.instructions import RowError
-from lora_trainer.data.rows import BadRow, Row
-from lora_trainer.errors import ConfigError, InternalError, TrainerError, UnavailableError
+from ..errors import ConfigError, InternalError, TrainerError, UnavailableError
+from .bad_rows import BadRow, Row
+from .examples import Chat, Encoded, Example
+from .fingerprint import example_hash
+from .formats import FormatName, to_example
+from .instructions import RowError
 
 TooLong = Literal["truncate", "drop", "error"]
 TOO_LONG = "longer than max_seq_length"
@@ -167,7 +167,7 @@ class TokenizerEncoder:
         chat_template: str | None = None,
         train_on: Literal["assistant", "last", "all"] = "assistant",
     ) -> None:
-        from lora_trainer.data import mask, template
+        from . import mask, template
 
         self._mask = mask
         self._fault = template.TemplateFault

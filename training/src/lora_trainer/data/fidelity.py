@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from lora_trainer.data.examples import Change, Chat
-from lora_trainer.data.template import ChatTemplate, Rendering, Span, TemplateFault
+from .examples import Change, Chat
+from .template import ChatTemplate, Rendering, Span, TemplateFault
 
 _CHECKED_CHARACTERS = 20
 _THOUGHTS_END = re.compile(r"</think(?:ing)?>|\[/THINK\]")

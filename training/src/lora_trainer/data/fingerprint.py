@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.data.examples import Chat, Completion, Example
-from lora_trainer.scratch import remove_abandoned
+from ..host.scratch import remove_abandoned
+from .examples import Chat, Completion, Example
 
 MEMORY_NAME = "file-hashes.json"
 MAX_REMEMBERED = 10_000

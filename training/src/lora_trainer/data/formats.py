@@ -17,11 +17,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, cast
 
-from lora_trainer.data.examples import Chat, Completion, Example, Text
-from lora_trainer.data.instructions import RowError, masked_turns, refuse_unsupported
-from lora_trainer.data.rows import RowValue, shown_name
-from lora_trainer.data.turns import Turn, parsed_list, string_of, text_of, tools_of, turns_of
-from lora_trainer.errors import ConfigError, DataError
+from ..errors import ConfigError, DataError
+from .bad_rows import RowValue, shown_name
+from .examples import Chat, Completion, Example, Text
+from .instructions import RowError, masked_turns, refuse_unsupported
+from .turns import Turn, parsed_list, string_of, text_of, tools_of, turns_of
 
 FormatName = Literal["messages", "sharegpt", "alpaca", "completion", "text"]
 FORMATS: tuple[FormatName, ...] = ("messages", "sharegpt", "alpaca", "completion", "text")

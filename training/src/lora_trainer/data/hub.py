@@ -9,15 +9,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from lora_trainer.data.locate import SourceSpec, hub_id, near_local_path
-from lora_trainer.errors import (
-    AccessError,
-    DataError,
-    StorageError,
-    TrainerError,
-    UnavailableError,
-    causes,
-)
+from ..errors import AccessError, DataError, StorageError, TrainerError, UnavailableError, causes
+from .resolve import SourceSpec, hub_id, near_local_path
 
 ROWS_AT_ONCE = 256
 OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")

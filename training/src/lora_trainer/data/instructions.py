@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from lora_trainer.data.rows import shown_name
+from .bad_rows import shown_name
 
 SWITCHES = {
     "weight": True,

@@ -9,16 +9,11 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from lora_trainer.data.lines import (
-    BYTE_ORDER_MARK,
-    decoded_lines,
-    iter_lines,
-    refuse_other_encoding,
-)
-from lora_trainer.data.locate import DataFile
-from lora_trainer.data.rows import MAX_LISTED, BadRow, Row, shown_name
-from lora_trainer.errors import DataError, TrainerError
-from lora_trainer.quoting import shell_word
+from ..errors import DataError, TrainerError
+from ..host.quoting import shell_word
+from .bad_rows import MAX_LISTED, BadRow, Row, shown_name
+from .lines import BYTE_ORDER_MARK, decoded_lines, iter_lines, refuse_other_encoding
+from .resolve import DataFile
 
 
 class DuplicateKeyError(ValueError):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from lora_trainer.data.encodings import DESCRIPTIONS, SAMPLE_BYTES, guess_encoding, holds_utf8
-from lora_trainer.data.locate import DataFile
-from lora_trainer.data.rows import MAX_ROW_BYTES, BadRow, oversize_reason
-from lora_trainer.errors import DataError
-from lora_trainer.quoting import shell_word
+from ..errors import DataError
+from ..host.quoting import shell_word
+from .bad_rows import MAX_ROW_BYTES, BadRow, oversize_reason
+from .encodings import DESCRIPTIONS, SAMPLE_BYTES, guess_encoding, holds_utf8
+from .resolve import DataFile
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 

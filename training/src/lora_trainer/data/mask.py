@@ -20,11 +20,11 @@ from enum import Enum
 from itertools import pairwise
 from typing import Any, Literal
 
-from lora_trainer.data import fidelity
-from lora_trainer.data.examples import Change, Chat, Completion, Encoded, Example
-from lora_trainer.data.plain import encode_plain, tokenize
-from lora_trainer.data.template import ChatTemplate, Rendering, Span, TemplateFault
-from lora_trainer.errors import ConfigError
+from ..errors import ConfigError
+from . import fidelity
+from .examples import Change, Chat, Completion, Encoded, Example
+from .plain import encode_plain, tokenize
+from .template import ChatTemplate, Rendering, Span, TemplateFault
 
 TrainOn = Literal["assistant", "last", "all"]
 

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lora_trainer.data.examples import Change, Encoded
-from lora_trainer.data.template import Span
-from lora_trainer.errors import ConfigError
+from ..errors import ConfigError
+from .examples import Change, Encoded
+from .template import Span
 
 _MARKER = re.compile(r"<\|[\w-]{2,40}\|>|<(?:start|end)_of_turn>")
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from lora_trainer.data.fingerprint import example_hash
-from lora_trainer.data.formats import to_example
-from lora_trainer.data.instructions import RowError
-from lora_trainer.data.locate import SourceSpec
-from lora_trainer.data.prepare import formatted_rows
-from lora_trainer.data.rows import BadRow
+from .bad_rows import BadRow
+from .fingerprint import example_hash
+from .formats import to_example
+from .instructions import RowError
+from .prepare import formatted_rows
+from .resolve import SourceSpec
 
 
 def find_rows(specs: Sequence[SourceSpec], hashes: Collection[int]) -> dict[int, list[str]]:

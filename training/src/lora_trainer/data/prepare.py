@@ -20,23 +20,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from lora_trainer.data.cache import (
-    CacheFault,
-    CacheWriter,
-    TokenizedDataset,
-    cache_key,
-    new_entry,
-    open_entry,
-)
-from lora_trainer.data.encoder import (
-    ChunkSettings,
-    EncodedChunk,
-    EncoderFactory,
-    TooLong,
-    encode_chunk,
-)
-from lora_trainer.data.fingerprint import FileHashes, stamp_of
-from lora_trainer.data.formats import (
+from ..errors import DataError, TrainerError
+from .bad_rows import BadRow, BadRowLog, BadRowPolicy, Row
+from .cache import CacheFault, CacheWriter, TokenizedDataset, cache_key, new_entry, open_entry
+from .encoder import ChunkSettings, EncodedChunk, EncoderFactory, TooLong, encode_chunk
+from .fingerprint import FileHashes, stamp_of
+from .formats import (
     FORMATS,
     ROWS_TO_DETECT,
     FormatName,
@@ -44,14 +33,12 @@ from lora_trainer.data.formats import (
     detect_format,
     unused_fields,
 )
-from lora_trainer.data.hub import hub_fingerprint, open_hub_dataset
-from lora_trainer.data.locate import DataFile, SourceSpec, hub_id, locate
-from lora_trainer.data.pool import EncodingPool, Task
-from lora_trainer.data.read import reading_faults, rows_of_files, rows_of_hub
-from lora_trainer.data.rows import BadRow, BadRowLog, BadRowPolicy, Row
-from lora_trainer.data.split import Index, rows_not_in, split_rows
-from lora_trainer.data.tally import DataReport, Tally, report_on
-from lora_trainer.errors import DataError, TrainerError
+from .hub import hub_fingerprint, open_hub_dataset
+from .read import reading_faults, rows_of_files, rows_of_hub
+from .resolve import DataFile, SourceSpec, hub_id, locate
+from .row_counts import DataReport, Tally, report_on
+from .split import Index, rows_not_in, split_rows
+from .tokenizer_pool import EncodingPool, Task
 
 CHUNK_ROWS = 512
 CHUNK_BYTES = 500_000

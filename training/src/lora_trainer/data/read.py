@@ -19,20 +19,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from lora_trainer.data.json_rows import rows_of_json
-from lora_trainer.data.lines import LineDecoder, decoded_lines, iter_lines
-from lora_trainer.data.locate import DataFile, FileKind, SourceSpec, locate
-from lora_trainer.data.rows import (
-    MAX_ROW_BYTES,
-    BadRow,
-    Row,
-    fault_in,
-    measure,
-    oversize_reason,
-)
-from lora_trainer.data.signature import GZIP, HEAD_BYTES, refuse_other_content
-from lora_trainer.errors import AccessError, DataError, StorageError, TrainerError
-from lora_trainer.quoting import shell_word
+from ..errors import AccessError, DataError, StorageError, TrainerError
+from ..host.quoting import shell_word
+from .bad_rows import MAX_ROW_BYTES, BadRow, Row, fault_in, measure, oversize_reason
+from .json_rows import rows_of_json
+from .lines import LineDecoder, decoded_lines, iter_lines
+from .resolve import DataFile, FileKind, SourceSpec, locate
+from .signature import GZIP, HEAD_BYTES, refuse_other_content
 
 if TYPE_CHECKING:
     import pyarrow
@@ -50,7 +43,7 @@ def iter_rows(spec: SourceSpec) -> Iterator[Row | BadRow]:
     """
     files = locate(spec)
     if files is None:
-        from lora_trainer.data.hub import open_hub_dataset
+        from .hub import open_hub_dataset
 
         return rows_of_hub(open_hub_dataset(spec), spec)
     return rows_of_files(files, spec)
@@ -63,7 +56,7 @@ def rows_of_files(files: Iterable[DataFile], spec: SourceSpec) -> Iterator[Row |
 
 def rows_of_hub(dataset: Any, spec: SourceSpec) -> Iterator[Row | BadRow]:
     """Yield the rows of an opened hub dataset."""
-    from lora_trainer.data.hub import hub_batches
+    from .hub import hub_batches
 
     return _judged(_arrow_rows(hub_batches(dataset), spec.path_or_id), spec)
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lora_trainer.data.lines import BYTE_ORDER_MARK, conversion
-from lora_trainer.data.locate import DataFile
-from lora_trainer.errors import DataError
-from lora_trainer.quoting import shell_word
+from ..errors import DataError
+from ..host.quoting import shell_word
+from .lines import BYTE_ORDER_MARK, conversion
+from .resolve import DataFile
 
 HEAD_BYTES = 4096
 GZIP = b"\x1f\x8b"

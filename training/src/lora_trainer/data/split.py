@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_trainer.errors import DataError
+from ..errors import DataError
 
 Index = NDArray[np.int64]
 

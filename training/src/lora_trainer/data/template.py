@@ -23,7 +23,7 @@ from jinja2.exceptions import TemplateError, UndefinedError
 from jinja2.visitor import NodeTransformer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from lora_trainer.errors import ConfigError
+from ..errors import ConfigError
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]

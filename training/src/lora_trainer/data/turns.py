@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from lora_trainer.data.instructions import RowError, is_instruction, is_trained
-from lora_trainer.data.rows import fault_in
+from .bad_rows import fault_in
+from .instructions import RowError, is_instruction, is_trained
 
 ROLES = {
     "system": "system",

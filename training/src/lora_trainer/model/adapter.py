@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import compat
-from ..config import LoraSection
+from ..config.schema import LoraSection
+from ..config.start_adapter import StartAdapter
 from ..errors import ConfigError, TrainerError
-from ..sources.adapter import StartAdapter
-from . import reach
+from . import compat, reach
 
 # These inits move part of the base weights into the adapter: the saved adapter must be
 # converted to fit the untouched base model (PEFT doubles its rank for that).
@@ -188,7 +187,7 @@ def _is_linear(module: Any) -> bool:
     return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
-def trained_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+def trainable_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     """Return the trained parameters by name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -197,7 +196,7 @@ def adapter_state(model: Any) -> dict[str, Tensor]:
     """Return copies of the trained parameters on the CPU, by their names in the model."""
     return {
         name: p.detach().to("cpu", copy=True).contiguous()
-        for name, p in trained_parameters(model).items()
+        for name, p in trainable_parameters(model).items()
     }
 
 
@@ -208,7 +207,7 @@ def load_adapter_state(model: Any, state: dict[str, Tensor]) -> None:
     Raises:
         ValueError: names or shapes are not those of this model.
     """
-    parameters = trained_parameters(model)
+    parameters = trainable_parameters(model)
     if parameters.keys() != state.keys():
         raise ValueError(f"{len(parameters.keys() ^ state.keys())} parameters differ by name")
     for name, parameter in parameters.items():
@@ -227,7 +226,7 @@ def read_start(model: Any, start: StartAdapter) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     weights = load_file(start.weights)
-    own: dict[str, Tensor] = dict(trained_parameters(model))
+    own: dict[str, Tensor] = dict(trainable_parameters(model))
     if not start.is_checkpoint:
         own = get_peft_model_state_dict(model, save_embedding_layers=False)
         # PEFT may keep frozen embeddings in an adapter's file, too.

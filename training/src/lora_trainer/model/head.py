@@ -38,7 +38,7 @@ class Head:
             logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
         return logits_NV
 
-    def trained_parameters(self) -> list[nn.Parameter]:
+    def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the head's own parameters that are trained (modules_to_save, LoRA on it)."""
         return [p for p in self.linear.parameters() if p.requires_grad]
 
@@ -107,7 +107,9 @@ def summed_loss(head: Head, hidden_NW: Tensor, labels_N: Tensor, chunk: int) -> 
 
     Shapes: hidden (N, W) already at the positions that predict the labels; labels (N,).
     """
-    loss: Tensor = _ChunkedLoss.apply(hidden_NW, labels_N, head, chunk, *head.trained_parameters())
+    loss: Tensor = _ChunkedLoss.apply(
+        hidden_NW, labels_N, head, chunk, *head.trainable_parameters()
+    )
     return loss
 
 

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import (
-    AccessError,
-    ConfigError,
-    StorageError,
-    TrainerError,
-    UnavailableError,
-    causes,
-)
+from ..errors import AccessError, ConfigError, StorageError, TrainerError, UnavailableError, causes
 from ..faults import disk_fault
 
 # How the hub's libraries, on requests or on httpx, say that no answer came.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import EMBEDDED_MODEL, ModelSection
+from ..config.schema import EMBEDDED_MODEL, ModelSection
 from ..errors import TrainerError, UnavailableError
 from . import embedded, hub, quantize
 
@@ -238,7 +238,7 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ..compat import dtype_argument
+    from .compat import dtype_argument
 
     arguments = _hub_arguments(source, section) | dtype_argument(dtype)
     is_stored = quantize.is_packed(load_config(source, section))

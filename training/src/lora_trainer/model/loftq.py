@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import LoraSection, ModelSection
+from ..config.schema import LoraSection, ModelSection
 from ..errors import ConfigError
 
 INIT = "loftq"

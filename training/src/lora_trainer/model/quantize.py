@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import stacks
-from ..config import EMBEDDED_MODEL, Config, ModelSection
+from ..config.schema import EMBEDDED_MODEL, Config, ModelSection
 from ..errors import ConfigError, Problem
+from . import stacks
 
 PACKAGE = "bitsandbytes"
 # The first release whose 4- and 8-bit training on a CPU is tested here; 0.45.5 has none.
@@ -42,7 +42,7 @@ def installed_version() -> str:
         return ""
 
 
-def leave_out(config: Config) -> None:
+def skip_bitsandbytes_import(config: Config) -> None:
     """Hide bitsandbytes from PEFT, which imports it wherever it is installed, if no key needs it.
 
     That import takes a third of a start: 5 s of processor time of 15. A model whose own
@@ -143,7 +143,9 @@ def is_packed(base_config: Any) -> bool:
     return getattr(base_config, "quantization_config", None) is not None
 
 
-def as_stored(config: Config, base_config: Any, *, has_gpu: bool) -> tuple[Config, str]:
+def apply_stored_quantization(
+    config: Config, base_config: Any, *, has_gpu: bool
+) -> tuple[Config, str]:
     """Return the config with the bits that the base model's own files hold.
 
     Those of a plain base are `as_possible`; then also why they are other ones than asked.

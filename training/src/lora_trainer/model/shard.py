@@ -17,12 +17,12 @@ import torch
 import torch.distributed.fsdp
 from torch import nn
 
-from ..config import TrainingSection
+from ..config.schema import TrainingSection
 from ..errors import UnavailableError
 from ..plan import Parallelism
-from ..ranks import Ranks
 from . import sizes, zero
 from .gather import GatheredLayers, move
+from .ranks import Ranks
 
 Sharing = Callable[[nn.ModuleList, nn.Module, set[nn.Parameter]], None]
 

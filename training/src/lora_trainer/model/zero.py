@@ -18,15 +18,15 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..config import Config
+from ..config.schema import Config
 from ..errors import ConfigError, TrainerError, UnavailableError
-from ..stacks import install_remedy
 from .quantize import is_quantized
+from .stacks import install_remedy
 
 if TYPE_CHECKING:  # `check` answers without torch
     from torch import nn
 
-    from ..ranks import Ranks
+    from .ranks import Ranks
 
 PACKAGE = "deepspeed"
 # What torch 2.1.2 lacks on a CPU is what DeepSpeed gathers with, so none of it is tested there.
@@ -80,8 +80,8 @@ def share(
     from accelerate import Accelerator, DeepSpeedPlugin
     from torch import nn
 
-    from ..ranks import form_group
     from .gather import move
+    from .ranks import form_group
 
     class FrozenModules(nn.ModuleList):
         """What DeepSpeed takes for the model; its forward pass says that the real one begins."""
@@ -119,7 +119,7 @@ def names_what_it_cannot() -> Iterator[None]:
     """
     import torch
 
-    from ..ranks import is_peer_lost
+    from .ranks import is_peer_lost
 
     try:
         yield

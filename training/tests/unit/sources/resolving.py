@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from lora_trainer.config import leaf_sections
+from lora_trainer.config.schema import leaf_sections
+from lora_trainer.config.settings import resolve
 from lora_trainer.errors import ConfigError
-from lora_trainer.sources import resolve
 
 
 def write(folder, content, name="config.json"):

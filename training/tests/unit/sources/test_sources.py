@@ -5,9 +5,9 @@ import json
 import pytest
 from resolving import from_arguments, from_file, problems_of, values_of, write
 
-from lora_trainer.config import EMBEDDED_MODEL, leaf_sections
+from lora_trainer.config.schema import EMBEDDED_MODEL, leaf_sections
+from lora_trainer.config.settings import resolve
 from lora_trainer.errors import ConfigError
-from lora_trainer.sources import resolve
 
 # Precedence and origins
 

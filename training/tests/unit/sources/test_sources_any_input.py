@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from resolving import write
 
-from lora_trainer.aliases import ALIASES
-from lora_trainer.config import leaf_sections
+from lora_trainer.config.aliases import ALIASES
+from lora_trainer.config.compatibility import NO_MEANING
+from lora_trainer.config.schema import leaf_sections
+from lora_trainer.config.settings import resolve
 from lora_trainer.errors import AccessError, ConfigError
-from lora_trainer.sources import resolve
-from lora_trainer.sources.foreign import NO_MEANING
 
 SOURCES = Path(__file__).parents[3] / "src"
 
@@ -104,8 +104,8 @@ def test_any_environment_resolves_or_is_a_config_error(folder, environ):
 CHECK = """
 import sys
 from pathlib import Path
-import lora_trainer.config, lora_trainer.errors, lora_trainer.events
-from lora_trainer.sources import resolve
+import lora_trainer.config.schema, lora_trainer.errors, lora_trainer.run.events
+from lora_trainer.config import resolve
 try:
     resolve(Path(sys.argv[1]), {}, [])
 except lora_trainer.errors.ConfigError as error:

@@ -9,7 +9,9 @@ import pytest
 from resolving import write
 
 from lora_trainer import cli
-from lora_trainer.sources import default, find_config, paths, resolve
+from lora_trainer.config import default_file, paths
+from lora_trainer.config.default_file import find_config
+from lora_trainer.config.settings import resolve
 
 SPECIFIED = (
     {
@@ -33,7 +35,7 @@ def test_config_of_the_current_folder_goes_before_the_one_beside_the_script(fold
 
 
 def test_without_any_config_file_the_defaults_are_taken(folder, monkeypatch):
-    monkeypatch.setattr(default, "BESIDE", folder / "config.json")
+    monkeypatch.setattr(default_file, "BESIDE", folder / "config.json")
     assert find_config({}) == (None, "")
 
 

@@ -9,7 +9,7 @@ from resolving import from_arguments, problems_of
 
 from lora_trainer.cli import main
 from lora_trainer.errors import DataError
-from lora_trainer.quoting import shell_word
+from lora_trainer.host.quoting import shell_word
 
 LATIN = os.fsdecode(b"tr\xe4in.jsonl")
 PATHS = [

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from resolving import from_file, problem_in, problems_in, problems_of, write
 
+from lora_trainer.config.file import parse
+from lora_trainer.config.settings import resolve
 from lora_trainer.errors import AccessError
-from lora_trainer.sources import resolve
-from lora_trainer.sources.file import parse
 
 
 def test_flat_and_sectioned_keys_mix(folder):

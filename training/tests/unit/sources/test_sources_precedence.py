@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from resolving import problems_of, values_of, write
 
-from lora_trainer.sources import resolve
+from lora_trainer.config.settings import resolve
 
 SHIPPED = Path(__file__).parents[3] / "config.json"
 EVALUATION = ("eval_dataset", "eval_fraction", "eval_steps", "eval_generate")

@@ -6,7 +6,7 @@ import pytest
 from resolving import from_file, problem_in, problems_in, problems_of, write
 
 from lora_trainer.errors import ConfigError
-from lora_trainer.output import OWN
+from lora_trainer.run.folder import OWN
 
 
 def test_all_problems_of_all_sources_come_at_once(folder):

@@ -1,0 +1,241 @@
+"""Take the adapter out of a checkpoint, in PEFT's format: `lora-trainer export`.
+
+For a run that is not finished, or a step that is not the last one. A finished run's
+folder gives a copy of its final adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ..checkpoint_folder import CorruptCheckpointError, listed, read_state, step_of, verify
+from ..data.prompt_format import format_of_run
+from ..errors import Problem, UnavailableError
+from ..faults import disk_fault
+from ..host.disk import write_checksums
+from ..redaction import Redaction
+from ..run.folder import EVENTS, FINAL
+from .finetuned import (
+    ADAPTER_CONFIG,
+    CHECKPOINTS,
+    FinetunedModel,
+    config_of_run,
+    is_checkpoint,
+    locate_base,
+    refuse_changed,
+)
+from .new_folder import atomic_directory, refuse_existing, refuse_full_disk
+
+if TYPE_CHECKING:
+    from ..report.model_card import CardFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A checkpoint that verified: its adapter's weights by name, and the step they are of."""
+
+    run: Path
+    step: int
+    adapter: dict[str, Any]
+    seconds: float
+    initial: str  # the digest of the adapter that its run began with
+
+
+def export_adapter(named: str, target: Path) -> None:
+    """Write the adapter of a checkpoint, or of a run's newest sound one, to `target`.
+
+    Raises:
+        UnavailableError: there is none, or it does not verify.
+        ConfigError, StorageError: the target is there already, or has no room.
+    """
+    path = Path(named).expanduser().absolute()
+    refuse_existing(target)
+    if (path / FINAL / ADAPTER_CONFIG).is_file():
+        refuse_changed(path / FINAL)
+        _copy(path / FINAL, target)
+        typer.echo(f"the run is finished: its final adapter was copied to {target}")
+        return
+    taken = _take(path, named)
+    config = config_of_run(taken.run)
+    refuse_full_disk(target, sum(w.nbytes for w in taken.adapter.values()))
+    _write(taken, FinetunedModel(taken.run.name, config, run=taken.run), target)
+    typer.echo(f"the adapter of step {taken.step} was written to {target}")
+
+
+def _copy(final: Path, target: Path) -> None:
+    files = [one for one in final.iterdir() if one.is_file()]
+    refuse_full_disk(target, sum(one.stat().st_size for one in files))
+    with atomic_directory(target) as folder:
+        for one in files:
+            shutil.copy2(one, folder / one.name)
+
+
+def _take(path: Path, named: str) -> Taken:
+    """Read the checkpoint at `path`, or the newest sound one of the run there."""
+    candidates = [path] if is_checkpoint(path) else reversed(_listed(path / CHECKPOINTS))
+    unsound = []
+    for one in candidates:
+        try:
+            taken = _read(one)
+        except CorruptCheckpointError as error:
+            unsound.append(Problem("this checkpoint is damaged", str(one), str(error)))
+            continue
+        for problem in unsound:
+            typer.echo(f"warning: {problem.what}: {problem.where}: {problem.why}", err=True)
+        return taken
+    if unsound:
+        raise UnavailableError(unsound)
+    raise UnavailableError.of(
+        "there is no checkpoint" if path.exists() else "there is no such folder",
+        where=named,
+        why=f"a run's folder holds {CHECKPOINTS}/step-000100/ and the like",
+        remedy=f"ls {path if path.is_dir() else path.parent}",
+    )
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return listed(folder)
+    except NotADirectoryError:
+        return []
+    except OSError as error:
+        raise disk_fault(error) or error from error
+
+
+def _read(checkpoint: Path) -> Taken:
+    """Read a checkpoint that verifies; one that has a step for its name must be of that step.
+
+    Raises:
+        CorruptCheckpointError: it does not verify.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from ..train.checkpoint import state_from
+
+    verify(checkpoint)
+    raw = read_state(checkpoint)
+    state = state_from(raw["state"])
+    if step_of(checkpoint.name) not in (None, state.step):
+        raise CorruptCheckpointError(f"it holds the checkpoint of step {state.step}")
+    try:
+        weights = load_file(checkpoint / "adapter.safetensors")
+    except SafetensorError as error:
+        raise CorruptCheckpointError("unreadable: SafetensorError") from error
+    initial = str(raw.get("initial", ""))
+    return Taken(checkpoint.parent.parent, state.step, weights, state.train_seconds, initial)
+
+
+def _write(taken: Taken, trained: FinetunedModel, target: Path) -> None:
+    """Have PEFT write the weights in its format, under its names."""
+    from ..model import load
+    from ..model.adapter import changes_base
+    from ..report.model_card import write_model_card
+    from ..train.export import save_adapter, save_prompt_format, with_prompt_format
+    from ..train.initial import FOLDER, verified
+
+    config = trained.config
+    source = locate_base(trained)
+    tokenizer = load.load_tokenizer(source, config.model)
+    load.use_template(tokenizer, config.data.chat_template)
+    model = _model_of(taken, trained, source)
+    if source.hub_id:
+        model.peft_config["default"].base_model_name_or_path = source.hub_id
+    initial = None
+    if changes_base(config.lora):
+        initial = verified(taken.run / FOLDER, taken.initial)
+    prompt_format = format_of_run(taken.run, tokenizer)
+    generation = load.load_generation_config(source, config.model)
+    with atomic_directory(target) as folder:
+        save_adapter(model, folder, initial, taken.adapter if initial is None else None)
+        facts = _card_facts(taken, trained, source)
+        stops = prompt_format.stops(tokenizer, generation)
+        facts = with_prompt_format(facts, prompt_format, tokenizer, stops)
+        save_prompt_format(folder, prompt_format, tokenizer, generation)
+        write_model_card(folder / "README.md", Redaction.of(os.environ).event(facts))
+        write_checksums(folder)
+
+
+def _model_of(taken: Taken, trained: FinetunedModel, source: Any) -> Any:
+    """Return the model that the adapter belongs to.
+
+    Its weights are only needed to convert an adapter that changed them; else it is built
+    on the meta device, so that a base of any size takes no memory.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ..model import (
+        compat,  # noqa: F401  quiets what users can do nothing about
+        load,
+    )
+    from ..model.adapter import add_adapter, changes_base, load_adapter_state
+
+    section, seed = trained.config.model, trained.config.training.seed
+    # The checkpoint has the weights: nothing need be decomposed to begin with.
+    lora = trained.config.lora.model_copy(update={"init_lora_weights": True})
+    if changes_base(trained.config.lora):
+        base = load.load_model(
+            source, section, dtype=torch.float32, device="cpu", attention="eager"
+        )
+        model = add_adapter(base, lora, seed=seed)
+        load_adapter_state(model, taken.adapter)
+        return model
+    shape = load.load_config(source, section)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(shape, trust_remote_code=section.trust_remote_code)
+        base.requires_grad_(False)
+        model = add_adapter(base, lora, seed=seed)
+    model.peft_config["default"].base_model_name_or_path = source.path
+    return model
+
+
+def _card_facts(taken: Taken, trained: FinetunedModel, source: Any) -> CardFacts:
+    from ..model.load import find_license
+    from ..report.model_card import CardFacts, shown_keys
+
+    config = trained.config
+    return CardFacts(
+        run_name=f"{trained.name}, step {taken.step}",
+        base_model=source.name,
+        base_model_hub_id=source.hub_id or None,
+        base_model_revision=source.revision,
+        base_model_license=find_license(source) or None,
+        steps=taken.step,
+        train_seconds=taken.seconds,
+        trainable_parameters=sum(weights.numel() for weights in taken.adapter.values()),
+        config_digest=config.digest(),
+        hyperparameters=shown_keys(config),
+        metrics_after=_figures_at(taken),
+        use_dora=config.lora.use_dora,
+        modules_to_save=tuple(config.lora.modules_to_save),
+        notes=("Taken from a checkpoint; the run may have gone on.",),
+    )
+
+
+def _figures_at(taken: Taken) -> dict[str, float]:
+    """Return what the run's events say of this step."""
+    found: dict[str, float] = {}
+    try:
+        lines = (taken.run / EVENTS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        try:
+            event = json.loads(line)
+            if event["step"] != taken.step or event["event"] not in ("step", "eval"):
+                continue
+            names = ("loss", "eval_loss", "eval_perplexity", "eval_token_accuracy")
+            found |= {name: float(event[name]) for name in names if name in event}
+        except (ValueError, KeyError, TypeError):
+            continue
+    if "loss" in found:
+        found["train_loss"] = found.pop("loss")
+    return found

@@ -1,0 +1,1 @@
+"""The configuration: what it may say, and where each value comes from."""

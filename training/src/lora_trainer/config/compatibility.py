@@ -1,0 +1,246 @@
+"""What the keys and values of Axolotl, LLaMA-Factory, TRL and Transformers mean here.
+
+`interpret` answers for a key and its value: a leaf with a value, nothing (what is
+asked for is what happens anyway), or a refusal that says what to write instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .aliases import ALIASES, COMMA_LISTS
+from .dataset_entries import normalise_datasets, unreadable_datasets
+from .schema import leaf_sections
+
+NAMES = re.compile(r"\s*[\w.\-]+(\s*,\s*[\w.\-]+)*\s*")
+OWN_TEMPLATE = re.compile(r"tokenizer_default(_fallback_\w+)?")  # Axolotl's
+TEMPLATE_NAME = re.compile(r"\w[\w\-]*")
+DATASETS = ("dataset", "eval_dataset")
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """The key gives this leaf this value."""
+
+    leaf: str
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """The key has no effect; without a reason there is nothing to say about it."""
+
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The key asks for something that is not done here."""
+
+    why: str
+    remedy: str = ""
+    leaf: str = ""
+
+
+Meaning = Means | Ignored | Refused
+ANY = None
+OWN_TOKENS = "the tokenizer's own special tokens are used"
+OPTIMIZERS = {
+    "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit", "adamw_torch_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+}  # fmt: skip
+
+# key -> the values that ask for what happens anyway (ANY: all of them), and why.
+NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
+    "adapter": (("lora", "qlora"), "a LoRA adapter is what is trained; use_4bit makes it QLoRA"),
+    "finetuning_type": (("lora",), "a LoRA adapter is what is trained"),
+    "peft_type": (("LORA",), "a LoRA adapter is what is trained"),
+    "use_peft": ((True,), "a LoRA adapter is what is trained"),
+    "task_type": (("CAUSAL_LM",), "causal language models are what is trained"),
+    "bias": (("none",), "biases are not trained"),
+    "stage": (("sft",), "supervised fine-tuning is what is done"),
+    "do_train": ((True,), "the command says what is done"),
+    "do_eval": (ANY, "evaluation follows from eval_dataset, eval_fraction and eval_steps"),
+    "overwrite_output_dir": (ANY, "resume and on_finished say what happens to earlier results"),
+    "overwrite_cache": (ANY, "tokenized data is kept by content"),
+    "resume_from_checkpoint": ((True,), "resume: auto does so"),
+    "auto_resume_from_checkpoints": ((True,), "resume: auto does so"),
+    "packing": (ANY, "examples are concatenated without padding and never see one another"),
+    "sample_packing": (ANY, "examples are concatenated without padding"),
+    "eval_sample_packing": (ANY, "examples are concatenated without padding"),
+    "pad_to_sequence_len": (ANY, "examples are concatenated without padding"),
+    "group_by_length": (ANY, "without padding there is nothing to save by it"),
+    "fp16": ((False,), "use bf16, which needs no loss scaling; auto measures it first"),
+    "tf32": (ANY, "the precision is chosen by measurement"),
+    "eval_strategy": (("steps",), "use eval_steps; 0 evaluates at the end only"),
+    "evaluation_strategy": (("steps",), "use eval_steps; 0 evaluates at the end only"),
+    "save_strategy": (("steps",), "use save_steps; 0 saves only when ended"),
+    "logging_strategy": (("steps",), "use logging_steps"),
+    "evals_per_epoch": ((0,), "use eval_steps"),
+    "saves_per_epoch": ((0,), "use save_steps"),
+    "logging_dir": (ANY, "logs go into the output folder"),
+    "logging_first_step": (ANY, "use logging_steps"),
+    "plot_loss": (ANY, "the loss is always plotted"),
+    "save_safetensors": ((True,), "safetensors is what is saved"),
+    "save_only_model": ((False,), "checkpoints can always be resumed from"),
+    "metric_for_best_model": (("eval_loss", "loss"), "the best checkpoint has the least eval_loss"),
+    "greater_is_better": ((False,), "the best checkpoint has the least eval_loss"),
+    "model_type": (ANY, "the model's own files say it"),
+    "tokenizer_type": (ANY, "the model's own files say it"),
+    "special_tokens": (ANY, OWN_TOKENS),
+    "eos_token": (ANY, OWN_TOKENS),
+    "pad_token": (ANY, OWN_TOKENS),
+    "tokens": (([],), "no tokens are added; the tokenizer's own are used"),
+    "roles_to_train": ((["assistant"],), "use train_on"),
+    "train_on_eos": (("turn",), "the end of every trained turn is trained"),
+    "completion_only_loss": ((True,), "use train_on"),
+    "bnb_4bit_compute_dtype": (ANY, "bf16 decides"),
+    "quantization_method": (("bnb", "bitsandbytes"), "bitsandbytes quantizes"),
+    "gradient_checkpointing_kwargs": (ANY, "the variant is chosen for you"),
+    "dataloader_num_workers": (ANY, "batches come from memory-mapped files"),
+    "remove_unused_columns": (ANY, "only the columns of the format are read"),
+    "ddp_timeout": (ANY, "stall_timeout_seconds watches over the run"),
+    "deepspeed": (("",), "use parallelism: deepspeed, whose settings follow from the model"),
+    "fsdp": (("", []), "use parallelism: fsdp"),
+    "fsdp_config": (({},), "use parallelism: fsdp, which has nothing to set"),
+    "wandb_project": (ANY, "set the environment variable WANDB_PROJECT"),
+    "wandb_entity": (ANY, "set the environment variable WANDB_ENTITY"),
+    "wandb_name": (ANY, "run_name is what trackers show"),
+    "wandb_run_id": (ANY, "set the environment variable WANDB_RUN_ID"),
+    "wandb_mode": (ANY, "set the environment variable WANDB_MODE"),
+    "wandb_watch": (ANY, "figures are logged, not weights"),
+    "wandb_log_model": (ANY, "the model stays in the output folder"),
+    "push_to_hub": (ANY, "nothing is pushed; results stay in the output folder"),
+    "hub_model_id": (ANY, "nothing is pushed; results stay in the output folder"),
+    "hub_strategy": (ANY, "nothing is pushed; results stay in the output folder"),
+    "max_samples": ((0,), "shorten the dataset, or use max_steps"),
+    "neftune_noise_alpha": ((0,), "noisy embeddings are not supported"),
+}
+
+# What to write instead of a key that is refused; else it is to be removed.
+REMEDIES = {
+    "evals_per_epoch": "write eval_steps, e.g. 50",
+    "saves_per_epoch": "write save_steps, e.g. 50",
+    "max_samples": "keep that many rows: head -n 1000 all.jsonl > some.jsonl",
+}
+
+FLASH = {
+    "fa2": True, "flash_attention_2": True, "auto": "auto",
+    "sdpa": False, "eager": False, "disabled": False,
+}  # fmt: skip
+PRECISIONS = {"bfloat16": True, "float32": False, "auto": "auto"}
+
+
+def interpret(key: str, value: Any) -> Meaning | None:
+    """Return what a key with a value means; None for a key that nobody knows."""
+    leaf = ALIASES.get(key, key)
+    if key in NO_MEANING:
+        return _judge(key, value)
+    if leaf not in leaf_sections():
+        return None
+    if value is None:
+        return Means(leaf, None)
+    if key == "template" and isinstance(value, str) and TEMPLATE_NAME.fullmatch(value):
+        return Ignored("the tokenizer's own chat template is used; chat_template takes another")
+    if leaf in DATASETS and (unreadable := unreadable_datasets(value)):
+        return Refused(*unreadable)
+    if key in CONVERSIONS:
+        meaning = CONVERSIONS[key](value)
+        return meaning if isinstance(meaning, Meaning) else Means(leaf, meaning)
+    if key in ("val_set_size", "val_size") and type(value) in (int, float) and value > 1:
+        return Refused(
+            "a number of rows is not supported, only a share",
+            "write a share such as 0.05, or name an eval_dataset",
+        )
+    return Means(leaf, normalise(leaf, value))
+
+
+def _judge(key: str, value: Any) -> Meaning:
+    fine, reason = NO_MEANING[key]
+    if value in EMPTY:
+        return Ignored()
+    if fine is ANY or value in fine:
+        return Ignored(reason)
+    return Refused(reason, REMEDIES.get(key, f"remove {key}"))
+
+
+def normalise(leaf: str, value: Any) -> Any:
+    """Return a leaf's value with the accepted spellings of the same thing made one."""
+    if leaf in COMMA_LISTS and isinstance(value, str):
+        return _list_of(leaf, value)
+    if leaf == "lora_target_modules" and value in (["all-linear"], ["all"]):
+        return "all-linear"
+    if leaf in DATASETS:
+        return normalise_datasets(value)
+    if leaf == "chat_template" and isinstance(value, str) and OWN_TEMPLATE.fullmatch(value):
+        return None
+    if leaf == "optim" and isinstance(value, str):
+        return OPTIMIZERS.get(value, value)
+    if (leaf, value) == ("lr_scheduler_type", "constant_with_warmup"):
+        return "constant"  # our constant follows a warmup too
+    return value
+
+
+def _list_of(leaf: str, text: str) -> str | list[str]:
+    if leaf == "report_to" and text in ("", "none"):
+        return []
+    if leaf == "lora_target_modules" and text in ("all", "all-linear"):
+        return "all-linear"
+    if leaf == "lora_target_modules" and not NAMES.fullmatch(text):
+        return text  # PEFT takes it for a regular expression
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _one_of(values: dict[str, Any]) -> Callable[[Any], Any]:
+    def convert(value: Any) -> Any:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value in values:
+            return values[value]
+        return Refused(f"it takes {', '.join(values)}")
+
+    return convert
+
+
+def _switch(when_true: Any, when_false: Any = None) -> Callable[[Any], Any]:
+    """Return the conversion of a truth value; None leaves the leaf alone."""
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, bool):
+            return Refused("it takes true or false")
+        chosen = when_true if value else when_false
+        return Ignored() if chosen is None else chosen
+
+    return convert
+
+
+def _quantization_bit(value: Any) -> Meaning:
+    if value in (4, 8) and type(value) is int:
+        return Means(f"use_{value}bit", True)
+    return Refused("it takes 4 or 8")
+
+
+def _text_column(value: Any) -> Any:
+    return {"text": value} if isinstance(value, str) else Refused("it takes a column's name")
+
+
+CONVERSIONS: dict[str, Callable[[Any], Any]] = {
+    "assistant_only_loss": _switch("assistant", "all"),
+    "attn_implementation": _one_of(FLASH),
+    "dataset_text_field": _text_column,
+    "disable_gradient_checkpointing": _switch(False),
+    "dtype": _one_of(PRECISIONS),
+    "flash_attn": _one_of(FLASH),
+    "lora_target_linear": _switch("all-linear"),
+    "mask_history": _switch("last"),
+    "pissa_init": _switch("pissa"),
+    "quantization_bit": _quantization_bit,
+    "torch_dtype": _one_of(PRECISIONS),
+    "train_on_inputs": _switch("all", "assistant"),
+    "train_on_prompt": _switch("all", "assistant"),
+}

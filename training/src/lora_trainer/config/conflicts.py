@@ -1,0 +1,268 @@
+"""Values that are right one by one but not together, and those that have no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ..errors import Problem
+from .layers import Given
+from .schema import Config
+
+Check = Callable[[Config], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Keys that disagree when `applies`; those that the user gave are named as the place."""
+
+    keys: tuple[str, ...]
+    applies: Check
+    what: str
+    why: str
+    remedy: str
+
+
+def _is_evaluated(config: Config) -> bool:
+    return config.data.eval_dataset is not None or config.data.eval_fraction > 0
+
+
+def _is_quantized(config: Config) -> bool:
+    return config.model.use_4bit or config.model.use_8bit
+
+
+def _is_pissa(config: Config) -> bool:
+    return str(config.lora.init_lora_weights).startswith("pissa")
+
+
+def _changes_base(config: Config) -> bool:
+    return str(config.lora.init_lora_weights).startswith(("pissa", "olora"))
+
+
+# A run without a name has its files in the output folder itself, beside the folders of named runs.
+NAMES_OF_A_RUNS_FILES = frozenset(
+    {
+        "checkpoints", "config.digest", "config.resolved.json", "data.json", "done",
+        "environment.json", "events.jsonl", "final_model", "initial_adapter", "logs", "loss.png",
+        "memory.json", "plan.json", "report.html", "server.json", "train.log",
+    }
+)  # fmt: skip
+EVALUATION = ("eval_dataset", "eval_fraction")
+HOLD_OUT = "name an eval_dataset, or set eval_fraction, e.g. 0.05"
+NOT_AS_TRAINED = "the converted adapter would not give what was trained"
+CONFLICTS = (
+    Conflict(
+        ("use_4bit", "use_8bit"),
+        lambda c: c.model.use_4bit and c.model.use_8bit,
+        "use_4bit and use_8bit are both true",
+        "a model is loaded in one precision",
+        "switch one of them off",
+    ),
+    Conflict(
+        ("use_flash_attention", "bf16"),
+        lambda c: c.model.use_flash_attention == "flash-attn" and c.model.bf16 is False,
+        "use_flash_attention: flash-attn needs bf16",
+        "flash-attn does not compute in float32",
+        "set bf16 to auto, or use_flash_attention to true",
+    ),
+    Conflict(
+        ("use_flash_attention", "padding_free"),
+        lambda c: c.model.use_flash_attention == "flash-attn" and c.training.padding_free is False,
+        "use_flash_attention: flash-attn needs padding_free",
+        "its kernel is called on concatenated examples",
+        "set padding_free to auto, or use_flash_attention to true",
+    ),
+    Conflict(
+        ("init_lora_weights", "use_4bit", "use_8bit"),
+        lambda c: _is_pissa(c) and _is_quantized(c),
+        "init_lora_weights: pissa needs a model that is not quantized",
+        "it decomposes the weights, which 4 and 8 bits do not hold",
+        "use init_lora_weights: true, or load the model unquantized",
+    ),
+    Conflict(
+        ("init_lora_weights", "use_4bit", "use_8bit"),
+        lambda c: str(c.lora.init_lora_weights).startswith("olora") and _is_quantized(c),
+        "init_lora_weights: olora needs a model that is not quantized",
+        "it decomposes the weights and writes them back, which 4 and 8 bits would round again",
+        "use init_lora_weights: true, or load the model unquantized",
+    ),
+    Conflict(
+        ("init_lora_weights", "use_4bit"),
+        lambda c: c.lora.init_lora_weights == "loftq" and not c.model.use_4bit,
+        "init_lora_weights: loftq needs use_4bit",
+        "it mends what rounding to 4 bits took away",
+        "set use_4bit: true, or use init_lora_weights: true",
+    ),
+    Conflict(
+        ("init_lora_weights", "use_dora"),
+        lambda c: c.lora.init_lora_weights == "loftq" and c.lora.use_dora,
+        "init_lora_weights: loftq does not go with use_dora",
+        "DoRA's magnitudes are taken from the rounded weights before LoftQ mends them",
+        "switch use_dora off, or use init_lora_weights: true",
+    ),
+    Conflict(
+        ("init_lora_weights", "modules_to_save"),
+        lambda c: _changes_base(c) and bool(c.lora.modules_to_save),
+        "init_lora_weights: pissa and olora do not go with modules_to_save",
+        NOT_AS_TRAINED,
+        "remove modules_to_save, or use init_lora_weights: true",
+    ),
+    Conflict(
+        ("init_lora_weights", "use_dora"),
+        lambda c: _changes_base(c) and c.lora.use_dora,
+        "init_lora_weights: pissa and olora do not go with use_dora",
+        NOT_AS_TRAINED,
+        "switch use_dora off, or use init_lora_weights: true",
+    ),
+    Conflict(
+        ("init_lora_weights", "lora_r"),
+        lambda c: c.lora.init_lora_weights == "orthogonal" and c.lora.lora_r % 2 == 1,
+        "init_lora_weights: orthogonal needs an even lora_r",
+        "A takes one half of an orthogonal matrix's rows, B the other",
+        "use an even lora_r, e.g. 16",
+    ),
+    Conflict(
+        ("adapter_name_or_path", "init_lora_weights"),
+        lambda c: c.lora.adapter_name_or_path is not None and c.lora.init_lora_weights is not True,
+        "adapter_name_or_path and init_lora_weights are both set",
+        "the first weights are those of the adapter",
+        "remove one of the two",
+    ),
+    Conflict(
+        ("loraplus_lr_ratio", "learning_rate"),
+        lambda c: (c.lora.loraplus_lr_ratio or 0) * c.training.learning_rate > 10,
+        "loraplus_lr_ratio times learning_rate is over 10",
+        "it is the learning rate of every B matrix",
+        "lower one of them; a ratio of 16 with 1e-4 is usual",
+    ),
+    Conflict(
+        EVALUATION,
+        lambda c: c.data.eval_dataset is not None and c.data.eval_fraction > 0,
+        "eval_dataset and eval_fraction are both set",
+        "the held-out rows come from one of them",
+        "remove one of the two",
+    ),
+    Conflict(
+        ("load_best_model_at_end", *EVALUATION),
+        lambda c: c.training.load_best_model_at_end and not _is_evaluated(c),
+        "load_best_model_at_end without held-out data",
+        "the best checkpoint is the one with the lowest eval_loss",
+        HOLD_OUT,
+    ),
+    Conflict(
+        ("load_best_model_at_end", "eval_steps"),
+        lambda c: (
+            c.training.load_best_model_at_end and _is_evaluated(c) and c.training.eval_steps == 0
+        ),
+        "load_best_model_at_end with eval_steps 0",
+        "evaluated at the end only, there is nothing to choose from",
+        "set eval_steps, e.g. to save_steps",
+    ),
+    Conflict(
+        ("early_stopping_patience", *EVALUATION),
+        lambda c: c.training.early_stopping_patience > 0 and not _is_evaluated(c),
+        "early_stopping_patience without held-out data",
+        "it counts evaluations without a better eval_loss",
+        HOLD_OUT,
+    ),
+    Conflict(
+        ("early_stopping_patience", "eval_steps"),
+        lambda c: (
+            c.training.early_stopping_patience > 0
+            and _is_evaluated(c)
+            and c.training.eval_steps == 0
+        ),
+        "early_stopping_patience with eval_steps 0",
+        "evaluated at the end only, nothing can stop early",
+        "set eval_steps, e.g. to save_steps",
+    ),
+    Conflict(
+        ("eval_generate", *EVALUATION),
+        lambda c: c.training.eval_generate and not _is_evaluated(c),
+        "eval_generate without held-out data",
+        "it answers the held-out prompts",
+        HOLD_OUT,
+    ),
+    Conflict(
+        ("use_dora", "parallelism"),
+        lambda c: c.lora.use_dora and c.training.parallelism == "deepspeed",
+        "use_dora does not go with parallelism: deepspeed",
+        "DoRA reads a frozen weight outside of its layer, when DeepSpeed has let go of it",
+        "--parallelism fsdp, or switch use_dora off",
+    ),
+    Conflict(
+        ("offload_param_device", "parallelism"),
+        lambda c: (
+            c.training.offload_param_device != "none" and c.training.parallelism != "deepspeed"
+        ),
+        "offload_param_device without parallelism: deepspeed",
+        "it is DeepSpeed that brings a layer from the host's memory to the GPU",
+        "--parallelism deepspeed",
+    ),
+    Conflict(
+        ("max_steps",),
+        lambda c: c.training.max_steps == 0,
+        "max_steps is 0",
+        "nothing would be trained",
+        "use -1 to train as long as num_train_epochs says",
+    ),
+    Conflict(
+        ("run_name",),
+        lambda c: (c.output.run_name or "").casefold() in NAMES_OF_A_RUNS_FILES,
+        "run_name is the name of a file or folder that every run writes",
+        "a run without a run_name writes it into output_dir itself",
+        "use another run_name",
+    ),
+)
+
+
+def find_conflicts(config: Config, given: Mapping[str, Given], misfits: set[str]) -> list[Problem]:
+    """Return the problems of values that disagree; those of a misfit value are left out."""
+    found = [
+        Problem(conflict.what, _places(conflict.keys, given), conflict.why, conflict.remedy)
+        for conflict in CONFLICTS
+        if not misfits.intersection(conflict.keys) and conflict.applies(config)
+    ]
+    steps, ratio = config.training.warmup_steps, given.get("warmup_ratio")
+    if steps is not None and ratio and not misfits & {"warmup_steps", "warmup_ratio"}:
+        where = _places(("warmup_steps", "warmup_ratio"), given)
+        what = "warmup_steps and warmup_ratio are both set"
+        why = "both say how long the learning rate rises"
+        found.append(Problem(what, where, why, "remove one of the two"))
+    return found
+
+
+def _places(keys: tuple[str, ...], given: Mapping[str, Given]) -> str:
+    return ", ".join(given[key].origin.place for key in keys if key in given)
+
+
+# Keys that do nothing unless something else is set.
+IDLE: tuple[tuple[str, Check, str], ...] = (
+    ("bnb_4bit_quant_type", lambda c: not c.model.use_4bit, "use_4bit is off"),
+    ("bnb_4bit_use_double_quant", lambda c: not c.model.use_4bit, "use_4bit is off"),
+    ("max_bad_rows_share", lambda c: c.data.on_bad_rows == "error", "on_bad_rows is error"),
+    ("eval_steps", lambda c: not _is_evaluated(c), "there is no held-out data"),
+    (
+        "early_stopping_threshold",
+        lambda c: c.training.early_stopping_patience == 0,
+        "early_stopping_patience is 0",
+    ),
+    ("eval_max_new_tokens", lambda c: not c.training.eval_generate, "eval_generate is off"),
+)
+
+
+def find_warnings(config: Config, given: Mapping[str, Given]) -> list[str]:
+    """Return what the user should know that stops nothing."""
+    found = [
+        f"{given[key].origin.place}: {key} has no effect: {reason}"
+        for key, is_idle, reason in IDLE
+        if key in given and is_idle(config)
+    ]
+    for key, is_set in (
+        ("use_dora", config.lora.use_dora),
+        ("modules_to_save", bool(config.lora.modules_to_save)),
+    ):
+        if is_set:
+            place = given[key].origin.place if key in given else "adapter_name_or_path"
+            found.append(f"{place}: vLLM cannot serve an adapter with {key}")
+    return found

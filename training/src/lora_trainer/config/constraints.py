@@ -1,0 +1,109 @@
+"""What each key takes, in words: from the schema, for error messages and the table of keys."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from .schema import leaf_sections, sections
+from .text import Pointer
+
+Spec = dict[str, Any]
+WORDS = {
+    "integer": "whole number",
+    "number": "number",
+    "string": "text",
+    "boolean": "true or false",
+    "null": "null",
+    "object": "object",
+}
+
+
+@cache
+def section_schema(name: str) -> Spec:
+    """Return the JSON Schema of a section."""
+    return sections()[name].model_json_schema()
+
+
+def spec_at(leaf: str, inner: Pointer = ()) -> Spec:
+    """Return the JSON Schema of a key, or of a part of its value ({}: nothing is known)."""
+    schema = section_schema(leaf_sections()[leaf])
+    spec: Spec = schema["properties"][leaf]
+    for part in inner:
+        choices = [_followed(choice, schema) for choice in (spec, *spec.get("anyOf", []))]
+        if isinstance(part, int):
+            spec = next((choice["items"] for choice in choices if "items" in choice), {})
+        else:
+            owners = [c for c in choices if part in c.get("properties", {})]
+            texts = [c for c in choices if isinstance(c.get("additionalProperties"), dict)]
+            spec = next(
+                iter([c["properties"][part] for c in owners]),
+                texts[0]["additionalProperties"] if texts else {},
+            )
+    return spec | {"$defs": schema.get("$defs", {})}
+
+
+def keys_at(leaf: str, inner: Pointer) -> list[str]:
+    """Return the keys that an object within a value may have."""
+    spec = spec_at(leaf, inner)
+    choices = [_followed(choice, spec) for choice in (spec, *spec.get("anyOf", []))]
+    return [key for choice in choices for key in choice.get("properties", {})]
+
+
+def _followed(spec: Spec, schema: Spec) -> Spec:
+    reference = spec.get("$ref")
+    return schema["$defs"][reference.rpartition("/")[2]] if reference else spec
+
+
+def words_of(spec: Spec, root: Spec | None = None) -> str:
+    """Return the type of a spec in words: `true or false, or auto`."""
+    root = root or spec
+    if "$ref" in spec:
+        return "{" + ", ".join(_followed(spec, root)["properties"]) + "}"
+    if "anyOf" in spec:
+        return ", or ".join(words_of(c, root) for c in spec["anyOf"] if c.get("type") != "null")
+    if "enum" in spec:
+        return ", ".join(spec["enum"])
+    if "const" in spec:
+        return str(spec["const"])
+    if spec.get("type") == "array":
+        return f"list of {words_of(spec['items'], root)}"
+    if "examples" in spec:
+        return ", ".join(spec["examples"])
+    return WORDS.get(spec.get("type", ""), "value")
+
+
+def limits_of(spec: Spec) -> str:
+    """Return the range of a spec's numbers or the pattern of its text; empty if it has none."""
+    for choice in spec.get("anyOf", []):
+        if limits := limits_of(choice):
+            return limits
+    parts = [
+        f"{word} {int(spec[key]) if spec[key] == int(spec[key]) else spec[key]}"
+        for key, word in (
+            ("minimum", "at least"),
+            ("exclusiveMinimum", "over"),
+            ("maximum", "at most"),
+            ("exclusiveMaximum", "under"),
+        )
+        if key in spec and spec[key] < 1e9
+    ]
+    if "pattern" in spec and "examples" not in spec:
+        parts.append(f"matching {spec['pattern']}")
+    if spec.get("minLength", 0) > 0 or spec.get("minItems", 0) > 0:
+        parts.append("not empty")
+    return ", ".join(parts)
+
+
+def choices_of(spec: Spec) -> list[str]:
+    """Return the words that a spec names as its values."""
+    inner = [word for choice in spec.get("anyOf", []) for word in choices_of(choice)]
+    constant = [spec["const"]] if isinstance(spec.get("const"), str) else []
+    return [*spec.get("enum", []), *constant, *spec.get("examples", []), *inner]
+
+
+def expectation(leaf: str, inner: Pointer = ()) -> str:
+    """Return what a key, or a part of its value, takes: `a number, at least 0, at most 10`."""
+    spec = spec_at(leaf, inner)
+    limits = limits_of(spec)
+    return f"it takes: {words_of(spec)}{f' ({limits})' if limits else ''}"

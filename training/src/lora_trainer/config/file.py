@@ -1,0 +1,132 @@
+"""The config file: found, read, and taken apart into a layer of values."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import AccessError, ConfigError, Problem
+from .aliases import ALIASES
+from .layers import Layer, found, unknown_key
+from .schema import section_names
+from .text import MAX_BYTES, Document, read_json, read_yaml
+
+SUFFIXES = (".json", ".yaml", ".yml")
+
+
+def read_file(path: Path) -> Layer:
+    """Return the values of a config file, JSON or YAML.
+
+    Keys stand in their section or at the top level; both may be mixed.
+
+    Raises:
+        ConfigError: the file is not there or cannot be decoded.
+        AccessError: it may not be read.
+    """
+    layer = Layer("file", path.parent)
+    document = parse(_read_text(path), path)
+    layer.problems += document.problems
+    if document.value is not None and not isinstance(document.value, dict):
+        what = f"the configuration is {found(document.value)}, not an object of keys"
+        layer.problems.append(Problem(what, document.place(())))
+        return layer
+    for key, value in (document.value or {}).items():
+        _take(layer, document, key, value)
+    return layer
+
+
+def parse(text: str, path: Path) -> Document:
+    """Return the text of a config file as a document: JSON by its suffix or its first brace.
+
+    YAML under a name in .json is taken for what it is: in a container every config has one.
+    """
+    suffix = path.suffix.lower()
+    is_json = suffix == ".json" or (suffix not in SUFFIXES and text.lstrip().startswith("{"))
+    is_json = is_json and not _begins_with_key(text)
+    return read_json(text, str(path)) if is_json else read_yaml(text, str(path))
+
+
+def _begins_with_key(text: str) -> bool:
+    """Tell whether the first line that is no comment is a key of YAML's."""
+    lines = (line.strip() for line in text.splitlines())
+    first = next((line for line in lines if line and not line.startswith(("#", "---"))), "")
+    return bool(re.match(r"[A-Za-z_]\w*:(\s|$)", first))
+
+
+def _take(layer: Layer, document: Document, key: str, value: Any) -> None:
+    place = document.place((key,))
+    if key == "$schema":
+        return
+    if key in section_names() and isinstance(value, dict):
+        for inner, inner_value in value.items():
+            pointer = (key, inner)
+            place = document.place(pointer)
+            layer.add(inner, inner_value, place, section=key, document=document, pointer=pointer)
+    elif key in section_names() and key not in ALIASES:
+        if value is not None:
+            what = f"{key} is a section and cannot be {found(value)}"
+            remedy = "write its keys under it, or at the top level"
+            layer.problems.append(Problem(what, place, remedy=remedy))
+    elif isinstance(value, dict) and _nearest_section(key):
+        layer.problems.append(unknown_key(key, place))
+    else:
+        layer.add(key, value, place, document=document, pointer=(key,))
+
+
+def _nearest_section(key: str) -> bool:
+    return bool(difflib.get_close_matches(key[:100], section_names(), n=1, cutoff=0.8))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError.of(f"there is no config file {path}", **_neighbours(path)) from None
+    except IsADirectoryError:
+        raise ConfigError.of(
+            f"the config file {path} is a folder",
+            str(path),
+            "Docker makes a folder where a file that it should mount does not exist",
+            f"remove the folder on the host (rmdir), put the file in its place, or name "
+            f"a file in it: --config {path}/config.json",
+        ) from None
+    except PermissionError:
+        raise AccessError.of(
+            f"the config file {path} may not be read",
+            str(path),
+            "its permissions, or a folder's above it, keep this user out",
+            f"chmod a+r {path}",
+        ) from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "the name is no valid path"
+        raise ConfigError.of(f"the config file {str(path)!r} cannot be read", why=why) from None
+    if len(raw) > MAX_BYTES:
+        raise ConfigError.of(
+            f"the config file {path} is larger than {MAX_BYTES // 1024} KiB",
+            str(path),
+            "a configuration is a few hundred lines",
+            "name the config file, not the dataset",
+        )
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        remedy = f"save it as UTF-8, e.g. iconv -f latin1 -t utf-8 {path}"
+        raise ConfigError.of(
+            "the config file is not UTF-8", f"{path}:{line}", f"byte {error.start}", remedy
+        ) from None
+
+
+def _neighbours(path: Path) -> dict[str, str]:
+    """Return where and remedy of a missing file: what lies beside it."""
+    try:
+        names = sorted(p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES)
+    except OSError:
+        where = f"{path.parent} is no folder that can be read"
+        return {"where": where, "remedy": f"ls -ld {path.parent}"}
+    close = difflib.get_close_matches(path.name, names, n=3) or names[:5]
+    remedy = f"did you mean {' or '.join(str(path.parent / name) for name in close)}?"
+    return {"where": str(path), "remedy": remedy if close else f"ls {path.parent}"}

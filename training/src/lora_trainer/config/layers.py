@@ -1,0 +1,150 @@
+"""What one source gives: values under canonical names, each with its origin.
+
+A `Layer` collects the values of one source (the file, the environment, the command
+line), translates other trainers' spellings, and finds unknown keys, keys in the
+wrong section and values that are given twice.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import Problem
+from .aliases import ALIASES
+from .compatibility import NO_MEANING, Ignored, Refused, interpret
+from .schema import SECRET_KEYS, leaf_sections, section_names
+from .text import Document, Pointer, shown_key
+
+OriginKind = Literal["default", "file", "environment", "command line", "adapter"]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a value came from; `place` is empty for a default."""
+
+    kind: OriginKind = "default"
+    place: str = ""
+
+    def __str__(self) -> str:
+        if self.kind in ("default", "file"):
+            return self.place or self.kind
+        return f"{self.kind} {self.place}"
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """One value that a source gives; relative paths in it start at `folder`."""
+
+    leaf: str
+    value: Any
+    origin: Origin
+    folder: Path
+    document: Document | None = None
+    pointer: Pointer = ()
+
+    def place(self, inner: Pointer = ()) -> str:
+        """Return where the value, or a part of it, stands."""
+        if self.document:
+            return self.document.place((*self.pointer, *inner))
+        return self.origin.place
+
+
+@dataclass(slots=True)
+class Layer:
+    """The values of one source, and what is wrong with them."""
+
+    kind: OriginKind
+    folder: Path
+    given: dict[str, Given] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def add(
+        self,
+        key: str,
+        value: Any,
+        place: str,
+        *,
+        section: str = "",
+        document: Document | None = None,
+        pointer: Pointer = (),
+    ) -> None:
+        """Take a value under the key that the user wrote; `section` is where it stood.
+
+        Null in a file, like an empty YAML entry, says that the key is not given.
+        """
+        meaning = interpret(key, value)
+        if meaning is None and key not in section_names() and value in (None, "", []):
+            return  # a line that other trainers' templates leave blank
+        if meaning is None:
+            self.problems.append(unknown_key(key, place, section))
+        elif isinstance(meaning, Ignored):
+            if meaning.reason:
+                self.warnings.append(f"{place}: {key} has no effect: {meaning.reason}")
+        elif isinstance(meaning, Refused):
+            what = f"{key} cannot be {found(value, is_secret=meaning.leaf in SECRET_KEYS)}"
+            self.problems.append(Problem(what, place, meaning.why, meaning.remedy))
+        elif section and leaf_sections()[meaning.leaf] != section:
+            home = leaf_sections()[meaning.leaf]
+            self.problems.append(
+                Problem(
+                    f"{key} does not belong in {section}",
+                    place,
+                    f"it is a key of {home}",
+                    f"move it to {home}, or to the top level",
+                )
+            )
+        elif meaning.value is None and self.kind == "file":
+            return
+        elif meaning.leaf in self.given:
+            name = key if key == meaning.leaf else f"{key} ({meaning.leaf})"
+            other = self.given[meaning.leaf].origin.place
+            self.problems.append(
+                Problem(f"{name} is given twice", place, f"also by {other}", "keep one of the two")
+            )
+        else:
+            origin = Origin(self.kind, place)
+            self.given[meaning.leaf] = Given(
+                meaning.leaf, meaning.value, origin, self.folder, document, pointer
+            )
+
+
+def unknown_key(key: str, place: str, section: str = "") -> Problem:
+    """Return the problem of a key that means nothing here."""
+    if key in section_names():
+        why = f"{key} is a section of its own"
+        return Problem(f"{key} is no key of {section}", place, why, "move it to the top level")
+    remedy = did_you_mean(key, [*leaf_sections(), *ALIASES, *NO_MEANING, *section_names()])
+    if key.startswith(("_", "//", "#")) and not remedy:
+        remedy = "for comments write the configuration as YAML, which has them"
+    return Problem(f"{shown_key(key)} is an unknown key", place, remedy=remedy)
+
+
+def did_you_mean(word: str, choices: Iterable[str], form: Callable[[str], str] = str) -> str:
+    """Return a question naming the closest choices, aliases by their leaf, or nothing."""
+    word = word[:100].lower().replace("-", "_")
+    close = difflib.get_close_matches(word, list(choices), n=3, cutoff=0.7)
+    named = dict.fromkeys(form(ALIASES.get(match, match)) for match in close)
+    return f"did you mean {' or '.join(named)}?" if named else ""
+
+
+def found(value: Any, *, is_secret: bool = False) -> str:
+    """Return a value and its type in words; a secret's type alone."""
+    shown, kind = repr(value), "a number"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        shown, kind = str(value).lower(), "a truth value"
+    elif isinstance(value, int):
+        shown, kind = (shown if len(shown) < 40 else shown[:37] + "..."), "a whole number"
+    elif isinstance(value, str):
+        shown, kind = (repr(value[:57] + "...") if len(value) > 60 else shown), "text"
+    elif isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    elif isinstance(value, dict):
+        return f"an object of {len(value)}"
+    return kind if is_secret else f"{shown} ({kind})"

@@ -1,0 +1,105 @@
+"""The sources put together: one frozen configuration, and where each value came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, Problem
+from .arguments import read_arguments
+from .conflicts import find_conflicts, find_warnings
+from .environment import read_environment
+from .file import read_file
+from .layers import Given, Origin, found
+from .paths import exists, locate_paths
+from .precedence import merge
+from .schema import SECRET_KEYS, Config, leaf_sections, sections
+from .start_adapter import adopt
+from .undecodable import find_undecodable, find_undecodable_paths
+from .validation import find_misfits
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the user asked for, the origin of every leaf, and what to tell about it."""
+
+    config: Config
+    origins: Mapping[str, Origin]
+    config_file: Path | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def redacted(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Return section -> leaf -> value and origin, secrets as `***`."""
+        shown = self.config.model_dump(mode="json")
+        for leaf in SECRET_KEYS:
+            section = shown[leaf_sections()[leaf]]
+            section[leaf] = None if section[leaf] is None else "***"
+        return {
+            name: {
+                leaf: {"value": value, "origin": str(self.origins[leaf])}
+                for leaf, value in leaves.items()
+            }
+            for name, leaves in shown.items()
+        }
+
+
+def resolve(
+    config_file: Path | None, environ: Mapping[str, str], arguments: Sequence[str]
+) -> Settings:
+    """Return the settings that the sources make together, paths made absolute.
+
+    Raises:
+        ConfigError: with every problem of every source.
+        AccessError: the config file may not be read.
+    """
+    layers = [read_environment(environ), read_arguments(arguments)]
+    if config_file is not None:
+        layers.insert(0, read_file(config_file))
+    given, left_out = merge(layers)
+    misfits = find_misfits(given) | find_undecodable(given)
+    config = _config_of({leaf: g.value for leaf, g in given.items() if leaf not in misfits})
+    problems = [problem for layer in layers for problem in layer.problems]
+    problems += [problem for group in misfits.values() for problem in group]
+    problems += find_conflicts(config, given, set(misfits))
+    located = locate_paths(config, given)
+    problems += find_undecodable_paths(located)
+    problems += _find_template_problems(located.get("chat_template"), given)
+    if problems:
+        raise ConfigError(problems)
+    values = {leaf: g.value for leaf, g in given.items()} | located
+    config = _config_of(values)
+    origins = {leaf: given[leaf].origin if leaf in given else Origin() for leaf in leaf_sections()}
+    if config.lora.adapter_name_or_path is not None:
+        adopted, problems = adopt(config, given)
+        if problems:
+            raise ConfigError(problems)
+        config = _config_of(values | adopted)
+        origins |= {
+            leaf: Origin("adapter", config.lora.adapter_name_or_path or "") for leaf in adopted
+        }
+    warnings = [warning for layer in layers for warning in layer.warnings]
+    warnings += [*left_out, *find_warnings(config, given)]
+    return Settings(config, origins, config_file, warnings)
+
+
+def _config_of(values: Mapping[str, Any]) -> Config:
+    sorted_in: dict[str, dict[str, Any]] = {name: {} for name in sections()}
+    for leaf, value in values.items():
+        sorted_in[leaf_sections()[leaf]][leaf] = value
+    return Config.model_validate(sorted_in)
+
+
+def _find_template_problems(template: str | None, given: Mapping[str, Given]) -> list[Problem]:
+    """Refuse what is neither a template nor a file, such as another trainer's template name."""
+    if template is None or "{" in template or exists(template):
+        return []
+    return [
+        Problem(
+            f"chat_template cannot be {found(template)}",
+            given["chat_template"].origin.place,
+            "it is neither Jinja text nor a file that is there; names of templates mean nothing",
+            "remove it: the tokenizer's own chat template is used",
+        )
+    ]

@@ -1,0 +1,286 @@
+"""The adapter that training starts from: found, and held against the configuration.
+
+`adapter_name_or_path` names a run's folder, a checkpoint's, or one in PEFT's format. Rank,
+alpha, targets and the like are the adapter's: keys that are not given are taken from it,
+given ones must agree. Only safetensors are read, and nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint_folder import CorruptCheckpointError, listed, verify
+from ..errors import ConfigError, Problem
+from ..host.disk import CHECKSUMS, is_changed
+from .layers import Given
+from .schema import EMBEDDED_MODEL, Config
+
+KEY = "adapter_name_or_path"
+# Keys that an adapter decides; the first of each is PEFT's name.
+SHAPE_KEYS = (
+    ("r", "lora_r"),
+    ("lora_alpha", "lora_alpha"),
+    ("target_modules", "lora_target_modules"),
+    ("use_rslora", "use_rslora"),
+    ("use_dora", "use_dora"),
+    ("modules_to_save", "modules_to_save"),
+)
+# PEFT's keys that nothing here trains, with the values that switch them off.
+UNTRAINED = {
+    "bias": ("none",),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "layers_to_transform": (),
+    "layer_replication": (),
+    "target_parameters": ([],),
+    "trainable_token_indices": ([], {}),
+    "exclude_modules": ([],),
+    "lora_bias": (False,),
+    "alora_invocation_tokens": ([],),
+}
+BASE_CHANGING = ("pissa", "olora", "corda")
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+FINAL, CHECKPOINTS, RESOLVED = "final_model", "checkpoints", "config.resolved.json"
+CHECKPOINT_WEIGHTS = "adapter.safetensors"
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True, slots=True)
+class StartAdapter:
+    """An adapter on the disk: its weights' file, its keys here, and the base it was trained on.
+
+    `run` is the folder of the run that trained it, where that is known.
+    """
+
+    weights: Path
+    base: str
+    revision: str | None = None
+    run: Path | None = None
+    is_checkpoint: bool = False
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder of the adapter or checkpoint."""
+        return self.weights.parent
+
+
+def find_adapter(named: str) -> StartAdapter:
+    """Find what `adapter_name_or_path` names.
+
+    Raises:
+        ConfigError: it is not there, is pickled, or is an adapter that cannot be trained here.
+    """
+    path = Path(named)
+    if (path / CONFIG).is_file():
+        run = path.parent if path.name == FINAL and (path.parent / RESOLVED).is_file() else None
+        return _in_peft_format(path, run)
+    if (path / FINAL / CONFIG).is_file():
+        return _in_peft_format(path / FINAL, path)
+    if (path / CHECKPOINT_WEIGHTS).is_file():
+        return _checkpoint(path)
+    for checkpoint in reversed(_listed(path / CHECKPOINTS)):
+        if _is_sound(checkpoint):
+            return _checkpoint(checkpoint)
+    if (path / PICKLED).is_file():
+        raise _pickled(path)
+    is_hub_id = not path.exists() and named.count("/") >= 1
+    raise _unusable(
+        path,
+        "there is no adapter in it" if path.exists() else "there is no such folder",
+        f"name a run's folder, a checkpoint's, or one with {CONFIG}"
+        + ("; an adapter on the hub: hf download OWNER/NAME --local-dir FOLDER" * is_hub_id),
+    )
+
+
+def adopt(config: Config, given: Mapping[str, Given]) -> tuple[dict[str, Any], list[Problem]]:
+    """Return the leaves that the adapter decides, and the given ones that disagree with it."""
+    assert config.lora.adapter_name_or_path is not None
+    try:
+        adapter = find_adapter(config.lora.adapter_name_or_path)
+    except ConfigError as error:
+        return {}, list(error.problems)
+    values = {leaf: v for leaf, v in adapter.values.items() if leaf not in given}
+    now = config.lora.model_dump()
+    problems = [
+        _disagreement(leaf, now[leaf], theirs, given[leaf], adapter)
+        for leaf, theirs in adapter.values.items()
+        if leaf in given and not _agrees(leaf, now[leaf], theirs)
+    ]
+    base = config.model.model_name_or_path
+    if "model_name_or_path" not in given:
+        values |= {"model_name_or_path": adapter.base, "model_revision": adapter.revision}
+    elif _plain(base) != adapter.base and not any(Path(p).is_dir() for p in (base, adapter.base)):
+        # Folders are compared by their content, once the model is loaded.
+        problems.append(
+            _disagreement(
+                "model_name_or_path", base, adapter.base, given["model_name_or_path"], adapter
+            )
+        )
+    return values, problems
+
+
+def _plain(base: str) -> str:
+    """Return the name of a base model, the embedded one's for the hub's of it."""
+    return EMBEDDED_MODEL if base == EMBEDDED_HUB_ID else base
+
+
+def _in_peft_format(folder: Path, run: Path | None) -> StartAdapter:
+    if not (folder / WEIGHTS).is_file():
+        raise (
+            _pickled(folder)
+            if (folder / PICKLED).is_file()
+            else _unusable(
+                folder, f"it has no {WEIGHTS}", "save it again with model.save_pretrained(folder)"
+            )
+        )
+    if is_changed(folder / WEIGHTS):
+        raise _unusable(
+            folder,
+            f"{WEIGHTS} is not the one in {CHECKSUMS}: damaged, or replaced",
+            f"name a checkpoint of its run; if you replaced it yourself: rm {folder / CHECKSUMS}",
+        )
+    facts = _read(folder / CONFIG)
+    if facts.get("peft_type") != "LORA":
+        raise _unusable(folder, f"it is no LoRA adapter ({facts.get('peft_type')})", "use another")
+    extra = [key for key, off in UNTRAINED.items() if facts.get(key) not in (None, *off)]
+    if extra:
+        raise _unusable(
+            folder,
+            f"its {CONFIG} sets {', '.join(f'{key}: {facts[key]!r}' for key in extra)}, "
+            "which nothing here trains",
+            "merge that adapter into its base with PEFT, and train on the merged model",
+        )
+    _refuse_changed_base(folder, facts.get("init_lora_weights"), "export it with PEFT's conversion")
+    values = {ours: facts.get(theirs) for theirs, ours in SHAPE_KEYS}
+    base = str(facts.get("base_model_name_or_path") or "")
+    return _checked(
+        StartAdapter(
+            folder / WEIGHTS,
+            _plain(base),
+            facts.get("revision"),
+            run,
+            values=values,
+        )
+    )
+
+
+def _checkpoint(folder: Path) -> StartAdapter:
+    run = folder.parent.parent
+    if not _is_sound(folder):
+        raise _unusable(folder, "the checkpoint is damaged or not complete", f"ls {folder.parent}")
+    recorded = _read(run / RESOLVED)
+    try:
+        lora = {leaf: cell["value"] for leaf, cell in recorded["lora"].items()}
+        model = {leaf: cell["value"] for leaf, cell in recorded["model"].items()}
+        values = {leaf: lora[leaf] for _, leaf in SHAPE_KEYS}
+        base, revision = str(model["model_name_or_path"]), model["model_revision"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _unusable(
+            folder, f"{run / RESOLVED} does not say how it was trained", f"ls {run}"
+        ) from error
+    _refuse_changed_base(
+        folder, lora.get("init_lora_weights"), f"lora-trainer export {folder} TARGET, then TARGET"
+    )
+    weights = folder / CHECKPOINT_WEIGHTS
+    return _checked(StartAdapter(weights, base, revision, run, is_checkpoint=True, values=values))
+
+
+def _checked(adapter: StartAdapter) -> StartAdapter:
+    """Refuse keys of wrong types; what is null is what switches it off."""
+    values = dict(adapter.values)
+    values["modules_to_save"] = list(values["modules_to_save"] or [])
+    for leaf in ("use_rslora", "use_dora"):
+        values[leaf] = bool(values[leaf])
+    try:
+        values["lora_alpha"] = float(values["lora_alpha"])
+        type(Config().lora).model_validate(values)
+    except (TypeError, ValueError) as error:
+        raise _unusable(
+            adapter.folder,
+            f"its configuration cannot be read: {str(error).splitlines()[0]}",
+            "save it again with model.save_pretrained(folder)",
+        ) from error
+    if not adapter.base:
+        raise _unusable(
+            adapter.folder, "it names no base model", f"set base_model_name_or_path in its {CONFIG}"
+        )
+    return StartAdapter(
+        adapter.weights,
+        adapter.base,
+        adapter.revision,
+        adapter.run,
+        adapter.is_checkpoint,
+        values,
+    )
+
+
+def _agrees(leaf: str, mine: Any, theirs: Any) -> bool:
+    """Compare values; targets that no list names are compared on the loaded model."""
+    if leaf == "lora_target_modules" and not (isinstance(mine, list) and isinstance(theirs, list)):
+        return True
+    if isinstance(mine, list) and isinstance(theirs, list):
+        return set(mine) == set(theirs)
+    return bool(mine == theirs)
+
+
+def _disagreement(
+    leaf: str, mine: Any, theirs: Any, given: Given, adapter: StartAdapter
+) -> Problem:
+    return Problem(
+        f"{leaf} {mine} is not that of the adapter, {theirs}",
+        given.origin.place,
+        f"training starts from {adapter.folder}, which has {leaf} {theirs}",
+        f"remove {leaf}, which is then taken from the adapter, or name another {KEY}",
+    )
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return listed(folder)
+    except OSError:
+        return []
+
+
+def _is_sound(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint verifies."""
+    try:
+        verify(checkpoint)
+    except CorruptCheckpointError:
+        return False
+    return True
+
+
+def _refuse_changed_base(folder: Path, init: Any, remedy: str) -> None:
+    if isinstance(init, str) and init.startswith(BASE_CHANGING):
+        raise _unusable(
+            folder, f"its init, {init}, changed the base model that it belongs to", remedy
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unusable(
+            path.parent, f"{path.name}: {type(error).__name__}", f"ls -l {path}"
+        ) from error
+    return content if isinstance(content, dict) else {}
+
+
+def _pickled(folder: Path) -> ConfigError:
+    return _unusable(
+        folder,
+        f"{PICKLED} is pickled, which can run code when loaded; nothing here opens it",
+        "save it again with model.save_pretrained(folder, safe_serialization=True)",
+    )
+
+
+def _unusable(folder: Path, why: str, remedy: str) -> ConfigError:
+    return ConfigError(
+        Problem("the adapter to start from cannot be used", f"{KEY}: {folder}", why, remedy)
+    )

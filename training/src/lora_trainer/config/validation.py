@@ -1,0 +1,111 @@
+"""Values held against the schema: every misfit becomes a problem with its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..errors import Problem
+from .compatibility import DATASETS
+from .constraints import choices_of, expectation, keys_at, spec_at
+from .dataset_entries import LIST_FORM
+from .layers import Given, did_you_mean, found
+from .literal import from_text
+from .schema import SECRET_KEYS, leaf_sections, sections
+from .text import Pointer, shown_key
+
+Errors = list[tuple[Pointer, str]]  # the part of the value, and pydantic's name for what it is
+
+
+def find_misfits(given: Mapping[str, Given]) -> dict[str, list[Problem]]:
+    """Return the problems of each leaf whose value the schema refuses."""
+    misfits: dict[str, list[Problem]] = {}
+    for name, kind in sections().items():
+        values = {leaf: g.value for leaf, g in given.items() if leaf_sections()[leaf] == name}
+        try:
+            kind.model_validate(values)
+        except ValidationError as error:
+            details = error.errors(include_url=False, include_context=False, include_input=False)
+            for leaf in dict.fromkeys(str(detail["loc"][0]) for detail in details):
+                errors = [
+                    (_inner_path(values[leaf], detail["loc"][1:]), detail["type"])
+                    for detail in details
+                    if detail["loc"][0] == leaf
+                ]
+                misfits[leaf] = _problems(given[leaf], errors)
+    return misfits
+
+
+def _inner_path(value: Any, location: Pointer) -> Pointer:
+    """Return the path within a value, without the names that pydantic gives union members."""
+    path: list[str | int] = []
+    for part in location:
+        is_index = isinstance(value, list) and isinstance(part, int)
+        if is_index or (isinstance(value, dict) and part in value):
+            path.append(part)
+            value = value[part]
+    return tuple(path)
+
+
+def _problems(given: Given, errors: Errors) -> list[Problem]:
+    """Return one problem for each innermost part that misfits."""
+    paths = dict.fromkeys(path for path, _ in errors)
+    innermost = [
+        path for path in paths if not any(p != path and p[: len(path)] == path for p in paths)
+    ]
+    return [
+        _problem(given, path, {kind for other, kind in errors if other == path})
+        for path in innermost[:20]
+    ]
+
+
+def _problem(given: Given, path: Pointer, kinds: set[str]) -> Problem:
+    place = given.place(path)
+    name = given.leaf + "".join(
+        f"[{part}]" if isinstance(part, int) else f".{shown_key(part)}" for part in path
+    )
+    if "extra_forbidden" in kinds:
+        key = str(path[-1])
+        keys = keys_at(given.leaf, path[:-1])
+        remedy = did_you_mean(key, keys) or f"known keys: {', '.join(keys)}"
+        return Problem(f"{name} is an unknown key", place, remedy=remedy)
+    value = given.value
+    for part in path:
+        value = value[part]
+    if "missing" in kinds:
+        keys = [key for key in _required_keys(given.leaf, path) if key not in value]
+        return Problem(f"{name} lacks {', '.join(keys)}", place, expectation(given.leaf, path))
+    is_secret = given.leaf in SECRET_KEYS
+    what = f"{name} cannot be {found(value, is_secret=is_secret)}"
+    why = expectation(given.leaf, path)
+    return Problem(what, place, why, "" if is_secret else _remedy(given, path, value))
+
+
+def _required_keys(leaf: str, path: Pointer) -> list[str]:
+    """Return the keys without which an object within a value is incomplete."""
+    definitions = spec_at(leaf, path)["$defs"].values()
+    return [key for definition in definitions for key in definition.get("required", [])]
+
+
+def _remedy(given: Given, path: Pointer, value: Any) -> str:
+    if isinstance(value, str):
+        remedy = did_you_mean(value, choices_of(spec_at(given.leaf, path)))
+        if remedy:
+            return remedy
+        meant = from_text(given.leaf, value) if not path else value
+        if not isinstance(meant, str) and meant is not None:
+            return f"write {str(meant).lower()} without quotes"
+        words = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+        if value.lower() in words:
+            return f"write {words[value.lower()]}"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return f"write {int(value)}"
+    if given.leaf in DATASETS:
+        return LIST_FORM
+    default = spec_at(given.leaf).get("default")
+    if path or default is None:
+        return ""
+    shown = str(default).lower() if isinstance(default, bool) else default
+    return f"--{given.leaf} {shown} is the default"

@@ -1,0 +1,138 @@
+"""Count what becomes of a dataset's rows, refuse it where it must be, report on it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..errors import DataError, Problem
+from .bad_rows import MAX_LISTED, BadRow, BadRowLog, listed_problems
+from .cache import TokenizedDataset
+from .encoder import EncodedChunk
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """What became of the rows of a dataset; fit for JSON.
+
+    `formats` has one for each source. `longest_tokens` is before truncation, the other
+    lengths are after it. `rows_changed` counts the rows that the chat template or the tokenizer
+    writes otherwise than they stand, by the kind of change. `cache` says whether the tokens
+    were made, reused, or remade and why; `processes_restarted` how many processes ended
+    while they were made.
+    """
+
+    rows_read: int
+    rows_used: int
+    rows_truncated: int
+    rows_skipped: dict[str, int]
+    rows_dropped: dict[str, int]
+    rows_changed: dict[str, int]
+    unused_fields: list[str]
+    rows_repeated: int
+    formats: list[str]
+    tokens: int
+    trained_tokens: int
+    mean_tokens: float
+    p50_tokens: int
+    p90_tokens: int
+    p99_tokens: int
+    max_tokens: int
+    longest_tokens: int
+    digest: str
+    cache: str
+    processes_restarted: int = 0
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts over the chunks of one dataset."""
+
+    log: BadRowLog
+    dropped: Counter[str] = field(default_factory=Counter)
+    changes: Counter[str] = field(default_factory=Counter)
+    truncated: int = 0
+    longest: int = 0
+    flawed: list[BadRow] = field(default_factory=list)
+    too_long: list[BadRow] = field(default_factory=list)
+    too_long_total: int = 0
+
+    def add(self, chunk: EncodedChunk) -> None:
+        """Count a chunk."""
+        self.log.rows_read += chunk.rows
+        for bad in chunk.bad:
+            self.log.add(bad)
+        self.dropped.update(chunk.dropped)
+        self.changes.update(chunk.changes)
+        self.truncated += chunk.truncated
+        self.longest = max(self.longest, chunk.longest)
+        self.flawed.extend(chunk.flawed)
+        self.too_long_total += len(chunk.too_long)
+        self.too_long = (self.too_long + chunk.too_long)[:MAX_LISTED]
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Tell whether the masks are wrong so often that the rest need not be looked at."""
+        return len(self.flawed) >= MAX_LISTED
+
+    def judge(self, rows_used: int) -> None:
+        """Refuse a dataset for all that is wrong with it, at once.
+
+        Raises:
+            DataError: as the settings say.
+        """
+        problems = self.log.problems()
+        if self.flawed:
+            least = "at least " if self.is_hopeless else ""
+            problems.append(
+                Problem(
+                    what=f"{least}{len(self.flawed):,} rows would not teach what they should",
+                    why="the mask audit finds no trained token, or an untrained end of a turn",
+                    remedy="lora-trainer check --show-sample prints rows with their masks; "
+                    "then mend the rows, train_on or chat_template",
+                )
+            )
+            problems.extend(listed_problems(self.flawed, len(self.flawed)))
+        if self.too_long:
+            problems.append(
+                Problem(
+                    what=f"{self.too_long_total:,} rows are longer than max_seq_length",
+                    remedy=f"set max_seq_length to {self.longest} (the longest row), "
+                    "or too_long to truncate or drop",
+                )
+            )
+            problems.extend(listed_problems(self.too_long, self.too_long_total))
+        if not problems and rows_used == 0:
+            reasons = Counter(self.dropped) + self.log.reasons
+            problems.append(
+                Problem(
+                    what="no row is left to train on",
+                    why="; ".join(f"{count:,} rows: {reason}" for reason, count in reasons.items()),
+                    remedy="raise max_seq_length, or mend the rows",
+                )
+            )
+        if problems:
+            raise DataError(problems)
+
+
+def report_on(dataset: TokenizedDataset, cache: str, processes_restarted: int = 0) -> DataReport:
+    """Complete the counts that were stored with a dataset."""
+    lengths = dataset.lengths
+    p50, p90, p99 = (int(p) for p in np.percentile(lengths, (50, 90, 99)))
+    return DataReport(
+        **dataset.report,
+        rows_used=len(dataset),
+        rows_repeated=len(dataset) - len(np.unique(dataset.row_hashes)),
+        tokens=dataset.token_count,
+        trained_tokens=int(dataset.trained_counts.sum(dtype=np.int64)),
+        mean_tokens=round(dataset.token_count / len(dataset), 1),
+        p50_tokens=p50,
+        p90_tokens=p90,
+        p99_tokens=p99,
+        max_tokens=int(lengths.max()),
+        digest=dataset.digest,
+        cache=cache,
+        processes_restarted=processes_restarted,
+    )

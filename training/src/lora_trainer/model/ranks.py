@@ -1,0 +1,265 @@
+"""The processes that train together, as each of them sees it: its rank, and what all agree on.
+
+Every rank holds the whole adapter and takes a share of each step's micro-batches; one sum
+of a flat bucket makes their gradients one. A rank alone is the same object, whose sums
+cost nothing. Small words travel over gloo on the CPU, gradients on the training device.
+
+Processes meet through a file (`store`), so no port is opened for it; the supervisor
+watches them, so nothing here waits for a clock: a rank whose peer is gone fails with
+`PeerLostError`, says nothing, and is ended or started again with the group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.fsdp
+from torch import Tensor
+
+from ..run.events import RankFigures
+
+# A rank waits for another as long as that one lives: tokenizing may take hours.
+PATIENCE = datetime.timedelta(days=7)
+# What gloo and NCCL say when a peer has gone; what else they raise is a fault of this rank.
+LOST_WORDS = (
+    "Connection closed",
+    "Connection reset",
+    "Broken pipe",
+    "Socket closed",
+    "gloo::IoException",
+    "ncclRemoteError",
+    "ncclSystemError",
+)
+
+
+class PeerLostError(Exception):
+    """Another rank ended in the middle of something common; that one knows why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process's place among `count` ranks, of which 0 speaks, saves and exports."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Tell whether this rank speaks and writes for all."""
+        return self.rank == 0
+
+    def is_any(self, said: bool) -> bool:
+        """Tell whether any rank says so; every rank must ask."""
+        if self.count == 1:
+            return said
+        return bool(self.summed(torch.tensor([float(said)])).item())
+
+    def agreed(self, asked: Callable[[], bool]) -> Callable[[], bool]:
+        """Return a question that all ranks answer alike, however late a signal reached one."""
+        return lambda: self.is_any(asked())
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all ranks, the same bytes on each."""
+        if self.count > 1:
+            with _peers():
+                torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def gather(self, part: Tensor, whole: Tensor) -> None:
+        """Put every rank's part, in the ranks' order, into `whole`."""
+        if self.count == 1:
+            whole.copy_(part)
+            return
+        with _peers():
+            if whole.device.type == "cpu":  # torch 2.1.2's gloo gathers into a list alone
+                torch.distributed.all_gather(list(whole.chunk(self.count)), part)
+            else:
+                torch.distributed.all_gather_into_tensor(whole, part)
+
+    def least(self, value: int) -> int:
+        """Return the least of all ranks' values; every rank must ask."""
+        if self.count == 1:
+            return value
+        values = torch.zeros(self.count, dtype=torch.int64)
+        values[self.rank] = value
+        return int(self.summed(values).min())
+
+    def wait(self) -> None:
+        """Wait until every rank is here."""
+        self.is_any(False)
+
+    @contextlib.contextmanager
+    def first_then_others(self) -> Iterator[None]:
+        """Let rank 0 do something once, and the others after it (they find its cache)."""
+        if not self.is_first:
+            self.wait()
+        yield
+        if self.is_first:
+            self.wait()
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Let one rank after the other do something that takes much of the machine."""
+        for _ in range(self.rank):
+            self.wait()
+        yield
+        for _ in range(self.count - self.rank):
+            self.wait()
+
+
+ALONE = Ranks()
+
+
+def join(rank: int, count: int, store: str) -> Ranks:
+    """Meet the other ranks; return this one's place.
+
+    Raises:
+        PeerLostError: one of them ended before all had come.
+    """
+    if count == 1:
+        return ALONE
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+        if not hasattr(torch.distributed.fsdp, "fully_shard"):
+            # Later versions do so by themselves: memory that was gathered into is free again
+            # at once, instead of when the processor has caught up with the GPU.
+            os.environ.setdefault("TORCH_NCCL_AVOID_RECORD_STREAMS", "1")
+    ranks = Ranks(rank, count)
+    with _peers():
+        _meet(ranks, init_method=f"file://{store}")
+    return ranks
+
+
+def form_group(ranks: Ranks) -> None:
+    """Make even a rank alone a group of PyTorch's, for a library that wants one."""
+    if not torch.distributed.is_initialized():
+        _meet(ranks, store=torch.distributed.HashStore())  # type: ignore[attr-defined]
+
+
+def _meet(ranks: Ranks, **where: Any) -> None:
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        rank=ranks.rank,
+        world_size=ranks.count,
+        timeout=PATIENCE,
+        **where,
+    )
+
+
+def is_peer_lost(error: BaseException) -> bool:
+    """Tell whether an error only says that another rank is gone."""
+    if isinstance(error, PeerLostError):
+        return True
+    # Not memory that has run out; torch's own errors of collectives are RuntimeErrors too.
+    is_known = isinstance(error, RuntimeError) and not isinstance(
+        error, torch.cuda.OutOfMemoryError
+    )
+    return is_known and any(word in str(error) for word in LOST_WORDS)
+
+
+@contextlib.contextmanager
+def _peers() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_peer_lost(error):
+            raise
+        raise PeerLostError(str(error)) from error
+
+
+def share_out(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Share pieces of these sizes among `count` ranks: as many pieces each, and as even.
+
+    The largest goes first, to whoever has least; every rank reckons the same. Within a
+    rank the pieces keep their order.
+    """
+    most = -(-len(sizes) // count)
+    shares: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for piece in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
+        open_ranks = [rank for rank in range(count) if len(shares[rank]) < most]
+        rank = min(open_ranks, key=lambda one: (loads[one], one))
+        shares[rank].append(piece)
+        loads[rank] += sizes[piece]
+    return [sorted(share) for share in shares]
+
+
+def own_batches(tokens: Sequence[int], ranks: Ranks, is_sharded: bool) -> list[tuple[int, float]]:
+    """Return this rank's micro-batches of a step, by number, and the weight of each: one.
+
+    Ranks that share a model gather its layers together, so one that has fewer goes through
+    the step's first micro-batch again, with the weight nought.
+    """
+    shares = share_out(tokens, ranks.count)
+    own = [(index, 1.0) for index in shares[ranks.rank]]
+    missing = max(map(len, shares)) - len(own) if is_sharded else 0
+    return own + [(0, 0.0)] * missing
+
+
+def seed_of(seed: int, step: int, index: int) -> int:
+    """Return the seed of a micro-batch's dropout: a function of its place in the run alone."""
+    return int(np.random.SeedSequence([seed, step, index]).generate_state(1, np.uint64)[0])
+
+
+def sum_step(
+    ranks: Ranks,
+    parameters: Sequence[torch.nn.Parameter],
+    loss: Tensor,
+    own: RankFigures,
+) -> tuple[float, list[RankFigures]]:
+    """Make every rank's gradients the sum of all; return the summed loss and all figures.
+
+    One flat float32 bucket carries the gradients, which of them exist, the loss, and the
+    figures of each rank in a place of its own, so that a step costs one collective.
+    """
+    if ranks.count == 1:
+        return float(loss), [own]
+    gradients = [p.grad for p in parameters]
+    exist = [float(gradient is not None) for gradient in gradients]
+    figures = [0.0] * (FIGURES * ranks.count)
+    figures[FIGURES * ranks.rank : FIGURES * (ranks.rank + 1)] = _packed(own)
+    told = torch.tensor([*exist, *figures], dtype=torch.float32, device=loss.device)
+    flat = [
+        (torch.zeros_like(p) if g is None else g).detach().reshape(-1).float()
+        for p, g in zip(parameters, gradients, strict=True)
+    ]
+    bucket = ranks.summed(torch.cat([*flat, loss.detach().reshape(1).float(), told]))
+    sizes = [p.numel() for p in parameters]
+    parts = bucket.split([*sizes, 1, len(exist), len(figures)])
+    for parameter, part, has in zip(parameters, parts, parts[-2].tolist(), strict=False):
+        if has:
+            parameter.grad = part.view_as(parameter).to(parameter.dtype)
+    rows = parts[-1].tolist()
+    return float(parts[-3]), [
+        _unpacked(rank, rows[FIGURES * rank : FIGURES * (rank + 1)]) for rank in range(ranks.count)
+    ]
+
+
+FIGURES = 6
+
+
+def _packed(own: RankFigures) -> list[float]:
+    sizes = [float(own.micro_batch_examples), float(own.gradient_checkpointing)]
+    memory = [own.memory_bytes / 1024, own.gpu_memory_bytes / 1024]
+    return [own.seconds, float(own.tokens), *memory, *sizes]
+
+
+def _unpacked(rank: int, row: list[Any]) -> RankFigures:
+    """Return a rank's figures; float32 carries them to seven digits."""
+    seconds, tokens, memory_kib, gpu_kib, examples, checkpointing = row
+    return RankFigures(
+        rank=rank,
+        seconds=seconds,
+        tokens=int(tokens),
+        memory_bytes=int(memory_kib) * 1024,
+        gpu_memory_bytes=int(gpu_kib) * 1024,
+        micro_batch_examples=int(examples),
+        gradient_checkpointing=int(checkpointing),
+    )

@@ -1,0 +1,125 @@
+"""The installed stack (requirements/): which GPUs it serves, and how its packages are installed.
+
+Imports no torch: its build is known by its version. What a stack serves stands in `stack.sh`
+too, which chooses one before there is any Python; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import TrainerError, UnavailableError
+from ..machine import Gpu, Machine
+
+LOCKS = Path(__file__).parents[2] / "requirements"  # an image does not have them
+ON_CPU = "./training/run.sh --cpu (or CUDA_VISIBLE_DEVICES= ) trains on the CPU"
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """What a build of torch needs: the first driver, and compute capabilities it has code for."""
+
+    name: str
+    driver: int
+    least: tuple[int, int]
+    most: tuple[int, int] | None = None
+
+    def serves(self, gpu: Gpu) -> bool:
+        """Tell whether torch has code for a GPU."""
+        return gpu.capability >= self.least and (self.most is None or gpu.capability <= self.most)
+
+
+CURRENT = Stack("current", 580, (7, 5))
+CU121 = Stack("cu121", 525, (7, 0), (9, 0))
+
+
+def installed() -> str:
+    """Return the name of the stack whose torch is installed."""
+    version = importlib.metadata.version("torch")
+    if version.endswith("+cpu"):
+        return "cpu"
+    return CU121.name if version.startswith("2.1.") else CURRENT.name
+
+
+def check_gpus(machine: Machine, stack: str) -> None:
+    """Refuse to train on the CPU beside a GPU that the installed stack does not serve.
+
+    Raises:
+        UnavailableError: a visible GPU or its driver is not one of the stack's.
+    """
+    if not machine.has_gpu:
+        return
+    names = ", ".join(sorted({gpu.name for gpu in machine.gpus}))
+    if stack == "cpu":
+        raise _unserved(
+            machine,
+            f"{names}, and the installed stack is cpu",
+            "its torch has no CUDA",
+        )
+    known = CU121 if stack == CU121.name else CURRENT
+    major = machine.driver.partition(".")[0]
+    if major.isdigit() and int(major) < known.driver:
+        why = f"the driver is {machine.driver}, the stack {stack} needs {known.driver} or newer"
+        raise _unserved(machine, names, why)
+    for gpu in machine.gpus:
+        if not known.serves(gpu):
+            limit = f" to {_dotted(known.most)}" if known.most else " and newer"
+            why = (
+                f"its compute capability is {_dotted(gpu.capability)}, the stack {stack} serves "
+                f"{_dotted(known.least)}{limit}"
+            )
+            raise _unserved(machine, f"GPU {gpu.index}: {gpu.name}", why)
+
+
+def unusable(machine: Machine, why: str) -> TrainerError:
+    """Return the error of a GPU that the driver lists and torch cannot use."""
+    return UnavailableError.of(
+        "the GPU cannot be used",
+        where=", ".join(gpu.name for gpu in machine.gpus),
+        why=f"the driver {machine.driver} lists it, and torch finds no CUDA device"
+        + (f": {why}" if why else ""),
+        remedy=f"nvidia-smi, then restart the machine or the container; {ON_CPU}",
+    )
+
+
+def _unserved(machine: Machine, where: str, why: str) -> TrainerError:
+    served = next(
+        (
+            stack
+            for stack in (CURRENT, CU121)
+            if _driver_of(machine) >= stack.driver and all(map(stack.serves, machine.gpus))
+        ),
+        None,
+    )
+    others = f"LORA_STACK={served.name} ./training/run.sh uses it" if served else ""
+    driver = f"update the driver to {CURRENT.driver} or newer" if not served else ""
+    return UnavailableError.of(
+        "the installed packages do not serve this machine's GPU",
+        where=where,
+        why=why,
+        remedy="; ".join(part for part in (others or driver, ON_CPU) if part),
+    )
+
+
+def _driver_of(machine: Machine) -> int:
+    major = machine.driver.partition(".")[0]
+    return int(major) if major.isdigit() else 0
+
+
+def _dotted(capability: tuple[int, int] | None) -> str:
+    return ".".join(str(part) for part in capability or ())
+
+
+def install_remedy(package: str, lock: str = "") -> str:
+    """Return the command that installs a package here; empty where nothing can be installed.
+
+    `lock` names the file in requirements/ that pins it. An image is read-only.
+    """
+    if not LOCKS.is_dir() or not os.access(sys.prefix, os.W_OK):
+        return ""
+    pip = f"{sys.executable} -m pip install"
+    return f"{pip} --no-deps --require-hashes -r {LOCKS / lock}" if lock else f"{pip} {package}"

@@ -1,0 +1,314 @@
+"""The report of a run: `loss.png` and `report.html`, made of what the run left in its folder.
+
+It reads `events.jsonl`, `config.resolved.json`, `plan.json`, `environment.json` and
+`data.json`, each of which may be missing, and works as well for a run that failed or
+is not finished. The page is one file that loads nothing and runs no script; charts are
+drawn by its template from shares (0 to 1) of the plot, so that they fit every width.
+The same inputs give the same bytes. Imports no torch; matplotlib only for the picture.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from functools import reduce
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..errors import MEANINGS
+from ..host.disk import sync
+from ..run.events import parse_line
+from ..run.history import KEPT_MOMENTS, WHOLE, History, Point
+from ..run.status import ENDINGS, RunStatus, fold
+from .charts import Vertex, chart, draw_png, short, smoothed
+from .text import duration, percent, size
+
+LONGEST_TEXT = 6000
+NAMELESS = "Training run"
+
+
+def write_report(output_dir: Path) -> list[Path]:
+    """Write `report.html` and, when a step was done, `loss.png`; return what was written."""
+    status, history = _read_run(output_dir / "events.jsonl")
+    written = [output_dir / "report.html"]
+    page = render_html(
+        status,
+        history,
+        config=_read_json(output_dir / "config.resolved.json"),
+        plan=_read_json(output_dir / "plan.json"),
+        environment=_read_json(output_dir / "environment.json"),
+        data=_read_json(output_dir / "data.json"),
+    )
+    # Generated text may hold half of a surrogate pair, which UTF-8 cannot.
+    _replace(written[0], page.encode("utf-8", errors="replace"))
+    if _series(history, lambda point: point.loss):
+        written.append(output_dir / "loss.png")
+        _replace(written[1], _picture(status, history))
+    return written
+
+
+def render_html(
+    status: RunStatus,
+    history: History,
+    *,
+    config: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    data: Mapping[str, Any],
+) -> str:
+    """Return the page; every text of the run in it is escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    template = resources.files(__package__).joinpath("report_template.html")
+    page = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(template.read_text(encoding="utf-8"))
+    values = [(s, k, leaf) for s, group in config.items() for k, leaf in group.items()]
+    settings = [(s, k, _text(leaf["value"]), str(leaf["origin"])) for s, k, leaf in values]
+    base = config.get("model", {}).get("model_name_or_path", {}).get("value", "")
+    failure, best = status.failure, status.best_eval
+    exit_code = failure.exit_code if failure and status.exit_code is None else status.exit_code
+    return page.render(
+        name=status.run_name or NAMELESS,
+        base=base,
+        digest=status.config_digest,
+        started=_moment(status.started_time),
+        result=status.phase if status.phase in ENDINGS else "unfinished",
+        phase="" if status.started_time is None else status.phase,
+        exit_code=exit_code,
+        meaning=MEANINGS.get(exit_code or 0, "unknown"),
+        tiles=_tiles(status, history, plan),
+        problems=failure.problems if failure else [],
+        warnings=_warnings(status, history),
+        comparison=_comparison(status),
+        best=(best.step, best.eval_loss) if best else None,
+        samples=_samples(history),
+        charts=_charts(history),
+        timeline=_timeline(status, history),
+        changed=[row for row in settings if not row[3].startswith("default")],
+        unchanged=[row for row in settings if row[3].startswith("default")],
+        plan=_flat(plan),
+        environment=_flat(environment),
+        data=_flat(data),
+        checkpoints=[
+            (saved.step, saved.path, size(saved.bytes), f"{saved.seconds:.2f} s", saved.is_best)
+            for saved in history.checkpoints()
+        ],
+    )
+
+
+def _tiles(
+    status: RunStatus, history: History, plan: Mapping[str, Any]
+) -> list[tuple[str, str, str]]:
+    """Return the summary: name, figure, what it is of."""
+    steps = history.points(WHOLE)
+    if not steps:
+        return []
+    last, total = steps[-1], plan.get("total_steps")
+    seconds = sum(step.seconds for step in steps)
+    done = f"{last.step:,} of {total:,}" if total else f"{last.step:,}"
+    tokens = sum(step.tokens for step in steps)
+    speed = f"{tokens / seconds:,.0f} tokens/s" if seconds else "not measured"
+    memory, on_gpu = status.peak_memory_bytes, status.peak_gpu_memory_bytes
+    kind = f"of the GPU; {size(memory)} main" if on_gpu else "main memory"
+    trained = duration(status.finished.train_seconds if status.finished else seconds)
+    losses = [loss for _, loss in _series(history, lambda point: point.loss)]
+    latest = losses[-max(1, len(losses) // 20) :]
+    loss = short(sum(latest) / len(latest)) if latest else "not finite"
+    over = f"mean of the last {len(latest)} steps" if len(latest) > 1 else "of the last step"
+    return [
+        ("Training time", trained, f"{duration(_since_start(status, status.last_time))} in all"),
+        ("Steps", done, f"{last.epoch:.2f} epochs"),
+        ("Speed", speed, f"{tokens:,} tokens"),
+        ("Peak memory", size(on_gpu or memory), kind),
+        ("Training loss", loss, over),
+    ]
+
+
+def _warnings(status: RunStatus, history: History) -> list[tuple[str, int]]:
+    """Return the warnings, and how often each was given; a loss that is not finite is one."""
+    warnings = [(warning.message, warning.count) for warning in status.warnings]
+    if status.warnings_left_out:
+        warnings.append((f"{status.warnings_left_out} more warnings are left out here", 1))
+    steps = [point.step for point in history.points(WHOLE) if not math.isfinite(point.loss)]
+    if steps:
+        more = f" and at {len(steps) - 1} later steps" if steps[1:] else ""
+        warnings.append((f"The loss was not finite at step {steps[0]}{more}", 1))
+    return warnings
+
+
+def _comparison(status: RunStatus) -> list[tuple[str, str, str, str, bool]]:
+    """Return the table of before and after: name, both figures, change, is it better."""
+    before, after = status.generated_before, status.generated_after
+    first, last = status.eval_before, status.last_eval
+    last = last if last is not first else None
+    rows = max((shown.rows for shown in (before, after) if shown), default=0)
+    figures = (
+        (f"Exact match, {rows} rows", before, after, "exact_match", True),
+        ("Evaluation loss", first, last, "eval_loss", False),
+        ("Perplexity", first, last, "eval_perplexity", False),
+        ("Token accuracy", first, last, "eval_token_accuracy", True),
+    )
+    return [
+        _compared(name, getattr(old, key, None), getattr(new, key, None), is_share=is_share)
+        for name, old, new, key, is_share in figures
+        if old or new
+    ]
+
+
+def _compared(
+    name: str, old: float | None, new: float | None, *, is_share: bool
+) -> tuple[str, str, str, str, bool]:
+    """Return a row of the table; of a share more is better, of a loss less."""
+    shown = percent if is_share else short
+    texts = ["not measured" if value is None else shown(value) for value in (old, new)]
+    if old is None or new is None or not math.isfinite(new - old):
+        return name, texts[0], texts[1], "", False
+    change = f"{100 * abs(new - old):.1f} points" if is_share else short(abs(new - old))
+    sign = "+" if new >= old else "\u2212"
+    return name, texts[0], texts[1], sign + change, new > old if is_share else new < old
+
+
+def _samples(history: History) -> list[dict[str, Any]]:
+    shown = []
+    for index in sorted({index for index, _ in history.samples}):
+        pair = [history.samples.get((index, when)) for when in ("before", "after")]
+        either = pair[1] or pair[0]
+        assert either is not None
+        answers = [
+            None if one is None else (_cut(one.answer), one.answer.strip() == one.expected.strip())
+            for one in pair
+        ]
+        shown.append({"prompt": _cut(either.prompt), "expected": _cut(either.expected),
+                      "before": answers[0], "after": answers[1]})  # fmt: skip
+    return shown
+
+
+def _timeline(status: RunStatus, history: History) -> list[tuple[str, str, str]]:
+    entries = [
+        (duration(_since_start(status, moment.time)), moment.kind, moment.text)
+        for moment in history.timeline
+    ]
+    if history.moments_left_out:
+        gap = f"{history.moments_left_out} entries are left out here"
+        entries.insert(KEPT_MOMENTS // 2, ("", "gap", gap))
+    return entries
+
+
+def _charts(history: History) -> list[dict[str, Any]]:
+    """Return the charts' geometry; the first one is the wide one."""
+    loss = _series(history, lambda point: point.loss)
+    norm = _series(history, lambda point: point.grad_norm)
+    rate = _series(history, lambda point: point.learning_rate)
+    speed = _series(history, lambda point: point.tokens_per_second)
+    none: list[Vertex] = []
+    plots = (
+        ("Loss", loss, smoothed(loss), _held_out(history)),
+        ("Learning rate", rate, none, none),
+        ("Gradient norm", norm, smoothed(norm), none),
+        ("Tokens per second", speed, smoothed(speed), none),
+    )
+    return [
+        chart(title, raw, smooth, dots, history.resumes)
+        for title, raw, smooth, dots in plots
+        if raw or dots
+    ]
+
+
+def _picture(status: RunStatus, history: History) -> bytes:
+    return draw_png(
+        status.run_name or NAMELESS,
+        loss=_series(history, lambda point: point.loss),
+        held_out=_held_out(history),
+        rate=_series(history, lambda point: point.learning_rate),
+        marks=history.resumes,
+    )
+
+
+def _series(history: History, figure: Callable[[Point], float | None]) -> list[Vertex]:
+    """Return a figure of every step, without those that are not finite."""
+    values = [(float(point.step), figure(point)) for point in history.points(WHOLE)]
+    return [(step, value) for step, value in values if value is not None and math.isfinite(value)]
+
+
+def _held_out(history: History) -> list[Vertex]:
+    """Return the evaluation loss by step, as far as it is finite."""
+    points = [(float(score.step), score.eval_loss) for score in history.evals()]
+    return [point for point in points if math.isfinite(point[1])]
+
+
+def _read_run(path: Path) -> tuple[RunStatus, History]:
+    """Fold the events of a file; lines that are none are passed over."""
+    events = [event for event in map(parse_line, _read_lines(path)) if event is not None]
+    history = History(WHOLE)
+    for event in events:
+        history.add(event)
+    return reduce(fold, events, RunStatus()), history
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        return []
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file, nothing if it is missing or was never finished."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Put the content into place at once, so that no reader sees half of it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside.write_bytes(content)
+    sync(beside)
+    beside.replace(path)
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{above}{name}.")
+        else:
+            shown = _text(value)
+            if isinstance(value, int) and not isinstance(value, bool):
+                shown = size(value) if name.endswith("_bytes") else f"{value:,}"
+            rows.append((above + name, shown))
+    return rows
+
+
+def _text(value: Any) -> str:
+    """Return a JSON value as a reader wants it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list) and not any(isinstance(item, list | dict) for item in value):
+        texts = [_text(item) for item in value]
+        return ("\n" if any(" " in text for text in texts) else ", ").join(texts) or "none"
+    if isinstance(value, list | dict):
+        return _cut(json.dumps(value, ensure_ascii=False))
+    return "none" if value is None else _cut(str(value))
+
+
+def _cut(text: str) -> str:
+    more = len(text) - LONGEST_TEXT
+    return text if more <= 0 else f"{text[:LONGEST_TEXT]}\u2026 ({more:,} characters more)"
+
+
+def _since_start(status: RunStatus, moment: float | None) -> float:
+    return 0.0 if status.started_time is None or moment is None else moment - status.started_time
+
+
+def _moment(seconds: float | None) -> str:
+    if not seconds:
+        return ""
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")

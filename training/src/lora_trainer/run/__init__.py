@@ -1,0 +1,1 @@
+"""A run on record: its events, status, folder and lock. Imports no torch."""

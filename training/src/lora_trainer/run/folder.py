@@ -1,0 +1,190 @@
+"""The output folder of a run: its place, its files' names, its lock, its events, its archive."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+from pathlib import Path
+from typing import IO, Any
+
+from ..config.settings import Settings
+from ..errors import AccessError, ConfigError, StorageError
+from ..host.disk import sync
+from .events import Event
+from .memory_limits import MEMORY
+
+DIGEST = "config.digest"
+DONE = "DONE"
+EVENTS = "events.jsonl"
+RESOLVED = "config.resolved.json"
+LOG = "train.log"
+LOCK = ".lock"
+FINAL = "final_model"
+SERVER = "server.json"  # where the status server answers, while it does
+# Everything that a run writes, but for its lock, which whoever archives is holding.
+OWN = frozenset(
+    {
+        DONE, EVENTS, RESOLVED, LOG, DIGEST, SERVER, "plan.json", "data.json", "environment.json",
+        "report.html", "loss.png", "logs", "checkpoints", "initial_adapter", FINAL,
+        f".{FINAL}.writing", MEMORY,
+    }
+)  # fmt: skip
+# What a kill leaves of a file that was being written, and of the test of a folder.
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.(writing|\d+\.tmp)|\.writable-\d+")
+# Where a run's files wait while it is archived. While it exists, archiving is not complete.
+ARCHIVING = ".archiving"
+
+
+def output_folder(settings: Settings) -> Path:
+    """Return the folder of this run's results."""
+    output = settings.config.output
+    folder = Path(output.output_dir).absolute()
+    return folder / output.run_name if output.run_name else folder
+
+
+def make_folder(folder: Path) -> None:
+    """Make the output folder and prove that files can be written in it.
+
+    Raises:
+        AccessError, ConfigError, StorageError: it cannot be, or they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.write_text("x")
+        probe.unlink()
+    except PermissionError as error:
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        raise AccessError.of(
+            "the output folder cannot be written",
+            where=f"output_dir: {folder}",
+            why=f"{error.strerror}, as user {os.getuid()}",
+            remedy=f"chmod -R u+rwX {existing}"
+            if existing.stat().st_uid == os.getuid()
+            else f"sudo chown -R {os.getuid()}:{os.getgid()} {existing}",
+        ) from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError.of(
+            "the output folder is a file",
+            where=f"output_dir: {folder}",
+            why=f"{error.filename} is not a folder",
+            remedy="--output_dir ANOTHER_FOLDER",
+        ) from error
+    except OSError as error:
+        if error.errno == errno.EROFS:
+            raise AccessError.of(
+                "the output folder cannot be written",
+                where=f"output_dir: {folder}",
+                why="it is mounted read-only",
+                remedy="mount it writable, or --output_dir ANOTHER_FOLDER",
+            ) from error
+        raise StorageError.of(
+            "the output folder cannot be written",
+            where=f"output_dir: {folder}",
+            why=error.strerror or str(error),
+            remedy=f"df -h {folder.parent}",
+        ) from error
+
+
+def archive(folder: Path) -> Path:
+    """Move a run's files to a numbered folder beside it, so that nothing is lost.
+
+    A folder that holds more than this run, such as named runs, keeps the run inside: what is
+    not the run's stays where it is. So does a mount point, whose neighbours are other disks.
+
+    The files are gathered in a folder that takes its final name last of all. A kill in between
+    leaves that folder behind, by which `finish_archiving` continues.
+    """
+    gathered = folder / ARCHIVING
+    gathered.mkdir(exist_ok=True)
+    is_alone = True
+    for path in sorted(folder.iterdir()):
+        if is_own(path.name):
+            path.replace(gathered / path.name)
+        elif path.name not in (LOCK, ARCHIVING):
+            is_alone = False
+    sync(gathered)
+    sync(folder)
+    is_beside = is_alone and not folder.is_mount() and os.access(folder.parent, os.W_OK)
+    try:
+        aside = _free_name(folder.parent, folder.name) if is_beside else _free_name(folder, "run")
+        gathered.replace(aside)
+    except OSError as error:
+        # A bind mount of the same disk does not look like a mount point.
+        if not is_beside or error.errno not in (errno.EXDEV, errno.EACCES, errno.EPERM):
+            raise
+        aside = _free_name(folder, "run")
+        gathered.replace(aside)
+    sync(aside.parent)
+    return aside
+
+
+def finish_archiving(folder: Path) -> Path | None:
+    """Complete an archiving that was interrupted; return where the run is now, if there was one."""
+    gathered = folder / ARCHIVING
+    return archive(folder) if gathered.is_dir() and not gathered.is_symlink() else None
+
+
+def is_own(name: str) -> bool:
+    """Tell whether a run writes a file or folder of this name; its lock and archives aside."""
+    temporary = TEMPORARY.fullmatch(name)
+    return name in OWN or (temporary is not None and temporary["name"] in (*OWN, None))
+
+
+def _free_name(parent: Path, name: str) -> Path:
+    number = 1
+    while os.path.lexists(parent / f"{name}.{number}"):
+        number += 1
+    return parent / f"{name}.{number}"
+
+
+class EventFile:
+    """Appends events to a file; a full disk loses some of them and never the run."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab+", buffering=0)
+        self._is_torn = False
+        if self._file.seek(0, os.SEEK_END):
+            self._file.seek(-1, os.SEEK_END)
+            # A killed run may have left half a line: what follows must not join it.
+            self._is_torn = self._file.read(1) != b"\n"
+
+    def __enter__(self) -> EventFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError), self._file:
+            os.fsync(self._file)
+
+    def append(self, event: Event) -> None:
+        """Write one event as a line of its own, if the disk takes it."""
+        line = b"\n" * self._is_torn + event.to_line().encode()
+        try:
+            self._is_torn = self._file.write(line) != len(line)
+        except OSError:
+            return
+
+
+def open_lock(path: Path) -> IO[str]:
+    """Open the lock file for reading and writing, without emptying it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    return os.fdopen(descriptor, "r+")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one move, so that neither a reader nor a power cut meets half of it."""
+    beside = path.with_name(f".{path.name}.writing")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    sync(path.parent)

@@ -1,0 +1,90 @@
+"""A run's hold on its output folder: the lock.
+
+The kernel frees the lock of processes that died, so a stale one is taken over at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from ..errors import BusyError, Problem
+from .folder import LOCK, finish_archiving, open_lock
+
+# How long a start waits for the worker of a supervisor that was killed alone.
+ORPHAN_SECONDS = 120.0
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[IO[str]]:
+    """Hold the output folder alone; give the lock's file, which a worker inherits.
+
+    An archiving that a kill interrupted is completed first, so that nobody meets half a run.
+
+    Raises:
+        BusyError: another run holds it; its process and host are named.
+    """
+    with open_lock(folder / LOCK) as file:
+        until = time.monotonic() + ORPHAN_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+            # A dead supervisor's worker is about to save and end.
+            if is_alive(holder) or time.monotonic() > until:
+                raise _busy(folder, holder)
+            time.sleep(0.1)
+        file.seek(0)
+        file.truncate()
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        finish_archiving(folder)
+        yield file
+
+
+def check_free(folder: Path) -> None:
+    """Look whether a run holds the folder, and leave it as it is.
+
+    Raises:
+        BusyError: one does.
+    """
+    if not (folder / LOCK).is_file():
+        return
+    with open_lock(folder / LOCK) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _busy(folder, file.read().strip() or "unknown") from None
+
+
+def _busy(folder: Path, holder: str) -> BusyError:
+    return BusyError(
+        Problem(
+            "another run holds this output folder",
+            where=str(folder),
+            why=f"its lock is held by {holder}",
+            remedy="wait for it, stop it, or give another --run_name",
+        )
+    )
+
+
+def is_alive(holder: str) -> bool:
+    """Tell whether the process that a lock names may be running; one elsewhere may."""
+    words = holder.split()
+    if len(words) != 4 or not words[1].isdigit() or words[3] != socket.gethostname():
+        return True
+    try:
+        return psutil.Process(int(words[1])).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

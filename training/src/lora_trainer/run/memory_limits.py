@@ -1,0 +1,164 @@
+"""What a run does when memory runs out: smaller batches, then gradient checkpointing.
+
+The loss of a step is normalised over all of its targets, so the size of a micro-batch changes
+memory and time and no figure. What did not fit is done again in smaller pieces at the same
+step, and the smaller size is kept, also by later starts (`memory.json`). Imports no torch.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from ..errors import TrainerError
+from ..faults import is_out_of_memory, out_of_memory
+from ..report.text import size
+
+MEMORY = "memory.json"  # in the output folder: what the run was cut down to
+START_AGAIN = "--resume never (this run is moved aside) or another --run_name"
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryLimits:
+    """What a run was cut down to; zero examples: as configured."""
+
+    micro_batch_examples: int = 0
+    eval_batch_examples: int = 0
+    gradient_checkpointing: bool = False
+
+    def reasons(self, micro_batch_examples: int, eval_batch_examples: int) -> tuple[str, ...]:
+        """Say where this is less than the sizes that are configured."""
+        kept = []
+        if 0 < self.micro_batch_examples < micro_batch_examples:
+            kept.append(f"micro-batches of {self.micro_batch_examples} not {micro_batch_examples}")
+        if 0 < self.eval_batch_examples < eval_batch_examples:
+            kept.append(f"evaluation batches of {self.eval_batch_examples}")
+        if self.gradient_checkpointing:
+            kept.append("gradient checkpointing")
+        if not kept:
+            return ()
+        return (
+            f"memory ran out earlier in this run, which keeps to {', '.join(kept)}; remove "
+            f"{MEMORY} from the output folder to try the configured sizes again",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSizes:
+    """The sizes that a run uses now; they only become smaller."""
+
+    micro_batch_examples: int
+    eval_batch_examples: int
+    gradient_checkpointing: bool
+
+    @property
+    def limits(self) -> MemoryLimits:
+        """Return these sizes as what later starts keep to."""
+        return MemoryLimits(
+            self.micro_batch_examples, self.eval_batch_examples, self.gradient_checkpointing
+        )
+
+    def text(self) -> str:
+        """Return the sizes of a step as a clause."""
+        count = self.micro_batch_examples
+        examples = "1 example" if count == 1 else f"{count} examples"
+        checkpointed = " and gradient checkpointing" if self.gradient_checkpointing else ""
+        return f"micro-batches of {examples}{checkpointed}"
+
+
+def reduced(sizes: BatchSizes, *, is_evaluation: bool = False) -> BatchSizes | None:
+    """Return the next smaller sizes; None where nothing is left to reduce.
+
+    A micro-batch becomes its largest proper divisor, half where it is even: a step's smaller
+    micro-batches are then those that the smaller size would have made.
+    """
+    if is_evaluation:
+        count = sizes.eval_batch_examples
+        return replace(sizes, eval_batch_examples=count // 2) if count > 1 else None
+    count = sizes.micro_batch_examples
+    if count > 1:
+        smaller = max(part for part in range(1, count // 2 + 1) if count % part == 0)
+        return replace(sizes, micro_batch_examples=smaller)
+    if not sizes.gradient_checkpointing:
+        return replace(sizes, gradient_checkpointing=True)
+    return None
+
+
+def sizes_of(plan: Mapping[str, Any]) -> BatchSizes | None:
+    """Return the sizes of a plan as events tell it; None where there is no plan yet."""
+    try:
+        return BatchSizes(
+            int(plan["micro_batch_examples"]),
+            int(plan["eval_batch_examples"]),
+            bool(plan["gradient_checkpointing"]),
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def in_pieces(
+    items: Sequence[Item],
+    most: int,
+    work: Callable[[Sequence[Item]], Result],
+    *,
+    is_divisible: bool = True,
+) -> tuple[list[Result], int]:
+    """Do `work` on all items, `most` at a time or fewer where memory runs out.
+
+    Returns the results in order, and how many fitted at a time. Where a model is shared by
+    ranks, one of them cannot go back alone: the error is raised as it is.
+
+    Raises:
+        MemoryKilledError: not even one fits.
+    """
+    results: list[Result] = []
+    start = 0
+    while start < len(items):
+        piece = items[start : start + most]
+        try:
+            results.append(work(piece))
+        except Exception as error:
+            if not is_divisible or not is_out_of_memory(error):
+                raise
+            if len(piece) == 1:
+                raise nothing_fits("one row at a time", str(error)) from error
+        else:
+            start += len(piece)
+            continue
+        most = len(piece) // 2
+        release()
+    return results, most
+
+
+def nothing_fits(where: str, text: str) -> TrainerError:
+    """Return the error of memory that ran out with nothing left to reduce."""
+    error = out_of_memory(where, text)
+    error.retry = ""
+    return error
+
+
+def release() -> None:
+    """Give back what a failed attempt left; call it outside of the `except` block."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def why_nothing_fits(plan: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the numbers of a plan that did not fit even at its smallest, and what would fit."""
+    needed, limit = plan.get("least_memory_bytes", 0), plan.get("memory_limit_bytes", 0)
+    why = (
+        f"one example at a time with gradient checkpointing needs about {size(needed)}, and "
+        f"{size(limit)} are there"
+    )
+    fitting = [str(one) for one in plan.get("smaller_plans", ())]
+    if not fitting:
+        return why, f"use a machine with more memory than {size(limit)}, or a smaller base model"
+    return why, f"{'; or '.join(fitting)}; with it {START_AGAIN}"

@@ -1,0 +1,1 @@
+"""The supervisor: starts, watches and restarts the workers. Imports no torch."""

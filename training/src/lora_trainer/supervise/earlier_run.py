@@ -1,0 +1,364 @@
+"""The run that an output folder holds already, and what a start makes of it.
+
+Reads, never writes, and needs no torch: the preflight asks the same as the start itself.
+The worker compares the rest (base model, rows) before it continues from a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..checkpoint_folder import CorruptCheckpointError, listed, read_state, step_of
+from ..config.schema import LENGTH_KEYS, NOT_IN_DIGEST, Config, sections
+from ..config.settings import Settings
+from ..config.start_adapter import SHAPE_KEYS
+from ..errors import ConfigError
+from ..plan import steps_of
+from ..run.folder import ARCHIVING, DIGEST, DONE, EVENTS, FINAL, RESOLVED, is_own
+from ..train import identity
+from ..train.identity import EarlierFormError, Identity, Mark
+
+# Any of these says that a run was here.
+TRACES = (DIGEST, DONE, EVENTS, RESOLVED, FINAL, "checkpoints", "initial_adapter")
+# Keys that name content: the base model and an adapter are compared by it, data here by name.
+NAMED_DATA = ("dataset", "eval_dataset", "chat_template")
+# With another value of these, an adapter cannot be trained further.
+NEW_ADAPTER_KEYS = (
+    "model_name_or_path",
+    "the weights in the folder of model_name_or_path",
+    *(leaf for _, leaf in SHAPE_KEYS),
+)
+ASIDE = "--on_finished archive moves the finished run aside first"
+ANEW = "--resume never starts again (the old run is moved aside, not removed)"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a start does: begin or go on, move the old run aside first, or nothing at all."""
+
+    does: Literal["go on", "move aside", "nothing"]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """What an output folder says of the run in it."""
+
+    folder: Path
+    has_traces: bool
+    is_finished: bool
+    mark: Mark | None
+    why_no_mark: str
+    is_earlier_form: bool
+    steps: tuple[int, ...]
+    newest: Identity | None
+    recorded: dict[str, Any]
+    plan: dict[str, Any]
+
+    @staticmethod
+    def read(folder: Path) -> Earlier:
+        """Read what is there; whatever cannot be read is left out."""
+        is_earlier_form, mark, why = False, None, ""
+        try:
+            mark, why = identity.read_mark(folder)
+        except EarlierFormError:
+            is_earlier_form = True
+        checkpoints = _checkpoints(folder / "checkpoints")
+        return Earlier(
+            folder=folder,
+            has_traces=any((folder / name).exists() for name in TRACES),
+            is_finished=(folder / DONE).exists(),
+            mark=mark,
+            why_no_mark=why,
+            is_earlier_form=is_earlier_form,
+            steps=tuple(step for path in checkpoints if (step := step_of(path.name)) is not None),
+            newest=_newest_identity(checkpoints),
+            recorded=_read_json(folder / RESOLVED),
+            plan=_read_json(folder / "plan.json"),
+        )
+
+    @property
+    def known(self) -> Mark | None:
+        """Return how the run is known: by its mark, else by its newest checkpoint."""
+        if self.mark is None and self.newest is not None:
+            return Mark(self.newest.config, self.newest.adapter)
+        return self.mark
+
+    def planned(self, key: str) -> int | None:
+        """Return a number of the run's plan; None if it was not written."""
+        value = self.plan.get(key)
+        return value if isinstance(value, int) and value >= 0 else None
+
+    def changed(self, config: Config, leaves: Sequence[str]) -> list[str]:
+        """Return the keys of these whose value is another one by now, with both values."""
+        now = {
+            leaf: v for part in config.model_dump(mode="json").values() for leaf, v in part.items()
+        }
+        before = {
+            leaf: cell["value"]
+            for part in self.recorded.values()
+            if isinstance(part, dict)
+            for leaf, cell in part.items()
+            if isinstance(cell, dict) and "value" in cell
+        }
+        return [
+            f"{leaf}: {_shown(before[leaf])} -> {_shown(now[leaf])}"
+            for leaf in leaves
+            if leaf in before and before[leaf] != now[leaf]
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """How long a run was to be by its plan, and how long it is to be now."""
+
+    is_changed: bool
+    change: str = ""
+    why_not: str = ""
+
+    @staticmethod
+    def of(earlier: Earlier, config: Config) -> Length:
+        """Compare with the plan, which the worker writes when it takes the run over."""
+        before, warmup_before = earlier.planned("total_steps"), earlier.planned("warmup_steps")
+        per_epoch = earlier.planned("steps_per_epoch")
+        keys = ", ".join(earlier.changed(config, LENGTH_KEYS))
+        if before is None or warmup_before is None or not per_epoch:
+            return Length(bool(keys), keys, "its plan.json cannot be read")
+        total, warmup = steps_of(config.training, per_epoch)
+        if (total, warmup) == (before, warmup_before):
+            return Length(is_changed=False)
+        change = keys or f"{before} -> {total} steps"
+        done = earlier.steps[-1] if earlier.steps else before
+        kind = config.training.lr_scheduler_type
+        if kind != "constant" and total != before:
+            why = (
+                f"with lr_scheduler_type {kind} every learning rate follows from the number of "
+                f"steps: the first {done} of {total} steps have others than those of {before}; "
+                "a constant schedule can be continued"
+            )
+        elif warmup != warmup_before:
+            why = (
+                f"the warmup would have {warmup} steps, and had {warmup_before}; "
+                f"--warmup_steps {warmup_before} keeps it"
+            )
+        else:
+            why = f"{done} steps are done already" if total < done else ""
+        return Length(True, change, why)
+
+
+def judge(folder: Path, settings: Settings) -> Verdict:
+    """Decide what a start in this folder does.
+
+    Raises:
+        ConfigError: a run is there that is neither this one nor to be moved aside.
+    """
+    verdict = _judge(Earlier.read(folder), settings)
+    start = settings.config.lora.adapter_name_or_path
+    if verdict.does == "move aside" and start and _is_moved(Path(start), folder):
+        raise ConfigError.of(
+            "the adapter to start from would be moved aside with the run that is here",
+            where=f"adapter_name_or_path: {start}",
+            why=f"it lies in {folder}, the folder that this run is to have",
+            remedy="--run_name NEW_NAME trains beside it",
+        )
+    return verdict
+
+
+def _is_moved(start: Path, folder: Path) -> bool:
+    """Tell whether a path is the run in the folder, or within that run's files."""
+    if not start.resolve().is_relative_to(folder.resolve()):
+        return False
+    inside = start.resolve().relative_to(folder.resolve()).parts
+    return not inside or is_own(inside[0])
+
+
+def _judge(earlier: Earlier, settings: Settings) -> Verdict:
+    output = settings.config.output
+    # An archiving that was interrupted is completed under the lock, before anything begins.
+    if not earlier.has_traces or (earlier.folder / ARCHIVING).is_dir():
+        return Verdict("go on")
+    if earlier.is_finished:
+        if output.on_finished == "archive":
+            return Verdict("move aside")
+        return _judge_finished(earlier, settings)
+    if output.resume == "never":
+        return Verdict("move aside")
+    return _judge_unfinished(earlier, settings)
+
+
+def _judge_unfinished(earlier: Earlier, settings: Settings) -> Verdict:
+    config = settings.config
+    if earlier.is_earlier_form and earlier.steps:
+        raise ConfigError.of(
+            "the output folder holds an unfinished run of an earlier version",
+            where=str(earlier.folder),
+            why=f"its {DIGEST} names paths; by now a run is known by the content of its inputs",
+            remedy=f"finish it with the version that began it; {_options(earlier)}",
+        )
+    notes = [f"{earlier.why_no_mark}; the run is known by its checkpoints"]
+    if not earlier.steps:
+        if earlier.mark == mark_of(config):
+            return Verdict("go on")
+        is_known = earlier.mark is not None or earlier.is_earlier_form
+        return Verdict("move aside", () if is_known else (earlier.why_no_mark,))
+    if earlier.known is not None and earlier.known != mark_of(config):
+        changes = _config_changes(earlier, config)
+        raise ConfigError.of(
+            "the output folder holds an unfinished run with another configuration",
+            where=str(earlier.folder),
+            why=f"changed since: {', '.join(changes)}",
+            remedy=f"undo the change to resume; {_options(earlier, changes)}",
+        )
+    length = Length.of(earlier, config)
+    if length.is_changed and length.why_not and earlier.planned("total_steps"):
+        raise ConfigError.of(
+            "the unfinished run cannot be continued to another length",
+            where=str(earlier.folder),
+            why=f"{length.change}: {length.why_not}",
+            remedy=f"undo the change to resume; {_options(earlier)}",
+        )
+    return Verdict("go on", () if earlier.mark else tuple(notes))
+
+
+def _judge_finished(earlier: Earlier, settings: Settings) -> Verdict:
+    config = settings.config
+    changes = _finished_changes(earlier, config)
+    if changes:
+        raise ConfigError.of(
+            "the output folder holds a finished run with another configuration",
+            where=str(earlier.folder),
+            why=f"changed since: {', '.join(changes)}",
+            remedy=_options(earlier, changes),
+        )
+    length = Length.of(earlier, config)
+    if not length.is_changed:
+        return Verdict("nothing", (_finished_note(earlier), *_mark_note(earlier)))
+    why = length.why_not
+    if not why and earlier.is_earlier_form:
+        why = "it was trained by an earlier version"
+    if not why and config.output.resume == "never":
+        why = "resume is never"
+    if not why and not earlier.steps:
+        why = "no checkpoint of it is left to continue from"
+    if why:
+        raise ConfigError.of(
+            "the finished run cannot be continued to another length",
+            where=str(earlier.folder),
+            why=f"{length.change}: {why}",
+            remedy=_options(earlier),
+        )
+    continued = f"the finished run is continued ({length.change})"
+    until_then = f"{FINAL} holds the shorter run's adapter until it has ended"
+    return Verdict("go on", (f"{continued}; {until_then}", *_mark_note(earlier)))
+
+
+def _finished_changes(earlier: Earlier, config: Config) -> list[str]:
+    """Return what makes a finished run another one than is asked for now."""
+    changes = earlier.changed(config, NAMED_DATA)
+    if earlier.known is None and not earlier.recorded:
+        return [f"neither {DIGEST} nor {RESOLVED} can be read"]
+    if earlier.known is None:
+        changes += earlier.changed(config, digest_leaves())
+    elif earlier.known != mark_of(config):
+        changes += _config_changes(earlier, config)
+    return changes or _base_changes(earlier, config)
+
+
+def _base_changes(earlier: Earlier, config: Config) -> list[str]:
+    """Compare the base model by its content, or by its name where either is not at hand."""
+    renamed = earlier.changed(config, ("model_name_or_path", "model_revision"))
+    content = identity.base_content(config.model) if earlier.newest else None
+    if earlier.newest is None or content is None:
+        return renamed
+    if content() == earlier.newest.base:
+        return []
+    return renamed or ["the weights in the folder of model_name_or_path"]
+
+
+def mark_of(config: Config) -> Mark:
+    """Return the mark of a run with this configuration."""
+    return Mark(config.digest(), identity.adapter_digest(config))
+
+
+def digest_leaves() -> list[str]:
+    """Return the keys that the configuration's digest is made of."""
+    return [
+        leaf
+        for name, kind in sections().items()
+        if name not in ("output", "monitoring")
+        for leaf in kind.model_fields
+        if (name, leaf) not in NOT_IN_DIGEST
+    ]
+
+
+def _config_changes(earlier: Earlier, config: Config) -> list[str]:
+    changed = earlier.changed(config, [*digest_leaves(), *LENGTH_KEYS, "adapter_name_or_path"])
+    if changed:
+        return changed
+    is_same_config = earlier.known is not None and earlier.known.config == config.digest()
+    return [
+        "the weights of the adapter in adapter_name_or_path"
+        if is_same_config
+        else "a key or default that another version of the trainer has"
+    ]
+
+
+def _options(earlier: Earlier, changes: Sequence[str] = ()) -> str:
+    """Return what can be done, and how to keep what was trained where the adapter fits still."""
+    options = f"--run_name NEW_NAME trains beside it; {ASIDE if earlier.is_finished else ANEW}"
+    fits = not any(one.startswith(f"{leaf}:") for one in changes for leaf in NEW_ADAPTER_KEYS)
+    if not fits or not (earlier.steps or (earlier.folder / FINAL).is_dir()):
+        return options
+    start = earlier.folder / FINAL if (earlier.folder / FINAL).is_dir() else earlier.folder
+    return (
+        f"{options}; --adapter_name_or_path {shlex.quote(str(start))} --run_name NEW_NAME keeps "
+        "what was trained and goes on with the new configuration"
+    )
+
+
+def _finished_note(earlier: Earlier) -> str:
+    return (
+        f"this run is finished: its adapter is in {earlier.folder / FINAL}, its report is "
+        f"{earlier.folder / 'report.html'}. To train again: --run_name NEW_NAME trains beside "
+        f"it; {ASIDE}"
+    )
+
+
+def _mark_note(earlier: Earlier) -> tuple[str, ...]:
+    return (earlier.why_no_mark,) if earlier.why_no_mark else ()
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    try:
+        return listed(folder)
+    except OSError:
+        return []
+
+
+def _newest_identity(checkpoints: Sequence[Path]) -> Identity | None:
+    """Return the identity that the newest checkpoint with a readable state holds."""
+    for path in reversed(checkpoints):
+        try:
+            text = read_state(path).get("digest")
+        except CorruptCheckpointError:
+            continue
+        if isinstance(text, str):
+            return Identity.parse(text)
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,117 @@
+"""How a worker ended, and the error that a run ends with after it."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from ..checkpoint_folder import listed, step_of
+from ..errors import (
+    ERRORS_BY_CODE,
+    InternalError,
+    MemoryKilledError,
+    Problem,
+    StoppedError,
+    TrainerError,
+)
+from ..faults import limit_in_log
+from ..run.events import Failed
+from ..run.folder import LOG
+from ..run.memory_limits import why_nothing_fits
+from ..run.status import RunStatus
+from .workers import PEER_LOST
+
+# These exit codes mean the same again on a second try.
+FINAL_CODES = frozenset({0, 65, 69, 74, 75, 77, 78, 137, 143})
+
+
+LOG_TAIL_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnd:
+    """How a worker ended: its exit code, that as text, and what it reported of its failure."""
+
+    code: int
+    cause: str
+    failure: Failed | None = None
+    is_out_of_memory: bool = False
+
+
+def saved_step(output_dir: Path) -> int:
+    """Return the step of the newest checkpoint, 0 where there is none."""
+    try:
+        folders = [path for path in listed(output_dir / "checkpoints") if path.is_dir()]
+    except OSError:
+        return 0
+    return (step_of(folders[-1].name) or 0) if folders else 0
+
+
+def is_told_at_once(failure: Failed) -> bool:
+    """Tell whether a failure is final as it is: no second try, no numbers of a plan to add."""
+    return not failure.retry and failure.exit_code != MemoryKilledError.exit_code
+
+
+def failure_in_log(code: int, log: Path, begin: int) -> Failed | None:
+    """Return the failure that the last words of a worker that died without a report tell of.
+
+    Native libraries end the process themselves where they get no memory, or no thread.
+    """
+    if code in (0, 143, -signal.SIGKILL, PEER_LOST):
+        return None
+    try:
+        with log.open("rb") as file:
+            file.seek(max(begin, log.stat().st_size - LOG_TAIL_BYTES))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return None
+    fault = limit_in_log(text)
+    if fault is None:
+        return None
+    problems = [asdict(problem) for problem in fault.problems]
+    return Failed(exit_code=fault.exit_code, problems=problems, retry=fault.retry)
+
+
+def failed(failure: Failed, status: RunStatus) -> TrainerError:
+    """Return the error that the worker reported; of memory, with the plan that would fit."""
+    problems = [Problem(**problem) for problem in failure.problems]
+    if failure.exit_code == MemoryKilledError.exit_code and status.plan:
+        why, remedy = why_nothing_fits(status.plan)
+        problems[0] = replace(problems[0], why=f"{problems[0].why}; {why}", remedy=remedy)
+    return ERRORS_BY_CODE.get(failure.exit_code, InternalError)(problems)
+
+
+def stopped(status: RunStatus, output_dir: Path) -> TrainerError:
+    """Return the error of a run that a signal stopped; it names the steps that are lost."""
+    done, saved = status.step, saved_step(output_dir)
+    why = "received a stop signal before the first step"
+    if done > saved:
+        steps = f"step {done} is" if done == saved + 1 else f"steps {saved + 1} to {done} are"
+        latest = f"the latest checkpoint is of step {saved}" if saved else "there is no checkpoint"
+        why = f"received a stop signal; {steps} lost and will be repeated: {latest}"
+    elif saved:
+        why = f"received a stop signal; progress is saved in the checkpoint of step {saved}"
+    return StoppedError.of(
+        f"stopped at step {done}" if done else "stopped",
+        where=str(output_dir),
+        why=why,
+        remedy="start the same command again: it resumes by itself",
+    )
+
+
+def given_up(end: WorkerEnd, status: RunStatus, output_dir: Path, why: str) -> TrainerError:
+    """Return the error of a worker that ended by itself and is not started again."""
+    is_killed = end.code in (137, -signal.SIGKILL)
+    if end.is_out_of_memory and status.plan:
+        numbers, remedy = why_nothing_fits(status.plan)
+        return MemoryKilledError.of(
+            f"the worker {end.cause}", where=f"step {status.step + 1}", why=numbers, remedy=remedy
+        )
+    return (MemoryKilledError if is_killed else InternalError).of(
+        f"the worker {end.cause}",
+        where=f"step {status.step}",
+        why=why or "it reported no reason",
+        remedy=f"see {output_dir / LOG}; lower per_device_train_batch_size or "
+        "max_seq_length if memory is short; start again to resume",
+    )

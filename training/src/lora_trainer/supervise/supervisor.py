@@ -1,0 +1,372 @@
+"""Starts, watches, restarts and stops the worker; owns the lock, events.jsonl and the exit code.
+
+Imports no torch: it must speak from the first moment and outlive every fault of the
+worker. Signals reach it alone; it passes them on once, and the worker, in a session of
+its own, ends at the next step boundary with a saved checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import IO, Any
+
+from ..config.settings import Settings
+from ..errors import MemoryKilledError, TrainerError, UnavailableError
+from ..host.interrupts import handled
+from ..machine import read_machine
+from ..plan import process_count
+from ..redaction import Redaction
+from ..report.html import write_report
+from ..run import lock
+from ..run.events import Ended, Event, Failed, Restarted, RunStarted, Stopped, Warned, parse_line
+from ..run.folder import (
+    DONE,
+    EVENTS,
+    LOG,
+    RESOLVED,
+    SERVER,
+    EventFile,
+    archive,
+    make_folder,
+    output_folder,
+    write_json,
+    write_text,
+)
+from ..run.status import RunStatus
+from ..serve.run_state import RunState
+from ..serve.server import LogFollower, StatusServer, read_token
+from ..train.worker import EVENTS_FD
+from . import earlier_run
+from .endings import (
+    FINAL_CODES,
+    WorkerEnd,
+    failed,
+    failure_in_log,
+    given_up,
+    is_told_at_once,
+    saved_step,
+    stopped,
+)
+from .log_filter import open_log
+from .recovery import Recovery
+from .restarts import Restarts
+from .watchdog import Watchdog
+from .workers import WorkerGroup, cause_of
+
+STALLED = 70
+WATCH_SECONDS = 1.0  # between two looks at a worker
+PIPE_BYTES = 1 << 16
+# A lost terminal stops a run too, unless nohup started it.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class Supervisor:
+    """One run, from lock to exit code. `show` is told every event with the status after it.
+
+    `note` is told what is worth a line but is no event.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        show: Any,
+        *,
+        note: Callable[[str], None] = lambda _: None,
+        is_debug: bool = False,
+    ) -> None:
+        self.settings = settings
+        self.show = show
+        self.note = note
+        self.is_debug = is_debug
+        self.config = settings.config
+        self.output_dir = output_folder(settings)
+        self.run_name = self.config.output.run_name or self.output_dir.name
+        monitoring = self.config.monitoring
+        self._token = read_token(monitoring.health_token_file)
+        self.redaction = redaction_of(settings)
+        self.live = RunState(self.redaction, monitoring.stall_timeout_seconds)
+        self._events: EventFile | None = None
+        self._processes = process_count(self.config, read_machine())
+        self._worker: WorkerGroup | None = None
+        self._lock_file: IO[str] | None = None
+        self._notes: list[str] = []
+        self._warned: set[str] = set()
+        self._signals = 0
+
+    @property
+    def status(self) -> RunStatus:
+        """Return all that is known of the run."""
+        return self.live.status
+
+    def run(self, check: Callable[[Settings], None] = lambda _: None) -> int:
+        """Do the whole run, `check` first; return 0.
+
+        Raises:
+            TrainerError: with the exit code of whatever ended it otherwise.
+        """
+        with self._serving() as server:
+            self.live.detail = "checking the configuration"
+            check(self.settings)
+            make_folder(self.output_dir)
+            with lock.hold(self.output_dir) as self._lock_file, handled(self._forward, STOPS):
+                verdict = earlier_run.judge(self.output_dir, self.settings)
+                if verdict.does == "nothing":
+                    for line in verdict.notes:
+                        self.note(line)
+                    return 0
+                self._notes = [*verdict.notes]
+                if verdict.does == "move aside":
+                    aside = archive(self.output_dir)
+                    self._notes.append(f"the run that was here is now in {aside}")
+                redacted = self.redaction.value(self.settings.redacted())
+                write_json(self.output_dir / RESOLVED, redacted)
+                earlier_run.mark_of(self.config).write(self.output_dir)
+                return self._run_served(server)
+
+    def _run_served(self, server: StatusServer) -> int:
+        place = self.output_dir / SERVER
+        write_json(place, {"url": server.url, "pid": os.getpid()})
+        try:
+            self.live.replay(self.output_dir / EVENTS)
+            self.live.detail = ""
+            with EventFile(self.output_dir / EVENTS) as self._events:
+                try:
+                    code = self._run_worker()
+                finally:
+                    self._report()
+            # Last of all: without it, the next start resumes and completes what is missing.
+            write_text(self.output_dir / DONE, f"{time.time():.0f}\n")
+            return code
+        finally:
+            self._linger()
+            with contextlib.suppress(OSError):
+                place.unlink()
+
+    def tell(self, event: Event) -> None:
+        """Record an event, take it up, show it; without secrets."""
+        assert self._events is not None
+        event = self.redaction.event(event)
+        self._events.append(event)
+        self.show(event, self.live.add(event))
+
+    @contextlib.contextmanager
+    def _serving(self) -> Iterator[StatusServer]:
+        """Answer over HTTP, from before the first check until the end."""
+        monitoring = self.config.monitoring
+        server = StatusServer(
+            self.live,
+            host=monitoring.health_host,
+            port=monitoring.health_port,
+            token=self._token,
+            allowed_hosts=monitoring.health_allowed_hosts,
+            folder=self.output_dir,
+            log=LogFollower(self.live, self.output_dir / LOG),
+            on_fault=self.note,
+        )
+        try:
+            server.start()
+        except UnavailableError:
+            make_folder(self.output_dir)
+            with lock.hold(self.output_dir):  # a run of this very folder says more than its port
+                raise
+        self.note(f"status: {server.url}")
+        try:
+            yield server
+        finally:
+            server.stop()
+
+    def _linger(self) -> None:
+        """Go on answering after the end for as long as asked, or until a signal comes."""
+        until = time.monotonic() + self.config.monitoring.health_linger_seconds
+        while time.monotonic() < until and not self._signals:
+            time.sleep(0.1)
+
+    def _run_worker(self) -> int:
+        """Start the worker until it finishes, fails for good, or uses up its restarts."""
+        restarts = Restarts(self.config.monitoring.max_restarts)
+        recovery = Recovery(self.output_dir)
+        while True:
+            self.tell(
+                RunStarted(
+                    run_name=self.run_name,
+                    config_digest=self.config.digest(),
+                    output_dir=str(self.output_dir),
+                    attempt=restarts.attempt,
+                    pid=os.getpid(),
+                )
+            )
+            for warning in self._warnings() if restarts.attempt == 0 else ():
+                self.tell(Warned(message=warning))
+            end = self._run_once()
+            if end.code == 0:
+                self.tell(Ended(exit_code=0))
+                return 0
+            if not self._signals and (retry := recovery.after(end, self.status)):
+                attempt = restarts.spare()
+                for event in retry.events:
+                    self.tell(event)
+                self.tell(Restarted(attempt=attempt, cause=retry.cause, exit_code=end.code))
+                continue
+            if end.failure:
+                error = failed(end.failure, self.status)
+                raise self._final(error, is_recorded=is_told_at_once(end.failure))
+            if end.code == 143 or self._signals:
+                raise self._stopped()
+            refusal = restarts.refusal(self.status)
+            if refusal or end.code in FINAL_CODES:
+                raise self._final(given_up(end, self.status, self.output_dir, refusal))
+            attempt = restarts.take(self.status)
+            self.tell(Restarted(attempt=attempt, cause=end.cause, exit_code=end.code))
+
+    def _run_once(self) -> WorkerEnd:
+        """Run one worker to its end; return how it ended.
+
+        The worker inherits the lock: should this process be killed alone, no other run
+        begins before the worker has noticed, saved and ended.
+        """
+        assert self._lock_file is not None
+        reading, writing = os.pipe()
+        order = {
+            "config": self.config.model_dump(mode="json"),
+            "output_dir": str(self.output_dir),
+            "run_name": self.run_name,
+            "redacted": self.redaction.value(self.settings.redacted()),
+            "secrets": sorted(self.redaction.secrets),
+        }
+        place = self.output_dir / LOG
+        log_bytes = place.stat().st_size if place.exists() else 0
+        with open_log(place, self.redaction, self._warn) as log, os.fdopen(reading):
+            self._worker = worker = WorkerGroup(
+                order,
+                self._processes,
+                log=log,
+                pass_fds=(writing, self._lock_file.fileno()),
+                environment={EVENTS_FD: str(writing)},
+            )
+            os.close(writing)
+            if self._signals:  # one that came before there was a worker to pass it to
+                worker.send_signal(signal.SIGTERM)
+            watch = Watchdog(
+                worker.pids,
+                self.output_dir / LOG,
+                self.config.monitoring.stall_timeout_seconds,
+            )
+            failure, stall = self._follow(reading, watch)
+        code = worker.wait()
+        if failure is None and not stall and (failure := failure_in_log(code, place, log_bytes)):
+            self.tell(failure) if is_told_at_once(failure) else None
+        # Once it has said why it gives up, a second fault while it ends changes nothing.
+        if failure is not None:
+            is_memory = failure.retry == MemoryKilledError.KIND
+            return WorkerEnd(failure.exit_code, failure.problems[0]["what"], failure, is_memory)
+        if code == -signal.SIGKILL and watch.was_out_of_memory():
+            cause = f"{worker.fallen}was killed by the kernel for memory"
+            return WorkerEnd(code, cause, is_out_of_memory=True)
+        return WorkerEnd(STALLED if stall else code, stall or f"{worker.fallen}{cause_of(code)}")
+
+    def _follow(self, reading: int, watch: Watchdog) -> tuple[Failed | None, str]:
+        """Take up what the worker says until it has ended; look after it in between.
+
+        Returns how it failed, if it said so, and its stall, if it was ended for one.
+        """
+        failure: Failed | None = None
+        stall, torn = "", b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(reading, selectors.EVENT_READ)
+            checked = time.monotonic()
+            while True:
+                if selector.select(WATCH_SECONDS):
+                    heard = os.read(reading, PIPE_BYTES)
+                    if not heard:
+                        return failure, stall
+                    *lines, torn = (torn + heard).split(b"\n")
+                    events = filter(None, map(parse_line, map(_decoded, lines)))
+                    for event in map(self.redaction.event, events):
+                        # Ranks that fail alike all say so: once is enough.
+                        if not isinstance(event, Failed):
+                            self.tell(event)
+                        elif not failure:
+                            failure = event
+                            if is_told_at_once(failure):
+                                self.tell(event)
+                if time.monotonic() - checked >= WATCH_SECONDS:
+                    checked = time.monotonic()
+                    stall = stall or self._check(watch)
+
+    def _check(self, watch: Watchdog) -> str:
+        """Tell of what is wrong with a worker that lives; end it if it is stalled, and say so."""
+        for warning in watch.warnings(self.status):
+            self.tell(Warned(message=warning))
+        stall = watch.stall(self.status, self.live.silence.look())
+        if stall:
+            self.tell(
+                Warned(message=f"the worker {stall}; its stacks go to {LOG}, then it is ended")
+            )
+            if not watch.record_stacks():
+                self.tell(Warned(message="the stalled worker wrote no stacks"))
+            watch.end()
+        return stall
+
+    def _stopped(self) -> TrainerError:
+        """Return the error of a run that was stopped, and record it as the last events."""
+        if self.status.phase != "stopped":
+            self.tell(Stopped(step=saved_step(self.output_dir), signal="SIGTERM"))
+        return self._final(stopped(self.status, self.output_dir), is_recorded=True)
+
+    def _final(self, error: TrainerError, *, is_recorded: bool = False) -> TrainerError:
+        """Record the error that ends the run as the last events; return it."""
+        if not is_recorded:
+            problems = [asdict(problem) for problem in error.problems]
+            self.tell(Failed(exit_code=error.exit_code, problems=problems))
+        self.tell(Ended(exit_code=error.exit_code))
+        return error
+
+    def _warn(self, message: str) -> None:
+        """Record a warning, once whatever the attempt."""
+        if message not in self._warned:
+            self._warned.add(message)
+            self.tell(Warned(message=message))
+
+    def _forward(self, number: int, _frame: object) -> None:
+        """Pass the first stop signal to the worker; a third one ends it at once."""
+        self._signals += 1
+        worker = self._worker
+        if worker is None or worker.poll() is not None:
+            return
+        if self._signals == 1:
+            worker.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
+        elif self._signals >= 3:
+            worker.kill()
+
+    def _warnings(self) -> list[str]:
+        """Return what the user should know before the worker begins."""
+        found = [*self._notes]
+        if self.redaction.text(str(self.output_dir)) != str(self.output_dir):
+            found.append("the output folder's name holds a secret, shown as ***: choose another")
+        if skipped := self.live.lines_skipped:
+            lines = "1 line" if skipped == 1 else f"{skipped} lines"
+            found.append(f"{lines} of {EVENTS} skipped: no event, or a field of another type")
+        return [*found, *self.settings.warnings]
+
+    def _report(self) -> None:
+        """Write the report; its failure is told, and no reason to fail the run."""
+        try:
+            write_report(self.output_dir)
+        except Exception as error:
+            self.tell(Warned(message=f"no report was written: {type(error).__name__}: {error}"))
+
+
+def redaction_of(settings: Settings) -> Redaction:
+    """Return the redaction of all that a run with these settings knows of secrets."""
+    token = read_token(settings.config.monitoring.health_token_file)
+    return Redaction.of(os.environ, settings.config.model.hf_token, token)
+
+
+def _decoded(line: bytes) -> str:
+    return line.decode("utf-8", "replace")

@@ -1,0 +1,119 @@
+"""Looks after the worker, all its ranks, between its events: stall, memory and disk.
+
+A stall is no progress for longer than `health.stall_timeout` allows. The stacks of all
+threads then go to the worker's log, so that what hung can be seen afterwards, and the
+worker is ended. Memory and disk are told of once, before they end a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..machine import free_disk_bytes, oom_kills
+from ..report.text import size
+from ..run.health import bytes_of_next_checkpoint, stall_timeout
+from ..run.status import RunStatus
+from ..serve.gauges import memory_bytes
+
+# The worker's handler of this signal writes the stacks of all its threads to its log.
+STACKS_SIGNAL = signal.SIGUSR1
+STACKS_SECONDS = 5.0  # the longest that is waited for them, a second or more for each rank
+QUIET_LOG_SECONDS = 0.5  # a log that has not grown for so long has them all
+HIGH_MEMORY = 0.95  # share of the machine's or the cgroup's that is worth a warning
+# The kernel, short of memory, takes the process with the highest score: the worker, which
+# is started again, before the supervisor, which knows why it ended.
+OOM_SCORE = 500
+
+
+class Watchdog:
+    """What is known of one worker beside its events; asked about once a second."""
+
+    def __init__(self, pids: Sequence[int], log: Path, stall_timeout_seconds: float) -> None:
+        self.pids = tuple(pids)
+        self.log = log
+        self._stall_timeout_seconds = stall_timeout_seconds
+        self._oom_kills = oom_kills()
+        self._told: set[str] = set()
+        for pid in self.pids:
+            with contextlib.suppress(OSError):
+                Path(f"/proc/{pid}/oom_score_adj").write_text(str(OOM_SCORE))
+
+    def stall(self, status: RunStatus, silent_seconds: float) -> str:
+        """Return that a worker silent for so long is stalled, and for how long, or nothing."""
+        limit = stall_timeout(status, self._stall_timeout_seconds)
+        if status.is_over or silent_seconds <= limit:
+            return ""
+        silence = f"no progress for {silent_seconds:.0f} s in phase {status.phase}"
+        return f"made {silence} (limit {limit:.0f} s)"
+
+    def warnings(self, status: RunStatus) -> list[str]:
+        """Return what of memory and disk should be known now, each once."""
+        found = {"memory": self._memory(), "disk": self._disk(status)}
+        new = {name: text for name, text in found.items() if text and name not in self._told}
+        self._told |= new.keys()
+        return list(new.values())
+
+    def was_out_of_memory(self) -> bool:
+        """Tell whether the kernel killed a process of this cgroup for memory since the start."""
+        return oom_kills() > self._oom_kills
+
+    def record_stacks(self) -> bool:
+        """Have one rank after the other write its threads' stacks; tell whether any did.
+
+        One that was stopped by a signal is continued: its handler runs first.
+        """
+        seconds = max(1.0, STACKS_SECONDS / len(self.pids))
+        wrote = [self._stacks_of(pid, seconds) for pid in self.pids]
+        return any(wrote)
+
+    def _stacks_of(self, pid: int, seconds: float) -> bool:
+        before = _size(self.log)
+        until = time.monotonic() + seconds
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, STACKS_SIGNAL)
+            os.kill(pid, signal.SIGCONT)
+        last, changed = before, time.monotonic()
+        while time.monotonic() < until:
+            time.sleep(0.05)
+            if (now := _size(self.log)) != last:
+                last, changed = now, time.monotonic()
+            elif now > before and time.monotonic() - changed > QUIET_LOG_SECONDS:
+                break
+        return last > before
+
+    def end(self) -> None:
+        """Kill every rank and all that it started."""
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+
+    def _memory(self) -> str:
+        used, limit = memory_bytes()
+        if used < HIGH_MEMORY * limit:
+            return ""
+        return (
+            f"memory is nearly used up: {size(used)} of {size(limit)}; if it "
+            "runs out, the worker is killed and started again from its last checkpoint"
+        )
+
+    def _disk(self, status: RunStatus) -> str:
+        needed = bytes_of_next_checkpoint(status)
+        free = free_disk_bytes(self.log.parent)
+        if not needed or free >= needed:
+            return ""
+        return (
+            f"the disk has {size(free)} left, the next checkpoint needs {size(needed)}: "
+            f"make room in {self.log.parent}"
+        )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

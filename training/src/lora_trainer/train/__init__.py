@@ -1,0 +1,1 @@
+"""The worker: where data, model and training loop come together."""

@@ -1,0 +1,79 @@
+"""What the model card states of a run, gathered from its session."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from ..config.schema import Config
+from ..data.batches import Sampler
+from ..data.prepare import DataSplits
+from ..data.prompt_format import PromptFormat
+from ..model import load, loftq
+from ..plan import Plan
+from ..report import model_card
+from . import export
+from .checkpoint import TrainState
+from .datasets import hub_ids, profile_of
+from .identity import adapter_note
+
+
+class _Session(Protocol):
+    """What of `session.TrainingSetup` is looked at here."""
+
+    config: Config
+    plan: Plan
+    tokenizer: Any
+    source: load.ModelSource
+    splits: DataSplits
+    order: Sampler
+
+    @property
+    def figures(self) -> Mapping[str, float]: ...
+    @property
+    def prompt_format(self) -> PromptFormat: ...
+    @property
+    def stops(self) -> list[int]: ...
+    @property
+    def versions(self) -> dict[str, str]: ...
+
+
+def card_facts(session: _Session, run_name: str, state: TrainState) -> model_card.CardFacts:
+    """Return what the card states of a run at `state`."""
+    config, figures = session.config, session.figures
+    profile = profile_of(session.splits, session.order.rows)
+    names = ("exact_match", "eval_loss", "eval_perplexity", "eval_token_accuracy")
+    after = {n: figures[n] for n in (*names, "loss") if n in figures}
+    if "exact_match_after" in figures:
+        after["exact_match"] = figures["exact_match_after"]
+    if "loss" in after:
+        after["train_loss"] = after.pop("loss")
+    quantization = "4 bit" if config.model.use_4bit else "8 bit" if config.model.use_8bit else ""
+    started = adapter_note(config)
+    notes = (session.source.note, loftq.note(config.lora, config.model), started)
+    facts = model_card.CardFacts(
+        run_name=run_name,
+        base_model=session.source.name,
+        base_model_hub_id=session.source.hub_id or None,
+        base_model_revision=session.source.revision,
+        base_model_license=load.find_license(session.source) or None,
+        quantization=quantization,
+        dataset_hub_ids=hub_ids(config),
+        data_digest=session.splits.train.digest,
+        train_rows=session.order.rows,
+        train_tokens=profile.tokens,
+        supervised_tokens=profile.trained_tokens,
+        eval_rows=profile.eval_rows,
+        steps=state.step,
+        train_seconds=state.train_seconds,
+        trainable_parameters=session.plan.trainable_parameters,
+        config_digest=config.digest(),
+        hyperparameters=model_card.shown_keys(config),
+        metrics_before={n: figures[f"{n}_before"] for n in names if f"{n}_before" in figures},
+        metrics_after=after,
+        versions=session.versions,
+        use_dora=config.lora.use_dora,
+        modules_to_save=tuple(config.lora.modules_to_save),
+        notes=tuple(n for n in notes if n),
+    )
+    return export.with_prompt_format(facts, session.prompt_format, session.tokenizer, session.stops)

@@ -1,0 +1,217 @@
+"""Checkpoints that survive anything: written beside, synced, sealed by a manifest, renamed.
+
+checkpoints/step-000100/
+    adapter.safetensors     the trained parameters, by their names in the model
+    optimizer.safetensors   AdamW's moments, by parameter
+    rng.safetensors         torch's generators (CPU, and each CUDA device)
+    state.json              step, tokens, best evaluation, python's and numpy's generators
+    manifest.json           sha256 and size of each of the above, written last
+
+Nothing is pickled. A checkpoint is real when its manifest verifies and its state is of the step
+that its folder is named after: every reader goes by that, so whatever else is in its place is
+skipped for the one before it. Older ones are removed only after the new one verified from the disk,
+and nothing that is not this run's is ever removed.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoint_folder import STATE, CorruptCheckpointError
+
+# bitsandbytes keeps its number formats beside each 8-bit state; they never change.
+CODES = "qmap"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainState:
+    """Where a run is; everything else follows from it and the configuration."""
+
+    step: int = 0
+    tokens_seen: int = 0
+    trained_tokens_seen: int = 0
+    train_seconds: float = 0.0
+    evaluated_step: int = -1
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_better: int = 0
+
+    def after_step(self, tokens: int, trained_tokens: int, seconds: float) -> TrainState:
+        """Return the state one optimizer step later."""
+        return replace(
+            self,
+            step=self.step + 1,
+            tokens_seen=self.tokens_seen + tokens,
+            trained_tokens_seen=self.trained_tokens_seen + trained_tokens,
+            train_seconds=self.train_seconds + seconds,
+        )
+
+    def after_evaluation(self, loss: float, threshold: float) -> TrainState:
+        """Return the state after an evaluation.
+
+        The best is the lowest loss; patience begins anew only where it is lower by more
+        than `threshold`. The evaluation before the first step is no candidate, and one that is
+        not finite says nothing of either.
+        """
+        evaluated = replace(self, evaluated_step=self.step)
+        if self.step == 0 or not math.isfinite(loss):
+            return evaluated
+        best = math.inf if self.best_eval_loss is None else self.best_eval_loss
+        is_enough = loss < best - threshold
+        without = 0 if is_enough else self.evaluations_without_better + 1
+        evaluated = replace(evaluated, evaluations_without_better=without)
+        if loss < best:
+            return replace(evaluated, best_eval_loss=loss, best_step=self.step)
+        return evaluated
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A checkpoint's content in memory."""
+
+    state: TrainState
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    rng: dict[str, Tensor]
+    generators: dict[str, Any]
+    digest: str
+    initial: str = ""  # digest of the first adapter, where its init changes the base (initial.py)
+    figures: Sequence[str] = ()  # what the recording may lack of the way here (unrecorded.py)
+
+
+def take_snapshot(
+    state: TrainState,
+    adapter: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, torch.nn.Parameter],
+    digest: str,
+    figures: Sequence[str] = (),
+) -> Snapshot:
+    """Copy what a checkpoint holds; `digest` names the run it belongs to."""
+    moments = {
+        f"{name}.{key}": torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if not key.startswith(CODES)
+    }
+    rng = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        rng |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    generators = {
+        "python": _to_json(random.getstate()),
+        "numpy": [kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+    }
+    return Snapshot(state, adapter, moments, rng, generators, digest, figures=figures)
+
+
+def restore_optimizer(
+    snapshot: Snapshot,
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, torch.nn.Parameter],
+) -> None:
+    """Put the moments back."""
+    places = {
+        id(parameter): (group, parameter, number, index)
+        for number, group in enumerate(optimizer.param_groups)
+        for index, parameter in enumerate(group["params"])
+    }
+    for name, parameter in parameters.items():
+        prefix = f"{name}."
+        own = {
+            key.removeprefix(prefix): value
+            for key, value in snapshot.optimizer.items()
+            if key.startswith(prefix) and "." not in key.removeprefix(prefix)
+        }
+        if own and hasattr(optimizer, "init_state"):
+            # bitsandbytes' state has buffers of its own kinds, paged ones among them.
+            optimizer.init_state(*places[id(parameter)])
+            _fill(optimizer.state[parameter], own)
+        elif own:
+            # AdamW keeps `step` on the CPU and its moments beside the parameter.
+            optimizer.state[parameter] = {
+                key: value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)
+                for key, value in own.items()
+            }
+
+
+def _fill(state: dict[str, Any], saved: Mapping[str, Tensor]) -> None:
+    """Copy saved values into a state's own buffers; a step is a number there."""
+    for key, value in saved.items():
+        if isinstance(state[key], Tensor):
+            state[key].copy_(value)
+        else:
+            state[key] = int(value)
+
+
+def restore_generators(snapshot: Snapshot) -> None:
+    """Put every random number generator back."""
+    torch.set_rng_state(snapshot.rng["cpu"])
+    cuda = [snapshot.rng[key] for key in sorted(snapshot.rng) if key.startswith("cuda")]
+    if cuda and len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda)
+    random.setstate(_to_tuple(snapshot.generators["python"]))
+    np.random.set_state(_numpy_state(snapshot))
+
+
+def state_from(raw: Mapping[str, Any]) -> TrainState:
+    """Return the state that a state.json holds.
+
+    Raises:
+        CorruptCheckpointError: a key is unknown, or its value of another type.
+    """
+    hints = get_type_hints(TrainState)
+    for name, value in raw.items():
+        if name not in hints:
+            raise CorruptCheckpointError(f"{STATE} has an unknown key: {name[:40]!r}")
+        if not _is_of(hints[name], value):
+            raise CorruptCheckpointError(f"{STATE}: {name} is a {type(value).__name__}")
+    return TrainState(**raw)
+
+
+def _is_of(hint: Any, value: Any) -> bool:
+    """Tell whether a value of JSON is of a field's type; a whole number is a float too."""
+    kinds = get_args(hint) or (hint,)
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
+
+
+def misfit(snapshot: Snapshot, parameters: Mapping[str, torch.nn.Parameter]) -> str:
+    """Return what a checkpoint holds that these parameters cannot take; nothing if all fits."""
+    if snapshot.adapter.keys() != parameters.keys():
+        return "its adapter has other parameters than this model's"
+    for name, parameter in parameters.items():
+        moments = [snapshot.optimizer.get(f"{name}.{key}") for key in ("exp_avg", "exp_avg_sq")]
+        for tensor in (snapshot.adapter[name], *moments):
+            if tensor is not None and tensor.shape != parameter.shape:
+                return f"{name} has the shape {tuple(tensor.shape)}"
+    return ""
+
+
+def try_generators(snapshot: Snapshot) -> None:
+    """Try a checkpoint's random number generators on ones of no consequence."""
+    random.Random().setstate(_to_tuple(snapshot.generators["python"]))  # noqa: S311
+    np.random.RandomState().set_state(_numpy_state(snapshot))
+    torch.Generator().set_state(snapshot.rng["cpu"])
+
+
+def _numpy_state(snapshot: Snapshot) -> tuple[Any, ...]:
+    kind, keys, position, has_gauss, cached = snapshot.generators["numpy"]
+    return kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached
+
+
+def _to_json(value: Any) -> Any:
+    return [_to_json(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _to_tuple(value: Any) -> Any:
+    return tuple(_to_tuple(part) for part in value) if isinstance(value, list) else value

@@ -1,0 +1,128 @@
+"""What can be known of a run before any weight is loaded: how it is shared out, and its plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..config.schema import Config
+from ..config.start_adapter import find_adapter
+from ..data.prepare import DataSplits
+from ..machine import Machine, read_machine
+from ..model import compat, flash, load, precision, probe, quantize, reach, sizes  # noqa: F401  compat quiets libraries before they are imported
+from ..model.adapter import ALL_LINEAR, add_adapter, read_start, trainable_parameters
+from ..model.ranks import Ranks
+from ..plan import (
+    ModelShape,
+    Parallelism,
+    Plan,
+    Precision,
+    choose_parallelism,
+    make_plan,
+    process_count,
+)
+from .datasets import profile_of, refuse_long_rows, rows_of_epoch_in, rows_to_train, source_specs
+
+
+def parallelism_before_loading(
+    config: Config, machine: Machine, shape: Any, used: Precision, ranks: Ranks
+) -> tuple[Parallelism, str]:
+    """Return how ranks share the work, and why: where weights are loaded to depends on it."""
+    if ranks.count == 1 and config.training.parallelism != "deepspeed":
+        return "none", ""
+    base = _unloaded(config, shape)
+    sized = shape_of(base, quantize.count_parameters(base), {})
+    return choose_parallelism(config, machine, sized, used, ranks.count)
+
+
+def _unloaded(config: Config, shape: Any) -> Any:
+    """Return the base model without its weights, on the meta device.
+
+    Raises:
+        ConfigError: it is none that transformers builds.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                shape, trust_remote_code=config.model.trust_remote_code
+            )
+    except Exception as error:  # each class checks its configuration in its own way
+        why = f"transformers cannot build it as a causal language model: {probe.said(error)}"
+        raise probe.refusal(shape, why) from error
+
+
+def refuse_unsupported(config: Config, shape: Any) -> None:
+    """Refuse a model that cannot be trained on text, before its weights are read.
+
+    Raises:
+        ConfigError: it is no causal language model, or asks for something else than tokens.
+    """
+    probe.check_unloaded(_unloaded(config, shape))
+
+
+def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Plan:
+    """Return the plan without loading weights: the model is built on the meta device.
+
+    Raises:
+        ConfigError, DataError: what training would refuse of adapter and lengths.
+    """
+    machine = read_machine()
+    shape = load.load_config(source, config.model)
+    config, whole = quantize.apply_stored_quantization(config, shape, has_gpu=machine.has_gpu)
+    base = _unloaded(config, shape)
+    probe.check_unloaded(base)
+    device = precision.device_of(machine)
+    used = precision.choose_precision(config.model.bf16, device)[0]
+    with torch.device("meta"):
+        base.requires_grad_(False)
+        refuse_long_rows(config, base, splits)
+        parameters = quantize.count_parameters(base)
+        # PiSSA and OLoRA decompose weights, which are not there.
+        lora = config.lora.model_copy(update={"init_lora_weights": True})
+        model = add_adapter(base, lora, seed=config.training.seed)
+        trained = trainable_parameters(model)
+        is_all_linear = lora.lora_target_modules == ALL_LINEAR
+        reached = reach.notes(model, parameters[0], is_all_linear=is_all_linear)
+    if config.lora.adapter_name_or_path is not None:
+        read_start(model, find_adapter(config.lora.adapter_name_or_path))
+    weights = [source.weight for source in source_specs(config, config.data.dataset)]
+    sized = shape_of(base, parameters, trained)
+    processes = process_count(config, machine)
+    parallelism, why = choose_parallelism(config, machine, sized, used, processes)
+    asked = config.model.use_flash_attention
+    kernel = flash.choose(asked, machine, used, model=base.config)
+    attention = flash.described(kernel, flash.pytorch_kernel(device, used, base.config))
+    flashed = flash.reason(asked, kernel, attention)
+    return make_plan(
+        config,
+        machine,
+        sized,
+        profile_of(splits, rows_to_train(rows_of_epoch_in(splits, weights, config.training.seed))),
+        precision=used,
+        attention=attention,
+        padding_free=config.training.padding_free is not False,
+        processes=processes,
+        parallelism=parallelism,
+        reasons=tuple(reason for reason in (whole, why, flashed, *reached) if reason),
+    )
+
+
+def shape_of(
+    model: Any, parameters: tuple[int, int], trained: dict[str, torch.nn.Parameter]
+) -> ModelShape:
+    """Return what the plan needs to know of a model: all its parameters, and those trained."""
+    config = model.config
+    return ModelShape(
+        model_type=config.model_type,
+        layers=sizes.layers(config) or 1,
+        hidden_size=sizes.width(config),
+        intermediate_size=sizes.intermediate_width(config),
+        vocab_size=sizes.vocabulary(config),
+        parameters=parameters[0],
+        unquantized_parameters=parameters[1],
+        trainable_parameters=sum(p.numel() for p in trained.values()),
+        max_positions=sizes.positions(config),
+    )

@@ -1,0 +1,276 @@
+"""Held-out figures: loss, perplexity, token accuracy; and answers compared with the expected."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..data.batches import Rows
+from ..model import determinism
+from ..model.forward import CausalLM, MicroBatch
+from ..model.ranks import ALONE, Ranks
+from ..run.memory_limits import in_pieces
+
+# exp() of more is a number that says nothing; shown as infinite.
+LARGEST_EXPONENT = 50.0
+LISTEN_SECONDS = 0.5  # between two looks at answers that are being made
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Mean figures over the targets of a dataset; `suspects` are rows of batches not finite."""
+
+    loss: float
+    token_accuracy: float
+    targets: int
+    seconds: float
+    suspects: tuple[int, ...] = ()
+    batch_examples: int = 0  # how many rows fitted into memory at a time
+
+    @property
+    def perplexity(self) -> float:
+        """Return exp(loss)."""
+        return math.exp(self.loss) if self.loss < LARGEST_EXPONENT else math.inf
+
+
+def take(rows: Rows, indices: Sequence[int] | NDArray[np.int64]) -> MicroBatch:
+    """Read rows as a micro-batch."""
+    pairs = [rows[int(index)] for index in indices]
+    return MicroBatch(
+        [np.asarray(ids, dtype=np.int64) for ids, _ in pairs],
+        [np.asarray(marks, dtype=bool) for _, marks in pairs],
+    )
+
+
+def score(
+    causal: CausalLM,
+    rows: Rows,
+    *,
+    batch_examples: int,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int], None] = lambda _: None,
+    ranks: Ranks = ALONE,
+) -> Score | None:
+    """Score all rows; None when stopped before the end. Uses no random numbers.
+
+    `progress` is told how many rows are done, batch by batch. Several ranks take turns at
+    the batches, and add their figures up in the batches' order: the score is the same
+    whatever their number.
+    """
+    start = time.monotonic()
+    was_training = causal.model.training
+    causal.model.eval()
+    batches = list(_by_length(rows, batch_examples))
+    figures = torch.zeros(len(batches), 3, dtype=torch.float64)
+    last, fitting = len(batches) - 1, batch_examples
+    try:
+        for first in range(0, len(batches), ranks.count):
+            if should_stop():
+                return None
+            # Ranks that share a model must all go through it: at the end, once too often.
+            own = first + ranks.rank
+            if own < len(batches) or causal.is_sharded:
+                found, fitting = _score_pieces(causal, rows, batches[min(own, last)], fitting)
+            if own < len(batches):
+                figures[own] = found
+            progress(min(len(rows), (first + ranks.count) * batch_examples))
+    finally:
+        causal.model.train(was_training)
+    rows_of_figures = ranks.summed(figures).tolist()
+    loss = sum(row[0] for row in rows_of_figures)
+    hits, targets = (int(sum(row[at] for row in rows_of_figures)) for at in (1, 2))
+    seconds = time.monotonic() - start
+    pairs = zip(batches, rows_of_figures, strict=True)
+    suspects = [index for batch, row in pairs if not math.isfinite(row[0]) for index in batch]
+    loss, accuracy = loss / max(1, targets), hits / max(1, targets)
+    return Score(loss, accuracy, targets, seconds, tuple(suspects), fitting)
+
+
+def _score_pieces(
+    causal: CausalLM, rows: Rows, batch: Sequence[int], most: int
+) -> tuple[torch.Tensor, int]:
+    """Return loss, hits and targets of a batch, and how many of its rows fit at a time."""
+
+    def scored(piece: Sequence[int]) -> list[float]:
+        micro = take(rows, piece)
+        return [*causal.score(micro), micro.targets]
+
+    parts, most = in_pieces(batch, most, scored, is_divisible=not causal.is_sharded)
+    return torch.tensor(parts, dtype=torch.float64).sum(0), most
+
+
+def _by_length(rows: Rows, batch_examples: int) -> Iterator[list[int]]:
+    """Group rows of similar length, longest first: least padding, and no memory surprise late."""
+    order = sorted(range(len(rows)), key=lambda index: (-len(rows[index][0]), index))
+    for start in range(0, len(order), batch_examples):
+        yield order[start : start + batch_examples]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A held-out prompt and its expected answer, as token ids; cut from one example."""
+
+    index: int
+    prompt: list[int]
+    expected: list[int]
+
+
+def questions(rows: Rows) -> list[Question]:
+    """Cut each example before its last run of trained tokens; one without a prompt is left out."""
+    found = []
+    for index in range(len(rows)):
+        ids, marks = rows[index]
+        trained = np.asarray(marks, dtype=bool)
+        if not trained.any():
+            continue
+        end = len(trained) - int(trained[::-1].argmax())
+        before = np.flatnonzero(~trained[:end])
+        start = int(before[-1]) + 1 if len(before) else 0
+        if start > 0:
+            found.append(
+                Question(index, [int(i) for i in ids[:start]], [int(i) for i in ids[start:end]])
+            )
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A generated answer beside the expected one, as text without special tokens."""
+
+    index: int
+    prompt: str
+    expected: str
+    answer: str
+
+    @property
+    def is_exact(self) -> bool:
+        """Tell whether both are the same, surrounding white space aside."""
+        return self.expected.strip() == self.answer.strip()
+
+
+@torch.no_grad()
+def answer(
+    causal: CausalLM,
+    tokenizer: Any,
+    asked: Sequence[Question],
+    *,
+    ends: Sequence[int],
+    batch_examples: int,
+    max_new_tokens: int,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int], None] = lambda _: None,
+    advance: Callable[[float], None] = lambda _: None,
+    ranks: Ranks = ALONE,
+) -> list[Answer] | None:
+    """Answer every question greedily, in batches padded on the left; None when stopped.
+
+    `progress` is given how many are answered, `advance` the share of the longest that the
+    work may be; both also within a batch. Several ranks take turns at the batches; where they
+    share a model, all answer all.
+
+    An answer ends with the tokenizer's end token or with the token that ends the
+    expected answers (a template's end of turn), or after `max_new_tokens`.
+    """
+    order = sorted(asked, key=lambda q: (len(q.expected), len(q.prompt), q.index))
+    # Token ids plus one, so that nought is none, and ranks can add theirs up.
+    made = torch.zeros(len(order), max_new_tokens, dtype=torch.int64)
+    sharing = ALONE if causal.is_sharded else ranks
+    with causal.generating(), determinism.relaxed():
+        for first in range(0, len(order), batch_examples * sharing.count):
+            if should_stop():
+                return None
+            start = first + batch_examples * sharing.rank
+            batch = order[start : start + batch_examples]
+
+            def hear(
+                finished: int, tokens: int, first: int = first, size: int = len(batch)
+            ) -> None:
+                advance((first + size * tokens / max_new_tokens) / len(order))
+                progress(min(len(order), first + finished))
+
+            if batch:
+                answers = _generate(causal, tokenizer, batch, list(ends), max_new_tokens, hear)
+                for row, ids in enumerate(answers, start):
+                    made[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
+            progress(min(len(order), first + batch_examples * sharing.count))
+    found = [
+        _decode(tokenizer, question, [int(i) - 1 for i in row if i])
+        for question, row in zip(order, sharing.summed(made).tolist(), strict=True)
+    ]
+    return sorted(found, key=lambda one: one.index)
+
+
+def _generate(
+    causal: CausalLM,
+    tokenizer: Any,
+    batch: Sequence[Question],
+    ends: list[int],
+    max_new_tokens: int,
+    hear: Callable[[int, int], None],
+) -> list[list[int]]:
+    longest = max(len(question.prompt) for question in batch)
+    ids = torch.full((len(batch), longest), tokenizer.pad_token_id or 0)
+    mask = torch.zeros_like(ids)
+    for row, question in enumerate(batch):
+        ids[row, longest - len(question.prompt) :] = torch.tensor(question.prompt)
+        mask[row, longest - len(question.prompt) :] = 1
+    output = causal.model.generate(
+        input_ids=ids.to(causal.device),
+        attention_mask=mask.to(causal.device),
+        # Ranks that gather layers together go on until each has its answers.
+        synced_gpus=causal.is_sharded,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=tokenizer.pad_token_id,
+        stopping_criteria=[_Listener(longest, ends, hear)],
+    )
+    rows = output[:, longest:].tolist()
+    return [_until_end(row, set(ends)) for row in rows]
+
+
+class _Listener:
+    """A stopping criterion that stops nothing: it hears of a batch's tokens as they are made.
+
+    `hear` is given the answers that have ended, and the tokens of those that go on.
+    """
+
+    def __init__(self, prompt: int, ends: list[int], hear: Callable[[int, int], None]) -> None:
+        self._prompt = prompt
+        self._ends = torch.tensor(ends, dtype=torch.int64)
+        self._hear = hear
+        self._heard = time.monotonic()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Return for each answer that it may go on."""
+        del scores
+        if time.monotonic() - self._heard >= LISTEN_SECONDS:
+            self._heard = time.monotonic()
+            made = input_ids[:, self._prompt :].cpu()
+            has_ended = torch.isin(made, self._ends).any(dim=1)
+            self._hear(int(has_ended.sum()), made.shape[1])
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _until_end(ids: list[int], ends: set[int]) -> list[int]:
+    for position, token in enumerate(ids):
+        if token in ends:
+            return ids[:position]
+    return ids
+
+
+def _decode(tokenizer: Any, question: Question, made: list[int]) -> Answer:
+    def text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    return Answer(question.index, text(question.prompt), text(question.expected), text(made))

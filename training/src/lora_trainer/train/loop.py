@@ -1,0 +1,283 @@
+"""The training loop: forward, backward, clip, step; evaluate and save at step boundaries.
+
+One optimizer step reads its rows from the order, normalises its loss by all supervised
+tokens of the step, and is the unit of everything else: events, evaluations, checkpoints,
+stops. The loop's whole state is a `TrainState`; continuing from a checkpoint is the same
+code as never having stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from ..config.schema import TrainingSection
+from ..data.batches import Rows, Sampler, split_micro_batches
+from ..machine import peak_memory_bytes
+from ..model.adapter import adapter_state
+from ..model.forward import CausalLM
+from ..model.ranks import ALONE, Ranks, own_batches, sum_step
+from ..plan import Plan
+from ..run.events import (
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    PhaseChanged,
+    RankFigures,
+    RanksMeasured,
+    StepDone,
+    Warned,
+    progress_of,
+)
+from ..run.memory_limits import MemoryLimits
+from . import evaluate, finite
+from .checkpoint import TrainState, take_snapshot
+from .checkpoint_store import CheckpointStore
+from .fitting import Fitting
+from .optim import learning_rate, set_learning_rate
+
+# Between two signs of life of steps that are not logged: the stall watch goes by them.
+BEAT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class TrainingContext:
+    """What the loop drives, put together by the worker."""
+
+    causal: CausalLM
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    order: Sampler
+    rows: Rows
+    eval_rows: Rows
+    store: CheckpointStore
+    plan: Plan
+    training: TrainingSection
+    logging_steps: int
+    emit: Callable[[Event], None]
+    should_stop: Callable[[], bool]
+    ranks: Ranks = ALONE
+    # The figures that a checkpoint carries, because the recording may lack them.
+    unrecorded: Callable[[], Sequence[str]] = tuple
+    # Names rows by file and line, given their indices and whether they are held out.
+    name_rows: Callable[[Sequence[int], bool], list[str]] = lambda indices, _: [
+        f"row {index}" for index in indices
+    ]
+    # Keeps what the run was cut down to when memory ran out, for later starts.
+    keep_limits: Callable[[MemoryLimits], None] = lambda _: None
+
+
+def train(parts: TrainingContext, state: TrainState) -> TrainState:
+    """Train from `state` to the plan's end, an early stop, or a stop request; saved on return."""
+    saved_step = state.step if state.step else -1
+    fitting = Fitting(parts.plan, parts.causal, parts.ranks, parts.emit, parts.keep_limits)
+    parts.causal.model.train()
+    beat = progress_of(parts.emit, "steps", parts.plan.total_steps, BEAT_SECONDS)
+    while True:
+        if saved_step != state.step and _ends_between_evaluations(parts, state):
+            # Its evaluation is the end's alone: a longer run, which may continue from this
+            # checkpoint, does not have it, and must not take this step for its best.
+            saved_step = _save_at(parts, state)
+        if _is_evaluation_due(parts, state):
+            state = _evaluate(parts, state, fitting)
+        is_done = state.step >= parts.plan.total_steps or _is_out_of_patience(parts, state)
+        must_end = is_done or parts.should_stop()
+        if saved_step != state.step and (must_end or _is_save_due(parts, state)):
+            saved_step = _save_at(parts, state)
+        if must_end:
+            return state
+        state = _step(parts, state, fitting)
+        if not _is_logged(parts, state.step):
+            beat(state.step)
+
+
+def _save_at(parts: TrainingContext, state: TrainState) -> int:
+    """Save on rank 0, but not before the first step; return the step."""
+    if state.step:
+        finite.check_before_save(parts, state.step)
+    if state.step and parts.ranks.is_first:
+        _save(parts, state)
+    return state.step
+
+
+def _ends_between_evaluations(parts: TrainingContext, state: TrainState) -> bool:
+    every = parts.plan.eval_every_steps
+    return state.step >= parts.plan.total_steps and (not every or state.step % every != 0)
+
+
+def _step(parts: TrainingContext, state: TrainState, fitting: Fitting) -> TrainState:
+    """Do one optimizer step: of its micro-batches those that are this rank's."""
+    start = time.monotonic()
+    training, plan, ranks = parts.training, parts.plan, parts.ranks
+    size = fitting.sizes.micro_batch_examples
+    pieces = list(split_micro_batches(parts.order.step_rows(state.step), size))
+    batches = [evaluate.take(parts.rows, rows) for rows in pieces]
+    targets = sum(batch.targets for batch in batches)
+    rate = learning_rate(
+        state.step,
+        peak=plan.peak_learning_rate,
+        total_steps=plan.total_steps,
+        warmup_steps=plan.warmup_steps,
+        kind=training.lr_scheduler_type,
+    )
+    set_learning_rate(parts.optimizer, rate)
+    own = own_batches([batch.tokens for batch in batches], ranks, parts.causal.is_sharded)
+    summed = fitting.accumulate(
+        parts.rows,
+        [(pieces[index], index, weight) for index, weight in own],
+        targets,
+        parts.optimizer,
+        seed=training.seed,
+        step=state.step,
+    )
+    if ranks.count > 1 and torch.cuda.is_available():
+        # A rank's time is that of its kernels, which have only been launched so far; the sum
+        # over ranks that follows waits for them anyway.
+        torch.cuda.synchronize()
+    figures = RankFigures(
+        rank=ranks.rank,
+        seconds=time.monotonic() - start,
+        tokens=sum(batches[index].tokens for index, weight in own if weight),
+        memory_bytes=peak_memory_bytes(),
+        gpu_memory_bytes=_gpu_memory_bytes(),
+        **fitting.measured(),
+    )
+    loss, measured = sum_step(ranks, list(parts.parameters.values()), summed, figures)
+    fitting.agree(measured, state.step)
+    # An infinite bound measures the norm and scales nothing.
+    bound = training.max_grad_norm or math.inf
+    norm = float(torch.nn.utils.clip_grad_norm_(parts.parameters.values(), bound))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise finite.step_error(parts, state.step + 1, loss, norm, rate)
+    parts.optimizer.step()
+    parts.optimizer.zero_grad(set_to_none=True)
+    tokens = sum(batch.tokens for batch in batches)
+    after = state.after_step(tokens, targets, time.monotonic() - start)
+    if _is_logged(parts, after.step):
+        parts.emit(_step_event(parts, state, after, loss=loss, rate=rate, norm=norm))
+        if len(measured) > 1:
+            parts.emit(ranks_event(after.step, measured))
+    return after
+
+
+def _is_logged(parts: TrainingContext, step: int) -> bool:
+    return step % parts.logging_steps == 0 or step in (1, parts.plan.total_steps)
+
+
+def _step_event(
+    parts: TrainingContext,
+    before: TrainState,
+    after: TrainState,
+    *,
+    loss: float,
+    rate: float,
+    norm: float,
+) -> StepDone:
+    return StepDone(
+        step=after.step,
+        epoch=parts.order.epoch_at(after.step),
+        loss=loss,
+        learning_rate=rate,
+        grad_norm=norm,
+        step_seconds=after.train_seconds - before.train_seconds,
+        tokens=after.tokens_seen - before.tokens_seen,
+        trained_tokens=after.trained_tokens_seen - before.trained_tokens_seen,
+        tokens_seen=after.tokens_seen,
+        memory_bytes=peak_memory_bytes(),
+        gpu_memory_bytes=_gpu_memory_bytes(),
+    )
+
+
+def ranks_event(step: int, measured: Sequence[RankFigures]) -> RanksMeasured:
+    """Return what each rank did in a step, and which one the others waited for."""
+    slowest = max(measured, key=lambda one: one.seconds)
+    return RanksMeasured(
+        step=step,
+        slowest=slowest.rank,
+        ranks=[asdict(one) | {"tokens_per_second": one.tokens_per_second} for one in measured],
+    )
+
+
+def _gpu_memory_bytes() -> int:
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
+
+
+def _is_evaluation_due(parts: TrainingContext, state: TrainState) -> bool:
+    if not len(parts.eval_rows) or state.evaluated_step == state.step:
+        return False
+    every = parts.plan.eval_every_steps
+    is_interval = every > 0 and state.step > 0 and state.step % every == 0
+    # At step 0 for the table's "before", at the end for its "after".
+    return is_interval or state.step in (0, parts.plan.total_steps)
+
+
+def _evaluate(parts: TrainingContext, state: TrainState, fitting: Fitting) -> TrainState:
+    """Evaluate; a stop request in between leaves it to the resumed run."""
+    parts.emit(PhaseChanged(phase="evaluating", detail=f"step {state.step}"))
+    score = evaluate.score(
+        parts.causal,
+        parts.eval_rows,
+        batch_examples=fitting.sizes.eval_batch_examples,
+        should_stop=parts.should_stop,
+        progress=progress_of(parts.emit, "rows", len(parts.eval_rows)),
+        ranks=parts.ranks,
+    )
+    if score is None:
+        return state
+    fitting.agree_on_evaluation(score.batch_examples, state.step)
+    after = state.after_evaluation(score.loss, parts.training.early_stopping_threshold)
+    parts.emit(
+        Evaluated(
+            step=state.step,
+            eval_loss=score.loss,
+            eval_perplexity=score.perplexity,
+            eval_token_accuracy=score.token_accuracy,
+            eval_tokens=score.targets,
+            eval_seconds=score.seconds,
+            is_best=after.best_step == state.step,
+        )
+    )
+    finite.judge_evaluation(parts, state.step, score)
+    parts.emit(PhaseChanged(phase="training"))
+    return after
+
+
+def _is_out_of_patience(parts: TrainingContext, state: TrainState) -> bool:
+    patience = parts.training.early_stopping_patience
+    return patience > 0 and state.evaluations_without_better >= patience
+
+
+def _is_save_due(parts: TrainingContext, state: TrainState) -> bool:
+    every = parts.plan.save_every_steps
+    is_new_best = state.best_step == state.step
+    return state.step > 0 and (is_new_best or (every > 0 and state.step % every == 0))
+
+
+def _save(parts: TrainingContext, state: TrainState) -> None:
+    start = time.monotonic()
+    parts.emit(PhaseChanged(phase="saving", detail=f"step {state.step}"))
+    snapshot = take_snapshot(
+        state,
+        adapter_state(parts.causal.model),
+        parts.optimizer,
+        parts.parameters,
+        parts.store.digest,
+        parts.unrecorded(),
+    )
+    path = parts.store.save(snapshot)
+    for aside in parts.store.set_aside:
+        parts.emit(Warned(message=f"{path.name} was no checkpoint of this run: it is now {aside}"))
+    parts.emit(
+        CheckpointSaved(
+            step=state.step,
+            path=f"checkpoints/{path.name}",
+            bytes=sum(file.stat().st_size for file in path.iterdir()),
+            seconds=time.monotonic() - start,
+            is_best=state.best_step == state.step,
+        )
+    )
+    parts.emit(PhaseChanged(phase="training"))

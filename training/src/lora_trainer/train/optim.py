@@ -1,0 +1,86 @@
+"""AdamW over the adapter's parameters, and the learning rate as a function of the step.
+
+Its state may be held in 8 bits, or paged out to the machine's memory where a GPU is full:
+bitsandbytes does that. Parameters of under 4,096 numbers keep a state of 32 bits there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+
+from ..config.schema import TrainingSection
+
+# LoRA+ sets apart the matrices B by PEFT's names of them. Source: arXiv:2402.12354.
+B_NAMES = ("lora_B", "lora_embedding_B")
+
+
+def make_optimizer(
+    parameters: dict[str, torch.nn.Parameter],
+    section: TrainingSection,
+    loraplus_lr_ratio: float | None = None,
+) -> torch.optim.Optimizer:
+    """Return AdamW over the named parameters; weight decay leaves vectors out.
+
+    Each group carries `rate_factor`, the multiple of the step's learning rate it gets.
+    """
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        is_b = loraplus_lr_ratio is not None and any(part in name for part in B_NAMES)
+        factor = loraplus_lr_ratio if is_b and loraplus_lr_ratio is not None else 1.0
+        decay = section.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((factor, decay), []).append(parameter)
+    return _adamw(section.optim)(
+        [
+            {"params": members, "weight_decay": decay, "rate_factor": factor}
+            for (factor, decay), members in groups.items()
+        ],
+        lr=section.learning_rate,
+        betas=(section.adam_beta1, section.adam_beta2),
+        eps=section.adam_epsilon,
+    )
+
+
+def _adamw(kind: str) -> Any:
+    if kind == "adamw":
+        return torch.optim.AdamW
+    import bitsandbytes.optim
+
+    names = {
+        "adamw_8bit": "AdamW8bit",
+        "paged_adamw_32bit": "PagedAdamW32bit",
+        "paged_adamw_8bit": "PagedAdamW8bit",
+    }
+    return getattr(bitsandbytes.optim, names[kind])
+
+
+def learning_rate(
+    step: int,
+    *,
+    peak: float,
+    total_steps: int,
+    warmup_steps: int,
+    kind: Literal["linear", "cosine", "constant"],
+) -> float:
+    """Return the learning rate of optimizer step `step` (0 is the first).
+
+    warmup: peak * step / warmup; then with p the share done of the rest:
+    linear peak * (1 - p), cosine peak * (1 + cos(pi p)) / 2, constant peak.
+    Source: the schedules of transformers.get_scheduler, compared in a test.
+    """
+    if step < warmup_steps:
+        return peak * step / max(1, warmup_steps)
+    if kind == "constant":
+        return peak
+    share = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if kind == "linear":
+        return peak * max(0.0, 1.0 - share)
+    return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * share)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its multiple of `rate`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate_factor"]

@@ -1,0 +1,58 @@
+"""Which changes of a configuration would fit where one example at a time does not; no torch."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..config.schema import Config
+from ..plan import DataProfile, ModelShape, Plan, Share, estimate_memory_bytes
+from ..report.text import size
+
+# A smaller plan must leave some room to what the estimate does not know of.
+ROOM = 0.9
+LEAST_LENGTH = 32  # no shorter max_seq_length is proposed
+
+
+def with_smaller_plans(plan: Plan, config: Config, shape: ModelShape, data: DataProfile) -> Plan:
+    """Return the plan with the changes that would fit, and the memory that each is to need.
+
+    When one example with gradient checkpointing runs out of memory, the estimate for it is too
+    low or above the limit: a change has to stay below both.
+    """
+    share = Share(plan.processes, plan.parallelism, micro_batch=1, eval_batch=1)
+
+    def estimate(option: Mapping[str, Any]) -> int:
+        longest = min(data.longest, option.get("max_seq_length", data.longest))
+        use_4bit = option.get("use_4bit", config.model.use_4bit)
+        model = config.model.model_copy(update={"use_4bit": use_4bit})
+        return estimate_memory_bytes(
+            config.model_copy(update={"model": model}),
+            shape,
+            replace(data, longest=longest),
+            plan.precision,
+            has_checkpointing=True,
+            share=share,
+        )
+
+    least = estimate({})
+    room = ROOM * min(plan.memory_limit_bytes, least)
+    lengths = (1 << power for power in range((data.longest - 1).bit_length() - 1, 0, -1))
+    shorter = ({"max_seq_length": length} for length in lengths if length >= LEAST_LENGTH)
+    options: list[dict[str, Any]] = [next((o for o in shorter if estimate(o) <= room), {})]
+    may_quantize = config.lora.init_lora_weights is True and not config.model.use_8bit
+    if may_quantize and importlib.util.find_spec("bitsandbytes") is not None:
+        options.append({"use_4bit": True})
+    fitting = tuple(
+        f"{_as_options(option)} needs about {size(estimate(option))}"
+        for option in options
+        if option and estimate(option) <= room
+    )
+    return replace(plan, least_memory_bytes=least, smaller_plans=fitting)
+
+
+def _as_options(option: Mapping[str, Any]) -> str:
+    texts = {key: "true" if value is True else str(value) for key, value in option.items()}
+    return " ".join(f"--{key} {text}" for key, text in texts.items())

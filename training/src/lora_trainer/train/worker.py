@@ -1,0 +1,391 @@
+"""The process that trains: the only place where the training parts meet.
+
+Started by the supervisor with its order (config, folders) as JSON on standard input;
+says what happens as events, one JSON object a line, on the file descriptor that
+LORA_TRAINER_EVENTS_FD names. It knows no HTTP and no terminal. Its exit code is the run's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import platform
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..config.schema import Config
+from ..errors import ConfigError
+from ..faults import explain
+from ..host.disk import sync
+from ..redaction import Redaction
+from ..run.events import (
+    Event,
+    Failed,
+    Finished,
+    Generated,
+    PhaseChanged,
+    Planned,
+    Resumed,
+    Sample,
+    Stopped,
+    Warned,
+    progress_of,
+)
+from ..run.folder import DONE, EVENTS, write_json
+from ..run.unrecorded import Unrecorded, recall
+from ..supervise.watchdog import STACKS_SIGNAL
+from ..supervise.workers import PEER_LOST
+
+EVENTS_FD = "LORA_TRAINER_EVENTS_FD"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the supervisor tells the worker to do."""
+
+    config: Config
+    output_dir: Path
+    run_name: str
+    redacted: dict[str, Any]
+    rank: int = 0
+    ranks: int = 1
+    store: str = ""
+    redaction: Redaction = field(default_factory=Redaction)
+
+    @staticmethod
+    def read(text: str) -> Order:
+        """Read an order from JSON."""
+        raw = json.loads(text)
+        redaction = Redaction(raw["secrets"])
+        return Order(
+            Config.model_validate(raw["config"]),
+            Path(raw["output_dir"]),
+            redaction.text(raw["run_name"]),  # it stands in the card and at trackers
+            raw["redacted"],
+            raw["rank"],
+            raw["ranks"],
+            raw["store"],
+            redaction,
+        )
+
+
+class StopRequested(BaseException):
+    """A signal came while nothing was worth saving."""
+
+
+class StopFlag:
+    """Whether a signal asked to stop; raises at once outside of training, waits inside."""
+
+    def __init__(self) -> None:
+        self.signal = ""
+        self.step = 0  # the one that is saved
+        self.is_deferred = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        is_first, self.signal = not self.signal, signal.Signals(number).name
+        if is_first and not self.is_deferred:
+            raise StopRequested
+
+    def is_set(self) -> bool:
+        """Tell whether to stop at the next step boundary."""
+        return bool(self.signal)
+
+
+class EventPipe:
+    """Writes events to the supervisor from a thread of its own, so that no reader holds up a step.
+
+    A supervisor that is gone is not an error.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._file = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
+        self._queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write, name="events", daemon=True)
+        self._writer.start()
+
+    def emit(self, event: Event) -> None:
+        """Hand over one event; never waits."""
+        self._queue.put(event)
+
+    def close(self) -> None:
+        """Wait until all events are written."""
+        self._queue.put(None)
+        self._writer.join()
+
+    def _write(self) -> None:
+        """Write as long as somebody reads; stop the run as on a signal when nobody does."""
+        try:
+            with self._file:
+                while (event := self._queue.get()) is not None:
+                    self._file.write(event.to_line())
+        except BrokenPipeError:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> int:
+    """Train as ordered; return the exit code."""
+    # Asked for by the supervisor when nothing moves any more.
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
+    pipe = EventPipe(int(os.environ[EVENTS_FD]))
+    stop = StopFlag()
+    emit: Callable[[Event], None] = pipe.emit
+    try:
+        order = Order.read(sys.stdin.read())
+        if order.rank > 0:
+            emit = _only_failures(pipe.emit)
+        emit(PhaseChanged(phase="starting"))
+        return run(order, emit, stop)
+    except StopRequested:
+        emit(Stopped(step=stop.step, signal=stop.signal))
+        return 143
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the log may be on the disk that is full
+            traceback.print_exc()
+        if is_peer_lost(error):
+            return PEER_LOST
+        known = explain(error)
+        problems = [asdict(problem) for problem in known.problems]
+        failed = Failed(exit_code=known.exit_code, problems=problems)
+        pipe.emit(replace(failed, retry=known.retry, step=known.step))
+        return known.exit_code
+    finally:
+        pipe.close()
+
+
+def _only_failures(emit: Callable[[Event], None]) -> Callable[[Event], None]:
+    """Let a rank other than the first speak of nothing but its end."""
+    return lambda event: emit(event) if isinstance(event, Failed) else None
+
+
+def is_peer_lost(error: BaseException) -> bool:
+    """Tell whether an error only says that another rank is gone, which that one explains."""
+    if "torch" not in sys.modules:
+        return False
+    from ..model import ranks
+
+    return ranks.is_peer_lost(error)
+
+
+def run(order: Order, emit: Callable[[Event], None], stop: StopFlag) -> int:
+    """Load, prepare, train, evaluate, export."""
+    from ..model import quantize
+
+    quantize.skip_bitsandbytes_import(order.config)
+    from ..model.ranks import join
+    from . import session as sessions
+
+    emit(PhaseChanged(phase="loading", detail=order.config.model.model_name_or_path))
+    ranks = join(order.rank, order.ranks, order.store)
+    session = sessions.open_session(order.config, order.output_dir, emit, ranks)
+    must_stop = ranks.agreed(stop.is_set)
+    snapshot, skipped = _newest(order, session)
+    for reason in skipped:
+        emit(Warned(message=f"checkpoint skipped: {reason}"))
+    unrecorded = Unrecorded(order.output_dir / EVENTS)
+    emit = unrecorded.beside(emit)
+    emit(Planned(plan=session.plan.to_dict()))
+    if ranks.is_first:
+        # From here on the folder's run is this one; a finished one may be continued.
+        (order.output_dir / DONE).unlink(missing_ok=True)
+        sync(order.output_dir)
+        _write_facts(order, session)
+    state = session.restore(snapshot, emit)
+    stop.step = state.step
+    if state.step:
+        _recall(order, session, snapshot, emit)
+        path = session.store.path_of(state.step).name
+        emit(Resumed(step=state.step, path=f"checkpoints/{path}", skipped=skipped))
+    elif session.initial is not None:
+        # This init changes the base: later, no switched-off adapter gives it back.
+        _answer(order, session, emit, must_stop, when="before", step=0)
+    state = _train(order, session, emit, stop, must_stop, state, unrecorded)
+    stop.step = state.step
+    if must_stop():
+        emit(Stopped(step=state.step, signal=stop.signal or "SIGTERM"))
+        return 143
+    session.take_best(state)
+    if ranks.is_first:
+        # Before the answers: no fault while they are made may cost the adapter.
+        emit(PhaseChanged(phase="exporting"))
+        session.export(order, state)
+    if session.initial is None:
+        with session.causal.model.disable_adapter():
+            _answer(order, session, emit, must_stop, when="before", step=0)
+    _answer(order, session, emit, must_stop, when="after", step=state.step)
+    if not ranks.is_first:
+        return 0
+    session.write_card(order, state)
+    from ..machine import peak_memory_bytes
+
+    emit(
+        Finished(
+            step=state.step,
+            train_seconds=state.train_seconds,
+            tokens_seen=state.tokens_seen,
+            peak_memory_bytes=peak_memory_bytes(),
+            results=["final_model", "report.html", "loss.png"],
+        )
+    )
+    return 0
+
+
+def _newest(order: Order, session: Any) -> Any:
+    from .checkpoint_store import OtherRunError
+    from .identity import other_run
+
+    try:
+        snapshot, skipped = session.store.newest(session.refuse)
+    except OtherRunError as error:
+        place = order.output_dir / "checkpoints" / str(error)
+        raise other_run(place, error.digest, session.store.digest) from None
+    if snapshot is not None and snapshot.state.step > session.plan.total_steps:
+        raise ConfigError.of(
+            "the run has trained more steps than are asked for now",
+            where=str(session.store.path_of(snapshot.state.step)),
+            why=f"the plan has {session.plan.total_steps} steps",
+            remedy="undo the change to resume, give another --run_name, or start again with "
+            "--resume never (the old run is moved aside, not removed)",
+        )
+    return snapshot, skipped
+
+
+def _train(
+    order: Order,
+    session: Any,
+    emit: Callable[[Event], None],
+    stop: StopFlag,
+    must_stop: Callable[[], bool],
+    state: Any,
+    unrecorded: Unrecorded,
+) -> Any:
+    from .loop import train
+    from .trackers import open_trackers
+
+    leaves = {
+        leaf: cell["value"] for part in order.redacted.values() for leaf, cell in part.items()
+    }
+    tracker = open_trackers(
+        order.config.monitoring.report_to if order.rank == 0 else [],
+        order.output_dir / "logs",
+        order.run_name,
+        leaves,
+        first_step=state.step + 1 if state.step else 0,
+        on_warning=lambda message: emit(Warned(message=message)),
+    )
+
+    def tell(event: Event) -> None:
+        emit(event)
+        if figures := figures_of(event):
+            tracker.log(figures, int(event.step))  # type: ignore[attr-defined]
+            session.note(figures)
+
+    stop.is_deferred = True
+    try:
+        emit(PhaseChanged(phase="training"))
+        return train(session.parts(tell, must_stop, unrecorded.lines), state)
+    finally:
+        tracker.close()
+        stop.is_deferred = False
+
+
+def figures_of(event: Event) -> dict[str, float]:
+    """Return the figures of an event that trackers keep."""
+    wanted = {
+        "step": ("loss", "learning_rate", "grad_norm", "epoch"),
+        "eval": ("eval_loss", "eval_perplexity", "eval_token_accuracy"),
+    }
+    return {name: float(getattr(event, name)) for name in wanted.get(event.kind, ())}
+
+
+def _recall(order: Order, session: Any, snapshot: Any, emit: Callable[[Event], None]) -> None:
+    """Take the figures of earlier attempts, as far as they stand, for the model card.
+
+    Those that the recording lacks are repeated for it.
+    """
+    recording = order.output_dir / EVENTS
+    figures, missing = recall(recording, snapshot.figures, snapshot.state.step)
+    for event in missing:
+        emit(replace(event, time=time.time()))
+    for figure in figures:
+        if isinstance(figure, Generated):
+            session.note({f"exact_match_{figure.when}": figure.exact_match})
+        else:
+            session.note(figures_of(figure))
+
+
+def _answer(
+    order: Order,
+    session: Any,
+    emit: Callable[[Event], None],
+    must_stop: Callable[[], bool],
+    *,
+    when: Literal["before", "after"],
+    step: int,
+) -> None:
+    """Answer the held-out prompts, if asked for, and tell how many answers are exact.
+
+    "Before" is the base model; it is asked after the training, by switching the adapter
+    off, so that nothing stands between a start and its first step.
+    """
+    from . import evaluate
+
+    if not order.config.training.eval_generate or not len(session.eval_rows):
+        return
+    emit(PhaseChanged(phase="evaluating", detail=f"answers {when} training"))
+    start = time.monotonic()
+    asked = evaluate.questions(session.eval_rows)
+    answers = evaluate.answer(
+        session.causal,
+        session.tokenizer,
+        asked,
+        ends=session.stops,
+        batch_examples=session.plan.eval_batch_examples,
+        max_new_tokens=order.config.training.eval_max_new_tokens,
+        should_stop=must_stop,
+        progress=progress_of(emit, "answers", len(asked)),
+        ranks=session.ranks,
+    )
+    if not answers:
+        return
+    exact = sum(one.is_exact for one in answers) / len(answers)
+    session.note({f"exact_match_{when}": exact})
+    seconds = time.monotonic() - start
+    emit(Generated(step=step, when=when, exact_match=exact, rows=len(answers), seconds=seconds))
+    for one in answers[: order.config.monitoring.sample_count]:
+        emit(
+            Sample(
+                step=step,
+                when=when,
+                index=one.index,
+                prompt=one.prompt,
+                expected=one.expected,
+                answer=one.answer,
+            )
+        )
+
+
+def _write_facts(order: Order, session: Any) -> None:
+    """Write plan.json, data.json and environment.json."""
+    contents = {
+        "plan.json": session.plan.to_dict(),
+        "data.json": session.data_facts,
+        "environment.json": session.versions | {"python": platform.python_version()},
+    }
+    for name, content in contents.items():
+        write_json(order.output_dir / name, order.redaction.value(content))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
