@@ -12,6 +12,7 @@ from faults.tiny_model import write_model, write_rows
 from lora_trainer.config.settings import Settings, resolve
 from lora_trainer.run.events import Event
 from lora_trainer.run.folder import DONE, RESOLVED, write_json
+from lora_trainer.run.protocol import WorkerSpec
 from lora_trainer.supervise import earlier_run
 from lora_trainer.train import worker
 
@@ -85,7 +86,7 @@ class Runs:
             if die_at(event):
                 raise Killed
 
-        order = worker.Order(settings.config, folder, name, settings.redacted())
+        order = WorkerSpec(settings.config, folder, name, settings.redacted())
         try:
             assert worker.run(order, emit, NoStop()) == 0  # type: ignore[arg-type]
         except Killed:

@@ -80,7 +80,7 @@ def test_every_fault_has_its_exit_code_and_no_traceback(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv(cli.DEBUG, raising=False)
-    monkeypatch.setattr("lora_trainer.config.resolve", raising(error))
+    monkeypatch.setattr("lora_trainer.config.settings.resolve", raising(error))
     assert cli.main(["train"]) == code
     told = capsys.readouterr().err
     assert said in told
@@ -91,7 +91,7 @@ def test_debug_shows_the_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(cli.DEBUG, "")  # so that it is put back afterwards
-    monkeypatch.setattr("lora_trainer.config.resolve", raising(BusyError.of("held")))
+    monkeypatch.setattr("lora_trainer.config.settings.resolve", raising(BusyError.of("held")))
     assert cli.main(["train", "--debug"]) == 75
     assert "Traceback" in capsys.readouterr().err
 

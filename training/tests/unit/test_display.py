@@ -32,7 +32,7 @@ from lora_trainer.run.events import (
 )
 from lora_trainer.run.status import RunStatus, fold
 
-SOURCE = Path(display_module.__file__).parents[1]
+SOURCE = Path(display_module.__file__).parents[2]
 
 
 def play(display, events):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from trained_run import CHAT, CHATML, settings_of
 
 from lora_trainer.run.folder import FINAL
+from lora_trainer.run.protocol import WorkerSpec
 from lora_trainer.train import evaluate, worker
 
 
@@ -24,7 +25,7 @@ def run_worker(root: Path, *keys: str) -> list:
         *keys,
     )
     settings = settings_of(root, CHAT, *keys, steps=3)
-    order = worker.Order(settings.config, root / "run", "run", settings.redacted())
+    order = WorkerSpec(settings.config, root / "run", "run", settings.redacted())
     stop = SimpleNamespace(is_set=lambda: False, signal="", step=0, is_deferred=False)
     events: list = []
     assert worker.run(order, events.append, stop) == 0

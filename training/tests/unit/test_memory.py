@@ -18,10 +18,11 @@ from lora_trainer.run.memory_limits import (
     BatchSizes,
     MemoryLimits,
     in_pieces,
+    read_limits,
     reduced,
     why_nothing_fits,
+    write_limits,
 )
-from lora_trainer.supervise.recovery import read_limits, write_limits
 from lora_trainer.train import evaluate, loop, smaller_plans
 from lora_trainer.train.checkpoint import TrainState
 from lora_trainer.train.smaller_plans import with_smaller_plans

@@ -16,7 +16,7 @@ from lora_trainer import cli
 from lora_trainer.commands import merge, new_folder
 from lora_trainer.commands.finetuned import config_of_run
 from lora_trainer.model.compat import dtype_argument
-from lora_trainer.report.text import size
+from lora_trainer.units import size
 
 
 def of_disk(folder: Path):

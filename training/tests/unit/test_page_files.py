@@ -12,7 +12,7 @@ import lora_trainer
 from lora_trainer.run.events import KINDS
 from lora_trainer.serve import app
 
-FOLDER = Path(lora_trainer.__file__).parent / "dashboard"
+FOLDER = Path(lora_trainer.__file__).parent / "serve" / "dashboard"
 SCRIPTS = sorted(FOLDER.glob("*.js"))
 
 

@@ -353,7 +353,10 @@ def test_neither_torch_nor_matplotlib_is_imported_with_the_module():
 
 def test_the_picture_needs_no_writable_home(tmp_path):
     (tmp_path / "events.jsonl").write_text("".join(event.to_line() for event in RUN))
-    code = "import sys, pathlib, lora_trainer.report.html as r; r.write_report(pathlib.Path(sys.argv[1]))"
+    code = (
+        "import sys, pathlib; from lora_trainer.report.html import write_report; "
+        "write_report(pathlib.Path(sys.argv[1]))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
         capture_output=True, text=True, check=True,

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_events import DONE, PLAN, RUN, START, after, evaluated, sample, stepped
 
-from lora_trainer.report.text import closing_lines, duration, percent, size, sparkline
+from lora_trainer.report.text import closing_lines, sparkline
+from lora_trainer.units import duration, percent, size
 
 
 def closing(*events, width=80):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lora_trainer.run.protocol import EVENTS_FD, WorkerSpec
 from lora_trainer.train import worker
 
 
@@ -33,9 +34,9 @@ def test_stop_after_the_training_tells_the_step_that_is_saved(
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the signal raises")
 
-    monkeypatch.setenv(worker.EVENTS_FD, str(writing))
+    monkeypatch.setenv(EVENTS_FD, str(writing))
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    monkeypatch.setattr(worker.Order, "read", staticmethod(lambda _: SimpleNamespace(rank=0)))
+    monkeypatch.setattr(WorkerSpec, "read", staticmethod(lambda _: SimpleNamespace(rank=0)))
     monkeypatch.setattr(worker.faulthandler, "register", lambda *_, **__: None)
     monkeypatch.setattr(worker, "run", run)
     assert worker.main() == 143

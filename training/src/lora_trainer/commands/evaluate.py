@@ -19,7 +19,7 @@ import typer
 from ..config.schema import Config
 from ..errors import ConfigError
 from ..report.progress import Meter
-from ..report.text import duration, number, percent
+from ..units import duration, number, percent
 from .finetuned import FinetunedModel, LoadedModel, locate_base, open_model, tokenizer_source
 
 NAMES = ("exact_match", "loss", "perplexity", "token_accuracy")

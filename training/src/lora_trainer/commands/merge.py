@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from ..errors import ConfigError, InternalError, MemoryKilledError
-from ..report.text import size
+from ..units import size
 from .finetuned import ADAPTER_WEIGHTS, FinetunedModel, LoadedModel, locate_base, open_model
 from .new_folder import atomic_directory, refuse_existing, refuse_full_disk
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import ConfigError, StorageError
 from ..host.disk import follow_umask, sync
 from ..machine import free_disk_bytes
-from ..report.text import size
+from ..units import size
 
 # Tokenizer, card and what the file system itself takes.
 ASIDE_BYTES = 20_000_000

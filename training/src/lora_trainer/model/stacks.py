@@ -15,7 +15,7 @@ from pathlib import Path
 from ..errors import TrainerError, UnavailableError
 from ..machine import Gpu, Machine
 
-LOCKS = Path(__file__).parents[2] / "requirements"  # an image does not have them
+LOCKS = Path(__file__).parents[3] / "requirements"  # an image does not have them
 ON_CPU = "./training/run.sh --cpu (or CUDA_VISIBLE_DEVICES= ) trains on the CPU"
 
 

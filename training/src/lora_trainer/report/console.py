@@ -22,18 +22,9 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 from ..run import events as said
 from ..run.events import Event
 from ..run.status import RunStatus
+from ..units import duration, number
 from .terminal import PATIENCE_SECONDS, Sink, clean, one_line, shortened
-from .text import (
-    closing_lines,
-    duration,
-    figures,
-    flowed,
-    lasting_line,
-    number,
-    sparkline,
-    steps_done,
-    work_done,
-)
+from .text import closing_lines, figures, flowed, lasting_line, sparkline, steps_done, work_done
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -24,8 +24,8 @@ from ..host.disk import sync
 from ..run.events import parse_line
 from ..run.history import KEPT_MOMENTS, WHOLE, History, Point
 from ..run.status import ENDINGS, RunStatus, fold
+from ..units import duration, percent, size
 from .charts import Vertex, chart, draw_png, short, smoothed
-from .text import duration, percent, size
 
 LONGEST_TEXT = 6000
 NAMELESS = "Training run"
@@ -63,7 +63,7 @@ def render_html(
     """Return the page; every text of the run in it is escaped."""
     from jinja2 import Environment, StrictUndefined
 
-    template = resources.files(__package__).joinpath("report_template.html")
+    template = resources.files(__package__).joinpath("template.html")
     page = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(template.read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import TextIO
 
-from .text import duration, percent
+from ..units import duration, percent
 
 LINE_SECONDS = 10.0
 REFRESH_SECONDS = 0.25

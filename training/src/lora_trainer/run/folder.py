@@ -14,7 +14,6 @@ from ..config.settings import Settings
 from ..errors import AccessError, ConfigError, StorageError
 from ..host.disk import sync
 from .events import Event
-from .memory_limits import MEMORY
 
 DIGEST = "config.digest"
 DONE = "DONE"
@@ -23,6 +22,7 @@ RESOLVED = "config.resolved.json"
 LOG = "train.log"
 LOCK = ".lock"
 FINAL = "final_model"
+MEMORY = "memory.json"  # what the run was cut down to when memory ran out
 SERVER = "server.json"  # where the status server answers, while it does
 # Everything that a run writes, but for its lock, which whoever archives is holding.
 OWN = frozenset(

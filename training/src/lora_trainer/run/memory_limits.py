@@ -8,16 +8,19 @@ step, and the smaller size is kept, also by later starts (`memory.json`). Import
 from __future__ import annotations
 
 import gc
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import TrainerError
 from ..faults import is_out_of_memory, out_of_memory
-from ..report.text import size
+from ..units import size
+from .events import Event, MemoryReduced, Warned
+from .folder import MEMORY, write_json
 
-MEMORY = "memory.json"  # in the output folder: what the run was cut down to
 START_AGAIN = "--resume never (this run is moved aside) or another --run_name"
 
 Item = TypeVar("Item")
@@ -162,3 +165,37 @@ def why_nothing_fits(plan: Mapping[str, Any]) -> tuple[str, str]:
     if not fitting:
         return why, f"use a machine with more memory than {size(limit)}, or a smaller base model"
     return why, f"{'; or '.join(fitting)}; with it {START_AGAIN}"
+
+
+def reduction(sizes: BatchSizes, step: int, cause: str) -> list[Event]:
+    """Return the events of sizes that became smaller after `step`."""
+    return [
+        MemoryReduced(
+            step=step,
+            micro_batch_examples=sizes.micro_batch_examples,
+            eval_batch_examples=sizes.eval_batch_examples,
+            gradient_checkpointing=sizes.gradient_checkpointing,
+            cause=cause,
+        ),
+        Warned(
+            message=f"memory ran out at step {step + 1}; from now on {sizes.text()}, evaluation "
+            f"batches of {sizes.eval_batch_examples}: no figure changes by it ({cause})"
+        ),
+    ]
+
+
+def read_limits(folder: Path) -> MemoryLimits:
+    """Return what the folder's run was cut down to; a damaged file is as good as none."""
+    try:
+        raw = json.loads((folder / MEMORY).read_text(encoding="utf-8"))
+        counts = (raw["micro_batch_examples"], raw["eval_batch_examples"])
+        if not all(type(count) is int and count >= 0 for count in counts):
+            return MemoryLimits()
+        return MemoryLimits(*counts, raw["gradient_checkpointing"] is True)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return MemoryLimits()
+
+
+def write_limits(folder: Path, limits: MemoryLimits) -> None:
+    """Keep what the folder's run was cut down to, for every later start."""
+    write_json(folder / MEMORY, asdict(limits))

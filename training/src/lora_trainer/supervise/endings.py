@@ -19,8 +19,8 @@ from ..faults import limit_in_log
 from ..run.events import Failed
 from ..run.folder import LOG
 from ..run.memory_limits import why_nothing_fits
+from ..run.protocol import PEER_LOST
 from ..run.status import RunStatus
-from .workers import PEER_LOST
 
 # These exit codes mean the same again on a second try.
 FINAL_CODES = frozenset({0, 65, 69, 74, 75, 77, 78, 137, 143})

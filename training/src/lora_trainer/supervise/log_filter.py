@@ -36,7 +36,7 @@ def open_log(
     A log that cannot be written costs what would be in it, and a warning.
     """
     reading, writing = os.pipe()
-    own = str(Path(__file__).resolve().parents[1])
+    own = str(Path(__file__).resolve().parents[2])
     try:
         with _opened(path, warn) as log:
             process = subprocess.Popen(

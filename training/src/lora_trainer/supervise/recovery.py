@@ -6,15 +6,13 @@ bound of its own. Imports no torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import NotFiniteError
-from ..run.events import Event, Failed, MemoryReduced, Warned
-from ..run.folder import write_json
-from ..run.memory_limits import MEMORY, BatchSizes, MemoryLimits, reduced, sizes_of
+from ..run.events import Event, Failed
+from ..run.memory_limits import reduced, reduction, sizes_of, write_limits
 from ..run.status import RunStatus
 from .endings import WorkerEnd
 
@@ -65,37 +63,3 @@ class Recovery:
             f"{end.cause}; goes on with {smaller.text()}",
             reduction(smaller, status.step, end.cause),
         )
-
-
-def reduction(sizes: BatchSizes, step: int, cause: str) -> list[Event]:
-    """Return the events of sizes that became smaller after `step`."""
-    return [
-        MemoryReduced(
-            step=step,
-            micro_batch_examples=sizes.micro_batch_examples,
-            eval_batch_examples=sizes.eval_batch_examples,
-            gradient_checkpointing=sizes.gradient_checkpointing,
-            cause=cause,
-        ),
-        Warned(
-            message=f"memory ran out at step {step + 1}; from now on {sizes.text()}, evaluation "
-            f"batches of {sizes.eval_batch_examples}: no figure changes by it ({cause})"
-        ),
-    ]
-
-
-def read_limits(folder: Path) -> MemoryLimits:
-    """Return what the folder's run was cut down to; a damaged file is as good as none."""
-    try:
-        raw = json.loads((folder / MEMORY).read_text(encoding="utf-8"))
-        counts = (raw["micro_batch_examples"], raw["eval_batch_examples"])
-        if not all(type(count) is int and count >= 0 for count in counts):
-            return MemoryLimits()
-        return MemoryLimits(*counts, raw["gradient_checkpointing"] is True)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return MemoryLimits()
-
-
-def write_limits(folder: Path, limits: MemoryLimits) -> None:
-    """Keep what the folder's run was cut down to, for every later start."""
-    write_json(folder / MEMORY, asdict(limits))

@@ -38,10 +38,10 @@ from ..run.folder import (
     write_json,
     write_text,
 )
+from ..run.protocol import EVENTS_FD
 from ..run.status import RunStatus
 from ..serve.run_state import RunState
 from ..serve.server import LogFollower, StatusServer, read_token
-from ..train.worker import EVENTS_FD
 from . import earlier_run
 from .endings import (
     FINAL_CODES,

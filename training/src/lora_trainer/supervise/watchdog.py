@@ -15,13 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..machine import free_disk_bytes, oom_kills
-from ..report.text import size
 from ..run.health import bytes_of_next_checkpoint, stall_timeout
+from ..run.protocol import STACKS_SIGNAL
 from ..run.status import RunStatus
 from ..serve.gauges import memory_bytes
+from ..units import size
 
-# The worker's handler of this signal writes the stacks of all its threads to its log.
-STACKS_SIGNAL = signal.SIGUSR1
 STACKS_SECONDS = 5.0  # the longest that is waited for them, a second or more for each rank
 QUIET_LOG_SECONDS = 0.5  # a log that has not grown for so long has them all
 HIGH_MEMORY = 0.95  # share of the machine's or the cgroup's that is worth a warning

@@ -24,9 +24,8 @@ from typing import IO, Any
 
 from ..host.scratch import scratch_folder
 from ..machine import read_machine
+from ..run.protocol import PEER_LOST
 
-# The exit code of a rank that only noticed that another one was gone.
-PEER_LOST = 76
 # How long the others have, after one rank ended, to end by themselves.
 GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.05
@@ -163,6 +162,6 @@ def cause_of(code: int) -> str:
 
 def _python_path() -> dict[str, str]:
     """Let the worker import this package from wherever the supervisor has it."""
-    own = str(Path(__file__).resolve().parents[1])
+    own = str(Path(__file__).resolve().parents[2])
     rest = os.environ.get("PYTHONPATH", "")
     return {"PYTHONPATH": f"{own}{os.pathsep}{rest}" if rest else own}

@@ -23,8 +23,7 @@ from ..model.forward import CausalLM
 from ..model.ranks import Ranks, seed_of
 from ..plan import Plan
 from ..run.events import Event, RankFigures
-from ..run.memory_limits import BatchSizes, MemoryLimits, nothing_fits, reduced, release
-from ..supervise.recovery import reduction
+from ..run.memory_limits import BatchSizes, MemoryLimits, nothing_fits, reduced, reduction, release
 from . import evaluate
 
 # Rows of a micro-batch, its number in the step, and its weight.

@@ -45,8 +45,7 @@ from ..plan import Plan, limited, make_plan
 from ..report import model_card
 from ..run.events import Event, PhaseChanged, Warned
 from ..run.folder import FINAL, write_json
-from ..run.memory_limits import MemoryLimits
-from ..supervise.recovery import read_limits, write_limits
+from ..run.memory_limits import MemoryLimits, read_limits, write_limits
 from . import export
 from .card_facts import card_facts
 from .checkpoint import Snapshot, TrainState, misfit, restore_generators, restore_optimizer

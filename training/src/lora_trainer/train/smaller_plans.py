@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config.schema import Config
 from ..plan import DataProfile, ModelShape, Plan, Share, estimate_memory_bytes
-from ..report.text import size
+from ..units import size
 
 # A smaller plan must leave some room to what the estimate does not know of.
 ROOM = 0.9

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import os
 import platform
 import queue
@@ -19,15 +18,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
-from ..config.schema import Config
 from ..errors import ConfigError
 from ..faults import explain
 from ..host.disk import sync
-from ..redaction import Redaction
 from ..run.events import (
     Event,
     Failed,
@@ -42,41 +38,8 @@ from ..run.events import (
     progress_of,
 )
 from ..run.folder import DONE, EVENTS, write_json
+from ..run.protocol import EVENTS_FD, PEER_LOST, STACKS_SIGNAL, WorkerSpec
 from ..run.unrecorded import Unrecorded, recall
-from ..supervise.watchdog import STACKS_SIGNAL
-from ..supervise.workers import PEER_LOST
-
-EVENTS_FD = "LORA_TRAINER_EVENTS_FD"
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What the supervisor tells the worker to do."""
-
-    config: Config
-    output_dir: Path
-    run_name: str
-    redacted: dict[str, Any]
-    rank: int = 0
-    ranks: int = 1
-    store: str = ""
-    redaction: Redaction = field(default_factory=Redaction)
-
-    @staticmethod
-    def read(text: str) -> Order:
-        """Read an order from JSON."""
-        raw = json.loads(text)
-        redaction = Redaction(raw["secrets"])
-        return Order(
-            Config.model_validate(raw["config"]),
-            Path(raw["output_dir"]),
-            redaction.text(raw["run_name"]),  # it stands in the card and at trackers
-            raw["redacted"],
-            raw["rank"],
-            raw["ranks"],
-            raw["store"],
-            redaction,
-        )
 
 
 class StopRequested(BaseException):
@@ -142,7 +105,7 @@ def main() -> int:
     stop = StopFlag()
     emit: Callable[[Event], None] = pipe.emit
     try:
-        order = Order.read(sys.stdin.read())
+        order = WorkerSpec.read(sys.stdin.read())
         if order.rank > 0:
             emit = _only_failures(pipe.emit)
         emit(PhaseChanged(phase="starting"))
@@ -178,7 +141,7 @@ def is_peer_lost(error: BaseException) -> bool:
     return ranks.is_peer_lost(error)
 
 
-def run(order: Order, emit: Callable[[Event], None], stop: StopFlag) -> int:
+def run(order: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag) -> int:
     """Load, prepare, train, evaluate, export."""
     from ..model import quantize
 
@@ -241,7 +204,7 @@ def run(order: Order, emit: Callable[[Event], None], stop: StopFlag) -> int:
     return 0
 
 
-def _newest(order: Order, session: Any) -> Any:
+def _newest(order: WorkerSpec, session: Any) -> Any:
     from .checkpoint_store import OtherRunError
     from .identity import other_run
 
@@ -262,7 +225,7 @@ def _newest(order: Order, session: Any) -> Any:
 
 
 def _train(
-    order: Order,
+    order: WorkerSpec,
     session: Any,
     emit: Callable[[Event], None],
     stop: StopFlag,
@@ -309,7 +272,7 @@ def figures_of(event: Event) -> dict[str, float]:
     return {name: float(getattr(event, name)) for name in wanted.get(event.kind, ())}
 
 
-def _recall(order: Order, session: Any, snapshot: Any, emit: Callable[[Event], None]) -> None:
+def _recall(order: WorkerSpec, session: Any, snapshot: Any, emit: Callable[[Event], None]) -> None:
     """Take the figures of earlier attempts, as far as they stand, for the model card.
 
     Those that the recording lacks are repeated for it.
@@ -326,7 +289,7 @@ def _recall(order: Order, session: Any, snapshot: Any, emit: Callable[[Event], N
 
 
 def _answer(
-    order: Order,
+    order: WorkerSpec,
     session: Any,
     emit: Callable[[Event], None],
     must_stop: Callable[[], bool],
@@ -376,7 +339,7 @@ def _answer(
         )
 
 
-def _write_facts(order: Order, session: Any) -> None:
+def _write_facts(order: WorkerSpec, session: Any) -> None:
     """Write plan.json, data.json and environment.json."""
     contents = {
         "plan.json": session.plan.to_dict(),
