@@ -11,7 +11,7 @@ Legend: B batch (1 here), H heads, T tokens, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -133,17 +133,19 @@ def native(config: Any) -> str:
 
 
 def install(model: nn.Module, kernel: VariableLength | None = None) -> PackedAttention:
-    """Register a `PackedAttention` with transformers and switch `model` to it."""
+    """Register a `PackedAttention` with transformers and switch `model` to it.
+
+    It goes without a mask. transformers 5 builds none for a name that only the registry of
+    attention functions knows, nor looks in the positions for where examples begin, for which
+    the host would wait for the device. 4.50 would build T x (T + 1) numbers at every forward.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     attention = PackedAttention(kernel)
     _register(ALL_ATTENTION_FUNCTIONS, attention)
-    try:
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    except ImportError:  # transformers 4.50 has no registry of masks
-        pass
-    else:
-        _register(ALL_MASK_ATTENTION_FUNCTIONS, _no_mask)
+    for module in model.modules():
+        if hasattr(module, "_update_causal_mask"):
+            module._update_causal_mask = _without_mask(module.config, module._update_causal_mask)
     switch(model, NAME)
     return attention
 
@@ -164,5 +166,12 @@ def _register(registry: Any, function: Any) -> None:
         registry[NAME] = function
 
 
-def _no_mask(*_: object, **__: object) -> None:
-    """Build no mask: the segments say who sees whom."""
+def _without_mask(config: Any, build: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what builds a mask for any attention but ours."""
+
+    def build_where_needed(*arguments: Any, **named: Any) -> Any:
+        if config._attn_implementation == NAME:
+            return None
+        return build(*arguments, **named)
+
+    return build_where_needed
