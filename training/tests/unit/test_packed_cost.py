@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, VOCABULARY, tiny_model
-from torch.utils._pytree import tree_flatten
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
-from lora_trainer.compat import MAJOR
+from lora_trainer.model.compat import MAJOR
 from lora_trainer.model.forward import CausalLM, MicroBatch
 
 LENGTHS = (60, 110, 30, 90)
