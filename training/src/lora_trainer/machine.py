@@ -13,10 +13,11 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
+Device = Literal["cpu", "cuda"]
 CGROUP = Path("/sys/fs/cgroup")
 # cgroup v1 says "no limit" with a number near 2**63, v2 with the word max.
 UNLIMITED_BYTES = 1 << 60
@@ -48,6 +49,11 @@ class Machine:
     def has_gpu(self) -> bool:
         """Tell whether a GPU may be used."""
         return bool(self.gpus)
+
+    @property
+    def device(self) -> Device:
+        """Return what computes here: the GPUs, where there are any."""
+        return "cuda" if self.has_gpu else "cpu"
 
 
 def read_machine() -> Machine:

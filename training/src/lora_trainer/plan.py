@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from .config.schema import Config, TrainingSection
 from .errors import ConfigError
-from .machine import Machine
+from .machine import Device, Machine
 from .run.memory_limits import MemoryLimits
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "float16", "bfloat16"]
 Parallelism = Literal["none", "ddp", "fsdp", "deepspeed"]
 # What a process holds before any model: the interpreter, torch, transformers, peft
 # (487 MB measured on the CPU; CUDA's context comes on top on a GPU).
@@ -88,7 +88,7 @@ AS_CONFIGURED = MemoryLimits()
 class Plan:
     """The resolved run. `reasons` says, for each choice that was automatic, why."""
 
-    device: Literal["cpu", "cuda"]
+    device: Device
     processes: int
     parallelism: Parallelism
     threads: int
@@ -138,7 +138,7 @@ def make_plan(
     limits: MemoryLimits = AS_CONFIGURED,
     reasons: tuple[str, ...] = (),
 ) -> Plan:
-    """Resolve a run's numbers; `precision` and `attention` are measured by the caller.
+    """Resolve a run's numbers; `machine`, `precision` and `attention` are the backend's.
 
     `limits` are what the run was cut down to when its memory ran out.
 
@@ -165,7 +165,7 @@ def make_plan(
     chosen = _choose_checkpointing(config, machine, shape, data, precision, share, limits)
     checkpointing, why = chosen
     return Plan(
-        device="cuda" if machine.has_gpu else "cpu",
+        device=machine.device,
         processes=processes,
         parallelism=parallelism,
         threads=max(1, machine.cores // processes),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lora_trainer.model.attention import native
+from lora_trainer.model.backend import native_attention
 
 VOCABULARY = 64
 LARGEST_PARAMETERS = 50_000_000
@@ -213,7 +213,7 @@ def _quiet(config: Any) -> Any:
 def _made(config: Any, attention: str | None) -> Any:
     from transformers import AutoModelForCausalLM
 
-    how = {"attn_implementation": attention or native(config)}
+    how = {"attn_implementation": attention or native_attention(config)}
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, **how)
     size = sum(parameter.numel() for parameter in empty.parameters())

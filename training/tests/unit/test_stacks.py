@@ -14,7 +14,8 @@ from lora_trainer.commands import check
 from lora_trainer.config.settings import resolve
 from lora_trainer.errors import UnavailableError
 from lora_trainer.machine import read_machine
-from lora_trainer.model import precision, stacks
+from lora_trainer.model import stacks
+from lora_trainer.model.backend import usable_machine
 
 NVML_ERROR = type("NVMLError", (Exception,), {})
 
@@ -94,11 +95,12 @@ def test_gpu_that_torch_does_not_find_is_no_reason_to_train_on_the_cpu(gpus, mon
     gpus("580.65.06", (9, 0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UnavailableError, match="the GPU cannot be used"):
-        precision.device_of(read_machine())
+        usable_machine(read_machine())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert precision.device_of(read_machine()) == "cuda"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert usable_machine(read_machine()).device == "cuda"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert precision.device_of(read_machine()) == "cpu"
+    assert usable_machine(read_machine()).device == "cpu"
 
 
 def test_the_scripts_and_the_program_agree_on_what_a_stack_serves():

@@ -17,7 +17,7 @@ from ..config.schema import EMBEDDED_MODEL
 from ..config.settings import Settings
 from ..errors import ConfigError, DataError, Problem, StorageError, TrainerError
 from ..machine import free_disk_bytes, read_machine
-from ..model import stacks
+from ..model import precision, stacks
 from ..plan import process_count
 from ..run.folder import make_folder, output_folder
 from ..supervise import earlier_run
@@ -138,11 +138,11 @@ def _check_flash_attention(settings: Settings) -> None:
     """Refuse flash attention that is insisted on where it cannot be, by the reason's name."""
     from ..model import flash
 
-    model = settings.config.model
-    # What a GPU computes in, where bf16 does not forbid it; the worker measures it anew.
-    precision = "float32" if model.bf16 is False else "bfloat16"
+    model, machine = settings.config.model, read_machine()
+    # On a CPU, where the clock would have to say, there is no flash-attn whatever it says.
+    used = precision.choose_precision(model, machine)[0] if machine.has_gpu else "float32"
     where = settings.origins["use_flash_attention"].place
-    flash.choose(model.use_flash_attention, read_machine(), precision, where=where)
+    flash.choose(model.use_flash_attention, machine, used, where=where)
 
 
 def check_all(settings: Settings, *, sample_rows: int = 0) -> None:

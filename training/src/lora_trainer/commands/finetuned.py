@@ -192,39 +192,41 @@ class LoadedModel:
         return self.trained.adapter is not None
 
 
-def open_model(trained: FinetunedModel, *, dtype: Any = None) -> LoadedModel:
-    """Load base model and adapter; in the precision that training uses here, or in `dtype`.
+def open_model(trained: FinetunedModel, *, is_exact: bool = False) -> LoadedModel:
+    """Load base model and adapter as training does here; or exactly: in float32, on the CPU.
 
     Raises:
         UnavailableError, AccessError, ConfigError: the base cannot be had, or does not fit.
     """
-    import torch
-
     from ..machine import read_machine
-    from ..model import attention, load, precision, quantize
+    from ..model import load, quantize
+    from ..model.backend import EXACT, resolve, usable_machine, without_gpus
     from ..model.forward import CausalLM
 
-    machine = read_machine()
-    device = "cuda" if machine.has_gpu and torch.cuda.is_available() and dtype is None else "cpu"
-    config, whole = quantize.as_possible(trained.config, has_gpu=device == "cuda")
+    machine = without_gpus(read_machine()) if is_exact else usable_machine(read_machine())
+    config, whole = quantize.as_possible(trained.config, has_gpu=machine.has_gpu)
     section = config.model
     if whole:
         typer.echo(f"warning: {whole}", err=True)
-    used, _ = precision.choose_precision(section.bf16, device)
-    if dtype is None:
-        dtype = torch.bfloat16 if used == "bfloat16" else torch.float32
     source = locate_base(trained)
     tokenizer = load.load_tokenizer(tokenizer_source(trained, source), section)
-    native = attention.native(load.load_config(source, section))
-    model = load.load_model(source, section, dtype=dtype, device=device, attention=native)
+    choice = EXACT if is_exact else section
+    backend = resolve(choice, machine, load.load_config(source, section))
+    model = load.load_model(
+        source,
+        section,
+        dtype=backend.dtype,
+        device=backend.place,
+        attention=backend.attention,
+    )
     if trained.adapter is not None:
         model = _with_adapter(model, trained)
     causal = CausalLM(
         model.eval(),
-        device=device,
+        device=backend.place,
         padding_free=False,
         chunk=trained.config.training.loss_chunk_tokens,
-        precision="bfloat16" if dtype == torch.bfloat16 else "float32",
+        precision=backend.precision,
     )
     prompt_format = read_format(trained.adapter, tokenizer)
     return LoadedModel(causal, tokenizer, source, trained, prompt_format)

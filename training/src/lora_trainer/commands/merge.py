@@ -146,7 +146,7 @@ def _merge(trained: FinetunedModel, stored: Stored, target: Path) -> float:
 
     from ..model import load
 
-    opened = open_model(trained, dtype=torch.float32)
+    opened = open_model(trained, is_exact=True)
     asked = _tokens(opened.causal.inner)
     expected = _logits(opened.causal.model, asked)
     model = _merged(opened.causal.model)
@@ -185,9 +185,10 @@ def _merge(trained: FinetunedModel, stored: Stored, target: Path) -> float:
 
 
 def _attention(source: Any, trained: FinetunedModel) -> str:
-    from ..model import attention, load
+    from ..model import load
+    from ..model.backend import native_attention
 
-    return attention.native(load.load_config(source, trained.config.model))
+    return native_attention(load.load_config(source, trained.config.model))
 
 
 def _merged(model: Any) -> Any:

@@ -119,19 +119,6 @@ def _causal_window(tokens: int, window: int | None, device: torch.device) -> Ten
     return is_seen if window is None else is_seen & (distance < window)
 
 
-def native(config: Any) -> str:
-    """Return transformers' own attention to load a model of this configuration with.
-
-    sdpa knows no soft-cap on the scores, and not every architecture has it; eager is everywhere.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if getattr(config, "attn_logit_softcapping", None):
-        return "eager"
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # none: the repository's own code
-    return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
-
-
 def install(model: nn.Module, kernel: VariableLength | None = None) -> PackedAttention:
     """Register a `PackedAttention` with transformers and switch `model` to it.
 

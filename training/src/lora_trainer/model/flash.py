@@ -14,10 +14,13 @@ import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError, TrainerError
 from ..machine import Machine
+
+if TYPE_CHECKING:
+    import torch
 
 STRICT = "flash-attn"
 REMEDY = "--use_flash_attention true takes the fastest kernel that this machine has"
@@ -108,16 +111,13 @@ def _find(machine: Machine, precision: str) -> tuple[Kernel | None, str]:
     return FLASH_2, ""
 
 
-def pytorch_kernel(device: str, precision: str, model: Any) -> str:
+def pytorch_kernel(device: str, dtype: torch.dtype, model: Any) -> str:
     """Return which kernel PyTorch's attention runs for this model: asked of PyTorch, not assumed.
 
-    One that caps its scores is computed score by score, as no kernel of PyTorch's does that.
+    `model` must not cap its attention scores.
     """
     import torch
 
-    if getattr(model, "attn_logit_softcapping", None):
-        return "eager"
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     width = _head_width(model) or USUAL_WIDTH
     part = torch.zeros(1, 1, 16, width, dtype=dtype, device=device, requires_grad=True)
     try:
@@ -132,11 +132,11 @@ def described(choice: Choice, own: str) -> str:
     return f"packed {choice.kernel.name if choice.kernel is not None else own}"
 
 
-def reason(asked: Asked, choice: Choice, used: str) -> str:
+def reason(asked: Asked, choice: Choice) -> str:
     """Return why the attention that is used is not flash-attn's, where the user asked for flash."""
     if asked is not True or choice.kernel is not None:
         return ""
-    return f"use_flash_attention: PyTorch's own attention is used, {used}: {choice.why}"
+    return f"use_flash_attention: PyTorch's own attention is used: {choice.why}"
 
 
 class VariableLength:

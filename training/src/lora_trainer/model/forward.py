@@ -23,11 +23,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UnavailableError
+from ..plan import Precision
 from . import attention as packed_attention
 from . import compat, fused
 from .attention import PackedAttention
 from .flash import VariableLength
 from .head import Head, find_head, summed_loss, summed_loss_and_hits
+from .precision import dtype_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ class CausalLM:
         device: str,
         padding_free: bool,
         chunk: int,
-        precision: str,
+        precision: Precision,
         kernel: VariableLength | None = None,
         has_fused_lora: bool = False,
     ) -> None:
@@ -78,6 +80,7 @@ class CausalLM:
         self.device = device
         self.chunk = chunk
         self.precision = precision
+        self.dtype = dtype_of(precision)
         self.native_attention = str(inner.config._attn_implementation)
         self.is_sharded = False
         self.packed: PackedAttention | None = None
@@ -162,9 +165,9 @@ class CausalLM:
 
         A quantized base has norms in float32 before a head in bfloat16: outside, they do not fit.
         """
-        if self.precision == "bfloat16":
-            return torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16)
-        return contextlib.nullcontext()
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.split(":")[0], dtype=self.dtype)
 
     def _hidden(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Return hidden states that predict the targets (N, W), and the targets (N,)."""

@@ -1,50 +1,35 @@
 """Which precision this machine computes fast in: measured, never assumed.
 
 bfloat16 on a CPU without native support is emulated, hundreds of times slower than
-float32, and nothing says so but a clock.
+float32, and nothing says so but a clock. Imports no torch by itself.
 """
 
 from __future__ import annotations
 
 import time
-import warnings
-from typing import Literal
+from typing import TYPE_CHECKING
 
-import torch
-
+from ..config.schema import ModelSection
 from ..machine import Machine
 from ..plan import Precision
-from . import stacks
+
+if TYPE_CHECKING:
+    import torch
 
 # A product this large takes 0.1 ms in float32 on one core, and 40 ms where emulated.
 MEASURED_SIZE = 128
 MOST_SLOWER = 1.5
+FIRST_WITH_BFLOAT16 = (8, 0)  # compute capability
 
 
-def device_of(machine: Machine) -> Literal["cpu", "cuda"]:
-    """Return what training computes on: the GPU, wherever the machine has one.
+def choose_precision(section: ModelSection, machine: Machine) -> tuple[Precision, str]:
+    """Return the precision to train in, and why where it is not what was asked for.
 
-    Raises:
-        UnavailableError: it has one, and torch cannot use it.
+    `machine` has the GPUs that are trained on; all of them must have the units.
     """
-    if not machine.has_gpu:
-        return "cpu"
-    why = ""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        is_usable = torch.cuda.is_available()
-    if is_usable:
-        return "cuda"
-    if said:
-        why = str(said[-1].message).splitlines()[0]
-    raise stacks.unusable(machine, why)
-
-
-def choose_precision(asked: bool | Literal["auto"], device: str) -> tuple[Precision, str]:
-    """Return the precision to train in, and why where it is not what was asked for."""
-    if device == "cuda":
-        is_native = torch.cuda.get_device_capability()[0] >= 8
-        if is_native:
+    asked = section.bf16
+    if machine.has_gpu:
+        if min(gpu.capability for gpu in machine.gpus) >= FIRST_WITH_BFLOAT16:
             return ("float32", "") if asked is False else ("bfloat16", "")
         why = "this GPU has no bfloat16 units (compute capability below 8.0)"
         return "float32", f"float32 is used: {why}" if asked is True else ""
@@ -60,12 +45,23 @@ def choose_precision(asked: bool | Literal["auto"], device: str) -> tuple[Precis
     )
 
 
+def dtype_of(precision: Precision) -> torch.dtype:
+    """Return torch's type of the same name."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, precision)
+    return dtype
+
+
 def bfloat16_slowness() -> float:
     """Return how many times longer a bfloat16 matrix product takes than a float32 one."""
-    return _product_seconds(torch.bfloat16) / _product_seconds(torch.float32)
+    return _product_seconds("bfloat16") / _product_seconds("float32")
 
 
-def _product_seconds(dtype: torch.dtype) -> float:
+def _product_seconds(precision: Precision) -> float:
+    import torch
+
+    dtype = dtype_of(precision)
     matrix = torch.full((MEASURED_SIZE, MEASURED_SIZE), 0.5, dtype=dtype)
     _ = matrix @ matrix
     best = float("inf")

@@ -28,10 +28,10 @@ from .attention import switch
 from .forward import CausalLM, MicroBatch, call
 from .quantize import rows_apart
 
-# Largest difference of a mean token loss that rounding explains: float32 and bfloat16.
-TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
+# Largest difference of a mean token loss that rounding explains.
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 # The same tokens before another one: nothing but noise may be between them.
-SAME = {"float32": 1e-5, "bfloat16": 1e-2}
+SAME = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 LENGTHS = (9, 24, 5)
 # A sliding window shorter than this is crossed by the probe; a longer one costs too much.
 LONGEST_WINDOW = 512

@@ -23,6 +23,7 @@ import torch
 import torch.distributed.fsdp
 from torch import Tensor
 
+from ..machine import Device
 from ..run.events import RankFigures
 
 # A rank waits for another as long as that one lives: tokenizing may take hours.
@@ -117,15 +118,15 @@ class Ranks:
 ALONE = Ranks()
 
 
-def join(rank: int, count: int, store: str) -> Ranks:
-    """Meet the other ranks; return this one's place.
+def join(rank: int, count: int, store: str, device: Device = "cpu") -> Ranks:
+    """Meet the other ranks, each on a device of its own; return this one's place.
 
     Raises:
         PeerLostError: one of them ended before all had come.
     """
     if count == 1:
         return ALONE
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.set_device(rank)
         if not hasattr(torch.distributed.fsdp, "fully_shard"):
             # Later versions do so by themselves: memory that was gathered into is free again
@@ -133,19 +134,19 @@ def join(rank: int, count: int, store: str) -> Ranks:
             os.environ.setdefault("TORCH_NCCL_AVOID_RECORD_STREAMS", "1")
     ranks = Ranks(rank, count)
     with _peers():
-        _meet(ranks, init_method=f"file://{store}")
+        _meet(ranks, device, init_method=f"file://{store}")
     return ranks
 
 
-def form_group(ranks: Ranks) -> None:
+def form_group(ranks: Ranks, device: str) -> None:
     """Make even a rank alone a group of PyTorch's, for a library that wants one."""
     if not torch.distributed.is_initialized():
-        _meet(ranks, store=torch.distributed.HashStore())  # type: ignore[attr-defined]
+        _meet(ranks, device, store=torch.distributed.HashStore())  # type: ignore[attr-defined]
 
 
-def _meet(ranks: Ranks, **where: Any) -> None:
+def _meet(ranks: Ranks, device: str, **where: Any) -> None:
     torch.distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
         rank=ranks.rank,
         world_size=ranks.count,
         timeout=PATIENCE,

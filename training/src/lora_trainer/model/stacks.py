@@ -75,14 +75,27 @@ def check_gpus(machine: Machine, stack: str) -> None:
             raise _unserved(machine, f"GPU {gpu.index}: {gpu.name}", why)
 
 
-def unusable(machine: Machine, why: str) -> TrainerError:
-    """Return the error of a GPU that the driver lists and torch cannot use."""
+def unusable(machine: Machine, usable: int, why: str) -> TrainerError:
+    """Return the error of GPUs that the driver lists, of which torch can use fewer."""
+    finds = f"{usable} of {len(machine.gpus)}" if usable else "no CUDA device"
+    fewer = f"; or --nproc {usable}" if usable else ""
     return UnavailableError.of(
         "the GPU cannot be used",
         where=", ".join(gpu.name for gpu in machine.gpus),
-        why=f"the driver {machine.driver} lists it, and torch finds no CUDA device"
+        why=f"the driver {machine.driver} lists it, and torch finds {finds}"
         + (f": {why}" if why else ""),
-        remedy=f"nvidia-smi, then restart the machine or the container; {ON_CPU}",
+        remedy=f"nvidia-smi, then restart the machine or the container; {ON_CPU}{fewer}",
+    )
+
+
+def unlisted(name: str) -> TrainerError:
+    """Return the error of a GPU that torch can use and the driver's library does not list."""
+    return UnavailableError.of(
+        "the GPU cannot be read",
+        where=name,
+        why="torch can use it, and NVML, which gives its memory and capability, lists no GPU",
+        remedy="nvidia-smi must list it; in a container: NVIDIA_DRIVER_CAPABILITIES="
+        f"compute,utility; {ON_CPU}",
     )
 
 

@@ -93,7 +93,7 @@ def share(
         if ranks.count > 1 and name.endswith("experts") and isinstance(module, nn.ModuleList):
             why = f"of {name} each process would gather others, and wait for ever for the rest"
             raise _model_refusal(why)
-    form_group(ranks)
+    form_group(ranks, device)
     deepspeed = _imported(device, ranks)
     frozen = FrozenModules(module for module in layers.modules() if _is_shared(module))
     settings = _settings(frozen, len(layers), device, is_offloaded)

@@ -150,7 +150,7 @@ def release() -> None:
     """Give back what a failed attempt left; call it outside of the `except` block."""
     gc.collect()
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
+    if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 

@@ -103,7 +103,7 @@ def take_snapshot(
         if not key.startswith(CODES)
     }
     rng = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         rng |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     generators = {

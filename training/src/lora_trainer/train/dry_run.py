@@ -9,31 +9,31 @@ import torch
 from ..config.schema import Config
 from ..config.start_adapter import find_adapter
 from ..data.prepare import DataSplits
-from ..machine import Machine, read_machine
-from ..model import compat, flash, load, precision, probe, quantize, reach, sizes  # noqa: F401  compat quiets libraries before they are imported
-from ..model.adapter import ALL_LINEAR, add_adapter, read_start, trainable_parameters
-from ..model.ranks import Ranks
-from ..plan import (
-    ModelShape,
-    Parallelism,
-    Plan,
-    Precision,
-    choose_parallelism,
-    make_plan,
-    process_count,
+from ..machine import read_machine
+from ..model import (
+    compat,  # noqa: F401  it quiets libraries before they are imported
+    load,
+    probe,
+    quantize,
+    reach,
+    sizes,
 )
+from ..model.adapter import ALL_LINEAR, add_adapter, read_start, trainable_parameters
+from ..model.backend import Backend, resolve, usable_machine
+from ..model.ranks import Ranks
+from ..plan import ModelShape, Parallelism, Plan, choose_parallelism, make_plan, process_count
 from .datasets import profile_of, refuse_long_rows, rows_of_epoch_in, rows_to_train, source_specs
 
 
 def parallelism_before_loading(
-    config: Config, machine: Machine, shape: Any, used: Precision, ranks: Ranks
+    config: Config, backend: Backend, shape: Any, ranks: Ranks
 ) -> tuple[Parallelism, str]:
     """Return how ranks share the work, and why: where weights are loaded to depends on it."""
     if ranks.count == 1 and config.training.parallelism != "deepspeed":
         return "none", ""
     base = _unloaded(config, shape)
     sized = shape_of(base, quantize.count_parameters(base), {})
-    return choose_parallelism(config, machine, sized, used, ranks.count)
+    return choose_parallelism(config, backend.machine, sized, backend.precision, ranks.count)
 
 
 def _unloaded(config: Config, shape: Any) -> Any:
@@ -69,13 +69,14 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
     Raises:
         ConfigError, DataError: what training would refuse of adapter and lengths.
     """
-    machine = read_machine()
+    listed = read_machine()
+    processes = process_count(config, listed)
+    machine = usable_machine(listed, processes)
     shape = load.load_config(source, config.model)
     config, whole = quantize.apply_stored_quantization(config, shape, has_gpu=machine.has_gpu)
     base = _unloaded(config, shape)
     probe.check_unloaded(base)
-    device = precision.device_of(machine)
-    used = precision.choose_precision(config.model.bf16, device)[0]
+    backend = resolve(config.model, machine, shape)
     with torch.device("meta"):
         base.requires_grad_(False)
         refuse_long_rows(config, base, splits)
@@ -90,23 +91,19 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
         read_start(model, find_adapter(config.lora.adapter_name_or_path))
     weights = [source.weight for source in source_specs(config, config.data.dataset)]
     sized = shape_of(base, parameters, trained)
-    processes = process_count(config, machine)
-    parallelism, why = choose_parallelism(config, machine, sized, used, processes)
-    asked = config.model.use_flash_attention
-    kernel = flash.choose(asked, machine, used, model=base.config)
-    attention = flash.described(kernel, flash.pytorch_kernel(device, used, base.config))
-    flashed = flash.reason(asked, kernel, attention)
+    parallelism, why = choose_parallelism(config, machine, sized, backend.precision, processes)
+    is_packed = config.training.padding_free is not False
     return make_plan(
         config,
         machine,
         sized,
         profile_of(splits, rows_to_train(rows_of_epoch_in(splits, weights, config.training.seed))),
-        precision=used,
-        attention=attention,
-        padding_free=config.training.padding_free is not False,
+        precision=backend.precision,
+        attention=backend.packed if is_packed else backend.attention,
+        padding_free=is_packed,
         processes=processes,
         parallelism=parallelism,
-        reasons=tuple(reason for reason in (whole, why, flashed, *reached) if reason),
+        reasons=tuple(filter(None, (whole, *backend.reasons, why, *reached))),
     )
 
 

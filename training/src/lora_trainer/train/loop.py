@@ -134,7 +134,7 @@ def _step(parts: TrainingContext, state: TrainState, fitting: Fitting) -> TrainS
         seed=training.seed,
         step=state.step,
     )
-    if ranks.count > 1 and torch.cuda.is_available():
+    if ranks.count > 1 and torch.cuda.is_initialized():
         # A rank's time is that of its kernels, which have only been launched so far; the sum
         # over ranks that follows waits for them anyway.
         torch.cuda.synchronize()
@@ -203,7 +203,7 @@ def ranks_event(step: int, measured: Sequence[RankFigures]) -> RanksMeasured:
 
 
 def _gpu_memory_bytes() -> int:
-    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_initialized() else 0
 
 
 def _is_evaluation_due(parts: TrainingContext, state: TrainState) -> bool:

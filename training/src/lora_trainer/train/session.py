@@ -27,7 +27,7 @@ from ..data.prepare import DataSplits
 from ..data.prompt_format import PromptFormat
 from ..errors import StorageError
 from ..machine import Machine, read_machine
-from ..model import determinism, flash, load, loftq, precision, probe, quantize, reach, zero
+from ..model import determinism, flash, load, loftq, probe, quantize, reach, zero
 from ..model.adapter import (
     ALL_LINEAR,
     add_adapter,
@@ -36,7 +36,7 @@ from ..model.adapter import (
     load_start,
     trainable_parameters,
 )
-from ..model.attention import native
+from ..model.backend import resolve, usable_machine
 from ..model.compat import enable_checkpointing
 from ..model.forward import CausalLM
 from ..model.ranks import ALONE, Ranks
@@ -249,13 +249,19 @@ class TrainingSetup:
 
 
 def open_session(
-    config: Config, output_dir: Path, emit: Callable[[Event], None], ranks: Ranks = ALONE
+    config: Config,
+    output_dir: Path,
+    emit: Callable[[Event], None],
+    ranks: Ranks = ALONE,
+    machine: Machine | None = None,
 ) -> TrainingSetup:
     """Prepare data and model; every fault that a user can cause comes out as a TrainerError.
 
-    Rank 0 downloads and tokenizes; the others find what it left.
+    Rank 0 downloads and tokenizes; the others find what it left. `machine` is the usable one,
+    where it is known already.
     """
-    machine, config_digest = read_machine(), config.digest()
+    machine = machine or usable_machine(read_machine(), ranks.count)
+    config_digest = config.digest()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, machine.cores // ranks.count))
     with ranks.first_then_others():
@@ -293,22 +299,17 @@ def _open_model(
     ranks: Ranks,
     config_digest: str,
 ) -> TrainingSetup:
-    device = precision.device_of(machine)
-    used, why = precision.choose_precision(config.model.bf16, device)
-    if ranks.is_any(used == "float32"):  # a clock, or another GPU, may have told them different
-        used = "float32"
-    dtype = torch.bfloat16 if used == "bfloat16" else torch.float32
-    asked = config.model.use_flash_attention
-    flashed = flash.choose(asked, machine, used, model=shape)
-    attention = native(shape)
+    backend = resolve(config.model, machine, shape, ranks)
     if not config.model.trust_remote_code:  # whose classes may need what is in their repository
         refuse_unsupported(config, shape)
-    parallelism, chosen = parallelism_before_loading(config, machine, shape, used, ranks)
+    parallelism, chosen = parallelism_before_loading(config, backend, shape, ranks)
     share = None
     if parallelism in ("fsdp", "deepspeed"):
         zero.check(config) if parallelism == "deepspeed" else quantize.check_sharing(config)
         is_packed = quantize.is_quantized(config.model)
-        share = choose_sharing(parallelism, config.training, device, ranks, is_packed=is_packed)
+        share = choose_sharing(
+            parallelism, config.training, backend.device, ranks, is_packed=is_packed
+        )
     # Before it is loaded where it is here already: both then read the same bytes.
     base_hash = None
     if source.is_local and ranks.is_first:
@@ -319,10 +320,10 @@ def _open_model(
         base = load.load_model(
             source,
             config.model,
-            dtype=dtype,
+            dtype=backend.dtype,
             # It goes to the device layer by layer, while these are shared out.
-            device=device if share is None else "cpu",
-            attention=attention,
+            device=backend.place if share is None else "cpu",
+            attention=backend.attention,
         )
         refuse_long_rows(config, base, splits)
         parameters = quantize.count_parameters(base)
@@ -336,11 +337,11 @@ def _open_model(
             initial = Initial(output_dir / FOLDER, weights_digest(trainable_parameters(model)))
         causal = CausalLM(
             model,
-            device=device,
+            device=backend.place,
             padding_free=config.training.padding_free is not False,
             chunk=config.training.loss_chunk_tokens,
-            precision=used,
-            kernel=flash.VariableLength(flashed.kernel) if flashed.kernel is not None else None,
+            precision=backend.precision,
+            kernel=backend.kernel,
         )
         trained = trainable_parameters(model)
         shape_of_base = shape_of(base, parameters, trained)
@@ -349,13 +350,13 @@ def _open_model(
     named = zero.names_what_it_cannot if parallelism == "deepspeed" else contextlib.nullcontext
     with named():
         fallback = probe.verify(causal, ranks.is_any)
-        varying = determinism.require(lambda: probe.exercise(causal)) if device == "cuda" else ""
+        varying = ""
+        if machine.has_gpu:
+            varying = determinism.require(lambda: probe.exercise(causal))
     reached = reach.notes(
         model, parameters[0], is_all_linear=config.lora.lora_target_modules == ALL_LINEAR
     )
-    if causal.packed is not None:
-        attention = flash.described(flashed, flash.pytorch_kernel(device, used, shape))
-    elif asked == flash.STRICT:
+    if causal.packed is None and config.model.use_flash_attention == flash.STRICT:
         raise flash.refusal(fallback)
     weights = [source.weight for source in source_specs(config, config.data.dataset)]
     rows_of_epoch = rows_of_epoch_in(splits, weights, config.training.seed)
@@ -365,24 +366,13 @@ def _open_model(
         machine,
         shape_of_base,
         profile,
-        precision=used,
-        attention=attention,
+        precision=backend.precision,
+        attention=backend.attention if causal.packed is None else backend.packed,
         padding_free=causal.packed is not None,
         processes=ranks.count,
         parallelism=parallelism,
         limits=read_limits(output_dir),
-        reasons=tuple(
-            reason
-            for reason in (
-                why,
-                chosen,
-                fallback,
-                varying,
-                flash.reason(asked, flashed, attention),
-                *reached,
-            )
-            if reason
-        ),
+        reasons=(*backend.reasons, *filter(None, (chosen, fallback, varying, *reached))),
     )
     plan = with_smaller_plans(plan, config, shape_of_base, profile)
     if plan.gradient_checkpointing:

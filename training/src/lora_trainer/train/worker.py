@@ -146,12 +146,15 @@ def run(order: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag) -> int
     from ..model import quantize
 
     quantize.skip_bitsandbytes_import(order.config)
+    from ..machine import peak_memory_bytes, read_machine
+    from ..model.backend import usable_machine
     from ..model.ranks import join
     from . import session as sessions
 
     emit(PhaseChanged(phase="loading", detail=order.config.model.model_name_or_path))
-    ranks = join(order.rank, order.ranks, order.store)
-    session = sessions.open_session(order.config, order.output_dir, emit, ranks)
+    machine = usable_machine(read_machine(), order.ranks)
+    ranks = join(order.rank, order.ranks, order.store, machine.device)
+    session = sessions.open_session(order.config, order.output_dir, emit, ranks, machine)
     must_stop = ranks.agreed(stop.is_set)
     snapshot, skipped = _newest(order, session)
     for reason in skipped:
@@ -190,8 +193,6 @@ def run(order: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag) -> int
     if not ranks.is_first:
         return 0
     session.write_card(order, state)
-    from ..machine import peak_memory_bytes
-
     emit(
         Finished(
             step=state.step,
