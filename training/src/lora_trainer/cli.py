@@ -256,6 +256,36 @@ def dashboard(
 
 
 @app.command()
+def health(
+    seconds: Annotated[
+        int, typer.Argument(min=1, help="How long --watch waits between two looks.")
+    ] = 5,
+    url: Annotated[
+        str, typer.Option(help="Ask this server; else the newest run of this machine.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again and again.")] = False,
+    outputs: Annotated[
+        Path | None, typer.Option(envvar="LORA_OUTPUTS", help="The folder that runs are in.")
+    ] = None,
+    docker: Annotated[bool, typer.Option("--docker", hidden=True)] = False,
+) -> None:
+    """Show whether a run is well, and if not, why; exit 0 if it is, 1 if not."""
+    from .commands.health import report_health
+    from .config.paths import PUBLIC
+
+    public = PUBLIC / "outputs"
+    code = report_health(
+        outputs or (public if public.is_dir() else Path("outputs")),
+        url=url.rstrip("/"),
+        is_json=as_json,
+        watch_seconds=seconds if watch else None,
+        is_docker=docker,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a config file."""
     import json

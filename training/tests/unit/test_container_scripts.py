@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +14,12 @@ from checkout import TRAINING, Checkout
 
 # Answers from files of the checkout's root; writes down what it is asked to do.
 DOCKER = """#!/bin/sh
+facts() {{
+  printf '{{"id": "0123456789abcdef", "service": "%s", "restarts": 0, ' "$1"
+  printf '"state": {{"Status": "%s", "ExitCode": %s, ' "$3" "$2"
+  printf '"OOMKilled": %s, ' "$(cat "{root}/oom")"
+  printf '"Error": "%s"}}}}\\n' "$(cat "{root}/start-error" 2>/dev/null)"
+}}
 echo "docker $*" >>"{root}/docker-calls"
 case "$*" in
   "version"*) cat "{root}/engine" 2>/dev/null || {{ cat "{root}/engine-error" >&2; exit 1; }} ;;
@@ -29,7 +36,12 @@ case "$*" in
   *" up "* | *" run "*)
     cat "${{HF_TOKEN_FILE:-/dev/null}}" >"{root}/token-seen"
     env | grep -E '^(LORA_|HF_|WANDB)' | sort >"{root}/up-environment" ;;
-  "port "*) [ "$(cat "{root}/state")" = running ] && echo 127.0.0.1:9 || exit 1 ;;
+  "run --rm --interactive"* | "exec --interactive"*)
+    while [ "$1" != health ]; do
+      [ "$1" != --env ] || export "$2"
+      shift
+    done
+    PYTHONPATH=@SOURCE exec @PYTHON -m lora_trainer "$@" ;;
   "logs "*) cat "{root}/log" >&2 ;;
   "inspect --format {{{{.State.Status}}}}"*preflight*) echo exited ;;
   "inspect --format {{{{.State.Status}}}}"*) cat "{root}/state" ;;
@@ -37,6 +49,10 @@ case "$*" in
   "inspect --format {{{{.State.Error}}}}"*) cat "{root}/start-error" 2>/dev/null ;;
   "inspect --format {{{{.State.Running}}}}"*) echo true ;;
   "inspect --format {{{{.State.ExitCode}}}}"*) cat "{root}/exit-code" ;;
+  "inspect --format {{{{.Image}}}}"*) echo sha256:1 ;;
+  "inspect --format"*preflight*)
+    facts preflight "$(cat "{root}/exit-code")" exited ;;
+  "inspect --format"*) facts trainer "$(cat "{root}/exit-code")" "$(cat "{root}/state")" ;;
 esac
 """
 TOOLS = (
@@ -64,7 +80,8 @@ def checkout(tmp_path: Path) -> Checkout:
     shutil.copy(TRAINING / "Dockerfile", checkout.training)
     shutil.copy(TRAINING / ".dockerignore", checkout.training)
     (tmp_path / "public" / "datasets").mkdir(parents=True)
-    checkout.write_tool("docker", DOCKER)
+    docker = DOCKER.replace("@PYTHON", sys.executable).replace("@SOURCE", str(TRAINING / "src"))
+    checkout.write_tool("docker", docker)
     for name, text in {
         "engine": "26.1.5",
         "engine-error": "Cannot connect to the Docker daemon",
@@ -352,7 +369,8 @@ def test_health_check_looks_at_a_run_of_this_machine_that_has_ended(
     (folder / name).write_text("")
     # Its number is another process's now.
     (folder / "server.json").write_text(f'{{"url": "http://127.0.0.1:9", "pid": {os.getpid()}}}')
-    result = checkout.run("training/health-check.sh")
-    assert result.returncode == code, result.stdout
+    venv = str(Path(sys.executable).parents[1])
+    result = checkout.run("training/health-check.sh", LORA_VENV=venv)
+    assert result.returncode == code, result.stdout + result.stderr
     assert ("finished" in result.stdout) == (code == 0)
     assert ("configuration" in result.stdout) == (code == 1)

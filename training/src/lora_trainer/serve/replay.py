@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import psutil
+
 from ..errors import ConfigError, UnavailableError
 from ..redaction import Redaction
 from ..run.events import parse_line
@@ -132,12 +134,13 @@ def is_held(folder: Path) -> bool:
 
 
 def own_address(folder: Path) -> str:
-    """Return where the run's own process answers; "" if it does not."""
+    """Return where the run's own process answers; "" if it is gone, or its id another's."""
     try:
-        told = json.loads((folder / SERVER).read_text())
-        os.kill(int(told["pid"]), 0)
-        return str(told["url"])
-    except (OSError, ValueError, KeyError, TypeError):
+        server = json.loads((folder / SERVER).read_text())
+        command = psutil.Process(int(server["pid"])).cmdline()
+        is_trainer = any("lora_trainer" in word or "train_lora" in word for word in command)
+        return str(server["url"]) if is_trainer else ""
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
         return ""
 
 
