@@ -18,6 +18,7 @@ from lora_trainer.model import quantize, reach
 from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.forward import CausalLM, MicroBatch
 from lora_trainer.model.probe import check_unloaded, verify
+from lora_trainer.model.targets import endings_left_alone, fused_names
 from lora_trainer.train.dry_run import shape_of
 
 # The last one crosses the tiny models' sliding windows.
@@ -48,13 +49,13 @@ def attempt(model_type: str) -> Outcome:
     try:
         if fault := _unloaded_fault(config):
             return Outcome("refused", fault)
-        peft_model = add_adapter(model, LORA, seed=11)
+        left = tuple(endings_left_alone(model))
+        peft_model = add_adapter(model, _keys(model), seed=11)
     except TrainerError as error:
         return Outcome("refused", _refusal(error))
     torch.manual_seed(3)
     _spread(peft_model)
     peft_model.train()
-    left = tuple(sorted(peft_model.peft_config["default"].exclude_modules or ()))
     if adapted := _adapted_routers(peft_model):
         return Outcome("differs", f"all-linear adapts routers: {adapted}")
     outcome = _trained(peft_model)
@@ -92,11 +93,16 @@ def _unloaded_fault(config: Any) -> str:
             check_unloaded(unloaded)
         except TrainerError as error:
             return _refusal(error)
-        adapted = add_adapter(unloaded.requires_grad_(False), LORA, seed=11)
+        adapted = add_adapter(unloaded.requires_grad_(False), _keys(unloaded), seed=11)
     sized = shape_of(unloaded, parameters, trainable_parameters(adapted))
     assert sized.layers and sized.vocab_size, sized
-    reach.notes(adapted, sized.parameters, is_all_linear=True)
+    reach.notes(adapted, sized.parameters, LORA)
     return ""
+
+
+def _keys(model: Any) -> LoraSection:
+    """Return keys that adapt all linear layers, and experts that are held in one tensor."""
+    return LORA.model_copy(update={"lora_target_parameters": fused_names(model)})
 
 
 def _adapted_routers(model: Any) -> str:

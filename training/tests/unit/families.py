@@ -52,11 +52,25 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("Granite", {"logits_scaling": 4.0, "attention_multiplier": 0.2}),
     "cohere": ("Cohere", {"logit_scale": 0.25, "tie_word_embeddings": True}),
 }
+# Mixtures of experts: transformers 5 holds those of a layer in one tensor, 4.50 as linear layers.
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2}),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+        },
+    ),
+}
 
 
 def tiny_model(family: str, *, attention: str = "eager") -> Any:
     """Make the family's model in float32, its weights drawn from a fixed seed."""
-    name, own = FAMILIES[family]
+    name, own = (FAMILIES | MIXTURES)[family]
     if name == "Qwen3" and MAJOR < 5:
         pytest.skip("Qwen 3 came with transformers 4.51")
     config_class = getattr(transformers, f"{name}Config")

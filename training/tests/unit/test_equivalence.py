@@ -99,7 +99,7 @@ def ours(model, rows, folder: Path, *, padding_free: bool, lora: LoraSection, ow
     return losses, {name: p.detach().clone() for name, p in parameters.items()}, order
 
 
-def plain(model, rows, order: Sampler, *, lora: LoraSection, own=None):
+def plain(model, rows, order: Sampler, *, lora: LoraSection, own=None, targets=None):
     """Train with transformers and PEFT alone: padded batches, labels -100, their own loss."""
     settings = SETTINGS | (own or {})
     from peft import LoraConfig, get_peft_model
@@ -111,7 +111,7 @@ def plain(model, rows, order: Sampler, *, lora: LoraSection, own=None):
             task_type="CAUSAL_LM",
             r=lora.lora_r,
             lora_alpha=lora.lora_alpha,
-            target_modules="all-linear",
+            **(targets or {"target_modules": "all-linear"}),
             modules_to_save=list(lora.modules_to_save) or None,
         ),
     )

@@ -53,14 +53,14 @@ def test_a_dense_model_has_no_router_and_needs_no_note():
     model = tiny_model("llama")
     assert reach.routers(model) == {}
     peft_model = add_adapter(model, LoraSection(lora_r=4), seed=1)
-    assert reach.notes(peft_model, parameters(model), is_all_linear=True) == ()
+    assert reach.notes(peft_model, parameters(model), LoraSection()) == ()
     assert peft_model.peft_config["default"].exclude_modules is None
 
 
 def test_the_plan_says_what_is_left_out_and_what_is_reached():
     model = add_adapter(mixture("Phimoe"), LoraSection(lora_r=4), seed=1)
     base = parameters(model)
-    (note,) = reach.notes(model, base, is_all_linear=True)
+    (note,) = reach.notes(model, base, LoraSection())
     assert "routers (" in note
     assert ("experts fused in one tensor" in note) is (MAJOR >= 5)
     linear = [m for m in model.modules() if hasattr(m, "lora_A")]
@@ -73,20 +73,9 @@ def test_a_router_that_is_named_is_adapted_with_a_warning():
     section = LoraSection(lora_r=4, lora_target_modules=["q_proj", router])
     model = add_adapter(mixture("Phimoe"), section, seed=1)
     assert any(name.endswith(f".{router}") for name in adapted(model))
-    (note,) = reach.notes(model, parameters(model), is_all_linear=False)
-    assert note.startswith("lora_target_modules names routers (")
+    note = reach.notes(model, parameters(model), section)[-1]
+    assert note.startswith("the adapter changes routers (")
     assert router in note
-
-
-@pytest.mark.parametrize("own", [{"lora_dropout": 0.1}, {"use_dora": True}])
-def test_fused_experts_that_cannot_have_dropout_or_dora_are_left_out(own):
-    model = add_adapter(mixture("Mixtral"), LoraSection(lora_r=4, **own), seed=1)
-    if MAJOR >= 5:
-        assert not [name for name in adapted(model) if "experts" in name]
-        (note,) = reach.notes(model, parameters(model), is_all_linear=True)
-        assert "experts fused in one tensor (experts.gate_up_proj" in note
-    else:
-        assert [name for name in adapted(model) if "experts" in name]
 
 
 def test_the_endings_name_nothing_else():

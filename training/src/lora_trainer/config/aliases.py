@@ -51,6 +51,7 @@ ALIASES: dict[str, str] = {
     "dataset_name": "dataset",
     "lora_task_target_modules": "lora_target_modules",
     "target_modules": "lora_target_modules",
+    "target_parameters": "lora_target_parameters",
     "r": "lora_r",
     "rank": "lora_r",
     "use_rs_lora": "use_rslora",
@@ -84,5 +85,8 @@ CONVERTED_ALIASES = frozenset(
 )  # fmt: skip
 # Leaves that may also be written as "a, b".
 COMMA_LISTS = frozenset(
-    {"health_allowed_hosts", "lora_target_modules", "modules_to_save", "report_to"}
-)
+    {
+        "health_allowed_hosts", "lora_target_modules", "lora_target_parameters",
+        "modules_to_save", "report_to",
+    }
+)  # fmt: skip

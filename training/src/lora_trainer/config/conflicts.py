@@ -47,6 +47,7 @@ NAMES_OF_A_RUNS_FILES = frozenset(
         "memory.json", "plan.json", "report.html", "server.json", "train.log",
     }
 )  # fmt: skip
+AS_PARAMETERS = "PEFT adapts a parameter by a sum of matrices, with nothing between them"
 EVALUATION = ("eval_dataset", "eval_fraction")
 HOLD_OUT = "name an eval_dataset, or set eval_fraction, e.g. 0.05"
 NOT_AS_TRAINED = "the converted adapter would not give what was trained"
@@ -122,6 +123,37 @@ CONFLICTS = (
         "use an even lora_r, e.g. 16",
     ),
     Conflict(
+        ("lora_target_parameters", "lora_dropout"),
+        lambda c: bool(c.lora.lora_target_parameters) and c.lora.lora_dropout > 0,
+        "lora_target_parameters does not go with lora_dropout",
+        AS_PARAMETERS,
+        "--lora_dropout 0, or remove lora_target_parameters",
+    ),
+    Conflict(
+        ("lora_target_parameters", "use_dora"),
+        lambda c: bool(c.lora.lora_target_parameters) and c.lora.use_dora,
+        "lora_target_parameters does not go with use_dora",
+        AS_PARAMETERS,
+        "switch use_dora off, or remove lora_target_parameters",
+    ),
+    Conflict(
+        ("lora_target_parameters", "init_lora_weights"),
+        lambda c: (
+            bool(c.lora.lora_target_parameters)
+            and c.lora.init_lora_weights not in (True, False, "gaussian")
+        ),
+        "lora_target_parameters needs init_lora_weights: true, false or gaussian",
+        "PEFT's other inits read the weight of a linear layer",
+        "use init_lora_weights: true, or remove lora_target_parameters",
+    ),
+    Conflict(
+        ("lora_target_parameters", "use_4bit", "use_8bit"),
+        lambda c: bool(c.lora.lora_target_parameters) and _is_quantized(c),
+        "lora_target_parameters needs a model that is not quantized",
+        "PEFT adds the adapter to the numbers themselves, which 4 and 8 bits do not hold",
+        "load the model unquantized, or remove lora_target_parameters",
+    ),
+    Conflict(
         ("adapter_name_or_path", "init_lora_weights"),
         lambda c: c.lora.adapter_name_or_path is not None and c.lora.init_lora_weights is not True,
         "adapter_name_or_path and init_lora_weights are both set",
@@ -189,6 +221,13 @@ CONFLICTS = (
         "use_dora does not go with parallelism: deepspeed",
         "DoRA reads a frozen weight outside of its layer, when DeepSpeed has let go of it",
         "--parallelism fsdp, or switch use_dora off",
+    ),
+    Conflict(
+        ("lora_target_parameters", "parallelism"),
+        lambda c: bool(c.lora.lora_target_parameters) and c.training.parallelism == "deepspeed",
+        "lora_target_parameters does not go with parallelism: deepspeed",
+        "the sum of a tensor and its adapter is made outside of the layer that DeepSpeed fills",
+        "--parallelism fsdp, or remove lora_target_parameters",
     ),
     Conflict(
         ("offload_param_device", "parallelism"),

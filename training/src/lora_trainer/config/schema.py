@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from .aliases import ALIASES, COMMA_LISTS, CONVERTED_ALIASES
 
 EMBEDDED_MODEL = "embedded/SmolLM2-135M-Instruct"
+ALL_LINEAR = "all-linear"
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -92,9 +93,14 @@ class LoraSection(Section):
     )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input")
     lora_target_modules: str | list[str] = Field(
-        "all-linear",
+        ALL_LINEAR,
         min_length=1,
         description="Adapted modules: all-linear, names such as q_proj, or a regular expression",
+    )
+    lora_target_parameters: list[str] = Field(
+        default_factory=list,
+        description="Adapted tensors that are no linear layer, such as mlp.experts.down_proj: "
+        "experts in transformers 5; without dropout and DoRA",
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead")
     use_dora: bool = Field(False, description="Weight-decomposed LoRA; vLLM cannot serve it")

@@ -25,6 +25,7 @@ SHAPE_KEYS = (
     ("r", "lora_r"),
     ("lora_alpha", "lora_alpha"),
     ("target_modules", "lora_target_modules"),
+    ("target_parameters", "lora_target_parameters"),
     ("use_rslora", "use_rslora"),
     ("use_dora", "use_dora"),
     ("modules_to_save", "modules_to_save"),
@@ -36,7 +37,6 @@ UNTRAINED = {
     "alpha_pattern": ({},),
     "layers_to_transform": (),
     "layer_replication": (),
-    "target_parameters": ([],),
     "trainable_token_indices": ([], {}),
     "exclude_modules": ([],),
     "lora_bias": (False,),
@@ -177,6 +177,7 @@ def _checkpoint(folder: Path) -> StartAdapter:
     try:
         lora = {leaf: cell["value"] for leaf, cell in recorded["lora"].items()}
         model = {leaf: cell["value"] for leaf, cell in recorded["model"].items()}
+        lora.setdefault("lora_target_parameters", [])  # a key that older runs do not have
         values = {leaf: lora[leaf] for _, leaf in SHAPE_KEYS}
         base, revision = str(model["model_name_or_path"]), model["model_revision"]
     except (KeyError, TypeError, AttributeError) as error:
@@ -193,7 +194,8 @@ def _checkpoint(folder: Path) -> StartAdapter:
 def _checked(adapter: StartAdapter) -> StartAdapter:
     """Refuse keys of wrong types; what is null is what switches it off."""
     values = dict(adapter.values)
-    values["modules_to_save"] = list(values["modules_to_save"] or [])
+    for leaf in ("modules_to_save", "lora_target_parameters"):
+        values[leaf] = list(values[leaf] or [])
     for leaf in ("use_rslora", "use_dora"):
         values[leaf] = bool(values[leaf])
     try:

@@ -6,8 +6,6 @@ PEFT's modules and state names stay as they are, so that what is saved loads wit
 
 from __future__ import annotations
 
-import re
-import warnings
 from typing import Any
 
 import torch
@@ -16,13 +14,11 @@ from torch import Tensor
 from ..config.schema import LoraSection
 from ..config.start_adapter import StartAdapter
 from ..errors import ConfigError, TrainerError
-from . import compat, reach
+from .targets import choose_targets, is_linear, linear_remedy, targeted
 
 # These inits move part of the base weights into the adapter: the saved adapter must be
 # converted to fit the untouched base model (PEFT doubles its rank for that).
 BASE_CHANGING_INITS = ("pissa", "olora")
-ALL_LINEAR = "all-linear"
-NAMES = re.compile(r"\s*[\w.\-]+(\s*,\s*[\w.\-]+)*\s*")  # else a regular expression
 
 
 def changes_base(section: LoraSection) -> bool:
@@ -39,17 +35,17 @@ def add_adapter(model: Any, section: LoraSection, *, seed: int) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    targets = _named_targets(section.lora_target_modules)
-    _refuse_unknown_modules(model, targets, section.modules_to_save)
+    targets = choose_targets(model, section)
     if changes_base(section):
-        _refuse_large_rank(model, targets, section.lora_r)
+        _refuse_large_rank(model, targets.modules, section.lora_r)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=section.lora_r,
         lora_alpha=section.lora_alpha,  # type: ignore[arg-type,unused-ignore]
         lora_dropout=section.lora_dropout,
-        target_modules=targets,
-        exclude_modules=_left_alone(model, targets) or None,
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
+        exclude_modules=targets.left_alone or None,
         use_rslora=section.use_rslora,
         use_dora=section.use_dora,
         # LoftQ's first weights follow (loftq.py); PEFT's own would round the base itself.
@@ -60,81 +56,19 @@ def add_adapter(model: Any, section: LoraSection, *, seed: int) -> Any:
     )
     torch.manual_seed(seed)
     try:
-        with warnings.catch_warnings():
-            # PEFT gives fused experts a rank of their own, and then warns that no module has it.
-            warnings.filterwarnings("ignore", message=".*_pattern keys did not match")
-            if targets == ALL_LINEAR:
-                _leave_router_parameters(model, lora)
-            return get_peft_model(model, lora)
+        return get_peft_model(model, lora)
     except (ValueError, TypeError) as error:  # PEFT's word on what it cannot adapt
         raise ConfigError.of(
             "PEFT cannot put this adapter on the model",
-            where="lora_target_modules or modules_to_save",
+            where="lora_target_modules, lora_target_parameters or modules_to_save",
             why=str(error).split("\n")[0],
-            remedy=_linear_remedy(model),
+            remedy=linear_remedy(model),
         ) from error
-
-
-def _left_alone(model: Any, targets: str | list[str]) -> list[str]:
-    """Return endings of names that all-linear leaves alone: routers, what PEFT cannot adapt."""
-    if targets != ALL_LINEAR:
-        return []
-    left = reach.routers(model) | reach.read_past_lora(model) | reach.own_products(model)
-    adapted = [name for name in _targeted(model, targets) if name not in left]
-    return reach.shortest(left, adapted)
-
-
-def _leave_router_parameters(model: Any, lora: Any) -> None:
-    """Take routers out of the parameters that PEFT makes of all-linear on transformers 5.
-
-    It adapts tensors of fused experts too, but neither with dropout nor with DoRA.
-    """
-    if compat.MAJOR < 5:
-        return
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-
-    convert_peft_config_for_transformers(lora, model, None)
-    can_adapt = not lora.lora_dropout and not lora.use_dora
-    kept = sorted(
-        name
-        for name in lora.target_parameters or ()
-        if can_adapt and not reach.is_router_parameter(name)
-    )
-    lora.target_parameters = kept or None
-
-
-def _named_targets(targets: str | list[str]) -> str | list[str]:
-    """Return all-linear, a list of names, or a regular expression that compiles."""
-    if not isinstance(targets, str) or targets == ALL_LINEAR:
-        return targets
-    if NAMES.fullmatch(targets):
-        return [part.strip() for part in targets.split(",")]
-    try:
-        re.compile(targets)
-    except re.error as error:
-        raise ConfigError.of(
-            "lora_target_modules is no regular expression",
-            where="lora_target_modules",
-            why=str(error),
-            remedy="write names such as q_proj,v_proj, or an expression such as .*(q|v)_proj",
-        ) from None
-    return targets
-
-
-def _targeted(model: Any, targets: str | list[str]) -> dict[str, Any]:
-    """Return the modules, by name, that PEFT takes the targets for."""
-    modules = {name: module for name, module in model.named_modules() if name}
-    if targets == ALL_LINEAR:
-        head = model.get_output_embeddings()
-        return {n: m for n, m in modules.items() if _is_linear(m) and m is not head}
-    if isinstance(targets, str):
-        return {n: m for n, m in modules.items() if re.fullmatch(targets, n)}
-    return {n: m for n, m in modules.items() if not set(targets).isdisjoint(_suffixes(n))}
 
 
 def _refuse_large_rank(model: Any, targets: str | list[str], rank: int) -> None:
     """Refuse a rank beyond that of a weight that the init decomposes."""
-    linear = {name: m for name, m in _targeted(model, targets).items() if _is_linear(m)}
+    linear = {name: m for name, m in targeted(model, targets).items() if is_linear(m)}
     sides = {name: min(m.in_features, m.out_features) for name, m in linear.items()}
     smallest = min(sides, key=lambda name: sides[name], default="")
     if smallest and rank > sides[smallest]:
@@ -144,47 +78,6 @@ def _refuse_large_rank(model: Any, targets: str | list[str], rank: int) -> None:
             why=f"the largest possible rank is {sides[smallest]}, the smaller side of {smallest}",
             remedy=f"--lora_r {sides[smallest]}",
         )
-
-
-def _refuse_unknown_modules(
-    model: Any, targets: str | list[str], modules_to_save: list[str]
-) -> None:
-    if isinstance(targets, str) and targets != ALL_LINEAR and not _targeted(model, targets):
-        raise ConfigError.of(
-            "lora_target_modules matches no module of the model",
-            where="lora_target_modules",
-            why="a regular expression must match a module's whole name, such as "
-            + next((n for n, m in model.named_modules() if _is_linear(m)), "layers.0.q_proj"),
-            remedy=_linear_remedy(model),
-        )
-    names = {part for name, _ in model.named_modules() for part in _suffixes(name)}
-    asked = [] if isinstance(targets, str) else list(targets)
-    unknown = [name for name in (*asked, *modules_to_save) if name not in names]
-    if unknown:
-        raise ConfigError.of(
-            f"the model has no module named {', '.join(unknown)}",
-            where="lora_target_modules or modules_to_save",
-            why=f"its linear modules are {_linear_names(model)}",
-            remedy="name some of these, or use all-linear",
-        )
-
-
-def _linear_remedy(model: Any) -> str:
-    return f"name some of {_linear_names(model)}, or use all-linear"
-
-
-def _linear_names(model: Any) -> str:
-    linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _is_linear(m)}
-    return ", ".join(sorted(linear - {"base_layer", "default"}))
-
-
-def _suffixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
-
-
-def _is_linear(module: Any) -> bool:
-    return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def trainable_parameters(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -257,6 +257,7 @@ def load_model(
     model.config.use_cache = False
     if not is_quantized:
         return model.to(device)
+    quantize.refuse_fused_experts(section, model)
     quantize.prepare(model)
     return model
 

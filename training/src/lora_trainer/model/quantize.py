@@ -20,12 +20,15 @@ from typing import Any
 
 from ..config.schema import EMBEDDED_MODEL, Config, ModelSection
 from ..errors import ConfigError, Problem
+from ..units import size
 from . import stacks
 
 PACKAGE = "bitsandbytes"
 # The first release whose 4- and 8-bit training on a CPU is tested here; 0.45.5 has none.
 FIRST_ON_CPU = (0, 50)
 NOT_INSTALLED = "the Python package bitsandbytes is not installed"
+# Types whose experts are linear layers in transformers 4.50.3, which the stack cu121 has.
+EXPERTS_ARE_LINEAR = ("mixtral", "olmoe", "phimoe", "qwen2_moe")
 QUANTIZED = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' classes, and PEFT's around them
 
 
@@ -260,6 +263,32 @@ def prepare(model: Any) -> None:
                 parameter.data = parameter.data.to(torch.float32)
         elif is_quantized_linear(module) and model.device.type == "cpu":
             _compute_as_in_training(module)
+
+
+def refuse_fused_experts(section: ModelSection, model: Any) -> None:
+    """Refuse experts that bitsandbytes would silently leave in 16 bits; `model` may be unloaded.
+
+    Raises:
+        ConfigError: some are held in one tensor a layer, which is no linear layer.
+    """
+    from . import compat, reach
+
+    fused = reach.fused_experts(model)
+    if not is_quantized(section) or not fused:
+        return
+    key = "use_4bit" if section.use_4bit else "use_8bit"
+    experts = sum(tensor.numel() for tensor in fused.values())
+    total, _ = count_parameters(model)
+    has_layers = compat.MAJOR >= 5 and model.config.model_type in EXPERTS_ARE_LINEAR
+    raise ConfigError.of(
+        f"{key} cannot quantize the experts of {model.config.model_type}",
+        where=f"model.{key}",
+        why=f"bitsandbytes quantizes linear layers alone, and {reach.listed(fused)} hold "
+        f"{100 * experts / total:.0f}% of the parameters in tensors of three dimensions: these "
+        f"{size(2 * experts)} would stay in 16 bits",
+        remedy=f"--{key} false"
+        + ("; or LORA_STACK=cu121, where each expert is linear layers" * has_layers),
+    )
 
 
 def is_quantized_linear(module: Any) -> bool:

@@ -2,8 +2,7 @@
 
 A router chooses the experts that compute a token. LoRA on it shifts the choice under experts
 that stay frozen, and the loss that balances them is not part of ours. transformers 5 holds the
-experts of a layer in one three-dimensional tensor. PEFT adapts it for some architectures
-(Mixtral, Qwen 3 MoE, DeepSeek V3 and their like), in place of the linear layers of the same names.
+experts of a layer in one three-dimensional tensor, which `lora_target_parameters` names.
 """
 
 from __future__ import annotations
@@ -14,6 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from ..config.schema import ALL_LINEAR, LoraSection
+from ..units import size
+from . import sizes
 
 # A module of such a name is a router, with all that is in it; a gate only by its size.
 ROUTER = re.compile(r"router|gating|(^|_)expert_gate$|experts?_gate$", re.IGNORECASE)
@@ -52,12 +55,6 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in modules.items()
         if _outputs(module) and _is_router(name, module, modules, counts)
     }
-
-
-def is_router_parameter(name: str) -> bool:
-    """Tell whether PEFT's name of a parameter, such as gate.weight, is that of a router."""
-    module = name.removesuffix(".weight").rpartition(".")[2]
-    return name.endswith(".weight") and bool(ROUTER.search(module) or GATE.match(module))
 
 
 def _outputs(module: nn.Module) -> int:
@@ -142,45 +139,78 @@ def shortest(names: Iterable[str], others: Iterable[str]) -> list[str]:
     return sorted(endings)
 
 
-def notes(model: Any, total: int, *, is_all_linear: bool) -> tuple[str, ...]:
-    """Say for the plan what all-linear leaves out, and whether a router is adapted.
+def notes(model: Any, total: int, section: LoraSection) -> tuple[str, ...]:
+    """Say for the plan how far the adapter reaches, what it leaves out and what it costs.
 
     `total` are all parameters of the base model; `model` is the PEFT model.
     """
     base = model.get_base_model()
     modules = {n: m for n, m in base.named_modules() if "lora_" not in n}
-    adapted = {_bare(name): module for name, module in modules.items() if hasattr(module, "lora_A")}
+    adapters = {name: module for name, module in modules.items() if hasattr(module, "lora_A")}
+    adapted = {_bare(name) for name in adapters}
     gates = [name for name in routers(base) if name in modules and _bare(name) == name]
     wrapped = {
         f"{_bare(name)}.{module.parameter_name}"
-        for name, module in modules.items()
+        for name, module in adapters.items()
         if hasattr(module, "parameter_name")
     }
-    fused = [name for name in map(_bare, fused_experts(base)) if name not in wrapped]
+    experts = {_bare(name): tensor for name, tensor in fused_experts(base).items()}
+    fused = [name for name in experts if name not in wrapped]
     head = base.get_output_embeddings()
     linear = [
         name
         for name, module in modules.items()
         if isinstance(module, nn.Linear) and module is not head and _bare(name) not in adapted
     ]
-    linear = [name for name in linear if name not in gates]
-    said = []
+    is_all_linear = section.lora_target_modules == ALL_LINEAR
+    left = (
+        ("routers", [name for name in gates if name not in adapted] if is_all_linear else []),
+        ("experts fused in one tensor", fused),
+        ("linear layers", [name for name in linear if name not in gates] if is_all_linear else []),
+    )
+    # One module may be adapted twice: PEFT nests what it puts around its parameters.
+    reached = sum(_numbers(module) for module in adapters.values())
+    said = [_share(100 * reached / total, left, fused, section)] if any(n for _, n in left) else []
     if asked := [name for name in gates if name in adapted]:
         said.append(
-            f"lora_target_modules names routers ({_listed(asked)}): adapting them changes which "
-            "experts are chosen, without a loss that balances them"
+            f"the adapter changes routers ({listed(asked)}): other experts are chosen, without "
+            "a loss that balances them"
         )
-    left = (
-        ("routers", [name for name in gates if name not in adapted]),
-        ("experts fused in one tensor", fused),
-        ("linear layers", linear),
-    )
-    reached = sum(_numbers(module) for module in adapted.values())
-    share = f"{100 * reached / total:.0f}% of the parameters"
-    out = [f"{kind} ({_listed(names)})" for kind, names in left if names]
-    if out and is_all_linear:
-        said.append(f"the adapter reaches {share}, and leaves out {', '.join(out)}")
+    if copied := {name: tensor for name, tensor in experts.items() if name in wrapped}:
+        said.append(_copied(copied, sizes.layers(base.config) or 1))
+    if getattr(sizes.text_config(base.config), "output_router_logits", False):
+        said.append(
+            "the loss that balances the experts (output_router_logits) is not added: the routers, "
+            "which it trains, stay frozen"
+        )
     return tuple(said)
+
+
+def _share(
+    share: float,
+    left: Iterable[tuple[str, list[str]]],
+    fused: list[str],
+    section: LoraSection,
+) -> str:
+    """Say which share of the parameters is reached, what is left out and how it could be had."""
+    out = ", ".join(f"{kind} ({listed(names)})" for kind, names in left if names)
+    note = f"the adapter reaches {share:.0f}% of the parameters, and leaves out {out}"
+    if not fused:
+        return note
+    without = [key for key in ("lora_dropout", "use_dora") if getattr(section, key)]
+    only = f", without {' and '.join(without)}" * bool(without)
+    return f"{note}; to train the experts: --lora_target_parameters {','.join(_last(fused))}{only}"
+
+
+def _copied(experts: dict[str, nn.Parameter], layers: int) -> str:
+    """Say what experts cost that are adapted as parameters, and where such an adapter is served."""
+    numbers = sum(tensor.numel() * tensor.element_size() for tensor in experts.values())
+    return (
+        f"experts are adapted as parameters ({listed(experts)}): a layer computes with a copy of "
+        f"them, {size(numbers // layers)}, which it keeps for the backward pass without "
+        "gradient_checkpointing; vLLM and SGLang have loaded such adapters without their experts, "
+        "and without an error: compare the answers there, or merge the adapter"
+    )
 
 
 def _bare(name: str) -> str:
@@ -195,8 +225,13 @@ def _numbers(adapted: Any) -> int:
     return int(adapted.in_features * adapted.out_features)
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """Return the last parts of the names, each once, a few of them."""
-    last = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))
+    last = _last(names)
     more = f" and {len(last) - NAMES_SHOWN} more" if len(last) > NAMES_SHOWN else ""
     return ", ".join(last[:NAMES_SHOWN]) + more
+
+
+def _last(names: Iterable[str]) -> list[str]:
+    """Return the last two parts of the names, each once."""
+    return list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))

@@ -18,7 +18,7 @@ from ..model import (
     reach,
     sizes,
 )
-from ..model.adapter import ALL_LINEAR, add_adapter, read_start, trainable_parameters
+from ..model.adapter import add_adapter, read_start, trainable_parameters
 from ..model.backend import Backend, resolve, usable_machine
 from ..model.ranks import Ranks
 from ..plan import ModelShape, Parallelism, Plan, choose_parallelism, make_plan, process_count
@@ -58,9 +58,12 @@ def refuse_unsupported(config: Config, shape: Any) -> None:
     """Refuse a model that cannot be trained on text, before its weights are read.
 
     Raises:
-        ConfigError: it is no causal language model, or asks for something else than tokens.
+        ConfigError: it is no causal language model, asks for something else than tokens, or
+            has experts that cannot be quantized as asked.
     """
-    probe.check_unloaded(_unloaded(config, shape))
+    base = _unloaded(config, shape)
+    quantize.refuse_fused_experts(config.model, base)
+    probe.check_unloaded(base)
 
 
 def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Plan:
@@ -75,6 +78,7 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
     shape = load.load_config(source, config.model)
     config, whole = quantize.apply_stored_quantization(config, shape, has_gpu=machine.has_gpu)
     base = _unloaded(config, shape)
+    quantize.refuse_fused_experts(config.model, base)
     probe.check_unloaded(base)
     backend = resolve(config.model, machine, shape)
     with torch.device("meta"):
@@ -85,8 +89,7 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
         lora = config.lora.model_copy(update={"init_lora_weights": True})
         model = add_adapter(base, lora, seed=config.training.seed)
         trained = trainable_parameters(model)
-        is_all_linear = lora.lora_target_modules == ALL_LINEAR
-        reached = reach.notes(model, parameters[0], is_all_linear=is_all_linear)
+        reached = reach.notes(model, parameters[0], config.lora)
     if config.lora.adapter_name_or_path is not None:
         read_start(model, find_adapter(config.lora.adapter_name_or_path))
     weights = [source.weight for source in source_specs(config, config.data.dataset)]

@@ -29,7 +29,6 @@ from ..errors import StorageError
 from ..machine import Machine, read_machine
 from ..model import determinism, flash, load, loftq, probe, quantize, reach, zero
 from ..model.adapter import (
-    ALL_LINEAR,
     add_adapter,
     changes_base,
     load_adapter_state,
@@ -353,9 +352,7 @@ def _open_model(
         varying = ""
         if machine.has_gpu:
             varying = determinism.require(lambda: probe.exercise(causal))
-    reached = reach.notes(
-        model, parameters[0], is_all_linear=config.lora.lora_target_modules == ALL_LINEAR
-    )
+    reached = reach.notes(model, parameters[0], config.lora)
     if causal.packed is None and config.model.use_flash_attention == flash.STRICT:
         raise flash.refusal(fallback)
     weights = [source.weight for source in source_specs(config, config.data.dataset)]
