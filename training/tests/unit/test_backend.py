@@ -112,10 +112,13 @@ def statuses(plan: Plan) -> tuple[dict, dict]:
     return status_view(live, gauges), health_view(live, gauges)
 
 
-def test_where_gpus_are_hidden_all_agree_on_the_cpu(gpus, settings, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("slowness", "used"), [(400.0, "float32"), (0.5, "bfloat16")])
+def test_where_gpus_are_hidden_all_agree_on_the_cpu(
+    slowness, used, gpus, settings, tmp_path, monkeypatch
+):
     gpus(2, 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr("lora_trainer.model.precision.bfloat16_slowness", lambda: 400.0)
+    monkeypatch.setattr("lora_trainer.model.precision.bfloat16_slowness", lambda: slowness)
     config, machine = settings.config, usable_machine(read_machine(), 2)
     session = open_session(config, tmp_path / "run", lambda _: None)
     opened = open_model(FinetunedModel("base", config))
@@ -125,7 +128,7 @@ def test_where_gpus_are_hidden_all_agree_on_the_cpu(gpus, settings, tmp_path, mo
     assert opened.causal.device == "cpu"
     assert memory_limit_bytes(machine, 1) == machine.memory_bytes
     assert shown.memory_limit_bytes == session.plan.memory_limit_bytes == machine.memory_bytes
-    assert shown.precision == session.plan.precision == opened.causal.precision == "float32"
+    assert shown.precision == session.plan.precision == opened.causal.precision == used
     assert shown.attention == session.plan.attention
     status, health = statuses(session.plan)
     assert (status["device"], status["gpu_count"], health["cuda_available"]) == ("cpu", 0, False)
