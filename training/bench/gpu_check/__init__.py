@@ -1,0 +1,1 @@
+"""The checks that `bench/gpu.py` runs; each module holds one or two of its sections."""

@@ -1,0 +1,180 @@
+"""The 8B-shaped model in the package's own loop: speed, and peak memory against the plan."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lora_trainer.config.schema import Config
+from lora_trainer.data.batches import Sampler
+from lora_trainer.machine import peak_memory_bytes, read_machine
+from lora_trainer.model import determinism, probe, quantize
+from lora_trainer.model.adapter import add_adapter, trainable_parameters
+from lora_trainer.model.backend import Backend, resolve, usable_machine
+from lora_trainer.model.compat import enable_checkpointing
+from lora_trainer.model.forward import CausalLM
+from lora_trainer.plan import DataProfile, make_plan
+from lora_trainer.run.events import Event, StepDone
+from lora_trainer.train.checkpoint import TrainState
+from lora_trainer.train.checkpoint_store import CheckpointStore
+from lora_trainer.train.dry_run import shape_of
+from lora_trainer.train.loop import TrainingContext, train
+from lora_trainer.train.optim import make_optimizer
+
+from . import criteria
+from .models import llama_config, make_model
+from .record import Figures, Record
+from .scale import Scale
+from .versions import matrix_tflops
+
+STEPS, WARMUP = 10, 3
+# Forward, and backward to the activations alone: the weights are frozen.
+FLOPS_A_WEIGHT = 4
+
+
+@dataclass(frozen=True)
+class RandomRows:
+    """Examples of `tokens` random tokens, every one of them trained."""
+
+    tokens: int
+    vocabulary: int
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __getitem__(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        ids = np.random.default_rng(index).integers(3, self.vocabulary, self.tokens)
+        return ids, np.ones(self.tokens, dtype=bool)
+
+
+def lora(record: Record, scale: Scale) -> None:
+    """Train LoRA in bfloat16."""
+    _measure(record, scale, scale.lora_tokens, use_4bit=False)
+
+
+def qlora(record: Record, scale: Scale) -> None:
+    """Train QLoRA in 4 bits."""
+    if not quantize.installed_version():
+        record.skip("QLoRA", quantize.NOT_INSTALLED)
+        return
+    _measure(record, scale, scale.qlora_tokens, use_4bit=True)
+
+
+def _measure(record: Record, scale: Scale, lengths: Sequence[int], *, use_4bit: bool) -> None:
+    kind = "QLoRA" if use_4bit else "LoRA"
+    config = Config.model_validate(
+        {
+            "model": {"use_4bit": use_4bit, "bf16": scale.has_gpu},
+            "training": {"per_device_train_batch_size": 1, "max_steps": STEPS},
+        }
+    )
+    backend = resolve(config.model, usable_machine(read_machine()), llama_config(scale.large))
+    rate = matrix_tflops(scale, backend.dtype)
+    base = make_model(scale.large, config.model, device=backend.place, dtype=backend.dtype)
+    causal = CausalLM(
+        add_adapter(base, config.lora, seed=config.training.seed),
+        device=backend.place,
+        padding_free=True,
+        chunk=config.training.loss_chunk_tokens,
+        precision=backend.precision,
+        kernel=backend.kernel,
+    )
+    fallback = probe.verify(causal)
+    if fallback:
+        raise RuntimeError(fallback)
+    if scale.has_gpu:
+        determinism.require(lambda: probe.exercise(causal))
+    for tokens in lengths:
+        label = f"{kind}, {tokens} tokens"
+        with record.attempt(label):
+            _train(record, scale, label, causal, backend, config, tokens, rate)
+
+
+def _train(
+    record: Record,
+    scale: Scale,
+    label: str,
+    causal: CausalLM,
+    backend: Backend,
+    config: Config,
+    tokens: int,
+    rate: float,
+) -> None:
+    """Train some steps of one example each."""
+    rows = RandomRows(tokens, scale.large.vocabulary)
+    parameters = trainable_parameters(causal.model)
+    counted = quantize.count_parameters(causal.inner)
+    shape = shape_of(causal.inner, counted, parameters)
+    plan = make_plan(
+        config,
+        backend.machine,
+        shape,
+        DataProfile(len(rows), len(rows) * tokens, len(rows) * tokens, tokens),
+        precision=backend.precision,
+        attention=backend.packed,
+        padding_free=True,
+    )
+    if plan.gradient_checkpointing:
+        enable_checkpointing(causal.inner)
+    steps: list[StepDone] = []
+
+    def emit(event: Event) -> None:
+        print(event.to_line(), end="")
+        if isinstance(event, StepDone):
+            steps.append(event)
+
+    if scale.has_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as folder:
+        parts = TrainingContext(
+            causal=causal,
+            parameters=parameters,
+            optimizer=make_optimizer(parameters, config.training),
+            order=Sampler(len(rows), plan.step_examples, config.training.seed),
+            rows=rows,
+            eval_rows=[],
+            store=CheckpointStore(Path(folder), keep=1, digest="gpu check"),
+            plan=plan,
+            training=config.training,
+            logging_steps=1,
+            emit=emit,
+            should_stop=lambda: False,
+        )
+        train(parts, TrainState())
+    seconds = statistics.median(step.step_seconds for step in steps[WARMUP:])
+    tflops = FLOPS_A_WEIGHT * shape.parameters * tokens / seconds / 1e12
+    figures: Figures = {
+        "tokens/s": tokens / seconds,
+        "TFLOP/s": tflops,
+        "of matrix products": f"{tflops / rate:.0%}",
+        "checkpointing": str(plan.gradient_checkpointing).lower(),
+    }
+    record.measure(label, figures)
+    _judge_peak(record, scale, f"{label}, peak memory", plan.estimated_memory_bytes)
+
+
+def _judge_peak(record: Record, scale: Scale, label: str, planned: int) -> None:
+    if not scale.has_gpu:
+        record.skip(label, f"a plan of {planned / 1e9:.2f} GB; judged on a GPU alone")
+        return
+    free, total = torch.cuda.mem_get_info()
+    outside = total - free - torch.cuda.memory_reserved()  # CUDA's context and libraries
+    peak = torch.cuda.max_memory_reserved() + outside
+    figures: Figures = {
+        "peak GB": peak / 1e9,
+        "allocated GB": torch.cuda.max_memory_allocated() / 1e9,
+        "outside PyTorch GB": outside / 1e9,
+        "plan GB": planned / 1e9,
+        "share of plan": peak / planned,
+        "host GB": peak_memory_bytes() / 1e9,
+    }
+    record.judge(label, figures, criteria.peak_as_planned(peak, planned))
