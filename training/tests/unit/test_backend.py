@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import peft  # noqa: F401  it imports bitsandbytes, which reads the GPUs that torch finds
 import pytest
 import torch
 from trained_run import TEXT, settings_of
