@@ -33,10 +33,10 @@ set -Eeuo pipefail
 
 TRAINING="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 readonly TRAINING
-# shellcheck source-path=SCRIPTDIR source=stack.sh
-source "$TRAINING/stack.sh"
-# shellcheck source-path=SCRIPTDIR source=container.sh
-source "$TRAINING/container.sh"
+# shellcheck source-path=SCRIPTDIR source=lib/stack.sh
+source "$TRAINING/lib/stack.sh"
+# shellcheck source-path=SCRIPTDIR source=lib/container.sh
+source "$TRAINING/lib/container.sh"
 
 readonly CU121_BASE=nvidia/cuda:12.1.0-cudnn8-runtime-ubuntu22.04
 readonly CURRENT_BASE=nvidia/cuda:13.0.2-base-ubuntu24.04

@@ -23,10 +23,10 @@ set -Eeuo pipefail
 
 TRAINING="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 readonly TRAINING
-# shellcheck source-path=SCRIPTDIR source=stack.sh
-source "$TRAINING/stack.sh"
-# shellcheck source-path=SCRIPTDIR source=container.sh
-source "$TRAINING/container.sh"
+# shellcheck source-path=SCRIPTDIR source=lib/stack.sh
+source "$TRAINING/lib/stack.sh"
+# shellcheck source-path=SCRIPTDIR source=lib/container.sh
+source "$TRAINING/lib/container.sh"
 
 readonly LOG_LINES=200
 readonly FACTS='{"id": {{json .Id}}, "service": {{json (index .Config.Labels "com.docker.compose.service")}},

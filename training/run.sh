@@ -47,12 +47,12 @@
 # 143 stopped by a signal, 130 Ctrl-C before the run began
 set -Eeuo pipefail
 
-# shellcheck source-path=SCRIPTDIR source=environment.sh
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-# shellcheck source-path=SCRIPTDIR source=container.sh
-source "$TRAINING/container.sh"
-# shellcheck source-path=SCRIPTDIR source=container-run.sh
-source "$TRAINING/container-run.sh"
+# shellcheck source-path=SCRIPTDIR source=lib/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
+# shellcheck source-path=SCRIPTDIR source=lib/container.sh
+source "$TRAINING/lib/container.sh"
+# shellcheck source-path=SCRIPTDIR source=lib/container-run.sh
+source "$TRAINING/lib/container-run.sh"
 
 readonly STATE="$TRAINING/.cache"
 readonly LOCAL_PID="$STATE/local.pid" LOCAL_LOG="$STATE/local.log"

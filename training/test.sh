@@ -21,8 +21,8 @@
 # Exit codes: 0 all passed, 1 something failed, 69, 74, 75, 77, 78 and 143 as for run.sh
 set -Eeuo pipefail
 
-# shellcheck source-path=SCRIPTDIR source=environment.sh
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+# shellcheck source-path=SCRIPTDIR source=lib/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 
 FAILED=()
 

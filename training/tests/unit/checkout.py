@@ -64,6 +64,7 @@ class Checkout:
         self.bin.mkdir()
         for script in (*TRAINING.glob("*.sh"), *TRAINING.glob("docker-compose.*")):
             shutil.copy(script, self.training)
+        shutil.copytree(TRAINING / "lib", self.training / "lib")
         for script in (TRAINING.parent / ".ci").iterdir():
             shutil.copy(script, root / ".ci")
         for stack in ("cpu", "current", "cu121"):

@@ -157,7 +157,7 @@ def test_the_running_python_is_usable(checkout: Checkout) -> None:
 
 def bash(checkout: Checkout, program: str, **extra: str) -> subprocess.CompletedProcess[str]:
     """Run a program with the functions of environment.sh."""
-    source = f"set -Eeuo pipefail; source {checkout.training}/environment.sh; "
+    source = f"set -Eeuo pipefail; source {checkout.training}/lib/environment.sh; "
     return subprocess.run(
         [checkout.bin / "bash", "-c", source + program],
         env=checkout.environment(**extra),

@@ -104,7 +104,7 @@ def test_gpu_that_torch_does_not_find_is_no_reason_to_train_on_the_cpu(gpus, mon
 
 
 def test_the_scripts_and_the_program_agree_on_what_a_stack_serves():
-    text = (Path(__file__).parents[2] / "stack.sh").read_text()
+    text = (Path(__file__).parents[2] / "lib" / "stack.sh").read_text()
     numbers = {name: int(value) for name, value in re.findall(r"(CU\w+)=(\d+)", text)}
     assert numbers == {
         "CURRENT_DRIVER": stacks.CURRENT.driver,

@@ -1,6 +1,6 @@
 """The installed stack (requirements/): which GPUs it serves, and how its packages are installed.
 
-Imports no torch: its build is known by its version. What a stack serves stands in `stack.sh`
+Imports no torch: its build is known by its version. What a stack serves stands in `lib/stack.sh`
 too, which chooses one before there is any Python; a test compares the two.
 """
 

@@ -9,14 +9,14 @@
 # $VENV.lock alone; whoever runs shares it until the process ends (the descriptor survives
 # exec), so no run loses the packages under it.
 
-TRAINING="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+TRAINING="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 readonly TRAINING
 readonly LOCKS="$TRAINING/requirements"
 readonly TORCH_CPU_INDEX="https://download.pytorch.org/whl/cpu"
 readonly CPU_BYTES=$((3 * 1000 ** 3)) CUDA_BYTES=$((10 * 1000 ** 3))
 
 # shellcheck source-path=SCRIPTDIR source=stack.sh
-source "$TRAINING/stack.sh"
+source "$TRAINING/lib/stack.sh"
 
 # --- state ----------------------------------------------------------------------------------
 
