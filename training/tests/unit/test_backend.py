@@ -19,7 +19,7 @@ from lora_trainer.config.schema import ModelSection
 from lora_trainer.config.settings import Settings
 from lora_trainer.errors import UnavailableError
 from lora_trainer.machine import Gpu, Machine, read_machine
-from lora_trainer.model import flash, stacks
+from lora_trainer.model import flash, stacks, varlen
 from lora_trainer.model.backend import resolve, usable_machine
 from lora_trainer.model.ranks import Ranks
 from lora_trainer.plan import Plan, memory_limit_bytes, process_count
@@ -138,6 +138,7 @@ def test_where_gpus_are_hidden_all_agree_on_the_cpu(
 def test_where_torch_can_use_the_gpus_all_agree_on_them(gpus, settings, tmp_path, monkeypatch):
     gpus(2, 2)
     monkeypatch.setattr(flash, "pytorch_kernel", lambda device, *_: f"sdpa on {device}")
+    monkeypatch.setattr(varlen, "of_pytorch", lambda: "")
     plans = []
     monkeypatch.setattr(dry_run, "make_plan", lambda *a, **k: plans.append(MAKE_PLAN(*a, **k)))
     with pytest.raises(AttributeError):  # there is no plan to print

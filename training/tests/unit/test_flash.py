@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 
 from lora_trainer.errors import ConfigError
 from lora_trainer.machine import Gpu, Machine
-from lora_trainer.model import flash
+from lora_trainer.model import flash, varlen
 from lora_trainer.model.compat import MAJOR
 from lora_trainer.model.forward import CausalLM
 from lora_trainer.model.probe import verify
@@ -171,7 +171,7 @@ def test_the_kernel_computes_in_half_precision_and_trains(tmp_path, monkeypatch)
         ([(8, 0)], ["flash_attn", "flash_attn_interface"], flash.FLASH_2),
         ([(9, 0), (8, 6)], ["flash_attn", "flash_attn_interface"], flash.FLASH_2),
         ([(10, 0)], ["flash_attn", "flash_attn_interface"], flash.FLASH_2),
-        ([(9, 0)], [], None),
+        ([(9, 0)], [], flash.PYTORCH),
         ([(7, 5)], ["flash_attn"], None),
         ([], ["flash_attn"], None),
     ],
@@ -179,6 +179,7 @@ def test_the_kernel_computes_in_half_precision_and_trains(tmp_path, monkeypatch)
 def test_auto_and_true_take_what_the_gpu_and_the_packages_allow(
     capabilities, installed, expected, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(varlen, "of_pytorch", lambda: varlen.PYTORCH)
     install(tmp_path, monkeypatch, *installed)
     for asked in ("auto", True):
         assert flash.choose(asked, machine(*capabilities), "bfloat16").kernel == expected
@@ -208,9 +209,9 @@ def test_insisting_on_the_package_fails_with_the_reason_and_true_takes_pytorchs_
     assert "--use_flash_attention true" in told.value.block()
     assert "pip install" not in told.value.block()
     choice = flash.choose(True, machine(*capabilities), precision)
-    assert choice.kernel is None
-    assert reason in flash.reason(True, choice)
-    assert flash.reason("auto", choice) == ""
+    assert reason in choice.why
+    assert choice.kernel in (None, flash.PYTORCH, flash.PYTORCH_1)
+    assert bool(flash.reason(True, choice)) is (choice.kernel is None)
 
 
 def test_heads_wider_than_the_kernel_takes_are_left_to_pytorch(tmp_path, monkeypatch):

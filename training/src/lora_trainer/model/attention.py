@@ -3,8 +3,8 @@
 A micro-batch's examples stand one after another in a single row of T tokens; positions
 restart at each example. `PackedAttention` is registered with transformers under its own
 name and runs scaled dot-product attention a segment at a time, so the work is the sum of
-the squares of the lengths, not the square of the sum; or flash-attn's kernel for variable
-lengths, where it can be had, on all segments at once.
+the squares of the lengths, not the square of the sum; or a kernel for variable lengths, where
+there is one, on all segments at once.
 
 Legend: B batch (1 here), H heads, T tokens, D head width.
 """
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from .flash import VariableLength
 
 NAME = "lora_trainer_packed"
+FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION
+HAS_GROUPS = "enable_gqa" in str(F.scaled_dot_product_attention.__doc__)  # not in torch 2.1
 
 
 class UnsupportedAttentionError(Exception):
@@ -62,17 +64,21 @@ class PackedAttention:
         for name in ("s_aux", "position_bias"):
             if others.get(name) is not None:
                 raise UnsupportedAttentionError(f"attention argument {name}")
-        if self.kernel is not None and not dropout:  # flash-attn 3 has no dropout
+        window = sliding_window
+        if window is not None and max(self.lengths) <= window:
+            window = None
+        if self.kernel is not None and not dropout and self.kernel.takes(window, softcap):
             query_THD, key_THD, value_THD = (
                 part[0].transpose(0, 1) for part in (query_BHTD, key_BHTD, value_BHTD)
             )
             made_THD: Tensor = self.kernel(
                 query_THD, key_THD, value_THD, self.lengths,
-                scaling=scaling, window=sliding_window, softcap=softcap,
+                scaling=scaling, window=window, softcap=softcap,
             )  # fmt: skip
             return made_THD[None], None
         groups = query_BHTD.shape[1] // key_BHTD.shape[1]
-        if groups > 1:
+        is_grouped = groups > 1 and softcap is None and window is None
+        if groups > 1 and not (is_grouped and _shares_heads(query_BHTD, dropout)):
             key_BHTD = key_BHTD.repeat_interleave(groups, dim=1)
             value_BHTD = value_BHTD.repeat_interleave(groups, dim=1)
         parts = zip(
@@ -81,8 +87,20 @@ class PackedAttention:
             value_BHTD.split(list(self.lengths), dim=2),
             strict=True,
         )
-        done = [_attend(q, k, v, scaling, dropout, sliding_window, softcap) for q, k, v in parts]
+        done = [_attend(q, k, v, scaling, dropout, window, softcap) for q, k, v in parts]
         return torch.cat(done, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _shares_heads(query_BHTD: Tensor, dropout: float) -> bool:
+    """Tell whether the kernel that PyTorch picks takes fewer key heads than query heads.
+
+    Flash attention on a GPU does; where PyTorch picks another kernel, grouped heads would make
+    it compute all scores.
+    """
+    if query_BHTD.device.type != "cuda" or not HAS_GROUPS:
+        return False
+    number = torch._fused_sdp_choice(query_BHTD, query_BHTD, query_BHTD, None, dropout, True)
+    return int(number) == FLASH
 
 
 def _attend(
@@ -96,8 +114,9 @@ def _attend(
 ) -> Tensor:
     tokens = query.shape[2]
     if softcap is None and (window is None or tokens <= window):
+        groups: Any = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
         return F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, **groups
         )
     is_seen = _causal_window(tokens, window, query.device)
     if softcap is None:
@@ -130,9 +149,9 @@ def install(model: nn.Module, kernel: VariableLength | None = None) -> PackedAtt
 
     attention = PackedAttention(kernel)
     _register(ALL_ATTENTION_FUNCTIONS, attention)
-    for module in model.modules():
-        if hasattr(module, "_update_causal_mask"):
-            module._update_causal_mask = _without_mask(module.config, module._update_causal_mask)
+    masked: list[Any] = [one for one in model.modules() if hasattr(one, "_update_causal_mask")]
+    for module in masked:
+        module._update_causal_mask = _without_mask(module.config, module._update_causal_mask)
     switch(model, NAME)
     return attention
 

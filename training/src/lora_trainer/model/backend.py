@@ -31,14 +31,15 @@ class Backend:
     """What computes, and how. `machine` has the GPUs that are used, and no others.
 
     `attention` is transformers' own, for padded batches and generation; `packed` names the one
-    over concatenated examples, `choice` its kernel where that is flash-attn's. `reasons` say
-    why, where something else is used than was asked for.
+    over concatenated examples, `choice` its kernel for variable lengths, `own` PyTorch's where
+    it has none. `reasons` say why, where something else is used than was asked for.
     """
 
     machine: Machine
     precision: Precision
     attention: str
     packed: str
+    own: str
     choice: flash.Choice
     index: int = 0
     reasons: tuple[str, ...] = ()
@@ -60,9 +61,14 @@ class Backend:
 
     @property
     def kernel(self) -> flash.VariableLength | None:
-        """Return flash-attn's kernel, where it is used."""
+        """Return the kernel for variable lengths, where there is one."""
         kernel = self.choice.kernel
         return flash.VariableLength(kernel) if kernel is not None else None
+
+    def without_kernel(self) -> Backend:
+        """Return what is left where the kernel failed the loaded model's proof."""
+        choice = replace(self.choice, kernel=None)
+        return replace(self, choice=choice, packed=flash.described(choice, self.own))
 
 
 def usable_machine(machine: Machine, processes: int = 1) -> Machine:
@@ -105,13 +111,14 @@ def resolve(
     asked = section.use_flash_attention
     choice = flash.choose(asked, machine, precision, model=base_config)
     own = "eager"
-    if not caps_scores(base_config):
+    if not flash.caps_scores(base_config):
         own = flash.pytorch_kernel(machine.device, dtype_of(precision), base_config)
     return Backend(
         machine,
         precision,
         attention=native_attention(base_config),
         packed=flash.described(choice, own),
+        own=own,
         choice=choice,
         index=ranks.rank if machine.has_gpu else 0,
         reasons=tuple(filter(None, (why, flash.reason(asked, choice)))),
@@ -125,12 +132,7 @@ def native_attention(base_config: Any) -> str:
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if caps_scores(base_config):
+    if flash.caps_scores(base_config):
         return "eager"
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base_config), None)  # none: its repository's own
     return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
-
-
-def caps_scores(base_config: Any) -> bool:
-    """Tell a model that caps its attention scores, which no kernel of PyTorch's does."""
-    return bool(getattr(base_config, "attn_logit_softcapping", None))

@@ -1,9 +1,9 @@
 """Which kernel computes attention over concatenated examples: flash-attn's or PyTorch's own.
 
 flash-attn 2 (package `flash_attn`) needs compute capability 8.0, flash-attn 3 (package
-`flash_attn_interface`) needs 9.0; both compute in half precision. No stack ships either. Where
-neither can be used, PyTorch's own attention runs an example at a time, through the flash
-kernel that PyTorch itself has for GPUs and CPUs where the model lets it. All are exact.
+`flash_attn_interface`) needs 9.0. No stack ships either, and none needs it: PyTorch carries
+a kernel for variable lengths (`varlen.py`). All of these compute in half precision, on GPUs.
+Elsewhere PyTorch's scaled dot-product attention runs an example at a time. All are exact.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,22 +33,32 @@ Asked = bool | Literal["auto", "flash-attn"]
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One of flash-attn's packages."""
+    """A kernel for variable lengths, by the module that has it, and what it takes."""
 
     name: str
     module: str
+    has_window: bool = True
+    has_softcap: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The kernel to use, None for PyTorch's own; then why flash-attn's is not."""
+    """The kernel to use, None for an example at a time; why there is no better one.
+
+    `limit` says what of this model the kernel leaves to an example at a time.
+    """
 
     kernel: Kernel | None
     why: str = ""
+    has_gpu: bool = False
+    limit: str = ""
 
 
 FLASH_2 = Kernel("flash-attn 2", "flash_attn")
 FLASH_3 = Kernel("flash-attn 3", "flash_attn_interface")
+PYTORCH = Kernel("PyTorch varlen_attn", "torch.nn.attention.varlen", has_softcap=False)
+PYTORCH_1 = Kernel("PyTorch flash attention 1", "torch", has_window=False, has_softcap=False)
+CUDNN_OFF = "cuDNN off"
 AMPERE = (8, 0)
 WIDEST = 256  # numbers a head, of either version
 USUAL_WIDTH = 64  # of a head, for a model whose config does not give it
@@ -69,9 +79,15 @@ def choose(
     if kernel is not None and (width := _head_width(model)) > WIDEST:
         why = f"{kernel.name} takes heads of up to {WIDEST}, this model's have {width}"
         kernel = None
+    if dropout := _attention_dropout(model):
+        why = f"kernels for variable lengths drop no weights, attention_dropout is {dropout:g}"
+        kernel = None
     if kernel is None and asked == STRICT:
         raise refusal(why, where)
-    return Choice(kernel, why)
+    if kernel is None and machine.has_gpu and precision != "float32" and not dropout:
+        kernel, own = _find_pytorch(machine, precision, model)
+        why = f"{why}; {own}" if own else why
+    return Choice(kernel, why, machine.has_gpu, _limit(kernel, model))
 
 
 def refusal(why: str, where: str = "") -> TrainerError:
@@ -82,6 +98,11 @@ def refusal(why: str, where: str = "") -> TrainerError:
         why=why,
         remedy=REMEDY,
     )
+
+
+def caps_scores(model: Any) -> bool:
+    """Tell a model that caps its attention scores, which no kernel of PyTorch's does."""
+    return bool(getattr(model, "attn_logit_softcapping", None))
 
 
 def _head_width(model: Any) -> int:
@@ -111,6 +132,36 @@ def _find(machine: Machine, precision: str) -> tuple[Kernel | None, str]:
     return FLASH_2, ""
 
 
+def _attention_dropout(model: Any) -> float:
+    names = ("attention_dropout", "attn_pdrop")
+    return max(float(getattr(model, name, None) or 0) for name in names)
+
+
+def _limit(kernel: Kernel | None, model: Any) -> str:
+    window = getattr(model, "sliding_window", None)
+    if kernel is None or kernel.has_window or not window:
+        return ""
+    return (
+        f"{kernel.name} has no windows: a micro-batch with an example longer than {window} "
+        "tokens is attended to an example at a time"
+    )
+
+
+def _find_pytorch(machine: Machine, precision: str, model: Any) -> tuple[Kernel | None, str]:
+    from . import varlen
+
+    kernel = {kernel.module: kernel for kernel in (PYTORCH, PYTORCH_1)}.get(varlen.of_pytorch())
+    if kernel is None:
+        return None, "this release of PyTorch has no kernel for variable lengths that is known"
+    if caps_scores(model):
+        return None, "PyTorch's kernels do not cap scores"
+    width = _head_width(model) or USUAL_WIDTH
+    for gpu in machine.gpus:
+        if why := varlen.unfit(kernel.module, gpu.capability, precision, width):
+            return None, f"{kernel.name} cannot be used on {gpu.name}: {why}"
+    return kernel, ""
+
+
 def pytorch_kernel(device: str, dtype: torch.dtype, model: Any) -> str:
     """Return which kernel PyTorch's attention runs for this model: asked of PyTorch, not assumed.
 
@@ -118,38 +169,63 @@ def pytorch_kernel(device: str, dtype: torch.dtype, model: Any) -> str:
     """
     import torch
 
+    has_cudnn = switch_cudnn_off() and device.startswith("cuda")
     width = _head_width(model) or USUAL_WIDTH
     part = torch.zeros(1, 1, 16, width, dtype=dtype, device=device, requires_grad=True)
     try:
         number = torch._fused_sdp_choice(part, part, part, None, 0.0, True)
     except (AttributeError, RuntimeError, TypeError):  # not PyTorch's public interface
         return "sdpa"
-    return f"sdpa ({BACKENDS.get(int(number), 'math')})"
+    used = BACKENDS.get(int(number), "math")
+    return f"sdpa ({used}{f', {CUDNN_OFF}' if has_cudnn else ''})"
+
+
+def switch_cudnn_off() -> bool:
+    """Keep PyTorch's attention from cuDNN's in this process; return whether it has cuDNN's.
+
+    It is preferred on compute capability 9.0 and 10.0, and builds a plan for each new shape.
+    Lengths differ from micro-batch to micro-batch, and with each token that is generated.
+    """
+    import torch
+
+    switch = getattr(torch.backends.cuda, "enable_cudnn_sdp", None)  # torch 2.1 has none
+    if switch is None:
+        return False
+    switch(False)
+    return True
 
 
 def described(choice: Choice, own: str) -> str:
     """Return the plan's word for attention over concatenated examples; `own` is PyTorch's."""
-    return f"packed {choice.kernel.name if choice.kernel is not None else own}"
+    if choice.kernel is None:
+        return f"packed {own}"
+    return f"packed {choice.kernel.name}{f' ({CUDNN_OFF})' if CUDNN_OFF in own else ''}"
 
 
 def reason(asked: Asked, choice: Choice) -> str:
-    """Return why the attention that is used is not flash-attn's, where the user asked for flash."""
-    if asked is not True or choice.kernel is not None:
+    """Return why attention runs an example at a time, where the user or a GPU expects better."""
+    if choice.kernel is not None:
+        return choice.limit
+    if asked is False or not (asked is True or choice.has_gpu):
         return ""
-    return f"use_flash_attention: PyTorch's own attention is used: {choice.why}"
+    return f"use_flash_attention: PyTorch's own attention runs an example at a time: {choice.why}"
 
 
 class VariableLength:
-    """flash-attn's variable-length kernel, as `PackedAttention` calls it.
+    """A kernel for variable lengths, as `PackedAttention` calls it.
 
     Legend: T tokens of all examples, H heads (fewer for keys and values), D head width.
     """
 
     def __init__(self, kernel: Kernel) -> None:
-        module = importlib.import_module(kernel.module)
-        self.name = kernel.name
-        self.function: Callable[..., Any] = module.flash_attn_varlen_func
-        self._starts: tuple[tuple[int, ...], Any] = ((), None)
+        self.kernel = kernel
+        self._spans: tuple[Any, Any] = ((), None)
+
+    def takes(self, window: int | None, softcap: float | None) -> bool:
+        """Tell whether the kernel computes this attention."""
+        return (window is None or self.kernel.has_window) and (
+            softcap is None or self.kernel.has_softcap
+        )
 
     def __call__(
         self,
@@ -164,42 +240,35 @@ class VariableLength:
     ) -> Any:
         """Return attention inside each example (T, H, D), in the queries' precision.
 
-        A window of w keys, the query's own among them, is (w - 1, 0) to flash-attn.
+        Kernels take half precision: float32 norms make queries and keys that are float32.
         """
         import torch
 
-        dtype = query_THD.dtype
-        if dtype == torch.float32:  # float32 norms of a quantized base make float32 queries
-            query_THD, key_THD, value_THD = (
-                part.to(torch.bfloat16) for part in (query_THD, key_THD, value_THD)
-            )
-        starts = self._starts_of(lengths, query_THD.device)
-        options: dict[str, Any] = {"softcap": softcap} if softcap is not None else {}
-        made = self.function(
-            query_THD,
-            key_THD,
-            value_THD,
-            cu_seqlens_q=starts,
-            cu_seqlens_k=starts,
-            max_seqlen_q=max(lengths),
-            max_seqlen_k=max(lengths),
-            softmax_scale=scaling,
-            causal=True,
-            window_size=(-1, -1) if window is None else (window - 1, 0),
-            deterministic=True,
-            **options,
-        )
-        # flash-attn 3 has returned the log-sum-exp beside the output in some releases.
-        return (made[0] if isinstance(made, tuple) else made).to(dtype)
+        from . import varlen
 
-    def _starts_of(self, lengths: Sequence[int], device: Any) -> Any:
-        """Return where the examples begin, and the end: int32, one more than examples."""
+        dtype = query_THD.dtype
+        if torch.float32 in (dtype, key_THD.dtype, value_THD.dtype):
+            half = torch.float16 if value_THD.dtype == torch.float16 else torch.bfloat16
+            query_THD, key_THD, value_THD = (
+                part.to(half) for part in (query_THD, key_THD, value_THD)
+            )
+        made = varlen.attend(
+            self.kernel.module, query_THD, key_THD, value_THD,
+            self._spans_of(lengths, query_THD.device),
+            scaling=scaling, window=window, softcap=softcap,
+        )  # fmt: skip
+        return made.to(dtype)
+
+    def _spans_of(self, lengths: Sequence[int], device: Any) -> Any:
+        """Return where the examples are: sent to the device once a micro-batch, for all layers."""
+        import numpy as np
         import torch
 
-        key = tuple(lengths)
-        if self._starts[0] != key or self._starts[1].device != device:
-            starts = [0]
-            for length in lengths:
-                starts.append(starts[-1] + length)
-            self._starts = (key, torch.tensor(starts, dtype=torch.int32, device=device))
-        return self._starts[1]
+        from .transfer import send
+        from .varlen import Spans
+
+        key = (tuple(lengths), device)
+        if self._spans[0] != key:
+            starts = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+            self._spans = (key, Spans(send(starts, device), max(lengths)))
+        return self._spans[1]

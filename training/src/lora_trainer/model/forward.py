@@ -27,9 +27,10 @@ from ..plan import Precision
 from . import attention as packed_attention
 from . import compat, fused
 from .attention import PackedAttention
-from .flash import VariableLength
+from .flash import VariableLength, switch_cudnn_off
 from .head import Head, find_head, summed_loss, summed_loss_and_hits
 from .precision import dtype_of
+from .transfer import send
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class CausalLM:
         kernel: VariableLength | None = None,
         has_fused_lora: bool = False,
     ) -> None:
+        switch_cudnn_off()
         if has_fused_lora:
             fused.install(model)
         self.model = model
@@ -213,7 +215,7 @@ class CausalLM:
         return logits_NV.float(), self._tensor(ids_BL[rows_N, columns_N])
 
     def _tensor(self, values: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(self.device)
+        return send(torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)), self.device)
 
 
 # In place of the head of a model that has none which could be called apart.

@@ -3,10 +3,10 @@
 Shortcuts are taken that a model could break silently: examples are concatenated, and the
 decoder and the head are called apart. Each is compared, on a few random tokens, with the
 model's own forward pass on each example alone, and tried with a backward pass. What differs or
-raises gives way to the next: packed, padded, the model's own forward pass over padded examples,
-and over one example at a time. A model that none of them computes is refused by name, as is one
-that sees later tokens. A base model in 4 or 8 bits is compared with itself, in the same bits:
-rounding explains no more there.
+raises gives way to the next: packed by a kernel for variable lengths, packed an example at a
+time, padded, the model's own forward pass over padded examples, and over one example at a time.
+A model that none of them computes is refused by name, as is one that sees later tokens. A base
+model in 4 or 8 bits is compared with itself, in the same bits: rounding explains no more there.
 """
 
 from __future__ import annotations
@@ -91,6 +91,13 @@ def _verify(causal: CausalLM, is_any: Callable[[bool], bool]) -> str:
         fault = _fault(causal, batch, own)
         if not is_any(bool(fault)):
             return ""
+        kernel, causal.packed.kernel = causal.packed.kernel, None
+        if is_any(kernel is not None):
+            name = kernel.kernel.name if kernel is not None else "the attention kernel"
+            reasons.append(f"{name} is not used: concatenated examples {fault or OTHER_RANK}")
+            fault = _fault(causal, batch, own)
+            if not is_any(bool(fault)):
+                return reasons[0]
         reasons.append(f"padding is used: concatenated examples {fault or OTHER_RANK}")
         causal.pad()
     if not causal.whole_why:

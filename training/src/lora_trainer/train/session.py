@@ -353,8 +353,10 @@ def _open_model(
         if machine.has_gpu:
             varying = determinism.require(lambda: probe.exercise(causal))
     reached = reach.notes(model, parameters[0], config.lora)
-    if causal.packed is None and config.model.use_flash_attention == flash.STRICT:
-        raise flash.refusal(fallback)
+    if backend.kernel is not None and (causal.packed is None or causal.packed.kernel is None):
+        if config.model.use_flash_attention == flash.STRICT:
+            raise flash.refusal(fallback)
+        backend = backend.without_kernel()
     weights = [source.weight for source in source_specs(config, config.data.dataset)]
     rows_of_epoch = rows_of_epoch_in(splits, weights, config.training.seed)
     profile = profile_of(splits, rows_to_train(rows_of_epoch))

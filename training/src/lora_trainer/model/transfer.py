@@ -1,0 +1,13 @@
+"""Copies of host tensors on a device, which the host does not wait for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def send(host: Tensor, device: str | torch.device) -> Tensor:
+    """Return `host` on `device`; onto a GPU from pinned memory, behind the work already queued."""
+    if torch.device(device).type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
