@@ -18,6 +18,7 @@ from lora_trainer.model.forward import CausalLM
 from lora_trainer.train import session as sessions
 from lora_trainer.train.evaluate import take
 from lora_trainer.train.loop import train
+from lora_trainer.train.setup import TrainingSetup
 
 STEPS = 4
 # What the weights of the base model come to in memory, as docs/decisions state it.
@@ -58,7 +59,7 @@ def config_of(kind: str) -> Config:
     )
 
 
-def run(config: Config, output: Path) -> sessions.TrainingSetup:
+def run(config: Config, output: Path) -> TrainingSetup:
     """Train, from the newest checkpoint if there is one, without processes around it."""
     session = sessions.open_session(config, output, lambda event: None)
     snapshot, _ = session.store.newest()
@@ -70,7 +71,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def mean_loss(causal: CausalLM, session: sessions.TrainingSetup) -> float:
+def mean_loss(causal: CausalLM, session: TrainingSetup) -> float:
     causal.model.eval()
     batch = take(session.splits.train, range(4))
     return causal.score(batch)[0] / batch.targets
@@ -109,5 +110,5 @@ def test_quantized_smollm2_learns_resumes_and_fits_the_full_base(kind: str, tmp_
     assert mean_loss(full, session) < full_before - 0.3
 
 
-def adapter_bytes(session: sessions.TrainingSetup) -> int:
+def adapter_bytes(session: TrainingSetup) -> int:
     return sum(p.numel() * p.element_size() for p in session.parameters.values())

@@ -16,7 +16,8 @@ from lora_trainer.config.settings import resolve
 from lora_trainer.errors import StorageError
 from lora_trainer.train.checkpoint import Snapshot, TrainState, take_snapshot
 from lora_trainer.train.checkpoint_store import CheckpointStore
-from lora_trainer.train.session import TrainingSetup, open_session
+from lora_trainer.train.session import open_session
+from lora_trainer.train.setup import TrainingSetup
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def test_exporting_changes_nothing_of_the_model_that_answers(
     init: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict] = []
-    from lora_trainer.train.session import TrainingSetup
+    from lora_trainer.train.setup import TrainingSetup
 
     plain = TrainingSetup.export
 

@@ -16,7 +16,8 @@ from lora_trainer.model.adapter import adapter_state
 from lora_trainer.run.events import Event, Warned
 from lora_trainer.train import export, initial
 from lora_trainer.train.checkpoint import Snapshot, TrainState, take_snapshot
-from lora_trainer.train.session import TrainingSetup, open_session
+from lora_trainer.train.session import open_session
+from lora_trainer.train.setup import TrainingSetup
 
 
 @pytest.fixture(scope="module")

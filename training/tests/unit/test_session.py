@@ -12,7 +12,8 @@ import torch
 
 from faults.tiny_model import TEMPLATE, write_model, write_rows
 from lora_trainer.config.settings import resolve
-from lora_trainer.train.session import TrainingSetup, open_session
+from lora_trainer.train.session import open_session
+from lora_trainer.train.setup import TrainingSetup
 
 
 def test_exported_tokenizer_asks_as_the_given_template_trained(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from .identity import adapter_note
 
 
 class _Session(Protocol):
-    """What of `session.TrainingSetup` is looked at here."""
+    """What of `setup.TrainingSetup` is looked at here."""
 
     config: Config
     plan: Plan
