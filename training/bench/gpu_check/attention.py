@@ -93,12 +93,12 @@ def cudnn(*, is_on: bool) -> Iterator[None]:
 
 
 def _varlen(scale: Scale) -> Attend | str:
-    return NO_GPU if not scale.has_gpu else "the package does not use it"
+    return packed(flash.VariableLength(flash.PYTORCH)) if scale.has_gpu else NO_GPU
 
 
 def _flash_attn(scale: Scale) -> Attend | str:
     choice = flash.choose("auto", read_machine(), "bfloat16")
-    if choice.kernel is None or not scale.has_gpu:
+    if choice.kernel is None or "flash-attn" not in choice.kernel.name or not scale.has_gpu:
         return choice.why or NO_GPU
     return packed(flash.VariableLength(choice.kernel))
 

@@ -99,11 +99,10 @@ def test_paged_optimizer_takes_the_same_steps(trainer, plain, page):
 
 
 @needs(1)
-@pytest.mark.skipif(not HAS_FLASH, reason="flash-attn is not installed")
 @pytest.mark.skipif(CAPABILITY < (8, 0), reason="needs compute capability 8.0")
-def test_flash_attention_trains_as_pytorchs_own(trainer, page):
+def test_attention_over_variable_lengths_trains_as_an_example_at_a_time(trainer, page):
     plan, told, last = run(trainer, "flash", use_flash_attention=True)
-    assert "flash-attn" in plan["attention"]
+    assert ("flash-attn" if HAS_FLASH else "packed PyTorch") in plan["attention"]
     _, own, slower = run(trainer, "sdpa", use_flash_attention=False)
     page(
         f"{plan['attention']:<20} {last['step_seconds']:.3f} s a step, "

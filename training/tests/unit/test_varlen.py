@@ -284,3 +284,19 @@ def test_key_heads_are_repeated_for_every_other_kernel(number, expected, monkeyp
         on_gpu, on_cpu = torch.empty(1, 4, 9, 8, device="cuda"), torch.empty(1, 4, 9, 8)
     assert attention._shares_heads(on_gpu, 0.0) is expected
     assert attention._shares_heads(on_cpu, 0.0) is False
+
+
+def test_what_goes_to_a_gpu_is_pinned_so_that_the_host_goes_on():
+    done = []
+
+    class Host:
+        def pin_memory(self):
+            done.append("pinned")
+            return self
+
+        def to(self, device, **how):
+            done.append((device, how))
+            return self
+
+    transfer.send(Host(), "cuda:1")
+    assert done == ["pinned", ("cuda:1", {"non_blocking": True})]

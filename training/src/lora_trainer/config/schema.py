@@ -65,8 +65,8 @@ class ModelSection(Section):
     )
     use_flash_attention: bool | Literal["auto", "flash-attn"] = Field(
         "auto",
-        description="true: the fastest exact attention here, and the plan gives the reason; "
-        "false: PyTorch's; flash-attn: that package or an error",
+        description="auto, true: the fastest exact attention here, and the plan gives the reason; "
+        "false: PyTorch's, an example at a time; flash-attn: that package or an error",
     )
     bf16: bool | Auto = Field(
         "auto", description="Compute in bfloat16; measured first, never assumed"
