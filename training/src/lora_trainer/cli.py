@@ -127,11 +127,27 @@ def _settings(context: typer.Context, config: Path | None) -> Settings:
     from .config.default_file import find_config
     from .config.settings import resolve
 
+    if os.environ.get("LORA_CONTAINER"):
+        config = _check_container(config)
     if config is None:
         config, why = find_config(os.environ)
         if config is not None:
             streams.say(f"config: {config} ({why})")
     return resolve(config, os.environ, context.args)
+
+
+def _check_container(config: Path | None) -> Path:
+    """Check what Docker gave this container; return its config file."""
+    from .commands import container
+
+    for warning in container.check_container(os.environ):
+        streams.complain(f"warning  {warning}")
+    if config is not None:
+        return config
+    config, why = container.find_config(os.environ)
+    if why:
+        streams.say(f"config: {config} ({why})")
+    return config
 
 
 Target = Annotated[Path, typer.Argument(help="A folder that is not there yet.")]

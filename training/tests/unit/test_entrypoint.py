@@ -1,129 +1,188 @@
-"""The container's entrypoint over a folder, with a trainer that prints its arguments."""
+"""The container's entrypoint hands over to the trainer, which checks what Docker gave it."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
 import pytest
 from checkout import TRAINING
 
+from lora_trainer.commands import container
+from lora_trainer.errors import AccessError, ConfigError, UnavailableError
+from lora_trainer.machine import Gpu, Machine
+
 pytestmark = pytest.mark.any_stack
 
 
-def entrypoint(
-    root: Path, *arguments: str, user: int | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run the entrypoint, as another user where one is given."""
+def entrypoint(root: Path, *arguments: str, **environment: str) -> str:
+    """Run the entrypoint over a trainer that prints what it was started as."""
     tools = root / "tools"
     tools.mkdir(exist_ok=True)
-    (tools / "lora-trainer").write_text('#!/bin/sh\necho "$@"\n')
+    (tools / "lora-trainer").write_text('#!/bin/sh\necho "$LORA_CONTAINER:" "$@"\n')
     (tools / "lora-trainer").chmod(0o755)
-    for name in ("datasets", "outputs", "models", "logs"):
-        (root / "workspace" / name).mkdir(parents=True, exist_ok=True)
-    default = root / "default.json"
-    default.write_text("{}")
-    given = {"LORA_WORKSPACE": str(root / "workspace"), "LORA_DEFAULT_CONFIG": str(default)}
     return subprocess.run(
         [shutil.copy(TRAINING / "docker-entrypoint.sh", root), *arguments],
-        env={"PATH": f"{tools}:/usr/bin:/bin"} | given | environment,
+        env={"PATH": f"{tools}:/usr/bin:/bin"} | environment,
         capture_output=True,
         text=True,
-        check=False,
-        **({} if user is None else {"user": user, "group": user, "extra_groups": []}),
-    )
-
-
-def test_entrypoint_writes_the_default_config_where_none_is_mounted(tmp_path: Path) -> None:
-    done = entrypoint(tmp_path, "--max_steps", "2")
-    config = tmp_path / "workspace" / "config.json"
-    assert done.stdout == f"train --config {config} --max_steps 2\n"
-    assert config.read_text() == "{}"
-
-
-def with_gpu(root: Path, line: str) -> None:
-    (root / "tools").mkdir()
-    (root / "tools" / "nvidia-smi").write_text(f"#!/bin/sh\necho '{line}'\n")
-    (root / "tools" / "nvidia-smi").chmod(0o755)
+        check=True,
+    ).stdout
 
 
 @pytest.mark.parametrize(
-    ("gpu", "stack", "said"),
-    [(None, "cu121", "no GPU is visible"), ("", "cu121", "no GPU answers"), (None, "cpu", "")],
-)
-def test_without_a_gpu_training_is_on_the_cpu_unless_one_is_required(
-    tmp_path: Path, gpu: str | None, stack: str, said: str
-) -> None:
-    if gpu is not None:
-        with_gpu(tmp_path, gpu)
-    warned = entrypoint(tmp_path, LORA_STACK=stack)
-    assert warned.returncode == 0, warned.stderr
-    assert (said in warned.stderr) if said else ("GPU" not in warned.stderr)
-    required = entrypoint(tmp_path, LORA_STACK=stack, LORA_REQUIRE_GPU="1")
-    assert required.returncode == (69 if said else 0)
-
-
-@pytest.mark.parametrize(
-    ("gpu", "stack", "said"),
+    ("arguments", "started"),
     [
-        ("470.82.01, 8.6", "cu121", "the driver is too old"),
-        ("535.104.05, 8.6", "current", "the driver is too old"),
-        ("580.65.06, 12.0", "cu121", "does not serve this GPU"),
-        ("580.65.06, 7.0", "current", "does not serve this GPU"),
-        ("535.104.05, 8.6", "cu121", ""),
+        ((), "train: train\n"),
+        (("--max_steps", "2"), "train: train --max_steps 2\n"),
+        (("preflight", "--max_steps", "2"), "preflight: check --quick --max_steps 2\n"),
+        (("check", "--rows", "1"), "train: check --rows 1\n"),
+        (("merge", "a", "b"), ": merge a b\n"),
+        (("echo", "1"), "1\n"),
     ],
 )
-def test_a_gpu_that_the_stack_does_not_serve_ends_the_run(
-    tmp_path: Path, gpu: str, stack: str, said: str
+def test_entrypoint_starts_the_command(
+    tmp_path: Path, arguments: tuple[str, ...], started: str
 ) -> None:
-    with_gpu(tmp_path, gpu)
-    done = entrypoint(tmp_path, LORA_STACK=stack)
-    assert done.returncode == (69 if said else 0), done.stderr
-    assert said in done.stderr
-    left_alone = entrypoint(tmp_path, LORA_STACK=stack, CUDA_VISIBLE_DEVICES="")
-    assert left_alone.returncode == 0
+    assert entrypoint(tmp_path, *arguments) == started
+
+
+def test_entrypoint_drops_secrets_that_are_empty_and_hands_wandb_its_own(tmp_path: Path) -> None:
+    empty, key = tmp_path / "empty", tmp_path / "key"
+    empty.write_text("")
+    key.write_text("k3y\n")
+    names = {"HF_TOKEN_FILE": str(empty), "HF_TOKEN": "", "WANDB_API_KEY_FILE": str(key)}
+    seen = entrypoint(tmp_path, "env", **names)
+    assert "HF_TOKEN" not in seen
+    assert "WANDB_API_KEY=k3y\n" in seen
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A container's mounts, on a machine without GPU and with enough shared memory."""
+    for name in ("datasets", "outputs", "models", "logs"):
+        (tmp_path / name).mkdir()
+    has(monkeypatch, gpu=False, driver=False)
+    monkeypatch.setattr(container, "LEAST_SHARED_BYTES", 0)
+    return tmp_path
+
+
+def has(monkeypatch: pytest.MonkeyPatch, *, gpu: bool, driver: bool) -> None:
+    gpus = (Gpu(0, "H100", 80 << 30, (9, 0)),) if gpu else ()
+    monkeypatch.setattr(container, "read_machine", lambda: Machine(2, 1 << 34, gpus, "580.1"))
+    monkeypatch.setattr(container.shutil, "which", lambda _: "nvidia-smi" if driver else None)
+
+
+def given(workspace: Path, **environment: str) -> dict[str, str]:
+    return {"LORA_WORKSPACE": str(workspace), "LORA_CONTAINER": "train"} | environment
+
+
+def test_the_default_config_is_taken_where_none_is_mounted(workspace: Path) -> None:
+    default = workspace / "default.json"
+    default.write_text("{}")
+    environ = given(workspace, LORA_DEFAULT_CONFIG=str(default))
+    config, why = container.find_config(environ)
+    assert (config, config.read_text()) == (workspace / "config.json", "{}")
+    assert "no config file is mounted" in why
+    assert container.find_config(environ) == (config, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "remedy"),
+    [("config.json", {}, "rmdir"), ("absent", {"LORA_TRAINER_CONFIG": "/absent"}, "mount it: -v")],
+)
+def test_a_config_that_is_not_a_file_is_refused_with_its_remedy(
+    workspace: Path, name: str, environment: dict[str, str], remedy: str
+) -> None:
+    (workspace / name).mkdir()
+    with pytest.raises(ConfigError) as error:
+        container.find_config(given(workspace, **environment))
+    assert remedy in error.value.block()
+
+
+@pytest.mark.parametrize(
+    ("driver", "stack", "warning"),
+    [(False, "cu121", "no GPU is visible"), (True, "cu121", "no GPU answers"), (False, "cpu", "")],
+)
+def test_without_a_gpu_training_is_on_the_cpu_unless_one_is_required(
+    workspace: Path, driver: bool, stack: str, warning: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has(monkeypatch, gpu=False, driver=driver)
+    environ = given(workspace, LORA_STACK=stack)
+    warnings = container.check_container(environ)
+    assert [warning in one for one in warnings] == ([True] if warning else [])
+    if warning:
+        with pytest.raises(UnavailableError, match=warning):
+            container.check_container(environ | {"LORA_REQUIRE_GPU": "1"})
+
+
+def test_a_gpu_that_is_there_or_hidden_is_no_reason_to_warn(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environ = given(workspace, LORA_STACK="cu121", LORA_REQUIRE_GPU="1")
+    has(monkeypatch, gpu=True, driver=True)
+    assert container.check_container(environ) == []
+    has(monkeypatch, gpu=False, driver=True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert container.check_container(environ) == []
 
 
 DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release Build  (me@x)\n"
 
 
 @pytest.mark.parametrize(
-    ("driver", "code", "said"),
+    ("driver", "stack", "refusal"),
     [
-        (None, 69, "docker compose -f docker-compose.training.yml -f docker-compose.cpu.yml up"),
-        ("470.82.01", 69, "it is 470.82.01, needed is 525"),
-        ("535.104.05", 0, "nvidia-ctk runtime configure"),
+        (
+            None,
+            "cu121",
+            "docker compose -f docker-compose.training.yml -f docker-compose.cpu.yml up",
+        ),
+        (None, "cpu", "docker compose -f docker-compose.training.yml -f docker-compose.cpu.yml up"),
+        ("470.82.01", "cu121", "it is 470.82.01, needed is 525"),
+        ("535.104.05", "cu121", ""),
+        ("470.82.01", "cpu", ""),
     ],
 )
 def test_preflight_without_a_gpu_looks_at_the_hosts_driver(
-    tmp_path: Path, driver: str | None, code: int, said: str
+    workspace: Path, driver: str | None, stack: str, refusal: str
 ) -> None:
-    version = tmp_path / "version"
+    version = workspace / "version"
     if driver is not None:
         version.write_text(DRIVER.format(driver))
-    given = {"LORA_STACK": "cu121", "LORA_NVIDIA_VERSION": str(version)}
-    done = entrypoint(tmp_path, "preflight", **given, LORA_GPU_RESERVED="1")
-    assert done.returncode == code, done.stderr
-    assert said in done.stderr
-    assert entrypoint(tmp_path, "preflight", **given).returncode == 0  # training on the CPU
-    # Docker fails alike where the image is the cpu stack's and the reservation is there.
-    done = entrypoint(tmp_path, "preflight", **given | {"LORA_STACK": "cpu"}, LORA_GPU_RESERVED="1")
-    assert done.returncode == (69 if driver is None else 0)
+    environ = given(workspace, LORA_NVIDIA_VERSION=str(version), LORA_STACK=stack)
+    environ |= {"LORA_CONTAINER": "preflight", "LORA_GPU_RESERVED": "1"}
+    if refusal:
+        with pytest.raises(UnavailableError) as error:
+            container.check_container(environ)
+        assert refusal in error.value.block()
+    else:
+        (note,) = container.check_container(environ)
+        assert "nvidia-ctk runtime configure" in note
 
 
-@pytest.fixture
-def public_path() -> Iterator[Path]:
-    """A folder in a place that every user may read."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        yield Path(folder)
+def test_little_shared_memory_is_a_warning(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(container, "LEAST_SHARED_BYTES", 1 << 60)
+    (warning,) = container.check_container(given(workspace))
+    assert "--shm-size 8g" in warning
 
 
-UNKNOWN = 54321
+UNKNOWN, OWN = 54321, 1234
+AS_OWN_USER = """
+import os, sys
+from lora_trainer.commands import container
+from lora_trainer.errors import AccessError
+os.setgroups([]); os.setgid({own}); os.setuid({own})
+try:
+    container.check_container(os.environ)
+except AccessError as error:
+    sys.exit(error.block())
+"""
 
 
 @pytest.mark.parametrize(
@@ -135,36 +194,41 @@ UNKNOWN = 54321
             f"LORA_UID={UNKNOWN} LORA_GID={UNKNOWN} docker compose -f docker-compose.training.yml",
         ),
         (UNKNOWN, {}, f"docker run --user {UNKNOWN}:{UNKNOWN}"),
-        (0, {"LORA_HOST_OUTPUTS": "../out"}, "sudo chown -R 1234:1234 ../out {models}"),
-        (
-            UNKNOWN,
-            {"LORA_HOST_OUTPUTS": "/host/out", "LORA_HOST_BY": "run.sh"},
-            "sudo chown -R 1234:1234 /host/out {models}",
-        ),
+        (0, {"LORA_HOST_OUTPUTS": "../out"}, f"sudo chown -R {OWN}:{OWN} "),
+        (UNKNOWN, {"LORA_HOST_BY": "run.sh"}, f"sudo chown -R {OWN}:{OWN} "),
     ],
 )
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives folders to others")
 def test_folders_of_another_user_end_with_the_exact_command(
-    public_path: Path, owner: int, environment: dict[str, str], remedy: str
+    workspace: Path, owner: int, environment: dict[str, str], remedy: str
 ) -> None:
-    workspace = public_path / "workspace"
-    for name in ("outputs", "models", "logs"):
-        (workspace / name).mkdir(parents=True)
+    for name in ("outputs", "models"):
         os.chown(workspace / name, owner, owner)
-    os.chown(workspace / "logs", 1234, 1234)
-    done = entrypoint(public_path, "preflight", user=1234, **environment)
-    assert done.returncode == 77, done.stderr
-    models = workspace / "models"
-    assert f"remedy: {remedy.format(models=models)}" in done.stderr.replace(
-        "on the host: ", ""
-    ).replace("train as their owner: ", "")
+    os.chown(workspace / "logs", OWN, OWN)
+    for folder in (workspace, *workspace.parents[:-2]):  # every user may reach them
+        folder.chmod(folder.stat().st_mode | 0o055)
+    done = subprocess.run(
+        [sys.executable, "-c", AS_OWN_USER.format(own=OWN)],
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)}
+        | given(workspace, **environment),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert remedy in done.stderr
+    if "chown" in remedy:
+        assert f"{workspace / 'outputs'} {workspace / 'models'}\n" in done.stderr
 
 
-def test_entrypoint_drops_secrets_that_are_empty_and_hands_wandb_its_own(tmp_path: Path) -> None:
-    empty, key = tmp_path / "empty", tmp_path / "key"
-    empty.write_text("")
-    key.write_text("k3y\n")
-    names = {"HF_TOKEN_FILE": str(empty), "HF_TOKEN": "", "WANDB_API_KEY_FILE": str(key)}
-    seen = entrypoint(tmp_path, "env", **names).stdout
-    assert "HF_TOKEN" not in seen
-    assert "WANDB_API_KEY=k3y\n" in seen
+def test_a_mount_that_is_only_for_reading_ends_with_77(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(container.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(AccessError) as error:
+        container.check_container(given(workspace))
+    assert error.value.exit_code == 77
+    assert "mounted read-only" in error.value.block()
