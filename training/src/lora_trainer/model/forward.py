@@ -28,7 +28,7 @@ from . import attention as packed_attention
 from . import compat, fused
 from .attention import PackedAttention
 from .flash import VariableLength, switch_cudnn_off
-from .head import Head, find_head, summed_loss, summed_loss_and_hits
+from .head import Head, find_head, loss_and_hits, summed_loss, summed_loss_and_hits
 from .precision import dtype_of
 from .transfer import send
 
@@ -117,8 +117,8 @@ class CausalLM:
         with self.autocast():
             if self.whole_why:
                 logits_NV, labels_N = self._whole_logits(batch)
-                loss = float(F.cross_entropy(logits_NV, labels_N, reduction="sum"))
-                return loss, int((logits_NV.argmax(-1) == labels_N).sum())
+                loss, hits = loss_and_hits(logits_NV, labels_N).tolist()
+                return loss, int(hits)
             hidden_NW, labels_N = self._hidden(batch)
             return summed_loss_and_hits(self.head, hidden_NW, labels_N, self.chunk)
 
@@ -185,20 +185,18 @@ class CausalLM:
         is_target_T = np.concatenate(batch.is_trained)
         is_target_T[np.cumsum([0, *lengths[:-1]])] = False
         (target_N,) = np.nonzero(is_target_T)
-        output = self.decoder(
-            input_ids=self._tensor(ids_T)[None],
-            position_ids=self._tensor(positions_T)[None],
-            **_no_cache(self.decoder),
+        ids, positions, before_N, labels_N = self._uploaded(
+            ids_T, positions_T, target_N - 1, ids_T[target_N]
         )
-        hidden_TW = output.last_hidden_state[0]
-        return hidden_TW[self._tensor(target_N - 1)], self._tensor(ids_T[target_N])
+        output = self.decoder(
+            input_ids=ids[None], position_ids=positions[None], **_no_cache(self.decoder)
+        )
+        return output.last_hidden_state[0][before_N], labels_N
 
     def _padded_hidden(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        ids_BL, mask_BL, (rows_N, columns_N) = _padded(batch)
-        output = call(self.decoder, self._tensor(ids_BL), self._tensor(mask_BL))
-        hidden_BLW = output.last_hidden_state
-        hidden_NW = hidden_BLW[self._tensor(rows_N), self._tensor(columns_N - 1)]
-        return hidden_NW, self._tensor(ids_BL[rows_N, columns_N])
+        ids, mask, rows_N, before_N, labels_N = self._uploaded(*_padded(batch))
+        hidden_BLW = call(self.decoder, ids, mask).last_hidden_state
+        return hidden_BLW[rows_N, before_N], labels_N
 
     def _whole_logits(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Return logits that predict the targets (N, V), and the targets (N,)."""
@@ -209,23 +207,23 @@ class CausalLM:
             ]
             logits, labels = zip(*singles, strict=True)
             return torch.cat(logits), torch.cat(labels)
-        ids_BL, mask_BL, (rows_N, columns_N) = _padded(batch)
-        logits_BLV = call(self.model, self._tensor(ids_BL), self._tensor(mask_BL)).logits
-        logits_NV = logits_BLV[self._tensor(rows_N), self._tensor(columns_N - 1)]
-        return logits_NV.float(), self._tensor(ids_BL[rows_N, columns_N])
+        ids, mask, rows_N, before_N, labels_N = self._uploaded(*_padded(batch))
+        logits_BLV = call(self.model, ids, mask).logits
+        return logits_BLV[rows_N, before_N].float(), labels_N
 
-    def _tensor(self, values: NDArray[np.int64]) -> Tensor:
-        return send(torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)), self.device)
+    def _uploaded(self, *arrays: NDArray[np.int64]) -> list[Tensor]:
+        """Return the arrays on the device, by one copy that the host does not wait for."""
+        flat = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
+        pieces = send(flat, self.device).split([array.size for array in arrays])
+        return [piece.view(array.shape) for piece, array in zip(pieces, arrays, strict=True)]
 
 
 # In place of the head of a model that has none which could be called apart.
 NO_HEAD = Head(torch.nn.Identity())
 
 
-def _padded(
-    batch: MicroBatch,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Return token ids and attention mask (B, L), and rows and columns (N,) of the targets."""
+def _padded(batch: MicroBatch) -> list[NDArray[np.int64]]:
+    """Return token ids and attention mask (B, L); of the targets (N,) row, column before, label."""
     longest = max(len(ids) for ids in batch.ids)
     ids_BL = np.zeros((len(batch.ids), longest), dtype=np.int64)
     mask_BL = np.zeros_like(ids_BL)
@@ -235,7 +233,7 @@ def _padded(
         mask_BL[row, : len(ids)] = 1
         is_target_BL[row, 1 : len(ids)] = marks[1:]
     rows_N, columns_N = np.nonzero(is_target_BL)
-    return ids_BL, mask_BL, (rows_N, columns_N)
+    return [ids_BL, mask_BL, rows_N, columns_N - 1, ids_BL[rows_N, columns_N]]
 
 
 def call(module: Any, ids_BL: Tensor, mask_BL: Tensor) -> Any:

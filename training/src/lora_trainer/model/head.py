@@ -118,10 +118,17 @@ def summed_loss_and_hits(
     head: Head, hidden_NW: Tensor, labels_N: Tensor, chunk: int
 ) -> tuple[float, int]:
     """Return the summed loss and how many labels are the most likely token; no gradients."""
-    loss, hits = 0.0, 0
+    figures = torch.zeros(2, dtype=torch.float64, device=hidden_NW.device)
     for start in range(0, len(labels_N), chunk):
-        logits = head(hidden_NW[start : start + chunk])
-        labels = labels_N[start : start + chunk]
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        hits += int((logits.argmax(-1) == labels).sum())
-    return loss, hits
+        figures += loss_and_hits(
+            head(hidden_NW[start : start + chunk]), labels_N[start : start + chunk]
+        )
+    loss, hits = figures.tolist()  # read once: the host waits for the device each time
+    return loss, int(hits)
+
+
+def loss_and_hits(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Return the summed cross entropy and how many labels are the most likely token, float64."""
+    loss = F.cross_entropy(logits_NV, labels_N, reduction="sum")
+    hits = (logits_NV.argmax(-1) == labels_N).sum()
+    return torch.stack([loss.double(), hits.double()])

@@ -8,6 +8,6 @@ from torch import Tensor
 
 def send(host: Tensor, device: str | torch.device) -> Tensor:
     """Return `host` on `device`; onto a GPU from pinned memory, behind the work already queued."""
-    if torch.device(device).type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
+    if torch.device(device).type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
