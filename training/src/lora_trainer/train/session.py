@@ -26,12 +26,12 @@ from ..model.adapter import (
     load_start,
     trainable_parameters,
 )
-from ..model.backend import resolve, usable_machine
+from ..model.backend import Backend, resolve, usable_machine
 from ..model.compat import enable_checkpointing
 from ..model.forward import CausalLM
 from ..model.ranks import ALONE, Ranks
 from ..model.shard import choose_sharing
-from ..plan import make_plan
+from ..plan import ModelShape, Parallelism, make_plan
 from ..run.events import Event, PhaseChanged, Warned
 from ..run.memory_limits import read_limits
 from .checkpoint_store import CheckpointStore
@@ -73,8 +73,10 @@ def open_session(
     with ranks.first_then_others():
         source = load.locate(config.model)
         tokenizer = load.load_tokenizer(source, config.model)
-        shape = load.load_config(source, config.model)
-        config, whole = quantize.apply_stored_quantization(config, shape, has_gpu=machine.has_gpu)
+        base_config = load.load_config(source, config.model)
+        config, whole = quantize.apply_stored_quantization(
+            config, base_config, has_gpu=machine.has_gpu
+        )
         emit(PhaseChanged(phase="tokenizing"))
         splits = open_data(config, source, tokenizer, emit)
     load.use_template(tokenizer, config.data.chat_template)
@@ -82,7 +84,7 @@ def open_session(
     for warning in data_warnings(config, splits):
         emit(Warned(message=warning))
     session = _open_model(
-        config, machine, source, shape, tokenizer, splits, output_dir, ranks, config_digest
+        config, machine, source, base_config, tokenizer, splits, output_dir, ranks, config_digest
     )
     if whole:
         session.plan = replace(session.plan, reasons=(whole, *session.plan.reasons))
@@ -98,17 +100,84 @@ def _open_model(
     config: Config,
     machine: Machine,
     source: load.ModelSource,
-    shape: Any,
+    base_config: Any,
     tokenizer: Any,
     splits: DataSplits,
     output_dir: Path,
     ranks: Ranks,
     config_digest: str,
 ) -> TrainingSetup:
-    backend = resolve(config.model, machine, shape, ranks)
+    backend = resolve(config.model, machine, base_config, ranks)
     if not config.model.trust_remote_code:  # whose classes may need what is in their repository
-        refuse_unsupported(config, shape)
-    parallelism, chosen = parallelism_before_loading(config, backend, shape, ranks)
+        refuse_unsupported(config, base_config)
+    parallelism, chosen = parallelism_before_loading(config, backend, base_config, ranks)
+    # Before it is loaded where it is here already: both then read the same bytes.
+    base_hash = None
+    if source.is_local and ranks.is_first:
+        base_hash = BaseHash(Path(source.path), config.model)
+    causal, base_shape, initial = _load(
+        config, backend, parallelism, source, splits, output_dir, ranks
+    )
+    backend, proven = _prove(config, backend, parallelism, causal, base_shape, ranks)
+    weights = [source.weight for source in source_specs(config, config.data.dataset)]
+    rows_of_epoch = rows_of_epoch_in(splits, weights, config.training.seed)
+    profile = profile_of(splits, rows_to_train(rows_of_epoch))
+    plan = make_plan(
+        config,
+        machine,
+        base_shape,
+        profile,
+        precision=backend.precision,
+        attention=backend.attention if causal.packed is None else backend.packed,
+        padding_free=causal.packed is not None,
+        processes=ranks.count,
+        parallelism=parallelism,
+        limits=read_limits(output_dir),
+        reasons=(*backend.reasons, *filter(None, (chosen, *proven))),
+    )
+    plan = with_smaller_plans(plan, config, base_shape, profile)
+    if plan.gradient_checkpointing:
+        enable_checkpointing(causal.inner, lets_go=parallelism == "deepspeed")
+    if base_hash is None and ranks.is_first:
+        base_hash = BaseHash(load.weights_folder(source, config.model), config.model)
+    uncompared = "" if base_hash is None else check_adapter_base(config, base_hash)
+    if uncompared:
+        plan = replace(plan, reasons=(*plan.reasons, uncompared))
+    digest: str | Callable[[], str] = ""  # which rank 0 compares for all
+    if base_hash is not None:
+        digest = digest_of(config, config_digest, base_hash, data_digest(splits, weights), plan)
+    parameters = trainable_parameters(causal.model)
+    return TrainingSetup(
+        config=config,
+        plan=plan,
+        causal=causal,
+        tokenizer=tokenizer,
+        source=source,
+        splits=splits,
+        order=Sampler(plan.rows, plan.step_examples, config.training.seed, rows_of_epoch),
+        optimizer=make_optimizer(parameters, config.training, config.lora.loraplus_lr_ratio),
+        parameters=parameters,
+        store=CheckpointStore(
+            output_dir / "checkpoints",
+            keep=config.output.save_total_limit,
+            digest=digest,
+        ),
+        output_dir=output_dir,
+        initial=initial,
+        ranks=ranks,
+    )
+
+
+def _load(
+    config: Config,
+    backend: Backend,
+    parallelism: Parallelism,
+    source: load.ModelSource,
+    splits: DataSplits,
+    output_dir: Path,
+    ranks: Ranks,
+) -> tuple[CausalLM, ModelShape, Initial | None]:
+    """Load the base model, put the adapter on it, and share its layers out, if that is planned."""
     share = None
     if parallelism in ("fsdp", "deepspeed"):
         zero.check(config) if parallelism == "deepspeed" else quantize.check_sharing(config)
@@ -116,10 +185,6 @@ def _open_model(
         share = choose_sharing(
             parallelism, config.training, backend.device, ranks, is_packed=is_packed
         )
-    # Before it is loaded where it is here already: both then read the same bytes.
-    base_hash = None
-    if source.is_local and ranks.is_first:
-        base_hash = BaseHash(Path(source.path), config.model)
     # Where the base does not fit on a device, a copy for each rank may not fit in memory; but
     # DeepSpeed has all ranks compare theirs, one weight after the other.
     with ranks.in_turn() if parallelism == "fsdp" else contextlib.nullcontext():
@@ -149,65 +214,34 @@ def _open_model(
             precision=backend.precision,
             kernel=backend.kernel,
         )
-        trained = trainable_parameters(model)
-        shape_of_base = shape_of(base, parameters, trained)
+        base_shape = shape_of(base, parameters, trainable_parameters(model))
         if share is not None:
             causal.shard(share)
+    return causal, base_shape, initial
+
+
+def _prove(
+    config: Config,
+    backend: Backend,
+    parallelism: Parallelism,
+    causal: CausalLM,
+    base_shape: ModelShape,
+    ranks: Ranks,
+) -> tuple[Backend, list[str]]:
+    """Compare the fast ways with the model's own; return those in use, and reasons for the plan.
+
+    Raises:
+        ConfigError: flash-attn is insisted on, and computes something else.
+    """
     named = zero.names_what_it_cannot if parallelism == "deepspeed" else contextlib.nullcontext
     with named():
         fallback = probe.verify(causal, ranks.is_any)
         varying = ""
-        if machine.has_gpu:
+        if backend.machine.has_gpu:
             varying = determinism.require(lambda: probe.exercise(causal))
-    reached = reach.notes(model, parameters[0], config.lora)
     if backend.kernel is not None and (causal.packed is None or causal.packed.kernel is None):
         if config.model.use_flash_attention == flash.STRICT:
             raise flash.refusal(fallback)
         backend = backend.without_kernel()
-    weights = [source.weight for source in source_specs(config, config.data.dataset)]
-    rows_of_epoch = rows_of_epoch_in(splits, weights, config.training.seed)
-    profile = profile_of(splits, rows_to_train(rows_of_epoch))
-    plan = make_plan(
-        config,
-        machine,
-        shape_of_base,
-        profile,
-        precision=backend.precision,
-        attention=backend.attention if causal.packed is None else backend.packed,
-        padding_free=causal.packed is not None,
-        processes=ranks.count,
-        parallelism=parallelism,
-        limits=read_limits(output_dir),
-        reasons=(*backend.reasons, *filter(None, (chosen, fallback, varying, *reached))),
-    )
-    plan = with_smaller_plans(plan, config, shape_of_base, profile)
-    if plan.gradient_checkpointing:
-        enable_checkpointing(base, lets_go=parallelism == "deepspeed")
-    if base_hash is None and ranks.is_first:
-        base_hash = BaseHash(load.weights_folder(source, config.model), config.model)
-
-    uncompared = "" if base_hash is None else check_adapter_base(config, base_hash)
-    if uncompared:
-        plan = replace(plan, reasons=(*plan.reasons, uncompared))
-    digest: str | Callable[[], str] = ""  # which rank 0 compares for all
-    if base_hash is not None:
-        digest = digest_of(config, config_digest, base_hash, data_digest(splits, weights), plan)
-    return TrainingSetup(
-        config=config,
-        plan=plan,
-        causal=causal,
-        tokenizer=tokenizer,
-        source=source,
-        splits=splits,
-        order=Sampler(plan.rows, plan.step_examples, config.training.seed, rows_of_epoch),
-        optimizer=make_optimizer(trained, config.training, config.lora.loraplus_lr_ratio),
-        parameters=trained,
-        store=CheckpointStore(
-            output_dir / "checkpoints",
-            keep=config.output.save_total_limit,
-            digest=digest,
-        ),
-        output_dir=output_dir,
-        initial=initial,
-        ranks=ranks,
-    )
+    reached = reach.notes(causal.model, base_shape.parameters, config.lora)
+    return backend, [fallback, varying, *reached]
