@@ -79,6 +79,7 @@ def page() -> str:
         "",
         "`*` stands for a figure that differs between machines. *Left alone* are the modules that",
         "`lora_target_modules: all-linear` does not adapt: routers, and what PEFT cannot adapt.",
+        "Experts that a class holds in one tensor are adapted here by `lora_target_parameters`.",
         "",
         "| architecture | " + " | ".join(versions) + " | why | left alone |",
         "|---|" + "---|" * len(versions) + "---|---|",

@@ -12,13 +12,14 @@ import torch.nn.functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM
 
 from architectures.tiny import VOCABULARY, tiny_model
-from lora_trainer.config.schema import LoraSection
+from lora_trainer.config.schema import ALL_LINEAR, LoraSection
 from lora_trainer.errors import TrainerError
 from lora_trainer.model import quantize, reach
 from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.forward import CausalLM, MicroBatch
 from lora_trainer.model.probe import check_unloaded, verify
-from lora_trainer.model.targets import endings_left_alone, fused_names
+from lora_trainer.model.reach import shortest
+from lora_trainer.model.targets import fused_names, left_alone, targeted
 from lora_trainer.train.dry_run import shape_of
 
 # The last one crosses the tiny models' sliding windows.
@@ -49,7 +50,8 @@ def attempt(model_type: str) -> Outcome:
     try:
         if fault := _unloaded_fault(config):
             return Outcome("refused", fault)
-        left = tuple(endings_left_alone(model))
+        alone = left_alone(model)
+        left = tuple(shortest(alone, [n for n in targeted(model, ALL_LINEAR) if n not in alone]))
         peft_model = add_adapter(model, _keys(model), seed=11)
     except TrainerError as error:
         return Outcome("refused", _refusal(error))

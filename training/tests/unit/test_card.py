@@ -86,6 +86,9 @@ def test_the_card_says_what_vllm_cannot_serve(card):
     assert "vLLM does not load adapters with DoRA or modules_to_save" in (
         card(use_dora=True, modules_to_save=("lm_head",)).text
     )
+    text = card(target_parameters=("experts.down_proj",)).text
+    assert "It adapts parameters (experts.down_proj)" in text
+    assert "vLLM" in text
     assert "vLLM" not in card().text
 
 

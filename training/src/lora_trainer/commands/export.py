@@ -216,6 +216,7 @@ def _card_facts(taken: Taken, trained: FinetunedModel, source: Any) -> CardFacts
         metrics_after=_figures_at(taken),
         use_dora=config.lora.use_dora,
         modules_to_save=tuple(config.lora.modules_to_save),
+        target_parameters=tuple(config.lora.lora_target_parameters),
         notes=("Taken from a checkpoint; the run may have gone on.",),
     )
 

@@ -45,7 +45,6 @@ def add_adapter(model: Any, section: LoraSection, *, seed: int) -> Any:
         lora_dropout=section.lora_dropout,
         target_modules=targets.modules,
         target_parameters=targets.parameters or None,
-        exclude_modules=targets.left_alone or None,
         use_rslora=section.use_rslora,
         use_dora=section.use_dora,
         # LoftQ's first weights follow (loftq.py); PEFT's own would round the base itself.
@@ -122,8 +121,8 @@ def read_start(model: Any, start: StartAdapter) -> dict[str, Tensor]:
     own: dict[str, Tensor] = dict(trainable_parameters(model))
     if not start.is_checkpoint:
         own = get_peft_model_state_dict(model, save_embedding_layers=False)
-        # PEFT may keep frozen embeddings in an adapter's file, too.
-        weights = {name: value for name, value in weights.items() if ".base_layer." not in name}
+        # PEFT may keep frozen embeddings in an adapter's file, too, as base_layer.weight.
+        weights = {n: v for n, v in weights.items() if ".base_layer." not in n or ".lora_" in n}
     strange, missing = sorted(weights.keys() - own.keys()), sorted(own.keys() - weights.keys())
     if strange or missing:
         raise _misfit(

@@ -127,16 +127,18 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def shortest(names: Iterable[str], others: Iterable[str]) -> list[str]:
     """Return endings of the names, as short as can be, that none of the others has."""
-    rest = list(others)
+    taken = {ending for other in others for ending in suffixes(other)}
     endings = set()
     for name in names:
-        parts = name.split(".")
-        for start in reversed(range(len(parts))):
-            ending = ".".join(parts[start:])
-            if not any(other == ending or other.endswith(f".{ending}") for other in rest):
-                break
-        endings.add(ending)
+        own = reversed(suffixes(name))
+        endings.add(next((ending for ending in own if ending not in taken), name))
     return sorted(endings)
+
+
+def suffixes(name: str) -> list[str]:
+    """Return the name and its endings at each dot, the longest first."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def notes(model: Any, total: int, section: LoraSection) -> tuple[str, ...]:
@@ -208,8 +210,8 @@ def _copied(experts: dict[str, nn.Parameter], layers: int) -> str:
     return (
         f"experts are adapted as parameters ({listed(experts)}): a layer computes with a copy of "
         f"them, {size(numbers // layers)}, which it keeps for the backward pass without "
-        "gradient_checkpointing; vLLM and SGLang have loaded such adapters without their experts, "
-        "and without an error: compare the answers there, or merge the adapter"
+        "gradient_checkpointing; versions of vLLM and SGLang load such an adapter without its "
+        "experts and report no error: compare the answers there, or merge the adapter"
     )
 
 

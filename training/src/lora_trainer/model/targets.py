@@ -26,11 +26,10 @@ PARAMETER_INITS = (True, False, "gaussian")
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """PEFT's `target_modules`, `target_parameters` and `exclude_modules`."""
+    """PEFT's `target_modules` and `target_parameters`."""
 
     modules: str | list[str]
     parameters: list[str]
-    left_alone: list[str]
 
 
 def choose_targets(model: Any, section: LoraSection) -> Targets:
@@ -43,9 +42,11 @@ def choose_targets(model: Any, section: LoraSection) -> Targets:
     parameters = list(section.lora_target_parameters)
     _refuse_unknown_modules(model, targets, section.modules_to_save)
     _refuse_unknown_parameters(model, parameters)
-    if diverted := _names_taken_for_experts(model):
-        return _without_diversion(model, section, targets, diverted)
-    return Targets(targets, parameters, endings_left_alone(model) if targets == ALL_LINEAR else [])
+    diverted = _names_taken_for_experts(model)
+    alone = left_alone(model) if targets == ALL_LINEAR else {}
+    if not diverted and not alone:
+        return Targets(targets, parameters)
+    return _explicit(model, section, targets, alone, diverted)
 
 
 def named_targets(targets: str | list[str]) -> str | list[str]:
@@ -78,7 +79,7 @@ def targeted(model: Any, targets: str | list[str]) -> dict[str, Any]:
         return {n: m for n, m in modules.items() if is_linear(m) and m is not head}
     if isinstance(targets, str):
         return {n: m for n, m in modules.items() if re.fullmatch(targets, n)}
-    return {n: m for n, m in modules.items() if not set(targets).isdisjoint(_suffixes(n))}
+    return {n: m for n, m in modules.items() if not set(targets).isdisjoint(reach.suffixes(n))}
 
 
 def is_linear(module: Any) -> bool:
@@ -97,12 +98,6 @@ def left_alone(model: Any) -> dict[str, Any]:
     Routers of classes of their own, which are no linear layers, are among them.
     """
     return reach.routers(model) | reach.read_past_lora(model) | reach.own_products(model)
-
-
-def endings_left_alone(model: Any) -> list[str]:
-    """Return endings of the names of `left_alone`, which no layer that is adapted has."""
-    left = left_alone(model)
-    return reach.shortest(left, [name for name in targeted(model, ALL_LINEAR) if name not in left])
 
 
 def _names_taken_for_experts(model: Any) -> set[str]:
@@ -125,15 +120,18 @@ def _is_taken_for_experts(model: Any, leaf: str) -> bool:
     return not config.target_modules
 
 
-def _without_diversion(
-    model: Any, section: LoraSection, targets: str | list[str], diverted: set[str]
+def _explicit(
+    model: Any,
+    section: LoraSection,
+    targets: str | list[str],
+    alone: Iterable[str],
+    diverted: set[str],
 ) -> Targets:
-    """Name modules so that PEFT takes none of them for experts.
+    """Name modules, without those left alone, so that PEFT takes none of them for experts.
 
     A linear layer of a diverted name is adapted through its weight: what is computed, and the
     names in the adapter's file, are those of a linear layer.
     """
-    alone = left_alone(model) if targets == ALL_LINEAR else {}
     matched = [name for name in targeted(model, targets) if name not in alone]
     through_weight = [name for name in matched if _leaf(name) in diverted]
     direct = [name for name in matched if _leaf(name) not in diverted]
@@ -149,7 +147,7 @@ def _without_diversion(
     else:
         modules = [name for name in targets if _leaf(name) not in diverted]
     parameters = [*section.lora_target_parameters, *reach.shortest(weights, named - weights)]
-    return Targets(modules, parameters, [])
+    return Targets(modules, parameters)
 
 
 def _unfit_for_parameters(section: LoraSection) -> str:
@@ -185,7 +183,7 @@ def _refuse_unknown_modules(
             + next((n for n, m in model.named_modules() if is_linear(m)), "layers.0.q_proj"),
             remedy=linear_remedy(model),
         )
-    names = {part for name, _ in model.named_modules() for part in _suffixes(name)}
+    names = {part for name, _ in model.named_modules() for part in reach.suffixes(name)}
     asked = [] if isinstance(targets, str) else list(targets)
     unknown = [name for name in (*asked, *modules_to_save) if name not in names]
     if unknown:
@@ -253,8 +251,3 @@ def _linear_names(model: Any) -> str:
 
 def _leaf(name: str) -> str:
     return name.rsplit(".", 1)[-1]
-
-
-def _suffixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]

@@ -80,6 +80,7 @@ class CardFacts:
     end_tokens: tuple[str, ...] = ()
     use_dora: bool = False
     modules_to_save: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -222,6 +223,12 @@ def _notes(facts: CardFacts) -> list[str]:
         notes.append(
             f"vLLM does not load adapters with {' or '.join(unserved)}: merge the adapter into the "
             "base model to serve it there."
+        )
+    if facts.target_parameters:
+        notes.append(
+            f"It adapts parameters ({', '.join(facts.target_parameters)}). Versions of "
+            "vLLM and SGLang load such an adapter without them and report no error: compare the "
+            "answers there, or merge the adapter into the base model."
         )
     if facts.quantization:
         notes.append(

@@ -74,6 +74,7 @@ def card_facts(session: _Session, run_name: str, state: TrainState) -> model_car
         versions=session.versions,
         use_dora=config.lora.use_dora,
         modules_to_save=tuple(config.lora.modules_to_save),
+        target_parameters=tuple(config.lora.lora_target_parameters),
         notes=tuple(n for n in notes if n),
     )
     return export.with_prompt_format(facts, session.prompt_format, session.tokenizer, session.stops)
