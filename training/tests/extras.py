@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from lora_trainer.config.schema import Config
 from lora_trainer.errors import ConfigError
-from lora_trainer.model import zero
+from lora_trainer.model import precision, zero
 
 
 def _why_no_deepspeed() -> str:
@@ -18,3 +20,7 @@ def _why_no_deepspeed() -> str:
 
 
 needs_deepspeed = pytest.mark.skipif(bool(_why_no_deepspeed()), reason=_why_no_deepspeed())
+needs_float16 = pytest.mark.skipif(
+    math.isinf(precision.float16_slowness()),
+    reason="this stack's torch does not compute float16 on a CPU",
+)

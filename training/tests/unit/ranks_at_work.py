@@ -31,6 +31,7 @@ from lora_trainer.model.ranks import PeerLostError, Ranks
 from lora_trainer.model.shard import choose_sharing
 from lora_trainer.plan import DataProfile, ModelShape, Parallelism, make_plan
 from lora_trainer.run.events import Evaluated, MemoryReduced, RanksMeasured, StepDone
+from lora_trainer.train import loop
 from lora_trainer.train.checkpoint import TrainState
 from lora_trainer.train.checkpoint_store import CheckpointStore
 from lora_trainer.train.loop import TrainingContext, train
@@ -66,7 +67,7 @@ def make_parts(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) 
         Machine(cores=1, memory_bytes=1 << 34, gpus=()),
         ModelShape("tiny", 2, 32, 48, VOCABULARY, 1, 1, 128),
         DataProfile(len(rows), 1, 1, 20, eval_rows=9),
-        precision="float32",
+        precision=dtype,
         attention="packed",
         padding_free=True,
         processes=ranks.count,
@@ -104,11 +105,16 @@ def quantized_model(family: str, bits: int, folder: Path, ranks: Ranks) -> Any:
 
 def trained(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) -> dict[str, Any]:
     """Train; return the losses, evaluations and figures that were told, and the adapter."""
+    overflow_step = own.get("overflow_step", 0)
+    own = {key: value for key, value in own.items() if key != "overflow_step"}
     parts, events = make_parts(ranks, folder, parallelism, own)
+    if overflow_step:
+        overflow_on_the_last_rank(parts, overflow_step)
     state = train(parts, TrainState())
     measured = [event for event in events if isinstance(event, RanksMeasured)]
     return {
         "step": state.step,
+        "scale": asdict(state.loss_scale) if state.loss_scale else None,
         "losses": [event.loss for event in events if isinstance(event, StepDone)],
         "evals": [event.eval_loss for event in events if isinstance(event, Evaluated)],
         "ranks": [event.ranks for event in measured],
@@ -118,6 +124,20 @@ def trained(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) -> 
     }
 
 
+def overflow_on_the_last_rank(parts: Any, at_step: int) -> None:
+    """Make one gradient of the last rank infinite, when it first computes this step."""
+    sound, ranks = loop.sum_step, parts.ranks
+    seeds: list[int] = []
+
+    def sum_step(*arguments: Any) -> Any:
+        seeds.append(1)
+        if len(seeds) == at_step and ranks.rank == ranks.count - 1:
+            arguments[1][0].grad[0, 0] = float("inf")
+        return sound(*arguments)
+
+    loop.sum_step = sum_step  # type: ignore[assignment]
+
+
 def short_of_memory(ranks: Ranks, folder: Path, own: dict) -> dict[str, Any]:
     """Train where the last rank has memory for one example at a time alone."""
     parts, events = make_parts(ranks, folder, "ddp", own)
@@ -125,9 +145,9 @@ def short_of_memory(ranks: Ranks, folder: Path, own: dict) -> dict[str, Any]:
     causal = parts.causal
     sound_loss, sound_score, failed = causal.loss, causal.score, []
 
-    def loss(batch: Any) -> Any:
+    def loss(batch: Any, factor: float) -> Any:
         fits(batch)
-        return sound_loss(batch)
+        return sound_loss(batch, factor)
 
     def score(batch: Any) -> Any:
         fits(batch)

@@ -57,7 +57,10 @@ def make_rows(count: int = 31, vocabulary: int = VOCABULARY) -> ListRows:
     return rows
 
 
-def ours(model, rows, folder: Path, *, padding_free: bool, lora: LoraSection, own=None):
+def ours(
+    model, rows, folder: Path, *, padding_free: bool, lora: LoraSection, own=None,
+    precision="float32",
+):  # fmt: skip
     settings = SETTINGS | (own or {})
     known = {key: value for key, value in settings.items() if key != "has_checkpointing"}
     config = Config.model_validate({"training": known, "output": {"save_steps": 0}})
@@ -65,7 +68,7 @@ def ours(model, rows, folder: Path, *, padding_free: bool, lora: LoraSection, ow
     if settings.get("has_checkpointing"):
         enable_checkpointing(model)
     causal = CausalLM(
-        peft_model, device="cpu", padding_free=padding_free, chunk=7, precision="float32"
+        peft_model, device="cpu", padding_free=padding_free, chunk=7, precision=precision
     )
     parameters = trainable_parameters(peft_model)
     shape = ModelShape("tiny", 2, 32, 48, VOCABULARY, 1, 1, 128)
@@ -74,7 +77,7 @@ def ours(model, rows, folder: Path, *, padding_free: bool, lora: LoraSection, ow
         Machine(cores=1, memory_bytes=1 << 34, gpus=()),
         shape,
         DataProfile(len(rows), 1, 1, 20),
-        precision="float32",
+        precision=precision,
         attention="packed",
         padding_free=padding_free,
     )
@@ -99,8 +102,14 @@ def ours(model, rows, folder: Path, *, padding_free: bool, lora: LoraSection, ow
     return losses, {name: p.detach().clone() for name, p in parameters.items()}, order
 
 
-def plain(model, rows, order: Sampler, *, lora: LoraSection, own=None, targets=None):
-    """Train with transformers and PEFT alone: padded batches, labels -100, their own loss."""
+def plain(
+    model, rows, order: Sampler, *, lora: LoraSection, own=None, targets=None, precision="float32"
+):
+    """Train with transformers and PEFT alone: padded batches, labels -100, their own loss.
+
+    In float16 with PyTorch's autocast and loss scaler.
+    """
+    scaler = torch.amp.GradScaler("cpu") if precision == "float16" else None
     settings = SETTINGS | (own or {})
     from peft import LoraConfig, get_peft_model
 
@@ -117,36 +126,63 @@ def plain(model, rows, order: Sampler, *, lora: LoraSection, own=None, targets=N
     )
     peft_model.train()
     parameters = {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
+    for parameter in parameters.values():
+        parameter.data = parameter.data.float()
     decayed = [p for p in parameters.values() if p.ndim > 1]
     optimizer = torch.optim.AdamW(decayed, lr=settings["learning_rate"], weight_decay=0.01)
     scheduler = transformers.get_scheduler("cosine", optimizer, math.ceil(0.1 * STEPS), STEPS)
     losses = []
     for step in range(STEPS):
         chosen = [rows[i] for i in order.step_rows(step)]
-        targets = sum(int(marks[1:].sum()) for _, marks in chosen)
-        total = 0.0
-        for start in range(0, len(chosen), 3):
-            micro = chosen[start : start + 3]
-            longest = max(len(ids) for ids, _ in micro)
-            ids = torch.zeros(len(micro), longest, dtype=torch.long)
-            mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-            for row, (tokens, marks) in enumerate(micro):
-                ids[row, : len(tokens)] = torch.as_tensor(tokens)
-                mask[row, : len(tokens)] = 1
-                labels[row, : len(tokens)] = torch.where(
-                    torch.as_tensor(marks), torch.as_tensor(tokens), -100
-                )
+        is_taken = False
+        while not is_taken:  # as our loop does, a step that overflows is repeated
+            total = accumulated(peft_model, chosen, scaler)
+            is_taken = stepped(optimizer, parameters.values(), settings["max_grad_norm"], scaler)
+        scheduler.step()
+        losses.append(total)
+    return losses, {name: p.detach().clone() for name, p in parameters.items()}
+
+
+def accumulated(peft_model, chosen, scaler) -> float:
+    """Add up the gradients of a step's rows, three at a time; return their mean token loss."""
+    targets = sum(int(marks[1:].sum()) for _, marks in chosen)
+    total = 0.0
+    for start in range(0, len(chosen), 3):
+        micro = chosen[start : start + 3]
+        longest = max(len(ids) for ids, _ in micro)
+        ids = torch.zeros(len(micro), longest, dtype=torch.long)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for row, (tokens, marks) in enumerate(micro):
+            ids[row, : len(tokens)] = torch.as_tensor(tokens)
+            mask[row, : len(tokens)] = 1
+            labels[row, : len(tokens)] = torch.where(
+                torch.as_tensor(marks), torch.as_tensor(tokens), -100
+            )
+        # Of the types that a CPU's autocast takes in torch 2.1.2 too, where it stays switched off.
+        dtype = torch.float16 if scaler else torch.bfloat16
+        with torch.autocast("cpu", dtype=dtype, enabled=scaler is not None):
             loss = peft_model(
                 input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=targets
             ).loss
-            loss.backward()
-            total += float(loss.detach())
-        torch.nn.utils.clip_grad_norm_(parameters.values(), settings["max_grad_norm"])
+        (scaler.scale(loss) if scaler else loss).backward()
+        total += float(loss.detach())
+    return total
+
+
+def stepped(optimizer, parameters, bound: float, scaler) -> bool:
+    """Clip the gradients and step; return whether the scaler, if there is one, let it."""
+    if scaler is None:
+        torch.nn.utils.clip_grad_norm_(parameters, bound)
         optimizer.step()
-        scheduler.step()
         optimizer.zero_grad()
-        losses.append(total)
-    return losses, {name: p.detach().clone() for name, p in parameters.items()}
+        return True
+    before = scaler.get_scale()
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(parameters, bound)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return scaler.get_scale() >= before
 
 
 # transformers 4.50 computes every layer's attention in the window that Qwen 2 has in its last

@@ -155,8 +155,8 @@ def test_row_whose_gradient_alone_overflows_is_named(tmp_path):
     odd = parts.rows[first][0].tolist()
     sound = parts.causal.loss
 
-    def loss(batch):
-        found = sound(batch)
+    def loss(batch, factor):
+        found = sound(batch, factor)
         if any(ids.tolist() == odd for ids in batch.ids):
             # The square root has no slope at zero: the loss stays as it is.
             found = found + (weights_of(parts) * 0).abs().sum().sqrt()
@@ -184,7 +184,7 @@ def test_weights_that_overflow_some_rows_before_others_are_the_cause(tmp_path):
 
     def spoil():
         kept.extend(p.detach().clone() for p in parts.parameters.values())
-        parts.causal.loss = lambda _: weights_of(parts).sum() / 0
+        parts.causal.loss = lambda *_: weights_of(parts).sum() / 0
 
     spoiled(parts, 3, spoil)
     parts = replace(parts, eval_rows=ListRows([]), name_rows=named)

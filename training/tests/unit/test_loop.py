@@ -24,13 +24,14 @@ from lora_trainer.train.checkpoint_store import CheckpointStore
 from lora_trainer.train.optim import make_optimizer
 
 
-def make_parts(folder, *, save_steps=0, should_stop=lambda: False, **training):
+def make_parts(folder, *, save_steps=0, should_stop=lambda: False, precision="float32", **training):
     settings = {"per_device_train_batch_size": 4, "max_steps": 12, "learning_rate": 1e-2}
     config = Config.model_validate(
         {"training": settings | training, "output": {"save_steps": save_steps}}
     )
-    model = add_adapter(tiny_model("llama"), LoraSection(lora_r=4), seed=1)
-    causal = CausalLM(model, device="cpu", padding_free=True, chunk=64, precision="float32")
+    base = tiny_model("llama").to(getattr(torch, precision))
+    model = add_adapter(base, LoraSection(lora_r=4), seed=1)
+    causal = CausalLM(model, device="cpu", padding_free=True, chunk=64, precision=precision)
     parameters = trainable_parameters(model)
     rows = make_rows()
     plan = make_plan(
@@ -38,7 +39,7 @@ def make_parts(folder, *, save_steps=0, should_stop=lambda: False, **training):
         Machine(cores=1, memory_bytes=1 << 34, gpus=()),
         ModelShape("tiny", 2, 32, 48, VOCABULARY, 1, 1, 128),
         DataProfile(len(rows), 1, 1, 20, eval_rows=8),
-        precision="float32",
+        precision=precision,
         attention="packed",
         padding_free=True,
     )
@@ -138,7 +139,7 @@ def test_a_stop_during_an_evaluation_leaves_it_to_the_resumed_run(tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(tmp_path):
     parts, _ = make_parts(tmp_path)
     before = {name: p.detach().clone() for name, p in parts.parameters.items()}
-    parts.causal.loss = lambda batch: next(iter(parts.parameters.values())).sum() * torch.nan
+    parts.causal.loss = lambda *_: next(iter(parts.parameters.values())).sum() * torch.nan
     with pytest.raises(InternalError, match="not finite at step 1"):
         loop.train(parts, TrainState())
     for name, parameter in parts.parameters.items():

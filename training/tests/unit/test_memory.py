@@ -35,11 +35,11 @@ def short_of_memory(parts, most, error=ON_GPU):
     """Let more than `most` examples at a time fail; return how often that happened."""
     sound, failed = parts.causal.loss, []
 
-    def loss(batch):
+    def loss(batch, factor):
         if len(batch.ids) > most:
             failed.append(len(batch.ids))
             raise error
-        return sound(batch)
+        return sound(batch, factor)
 
     parts.causal.loss = loss
     return failed
@@ -142,11 +142,11 @@ def test_gradient_checkpointing_is_the_last_resort(tmp_path, whole):
     def spoil(parts):
         sound, failed = parts.causal.loss, []
 
-        def loss(batch):
+        def loss(batch, factor):
             if len(batch.ids) > 1 or not is_checkpointing(parts):
                 failed.append(len(batch.ids))
                 raise ON_GPU
-            return sound(batch)
+            return sound(batch, factor)
 
         parts.causal.loss = loss
         return failed

@@ -73,6 +73,7 @@ CASES = [
     pytest.param(
         2, "deepspeed", {"dtype": "bfloat16", "has_checkpointing": True}, marks=needs_deepspeed
     ),
+    pytest.param(2, "deepspeed", {"dtype": "float16"}, marks=needs_deepspeed),
     pytest.param(1, "deepspeed", {"offload_param_device": "cpu"}, marks=needs_deepspeed),
 ]
 

@@ -59,8 +59,12 @@ def test_what_cannot_be_is_refused_with_its_remedy(
     assert bool(told) == bool(said)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_is_gathered_at_a_time_and_the_next_one_on_its_way(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "half"), [(torch.float32, ""), (torch.bfloat16, "bf16"), (torch.float16, "fp16")]
+)
+def test_a_layer_is_gathered_at_a_time_and_the_next_one_on_its_way(
+    dtype: torch.dtype, half: str
+) -> None:
     layers = tiny_model("llama").model.layers.to(dtype)
     layer = sum(parameter.numel() for parameter in layers[0].parameters())
     told = zero._settings(layers, len(layers), "cuda", is_offloaded=False)
@@ -70,7 +74,7 @@ def test_a_layer_is_gathered_at_a_time_and_the_next_one_on_its_way(dtype: torch.
     assert stage["stage3_prefetch_bucket_size"] == layer
     assert stage["stage3_param_persistence_threshold"] == layers[0].input_layernorm.weight.numel()
     assert "offload_param" not in stage
-    assert told["bf16"]["enabled"] is (dtype == torch.bfloat16)
+    assert [key for key in ("bf16", "fp16") if key in told] == ([half] if half else [])
 
 
 def test_offloaded_layers_are_pinned_where_a_gpu_copies_them() -> None:

@@ -75,7 +75,6 @@ NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "eval_sample_packing": (ANY, "examples are concatenated without padding"),
     "pad_to_sequence_len": (ANY, "examples are concatenated without padding"),
     "group_by_length": (ANY, "without padding there is nothing to save by it"),
-    "fp16": ((False,), "use bf16, which needs no loss scaling; auto measures it first"),
     "tf32": (ANY, "the precision is chosen by measurement"),
     "eval_strategy": (("steps",), "use eval_steps; 0 evaluates at the end only"),
     "evaluation_strategy": (("steps",), "use eval_steps; 0 evaluates at the end only"),
@@ -99,7 +98,7 @@ NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "roles_to_train": ((["assistant"],), "use train_on"),
     "train_on_eos": (("turn",), "the end of every trained turn is trained"),
     "completion_only_loss": ((True,), "use train_on"),
-    "bnb_4bit_compute_dtype": (ANY, "bf16 decides"),
+    "bnb_4bit_compute_dtype": (ANY, "bf16 and fp16 decide"),
     "quantization_method": (("bnb", "bitsandbytes"), "bitsandbytes quantizes"),
     "gradient_checkpointing_kwargs": (ANY, "the variant is chosen for you"),
     "dataloader_num_workers": (ANY, "batches come from memory-mapped files"),
@@ -133,7 +132,9 @@ FLASH = {
     "fa2": True, "flash_attention_2": True, "auto": "auto",
     "sdpa": False, "eager": False, "disabled": False,
 }  # fmt: skip
-PRECISIONS = {"bfloat16": True, "float32": False, "auto": "auto"}
+PRECISIONS = {
+    "bfloat16": True, "float16": Means("fp16", True), "float32": False, "auto": "auto",
+}  # fmt: skip
 
 
 def interpret(key: str, value: Any) -> Meaning | None:

@@ -60,9 +60,20 @@ CONFLICTS = (
         "switch one of them off",
     ),
     Conflict(
-        ("use_flash_attention", "bf16"),
-        lambda c: c.model.use_flash_attention == "flash-attn" and c.model.bf16 is False,
-        "use_flash_attention: flash-attn needs bf16",
+        ("bf16", "fp16"),
+        lambda c: c.model.bf16 is True and c.model.fp16 is True,
+        "bf16 and fp16 are both true",
+        "a model computes in one precision",
+        "switch one of them off, or leave both at auto",
+    ),
+    Conflict(
+        ("use_flash_attention", "bf16", "fp16"),
+        lambda c: (
+            c.model.use_flash_attention == "flash-attn"
+            and c.model.bf16 is False
+            and c.model.fp16 is not True
+        ),
+        "use_flash_attention: flash-attn needs bf16 or fp16",
         "flash-attn does not compute in float32",
         "set bf16 to auto, or use_flash_attention to true",
     ),

@@ -69,7 +69,10 @@ class ModelSection(Section):
         "false: PyTorch's, an example at a time; flash-attn: that package or an error",
     )
     bf16: bool | Auto = Field(
-        "auto", description="Compute in bfloat16; measured first, never assumed"
+        "auto", description="Compute in bfloat16; auto: on GPUs with it; a CPU is measured first"
+    )
+    fp16: bool | Auto = Field(
+        "auto", description="Compute in float16 with a loss scale; auto: on GPUs without bfloat16"
     )
     gradient_checkpointing: bool | Auto = Field(
         "auto", description="Recompute activations in the backward pass: less memory, ~30% slower"

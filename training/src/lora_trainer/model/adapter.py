@@ -30,6 +30,8 @@ def changes_base(section: LoraSection) -> bool:
 def add_adapter(model: Any, section: LoraSection, *, seed: int) -> Any:
     """Return the PEFT model; the adapter's first weights depend on the seed alone.
 
+    All that is trained is in float32, whatever the base model is in.
+
     Raises:
         ConfigError: a target module is not in the model, or cannot be adapted so.
     """
@@ -55,7 +57,7 @@ def add_adapter(model: Any, section: LoraSection, *, seed: int) -> Any:
     )
     torch.manual_seed(seed)
     try:
-        return get_peft_model(model, lora)
+        adapted = get_peft_model(model, lora)
     except (ValueError, TypeError) as error:  # PEFT's word on what it cannot adapt
         raise ConfigError.of(
             "PEFT cannot put this adapter on the model",
@@ -63,6 +65,10 @@ def add_adapter(model: Any, section: LoraSection, *, seed: int) -> Any:
             why=str(error).split("\n")[0],
             remedy=linear_remedy(model),
         ) from error
+    for parameter in trainable_parameters(adapted).values():
+        # PEFT does so for its matrices; AdamW in 16 bits would lose small updates of the rest.
+        parameter.data = parameter.data.to(torch.float32)
+    return adapted
 
 
 def _refuse_large_rank(model: Any, targets: str | list[str], rank: int) -> None:

@@ -102,14 +102,14 @@ class CausalLM:
             return
         self.decoder, self.head = decoder, head
 
-    def loss(self, batch: MicroBatch) -> Tensor:
-        """Return the summed cross entropy over the batch's targets, differentiable."""
+    def loss(self, batch: MicroBatch, factor: float = 1.0) -> Tensor:
+        """Return `factor` times the summed cross entropy over the targets, differentiable."""
         with self.autocast():
             if self.whole_why:
                 logits_NV, labels_N = self._whole_logits(batch)
-                return F.cross_entropy(logits_NV, labels_N, reduction="sum")
+                return F.cross_entropy(logits_NV, labels_N, reduction="sum") * factor
             hidden_NW, labels_N = self._hidden(batch)
-            return summed_loss(self.head, hidden_NW, labels_N, self.chunk)
+            return summed_loss(self.head, hidden_NW, labels_N, self.chunk, factor)
 
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> tuple[float, int]:

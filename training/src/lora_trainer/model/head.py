@@ -74,6 +74,7 @@ class _ChunkedLoss(torch.autograd.Function):
         labels_N: Tensor,
         head: Head,
         chunk: int,
+        factor: float,
         *parameters: Tensor,
     ) -> Tensor:
         total = _widened(torch.zeros((), dtype=hidden_NW.dtype, device=hidden_NW.device))
@@ -85,7 +86,7 @@ class _ChunkedLoss(torch.autograd.Function):
             labels = labels_N[start : start + chunk]
             with torch.set_grad_enabled(has_gradient):
                 part.requires_grad_(has_gradient)
-                loss = F.cross_entropy(head(part), labels, reduction="sum")
+                loss = F.cross_entropy(head(part), labels, reduction="sum") * factor
             total += loss.detach()
             if hidden_gradient is not None:
                 made = torch.autograd.grad(loss, [part, *parameters])
@@ -99,16 +100,21 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = outputs
         hidden_gradient, *sums = ctx.saved_tensors
-        return hidden_gradient * scale, None, None, None, *(s * scale for s in sums)
+        return hidden_gradient * scale, None, None, None, None, *(s * scale for s in sums)
 
 
-def summed_loss(head: Head, hidden_NW: Tensor, labels_N: Tensor, chunk: int) -> Tensor:
-    """Return the sum over N positions of -log p(label), with gradients to hidden and head.
+def summed_loss(
+    head: Head, hidden_NW: Tensor, labels_N: Tensor, chunk: int, factor: float = 1.0
+) -> Tensor:
+    """Return `factor` times the sum over N positions of -log p(label), with its gradients.
+
+    Gradients are computed here, in the hidden states' precision: in float16 those of the plain
+    sum would be rounded to zero before a loss scale outside of it could lift them.
 
     Shapes: hidden (N, W) already at the positions that predict the labels; labels (N,).
     """
     loss: Tensor = _ChunkedLoss.apply(
-        hidden_NW, labels_N, head, chunk, *head.trainable_parameters()
+        hidden_NW, labels_N, head, chunk, factor, *head.trainable_parameters()
     )
     return loss
 

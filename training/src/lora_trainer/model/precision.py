@@ -1,11 +1,13 @@
 """Which precision this machine computes fast in: measured, never assumed.
 
-bfloat16 on a CPU without native support is emulated, hundreds of times slower than
-float32, and nothing says so but a clock. Imports no torch by itself.
+GPUs from compute capability 8.0 on have units for bfloat16, those before it for float16. A CPU
+without units emulates both, up to hundreds of times slower than float32, and nothing says so
+but a clock. Imports no torch by itself.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -27,22 +29,36 @@ def choose_precision(section: ModelSection, machine: Machine) -> tuple[Precision
 
     `machine` has the GPUs that are trained on; all of them must have the units.
     """
-    asked = section.bf16
-    if machine.has_gpu:
-        if min(gpu.capability for gpu in machine.gpus) >= FIRST_WITH_BFLOAT16:
-            return ("float32", "") if asked is False else ("bfloat16", "")
-        why = "this GPU has no bfloat16 units (compute capability below 8.0)"
-        return "float32", f"float32 is used: {why}" if asked is True else ""
-    if asked is not True:
+    if not machine.has_gpu:
+        return _on_cpu(section)
+    if section.fp16 is True:
+        return "float16", ""
+    if section.bf16 is False:
         return "float32", ""
-    slower = bfloat16_slowness()
-    if slower <= MOST_SLOWER:
+    if min(gpu.capability for gpu in machine.gpus) >= FIRST_WITH_BFLOAT16:
         return "bfloat16", ""
-    return (
-        "float32",
-        f"bf16 was asked for, float32 is used: bfloat16 matrix products take {slower:.0f} times "
-        "as long on this CPU, which emulates them",
+    used: Precision = "float32" if section.fp16 is False else "float16"
+    why = f"{used} is used: this GPU has no bfloat16 units (compute capability below 8.0)"
+    return used, why if section.bf16 is True else ""
+
+
+def _on_cpu(section: ModelSection) -> tuple[Precision, str]:
+    """Return what was asked for where this CPU computes it about as fast as float32."""
+    asked: Precision
+    if section.bf16 is True:
+        key, asked, slower = "bf16", "bfloat16", bfloat16_slowness()
+    elif section.fp16 is True:
+        key, asked, slower = "fp16", "float16", float16_slowness()
+    else:
+        return "float32", ""
+    if slower <= MOST_SLOWER:
+        return asked, ""
+    why = (
+        f"{asked} matrix products take {slower:.0f} times as long on this CPU, which emulates them"
     )
+    if math.isinf(slower):
+        why = f"this version of PyTorch does not compute {asked} on a CPU"
+    return "float32", f"{key} was asked for, float32 is used: {why}"
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
@@ -56,6 +72,14 @@ def dtype_of(precision: Precision) -> torch.dtype:
 def bfloat16_slowness() -> float:
     """Return how many times longer a bfloat16 matrix product takes than a float32 one."""
     return _product_seconds("bfloat16") / _product_seconds("float32")
+
+
+def float16_slowness() -> float:
+    """Return the same for float16; infinite where the CPU's products know no float16."""
+    try:
+        return _product_seconds("float16") / _product_seconds("float32")
+    except RuntimeError:  # torch 2.1.2
+        return math.inf
 
 
 def _product_seconds(precision: Precision) -> float:

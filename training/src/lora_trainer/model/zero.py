@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # `check` answers without torch
 PACKAGE = "deepspeed"
 # What torch 2.1.2 lacks on a CPU is what DeepSpeed gathers with, so none of it is tested there.
 FIRST_TORCH = (2, 6)
+# DeepSpeed's key for weights of a type that is not float32.
+HALVES = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
 
 def check(config: Config) -> None:
@@ -98,9 +100,8 @@ def share(
     frozen = FrozenModules(module for module in layers.modules() if _is_shared(module))
     settings = _settings(frozen, len(layers), device, is_offloaded)
     plugin = DeepSpeedPlugin(hf_ds_config=settings)
-    accelerator = Accelerator(
-        deepspeed_plugin=plugin, mixed_precision="bf16" if settings["bf16"]["enabled"] else "no"
-    )
+    half = next((key for key in HALVES.values() if key in settings), "no")
+    accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision=half)
     # Before Accelerate would move all of it to the device at once.
     deepspeed.zero.Init(module=frozen, config_dict_or_path=settings)
     accelerator.prepare(frozen)
@@ -181,9 +182,8 @@ def _settings(frozen: nn.Module, layers: int, device: str, is_offloaded: bool) -
     buffer first: up to 3.4 layers were found whole at a time. Norms and biases are small,
     and stay whole once they were gathered.
     """
-    import torch
-
     parameters = list(frozen.parameters())
+    half = HALVES.get(str(parameters[0].dtype))
     layer = -(-sum(parameter.numel() for parameter in parameters) // max(1, layers))
     zero: dict[str, Any] = {
         "stage": 3,
@@ -200,5 +200,5 @@ def _settings(frozen: nn.Module, layers: int, device: str, is_offloaded: bool) -
         "train_micro_batch_size_per_gpu": 1,  # asked for, and of no use without its optimizer
         "gradient_accumulation_steps": 1,
         "zero_optimization": zero,
-        "bf16": {"enabled": parameters[0].dtype == torch.bfloat16},
+        **({half: {"enabled": True}} if half else {}),
     }

@@ -267,6 +267,8 @@ def panel_rows(
         of = f" of {status.total_steps / total_epochs:.3g}" if total_epochs else ""
         facts.append(f"epoch {status.latest.epoch:.2f}{of}")
         facts.append(f"grad norm {status.latest.grad_norm:.3g}")
+        if status.latest.loss_scale:
+            facts.append(f"loss scale {status.latest.loss_scale:g}")
     if status.best_eval is not None:
         best = status.best_eval
         facts.append(f"best eval {number(best.eval_loss)} at step {best.step}")

@@ -75,7 +75,11 @@ class Progress(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDone(Event):
-    """One optimizer step; seconds are of this step, memory in bytes."""
+    """One optimizer step; seconds are of this step, memory in bytes.
+
+    In float16 also the loss scale, and the optimizer steps of the run that overflowed, were
+    skipped and repeated at a lower one.
+    """
 
     kind: ClassVar[str] = "step"
     step: int
@@ -89,6 +93,8 @@ class StepDone(Event):
     tokens_seen: int
     memory_bytes: int
     gpu_memory_bytes: int = 0
+    loss_scale: float = 0.0  # 0: the precision needs none
+    skipped_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -190,6 +190,8 @@ def _training(status: RunStatus) -> list[Figure]:
             ("worker_memory_peak_bytes", "Most of it so far", status.peak_memory_bytes),
             ("worker_gpu_memory_peak_bytes", "Most of it so far", status.peak_gpu_memory_bytes),
         ]
+        if step.loss_scale:
+            found.append(("loss_scale", "Multiple of the loss in float16", step.loss_scale))
     if (held_out := status.last_eval) is not None:
         found += [
             ("eval_loss", "Held-out loss", held_out.eval_loss),
@@ -226,9 +228,11 @@ def _ranks(status: RunStatus) -> Iterator[Metric]:
 
 
 def _counts(status: RunStatus) -> list[tuple[str, str, float]]:
+    skipped = status.latest.skipped_steps if status.latest else 0
     return [
         ("step_seconds", "Time spent in steps, repeated ones too", status.stepped_seconds),
         ("tokens", "Tokens computed, repeated ones too", status.stepped_tokens),
+        ("skipped_steps", "Steps repeated at a lower loss scale (float16)", skipped),
         ("restarts", "Workers that had to be started again", len(status.restarts)),
         ("warnings", "Warnings given", sum(warning.count for warning in status.warnings)),
     ]

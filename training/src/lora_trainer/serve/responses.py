@@ -50,6 +50,8 @@ def metrics_view(live: RunState, gauges: Gauges) -> Answer:
         "epoch": latest.epoch if latest else 0.0,
         "learning_rate": latest.learning_rate if latest else None,
         "grad_norm": latest.grad_norm if latest else None,
+        "loss_scale": latest.loss_scale or None if latest else None,
+        "skipped_steps": latest.skipped_steps if latest else 0,
         "step_seconds": latest.step_seconds if latest else None,
         "tokens_per_second": status.tokens_per_second,
         "mean_tokens_per_second": status.mean_tokens_per_second,

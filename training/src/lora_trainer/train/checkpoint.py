@@ -4,7 +4,8 @@ checkpoints/step-000100/
     adapter.safetensors     the trained parameters, by their names in the model
     optimizer.safetensors   AdamW's moments, by parameter
     rng.safetensors         torch's generators (CPU, and each CUDA device)
-    state.json              step, tokens, best evaluation, python's and numpy's generators
+    state.json              step, tokens, best evaluation, float16's loss scale, python's and
+                            numpy's generators
     manifest.json           sha256 and size of each of the above, written last
 
 Nothing is pickled. A checkpoint is real when its manifest verifies and its state is of the step
@@ -19,13 +20,16 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..checkpoint_folder import STATE, CorruptCheckpointError
+from .loss_scale import LossScale
+
+Kind = TypeVar("Kind")
 
 # bitsandbytes keeps its number formats beside each 8-bit state; they never change.
 CODES = "qmap"
@@ -43,8 +47,15 @@ class TrainState:
     best_eval_loss: float | None = None
     best_step: int | None = None
     evaluations_without_better: int = 0
+    loss_scale: LossScale | None = None  # of float16; other precisions have none
 
-    def after_step(self, tokens: int, trained_tokens: int, seconds: float) -> TrainState:
+    def after_step(
+        self,
+        tokens: int,
+        trained_tokens: int,
+        seconds: float,
+        loss_scale: LossScale | None = None,
+    ) -> TrainState:
         """Return the state one optimizer step later."""
         return replace(
             self,
@@ -52,6 +63,7 @@ class TrainState:
             tokens_seen=self.tokens_seen + tokens,
             trained_tokens_seen=self.trained_tokens_seen + trained_tokens,
             train_seconds=self.train_seconds + seconds,
+            loss_scale=loss_scale,
         )
 
     def after_evaluation(self, loss: float, threshold: float) -> TrainState:
@@ -168,13 +180,20 @@ def state_from(raw: Mapping[str, Any]) -> TrainState:
     Raises:
         CorruptCheckpointError: a key is unknown, or its value of another type.
     """
-    hints = get_type_hints(TrainState)
+    scale = raw.get("loss_scale")
+    if isinstance(scale, Mapping):
+        raw = {**raw, "loss_scale": _typed(LossScale, scale)}
+    return _typed(TrainState, raw)
+
+
+def _typed(kind: type[Kind], raw: Mapping[str, Any]) -> Kind:
+    hints = get_type_hints(kind)
     for name, value in raw.items():
         if name not in hints:
             raise CorruptCheckpointError(f"{STATE} has an unknown key: {name[:40]!r}")
         if not _is_of(hints[name], value):
             raise CorruptCheckpointError(f"{STATE}: {name} is a {type(value).__name__}")
-    return TrainState(**raw)
+    return kind(**raw)
 
 
 def _is_of(hint: Any, value: Any) -> bool:

@@ -102,12 +102,11 @@ def check_before_save(parts: _Parts, step: int) -> None:
         return
     bad = [name for name, p in parts.parameters.items() if not is_finite([p])]
     raise _diverged(
+        parts,
         f"the weights are not finite after step {step}",
         where=f"step {step}: {bad[0]}{_more(len(bad) - 1)}" if bad else f"step {step}: moments",
         why="the weights" if bad else "the optimizer's moments",
         step=step,
-        training=parts.training,
-        store=parts.store,
     )
 
 
@@ -133,13 +132,14 @@ def step_error(parts: _Parts, step: int, loss: float, norm: float, rate: float) 
     figures = f"step {step}: loss {loss}, gradient norm {norm}, learning rate {rate:.3g}"
     bad = culprits(parts.causal, parts.rows, indices, has_gradients=math.isfinite(loss))
     if not bad:
+        if math.isfinite(loss) and parts.plan.precision == "float16":
+            return _scale_collapsed(step, figures)
         return _diverged(
+            parts,
             f"the loss is not finite at step {step}",
             where=figures,
             why="the weights",
             step=step,
-            training=parts.training,
-            store=parts.store,
         )
     return _of_rows(
         f"the loss is not finite at step {step}: {_counted(len(bad), len(indices))}",
@@ -156,12 +156,11 @@ def evaluation_error(parts: _Parts, step: int, score: evaluate.Score) -> NotFini
     bad = culprits(parts.causal, parts.eval_rows, score.suspects)
     if not bad:
         return _diverged(
+            parts,
             what,
             where=f"step {step}: eval_loss {score.loss}",
             why="the weights",
             step=step,
-            training=parts.training,
-            store=parts.store,
         )
     return _of_rows(
         f"{what}: {_counted(len(bad), len(parts.eval_rows))}",
@@ -256,7 +255,7 @@ def _is_row_finite(causal: CausalLM, rows: Rows, index: int, has_gradients: bool
         if not has_gradients:
             return True
         causal.model.train(was_training)
-        causal.loss(micro).backward()
+        causal.loss(micro, 1 / micro.targets).backward()
         gradients = [p.grad for p in causal.model.parameters() if p.grad is not None]
         return is_finite(gradients)
     finally:
@@ -264,15 +263,22 @@ def _is_row_finite(causal: CausalLM, rows: Rows, index: int, has_gradients: bool
         causal.model.zero_grad(set_to_none=True)
 
 
-def _diverged(
-    what: str,
-    *,
-    where: str,
-    why: str,
-    step: int,
-    training: TrainingSection,
-    store: CheckpointStore,
-) -> NotFiniteError:
+def _scale_collapsed(step: int, figures: str) -> NotFiniteError:
+    error = NotFiniteError.of(
+        f"the gradients overflow float16 at step {step} at every loss scale",
+        where=figures,
+        why="the loss scale was halved down to 1, and some are still over 65,504; no row alone is "
+        "the cause",
+        remedy=f"train in float32: add --fp16 false --bf16 false and {START_AGAIN}, or lower "
+        "--learning_rate",
+    )
+    assert isinstance(error, NotFiniteError)
+    error.step = step
+    return error
+
+
+def _diverged(parts: _Parts, what: str, *, where: str, why: str, step: int) -> NotFiniteError:
+    training, store = parts.training, parts.store
     rate = f"--learning_rate {training.learning_rate / 10:.3g}"
     clipped = "" if 0 < training.max_grad_norm <= 1 else " --max_grad_norm 1"
     error = NotFiniteError.of(
@@ -280,7 +286,7 @@ def _diverged(
         where=where,
         why=f"{why} have diverged, and nothing of it was saved; {last_sound(store)}",
         remedy=f"lower learning_rate: add {rate}{clipped} and {START_AGAIN}, or {rate}{clipped} "
-        "and another --run_name",
+        f"and another --run_name{_in_float32(parts)}",
     )
     assert isinstance(error, NotFiniteError)
     error.step, error.retry = step, NotFiniteError.KIND
@@ -329,4 +335,5 @@ def _more(count: int) -> str:
 
 
 def _in_float32(parts: _Parts) -> str:
-    return ", or set --bf16 false" if parts.plan.precision == "bfloat16" else ""
+    key = {"bfloat16": "bf16", "float16": "fp16"}.get(parts.plan.precision)
+    return f", or set --{key} false" if key else ""

@@ -53,13 +53,13 @@ class Fitting:
         self,
         rows: Rows,
         shares: Sequence[Share],
-        targets: int,
+        factor: float,
         optimizer: torch.optim.Optimizer,
         *,
         seed: int,
         step: int,
     ) -> Tensor:
-        """Add up loss and gradients of this rank's micro-batches of the step after `step`.
+        """Add up loss and gradients, times `factor`, of this rank's part of the step after `step`.
 
         Raises:
             MemoryKilledError: one example at a time does not fit.
@@ -67,7 +67,7 @@ class Fitting:
         size = self.sizes.micro_batch_examples
         while True:
             try:
-                return self._accumulate(rows, self._pieces(shares, size), targets, seed, step)
+                return self._accumulate(rows, self._pieces(shares, size), factor, seed, step)
             except Exception as error:
                 # Ranks that share a model wait for this one in the middle of it.
                 if self._causal.is_sharded or not is_out_of_memory(error):
@@ -82,13 +82,13 @@ class Fitting:
             self._adopt(smaller, step, cause)
 
     def _accumulate(
-        self, rows: Rows, pieces: Iterator[Share], targets: int, seed: int, step: int
+        self, rows: Rows, pieces: Iterator[Share], factor: float, seed: int, step: int
     ) -> Tensor:
         summed = torch.zeros((), device=self._causal.device)
         for indices, number, weight in pieces:
             # Dropout follows from the place in the step, whoever computes it.
             torch.manual_seed(seed_of(seed, step, number))
-            loss = self._causal.loss(evaluate.take(rows, indices)) * (weight / max(1, targets))
+            loss = self._causal.loss(evaluate.take(rows, indices), weight * factor)
             loss.backward()
             summed += loss.detach()
         return summed

@@ -27,6 +27,7 @@ from ..run.events import (
     Evaluated,
     Event,
     PhaseChanged,
+    Progress,
     RankFigures,
     RanksMeasured,
     StepDone,
@@ -38,6 +39,7 @@ from . import evaluate, finite
 from .checkpoint import TrainState, take_snapshot
 from .checkpoint_store import CheckpointStore
 from .fitting import Fitting
+from .loss_scale import LossScale
 from .optim import learning_rate, set_learning_rate
 
 # Between two signs of life of steps that are not logged: the stall watch goes by them.
@@ -110,13 +112,9 @@ def _ends_between_evaluations(parts: TrainingContext, state: TrainState) -> bool
 
 
 def _step(parts: TrainingContext, state: TrainState, fitting: Fitting) -> TrainState:
-    """Do one optimizer step: of its micro-batches those that are this rank's."""
+    """Do one optimizer step; in float16 repeat it at half the loss scale while it overflows."""
     start = time.monotonic()
-    training, plan, ranks = parts.training, parts.plan, parts.ranks
-    size = fitting.sizes.micro_batch_examples
-    pieces = list(split_micro_batches(parts.order.step_rows(state.step), size))
-    batches = [evaluate.take(parts.rows, rows) for rows in pieces]
-    targets = sum(batch.targets for batch in batches)
+    training, plan = parts.training, parts.plan
     rate = learning_rate(
         state.step,
         peak=plan.peak_learning_rate,
@@ -125,13 +123,60 @@ def _step(parts: TrainingContext, state: TrainState, fitting: Fitting) -> TrainS
         kind=training.lr_scheduler_type,
     )
     set_learning_rate(parts.optimizer, rate)
+    scale = (state.loss_scale or LossScale()) if plan.precision == "float16" else None
+    while True:
+        taken = _gradients(parts, state, fitting, scale)
+        if math.isfinite(taken.loss) and math.isfinite(taken.norm):
+            break
+        if scale is None or scale.is_least or not math.isfinite(taken.loss):
+            raise finite.step_error(parts, state.step + 1, taken.loss, taken.norm, rate)
+        parts.optimizer.zero_grad(set_to_none=True)
+        scale = scale.after_overflow()
+        parts.emit(Progress(done=state.step, total=plan.total_steps, unit="steps"))
+    parts.optimizer.step()
+    parts.optimizer.zero_grad(set_to_none=True)
+    after = state.after_step(
+        taken.tokens,
+        taken.targets,
+        time.monotonic() - start,
+        None if scale is None else scale.after_step(),
+    )
+    if _is_logged(parts, after.step):
+        parts.emit(_step_event(parts, state, after, rate=rate, taken=taken))
+        if len(taken.measured) > 1:
+            parts.emit(ranks_event(after.step, taken.measured))
+    return after
+
+
+@dataclass(frozen=True, slots=True)
+class _Gradients:
+    """A step's mean loss, the norm of its gradients before clipping, and what it took."""
+
+    loss: float
+    norm: float
+    tokens: int
+    targets: int
+    measured: Sequence[RankFigures]
+
+
+def _gradients(
+    parts: TrainingContext, state: TrainState, fitting: Fitting, scale: LossScale | None
+) -> _Gradients:
+    """Compute a step's gradients and clip them: of its micro-batches those that are this rank's."""
+    start = time.monotonic()
+    ranks, parameters = parts.ranks, list(parts.parameters.values())
+    size = fitting.sizes.micro_batch_examples
+    pieces = list(split_micro_batches(parts.order.step_rows(state.step), size))
+    batches = [evaluate.take(parts.rows, rows) for rows in pieces]
+    targets = sum(batch.targets for batch in batches)
     own = own_batches([batch.tokens for batch in batches], ranks, parts.causal.is_sharded)
+    multiple = 1.0 if scale is None else scale.value
     summed = fitting.accumulate(
         parts.rows,
         [(pieces[index], index, weight) for index, weight in own],
-        targets,
+        multiple / max(1, targets),
         parts.optimizer,
-        seed=training.seed,
+        seed=parts.training.seed,
         step=state.step,
     )
     if ranks.count > 1 and torch.cuda.is_initialized():
@@ -146,22 +191,15 @@ def _step(parts: TrainingContext, state: TrainState, fitting: Fitting) -> TrainS
         gpu_memory_bytes=_gpu_memory_bytes(),
         **fitting.measured(),
     )
-    loss, measured = sum_step(ranks, list(parts.parameters.values()), summed, figures)
+    loss, measured = sum_step(ranks, parameters, summed, figures)
     fitting.agree(measured, state.step)
+    if scale is not None:
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / multiple)
     # An infinite bound measures the norm and scales nothing.
-    bound = training.max_grad_norm or math.inf
-    norm = float(torch.nn.utils.clip_grad_norm_(parts.parameters.values(), bound))
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise finite.step_error(parts, state.step + 1, loss, norm, rate)
-    parts.optimizer.step()
-    parts.optimizer.zero_grad(set_to_none=True)
+    bound = parts.training.max_grad_norm or math.inf
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, bound))
     tokens = sum(batch.tokens for batch in batches)
-    after = state.after_step(tokens, targets, time.monotonic() - start)
-    if _is_logged(parts, after.step):
-        parts.emit(_step_event(parts, state, after, loss=loss, rate=rate, norm=norm))
-        if len(measured) > 1:
-            parts.emit(ranks_event(after.step, measured))
-    return after
+    return _Gradients(loss / multiple, norm, tokens, targets, measured)
 
 
 def _is_logged(parts: TrainingContext, step: int) -> bool:
@@ -173,22 +211,24 @@ def _step_event(
     before: TrainState,
     after: TrainState,
     *,
-    loss: float,
     rate: float,
-    norm: float,
+    taken: _Gradients,
 ) -> StepDone:
+    scale = after.loss_scale
     return StepDone(
         step=after.step,
         epoch=parts.order.epoch_at(after.step),
-        loss=loss,
+        loss=taken.loss,
         learning_rate=rate,
-        grad_norm=norm,
+        grad_norm=taken.norm,
         step_seconds=after.train_seconds - before.train_seconds,
         tokens=after.tokens_seen - before.tokens_seen,
         trained_tokens=after.trained_tokens_seen - before.trained_tokens_seen,
         tokens_seen=after.tokens_seen,
         memory_bytes=peak_memory_bytes(),
         gpu_memory_bytes=_gpu_memory_bytes(),
+        loss_scale=0.0 if scale is None else scale.value,
+        skipped_steps=0 if scale is None else scale.skipped_steps,
     )
 
 

@@ -19,6 +19,9 @@ from resolving import from_file, problem_in, values_of
         ({"flash_attention": True}, "use_flash_attention", True),
         ({"attn_implementation": "flash_attention_2"}, "use_flash_attention", True),
         ({"torch_dtype": "bfloat16"}, "bf16", True),
+        ({"torch_dtype": "float16"}, "fp16", True),
+        ({"dtype": "float32"}, "bf16", False),
+        ({"fp16": True, "bf16": False}, "fp16", True),
         ({"pissa_init": True}, "init_lora_weights", "pissa"),
         ({"pissa_init": False}, "init_lora_weights", True),
         ({"quantization_bit": 4}, "use_4bit", True),
@@ -46,7 +49,6 @@ def test_other_spellings_mean_the_same(folder, content, leaf, value):
     "content",
     [
         {"val_set_size": 100},
-        {"fp16": True},
         {"optim": "lion_8bit"},
         {"adapter": "ia3"},
         {"stage": "dpo"},

@@ -74,6 +74,7 @@ def test_no_error_shows_a_secret(folder, path, environ, arguments):
     ("content", "words"),
     [
         ({"use_4bit": True, "use_8bit": True}, "use_8bit are both"),
+        ({"bf16": True, "fp16": True}, "bf16 and fp16 are both true"),
         ({"eval_dataset": "a", "eval_fraction": 0.1}, "eval_fraction are both"),
         ({"load_best_model_at_end": True}, "without held-out"),
         ({"load_best_model_at_end": True, "eval_fraction": 0.1}, "eval_steps 0"),
