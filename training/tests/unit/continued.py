@@ -10,8 +10,9 @@ from typing import Any
 
 from faults.tiny_model import write_model, write_rows
 from lora_trainer.config.settings import Settings, resolve
+from lora_trainer.host.disk import write_json
 from lora_trainer.run.events import Event
-from lora_trainer.run.folder import DONE, RESOLVED, write_json
+from lora_trainer.run.folder import DONE, RESOLVED
 from lora_trainer.run.protocol import WorkerSpec
 from lora_trainer.supervise import earlier_run
 from lora_trainer.train import worker

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from faults.tiny_model import write_model, write_rows
 from lora_trainer.config.schema import Config
 from lora_trainer.config.settings import resolve
+from lora_trainer.host.disk import write_json
 from lora_trainer.model.adapter import (
     adapter_state,
     add_adapter,
@@ -19,7 +19,8 @@ from lora_trainer.model.adapter import (
 )
 from lora_trainer.model.compat import dtype_argument
 from lora_trainer.report.model_card import CardFacts, write_model_card
-from lora_trainer.run.folder import RESOLVED, write_json
+from lora_trainer.run.events import Evaluated
+from lora_trainer.run.folder import RESOLVED
 from lora_trainer.train import initial as initials
 from lora_trainer.train.checkpoint import TrainState, take_snapshot
 from lora_trainer.train.checkpoint_store import CheckpointStore
@@ -91,5 +92,8 @@ def _save_checkpoint(run: Path, model, config: Config) -> None:
     store = CheckpointStore(run / "checkpoints", keep=3, digest="made")
     state = TrainState(step=STEP, train_seconds=1.0)
     store.save(take_snapshot(state, adapter_state(model), optimizer, parameters, "made"))
-    line = f'{{"event": "eval", "step": {STEP}, "eval_loss": 0.5}}{os.linesep}'
-    (run / "events.jsonl").write_text(line + "half a li")
+    scored = Evaluated(
+        step=STEP, eval_loss=0.5, eval_perplexity=1.6, eval_token_accuracy=0.9, eval_tokens=9,
+        eval_seconds=1.0,
+    )  # fmt: skip
+    (run / "events.jsonl").write_text(scored.to_line() + "half a li")

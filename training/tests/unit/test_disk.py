@@ -12,6 +12,7 @@ import pytest
 from made_run import make_run
 
 from lora_trainer import cli
+from lora_trainer.data import fingerprint
 from lora_trainer.host.disk import follow_umask
 
 
@@ -39,7 +40,10 @@ def test_modes_of_others_become_those_of_the_umask(umask: int, tmp_path: Path) -
     assert stat.S_IMODE((tmp_path / "outside").stat().st_mode) == 0o600
 
 
-def test_adapter_merged_model_and_caches_follow_the_umask(tmp_path: Path) -> None:
+def test_adapter_merged_model_and_caches_follow_the_umask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprint, "SETTLED_SECONDS", -1.0)  # hashes of new files are kept too
     before = os.umask(0o022)
     try:
         run = make_run(tmp_path)

@@ -10,8 +10,9 @@ import pytest
 from lora_trainer.commands import check
 from lora_trainer.config.settings import Settings, resolve
 from lora_trainer.errors import ConfigError
+from lora_trainer.host.disk import write_json
 from lora_trainer.plan import steps_of
-from lora_trainer.run.folder import DIGEST, DONE, RESOLVED, write_json
+from lora_trainer.run.folder import DIGEST, DONE, RESOLVED
 from lora_trainer.supervise import earlier_run
 from lora_trainer.supervise.earlier_run import judge, mark_of
 from lora_trainer.train.identity import Identity, Mark, read_mark

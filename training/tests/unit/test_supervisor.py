@@ -28,6 +28,7 @@ from lora_trainer.errors import (
     TrainerError,
     UnavailableError,
 )
+from lora_trainer.host.disk import write_text
 from lora_trainer.run import folder as output
 from lora_trainer.run import lock as claim
 from lora_trainer.run import silence
@@ -41,7 +42,8 @@ from lora_trainer.run.events import (
     Warned,
     parse_line,
 )
-from lora_trainer.run.folder import EventFile, archive, make_folder, write_text
+from lora_trainer.run.folder import archive, make_folder
+from lora_trainer.run.recording import EventFile
 from lora_trainer.run.status import RunStatus, fold
 from lora_trainer.supervise import supervisor
 from lora_trainer.supervise.earlier_run import mark_of

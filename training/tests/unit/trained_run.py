@@ -9,8 +9,9 @@ from typing import Any
 
 from faults.tiny_model import write_model
 from lora_trainer.config.settings import Settings, resolve
+from lora_trainer.host.disk import write_json
 from lora_trainer.redaction import Redaction
-from lora_trainer.run.folder import RESOLVED, write_json
+from lora_trainer.run.folder import RESOLVED
 from lora_trainer.train import loop
 from lora_trainer.train import session as sessions
 from lora_trainer.train.worker import _answer

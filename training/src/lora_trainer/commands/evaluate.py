@@ -71,7 +71,7 @@ def compare(trained: FinetunedModel, wanted: Wanted, *, is_json: bool, output: P
     result = _compare(trained, wanted)
     text = json.dumps(asdict(result), indent=1)
     if output is not None:
-        from ..run.folder import write_text
+        from ..host.disk import write_text
 
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
         write_text(output, text + "\n")

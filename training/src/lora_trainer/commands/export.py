@@ -6,7 +6,6 @@ folder gives a copy of its final adapter.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -21,7 +20,9 @@ from ..errors import Problem, UnavailableError
 from ..faults import disk_fault
 from ..host.disk import write_checksums
 from ..redaction import Redaction
+from ..run.events import Evaluated, StepDone
 from ..run.folder import EVENTS, FINAL
+from ..run.recording import read_events
 from .finetuned import (
     ADAPTER_CONFIG,
     CHECKPOINTS,
@@ -223,20 +224,11 @@ def _card_facts(taken: Taken, trained: FinetunedModel, source: Any) -> CardFacts
 
 def _figures_at(taken: Taken) -> dict[str, float]:
     """Return what the run's events say of this step."""
-    found: dict[str, float] = {}
-    try:
-        lines = (taken.run / EVENTS).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        try:
-            event = json.loads(line)
-            if event["step"] != taken.step or event["event"] not in ("step", "eval"):
-                continue
-            names = ("loss", "eval_loss", "eval_perplexity", "eval_token_accuracy")
-            found |= {name: float(event[name]) for name in names if name in event}
-        except (ValueError, KeyError, TypeError):
-            continue
-    if "loss" in found:
-        found["train_loss"] = found.pop("loss")
-    return found
+    figures: dict[str, float] = {}
+    for event in read_events(taken.run / EVENTS):
+        if isinstance(event, StepDone) and event.step == taken.step:
+            figures["train_loss"] = event.loss
+        elif isinstance(event, Evaluated) and event.step == taken.step:
+            names = ("eval_loss", "eval_perplexity", "eval_token_accuracy")
+            figures |= {name: getattr(event, name) for name in names}
+    return figures

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,10 @@ class FileHashes:
             self._memory_path.parent.mkdir(parents=True, exist_ok=True)
             parent, prefix = self._memory_path.parent, f"{MEMORY_NAME}.tmp-"
             remove_abandoned(parent, f"{prefix}*", is_own=True)
-            handle, name = tempfile.mkstemp(dir=parent, prefix=prefix)
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                json.dump(newest, stream)
-            Path(name).replace(self._memory_path)
+            # Not mkstemp, whose file nobody else could read.
+            beside = parent / f"{prefix}{os.getpid()}-{threading.get_ident()}"
+            beside.write_text(json.dumps(newest), encoding="utf-8")
+            beside.replace(self._memory_path)
             self._is_changed = False
 
     def _recall(self) -> dict[str, Any]:

@@ -6,8 +6,10 @@ Imports nothing of the package.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 CHECKSUMS = "SHA256SUMS"
 BLOCK_BYTES = 1 << 20
@@ -20,6 +22,27 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file in one move, so that neither a reader nor a power cut meets half of it."""
+    beside = path.with_name(f".{path.name}.writing")
+    with beside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8 in one move; half of a surrogate pair becomes a question mark."""
+    write_bytes(path, text.encode("utf-8", errors="replace"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def follow_umask(folder: Path) -> None:

@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
-from functools import reduce
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ..errors import MEANINGS
-from ..host.disk import sync
-from ..run.events import parse_line
+from ..host.disk import write_bytes
 from ..run.history import KEPT_MOMENTS, WHOLE, History, Point
+from ..run.recording import read_events
 from ..run.status import ENDINGS, RunStatus, fold
 from ..units import duration, percent, size
 from .charts import Vertex, chart, draw_png, short, smoothed
@@ -44,10 +42,10 @@ def write_report(output_dir: Path) -> list[Path]:
         data=_read_json(output_dir / "data.json"),
     )
     # Generated text may hold half of a surrogate pair, which UTF-8 cannot.
-    _replace(written[0], page.encode("utf-8", errors="replace"))
+    write_bytes(written[0], page.encode("utf-8", errors="replace"))
     if _series(history, lambda point: point.loss):
         written.append(output_dir / "loss.png")
-        _replace(written[1], _picture(status, history))
+        write_bytes(written[1], _picture(status, history))
     return written
 
 
@@ -243,18 +241,11 @@ def _held_out(history: History) -> list[Vertex]:
 
 def _read_run(path: Path) -> tuple[RunStatus, History]:
     """Fold the events of a file; lines that are none are passed over."""
-    events = [event for event in map(parse_line, _read_lines(path)) if event is not None]
-    history = History(WHOLE)
-    for event in events:
+    status, history = RunStatus(), History(WHOLE)
+    for event in read_events(path):
+        status = fold(status, event)
         history.add(event)
-    return reduce(fold, events, RunStatus()), history
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except FileNotFoundError:
-        return []
+    return status, history
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -264,14 +255,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Put the content into place at once, so that no reader sees half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_bytes(content)
-    sync(beside)
-    beside.replace(path)
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:

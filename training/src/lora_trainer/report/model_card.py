@@ -7,7 +7,6 @@ library and licence. No row of the data is ever in it.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.schema import SECRET_KEYS, Config
+from ..host.disk import write_text
 
 # An owner/name or a lone name, as the hub allows them; nothing that could be a path.
 HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}")
@@ -93,9 +93,7 @@ def shown_keys(config: Config) -> dict[str, Any]:
 def write_model_card(path: Path, facts: CardFacts) -> None:
     """Write the card to `path`, in place of one that may be there."""
     text = f"---\n{_front_matter(facts)}\n---\n\n{_body(facts)}"
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_bytes(text.encode("utf-8", errors="replace"))
-    beside.replace(path)
+    write_text(path, text)
 
 
 def _front_matter(facts: CardFacts) -> str:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import json
 import os
 import re
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from ..config.settings import Settings
 from ..errors import AccessError, ConfigError, StorageError
 from ..host.disk import sync
-from .events import Event
 
 DIGEST = "config.digest"
 DONE = "DONE"
@@ -141,50 +138,7 @@ def _free_name(parent: Path, name: str) -> Path:
     return parent / f"{name}.{number}"
 
 
-class EventFile:
-    """Appends events to a file; a full disk loses some of them and never the run."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("ab+", buffering=0)
-        self._is_torn = False
-        if self._file.seek(0, os.SEEK_END):
-            self._file.seek(-1, os.SEEK_END)
-            # A killed run may have left half a line: what follows must not join it.
-            self._is_torn = self._file.read(1) != b"\n"
-
-    def __enter__(self) -> EventFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError), self._file:
-            os.fsync(self._file)
-
-    def append(self, event: Event) -> None:
-        """Write one event as a line of its own, if the disk takes it."""
-        line = b"\n" * self._is_torn + event.to_line().encode()
-        try:
-            self._is_torn = self._file.write(line) != len(line)
-        except OSError:
-            return
-
-
 def open_lock(path: Path) -> IO[str]:
     """Open the lock file for reading and writing, without emptying it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     return os.fdopen(descriptor, "r+")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one move, so that neither a reader nor a power cut meets half of it."""
-    beside = path.with_name(f".{path.name}.writing")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    sync(path.parent)

@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 
 from ..errors import TrainerError
 from ..faults import is_out_of_memory, out_of_memory
+from ..host.disk import write_json
 from ..units import size
 from .events import Event, MemoryReduced, Warned
-from .folder import MEMORY, write_json
+from .folder import MEMORY
 
 START_AGAIN = "--resume never (this run is moved aside) or another --run_name"
 

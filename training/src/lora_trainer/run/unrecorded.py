@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .events import (
@@ -21,8 +21,8 @@ from .events import (
     Resumed,
     RunStarted,
     StepDone,
-    parse_line,
 )
+from .recording import parse_lines, read_events
 
 Figure = StepDone | Evaluated | Generated | CheckpointSaved
 FIGURES = (StepDone, Evaluated, Generated, CheckpointSaved)
@@ -55,7 +55,7 @@ class Unrecorded:
 
     def lines(self) -> list[str]:
         """Return the figures that are not on the disk by now, as lines of a recording."""
-        for event in _read_events(self._new_lines()):
+        for event in parse_lines(self._new_lines()):
             if isinstance(event, FIGURES):
                 self._pending.pop(_key(event), None)
         return [event.to_line() for event in self._pending.values()]
@@ -80,7 +80,7 @@ def recall(recording: Path, carried: Sequence[str], step: int) -> tuple[list[Fig
     recording forget what they have of later ones, so that these are repeated with it.
     """
     recorded = _standing(recording)
-    events = _read_events(line.encode() for line in carried)
+    events = parse_lines(line.encode() for line in carried)
     figures = dict(recorded)
     for event in events:
         if isinstance(event, FIGURES):
@@ -98,19 +98,18 @@ def _standing(recording: Path) -> dict[Key, Figure]:
     """Return the figures that readers of the recording have in the end; the way of `History`."""
     found: dict[Key, Figure] = {}
     last, digest = 0, ""
-    with contextlib.suppress(OSError), recording.open("rb") as file:
-        for event in _read_events(file):
-            if isinstance(event, RunStarted):
-                if digest not in ("", event.config_digest):  # another run in the same folder
-                    found, last = {}, 0
-                digest = event.config_digest
-            elif isinstance(event, Resumed):
-                found, last = _until(found, event.step), event.step
-            elif isinstance(event, FIGURES):
-                if isinstance(event, StepDone):
-                    found = _until(found, event.step - 1) if event.step <= last else found
-                    last = event.step
-                found[_key(event)] = event
+    for event in read_events(recording):
+        if isinstance(event, RunStarted):
+            if digest not in ("", event.config_digest):  # another run in the same folder
+                found, last = {}, 0
+            digest = event.config_digest
+        elif isinstance(event, Resumed):
+            found, last = _until(found, event.step), event.step
+        elif isinstance(event, FIGURES):
+            if isinstance(event, StepDone):
+                found = _until(found, event.step - 1) if event.step <= last else found
+                last = event.step
+            found[_key(event)] = event
     return found
 
 
@@ -120,13 +119,6 @@ def _until(figures: dict[Key, Figure], step: int) -> dict[Key, Figure]:
 
 def _key(figure: Figure) -> Key:
     return figure.kind, figure.step, figure.when if isinstance(figure, Generated) else ""
-
-
-def _read_events(lines: Iterable[bytes]) -> Iterator[Event]:
-    for line in lines:
-        event = parse_line(line.decode("utf-8", "replace"))
-        if event is not None:
-            yield event
 
 
 def _size(path: Path) -> int:

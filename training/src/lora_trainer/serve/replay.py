@@ -22,6 +22,7 @@ from ..redaction import Redaction
 from ..run.events import parse_line
 from ..run.folder import EVENTS, LOCK, LOG, RESOLVED, SERVER
 from ..run.lock import is_alive
+from ..run.recording import whole_lines
 from .run_state import RunState
 from .server import LogFollower, StatusServer, read_token
 
@@ -57,9 +58,7 @@ class EventFollower:
     def _follow(self) -> None:
         with contextlib.suppress(OSError), self._path.open("rb") as file:
             file.seek(self._at)
-            for line in file:
-                if not line.endswith(b"\n"):  # it is being written
-                    break
+            for line in whole_lines(file):
                 self._at += len(line)
                 event = parse_line(line.decode("utf-8", "replace"))
                 if event is not None:

@@ -22,6 +22,7 @@ from ..redaction import Redaction
 from ..run.events import Event, Sample, is_foreign, parse_line
 from ..run.health import AGAIN, Health, health
 from ..run.history import History
+from ..run.recording import whole_lines
 from ..run.silence import Silence
 from ..run.status import RunStatus, fold
 
@@ -91,9 +92,7 @@ class RunState:
         status, history, read_bytes = RunStatus(), History(), 0
         self.lines_skipped = 0
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
+            for line in whole_lines(file):
                 read_bytes += len(line)
                 text = line.decode("utf-8", "replace")
                 event = parse_line(text)

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from ..config.settings import Settings
 from ..errors import MemoryKilledError, TrainerError, UnavailableError
+from ..host.disk import write_json, write_text
 from ..host.interrupts import handled
 from ..machine import read_machine
 from ..plan import process_count
@@ -25,20 +26,9 @@ from ..redaction import Redaction
 from ..report.html import write_report
 from ..run import lock
 from ..run.events import Ended, Event, Failed, Restarted, RunStarted, Stopped, Warned, parse_line
-from ..run.folder import (
-    DONE,
-    EVENTS,
-    LOG,
-    RESOLVED,
-    SERVER,
-    EventFile,
-    archive,
-    make_folder,
-    output_folder,
-    write_json,
-    write_text,
-)
+from ..run.folder import DONE, EVENTS, LOG, RESOLVED, SERVER, archive, make_folder, output_folder
 from ..run.protocol import EVENTS_FD
+from ..run.recording import EventFile
 from ..run.status import RunStatus
 from ..serve.run_state import RunState
 from ..serve.server import LogFollower, StatusServer, read_token

@@ -22,9 +22,10 @@ from ..config.schema import EMBEDDED_MODEL, Config, ModelSection
 from ..config.start_adapter import StartAdapter, find_adapter
 from ..data.fingerprint import FileHashes, stamp_of
 from ..errors import ConfigError, Problem, UnavailableError
+from ..host.disk import write_text
 from ..model import embedded, load
 from ..plan import Plan
-from ..run.folder import DIGEST, write_text
+from ..run.folder import DIGEST
 
 # The form of identities; runs of other forms cannot be compared with.
 FORM = "2"

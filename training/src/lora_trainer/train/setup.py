@@ -20,6 +20,7 @@ from ..data.batches import RowView, Sampler
 from ..data.prepare import DataSplits
 from ..data.prompt_format import PromptFormat
 from ..errors import StorageError
+from ..host.disk import write_json
 from ..model import load, zero
 from ..model.adapter import (
     load_adapter_state,
@@ -29,7 +30,7 @@ from ..model.ranks import ALONE, Ranks
 from ..plan import Plan, limited
 from ..report import model_card
 from ..run.events import Event, Warned
-from ..run.folder import FINAL, write_json
+from ..run.folder import FINAL
 from ..run.memory_limits import MemoryLimits, write_limits
 from . import export
 from .card_facts import card_facts

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from ..errors import ConfigError
 from ..faults import explain
-from ..host.disk import sync
+from ..host.disk import sync, write_json
 from ..run.events import (
     Event,
     Failed,
@@ -37,7 +37,7 @@ from ..run.events import (
     Warned,
     progress_of,
 )
-from ..run.folder import DONE, EVENTS, write_json
+from ..run.folder import DONE, EVENTS
 from ..run.protocol import EVENTS_FD, PEER_LOST, STACKS_SIGNAL, WorkerSpec
 from ..run.unrecorded import Unrecorded, recall
 
