@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import transformers
 from families import FAMILIES, VOCABULARY, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -39,13 +40,19 @@ def batch() -> MicroBatch:
     return MicroBatch(ids, [np.ones(length, dtype=bool) for length in LENGTHS])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def gpt2():
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+    config = transformers.GPT2Config(vocab_size=VOCABULARY, pad_token_id=0, **shape)
+    config._attn_implementation = "eager"
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
 def test_packed_forward_builds_no_mask_and_never_waits_for_the_device(family):
     if family == "qwen2-window" and MAJOR < 5:
         pytest.skip("transformers 4.50 has its window in every layer: padding is used")
-    causal = CausalLM(
-        tiny_model(family), device="cpu", padding_free=True, chunk=16, precision="float32"
-    )
+    model = gpt2() if family == "gpt2" else tiny_model(family)
+    causal = CausalLM(model, device="cpu", padding_free=True, chunk=16, precision="float32")
     with torch.no_grad(), Watch() as watch:
         causal._hidden(batch())
     assert watch.waits == []

@@ -144,14 +144,18 @@ def install(model: nn.Module, kernel: VariableLength | None = None) -> PackedAtt
     It goes without a mask. transformers 5 builds none for a name that only the registry of
     attention functions knows, nor looks in the positions for where examples begin, for which
     the host would wait for the device. 4.50 would build T x (T + 1) numbers at every forward.
+    Both have a few classes look for padding among the tokens where they get no mask.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     attention = PackedAttention(kernel)
     _register(ALL_ATTENTION_FUNCTIONS, attention)
-    masked: list[Any] = [one for one in model.modules() if hasattr(one, "_update_causal_mask")]
-    for module in masked:
-        module._update_causal_mask = _without_mask(module.config, module._update_causal_mask)
+    names = ("_update_causal_mask", "warn_if_padding_and_no_attention_mask")
+    for module in model.modules():
+        for name in names:
+            if hasattr(module, name):
+                own: Any = getattr(module, name)
+                setattr(module, name, _unless_packed(module.config, own))
     switch(model, NAME)
     return attention
 
@@ -172,12 +176,10 @@ def _register(registry: Any, function: Any) -> None:
         registry[NAME] = function
 
 
-def _without_mask(config: Any, build: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what builds a mask for any attention but ours."""
+def _unless_packed(config: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of a model for any attention but ours, under which it returns None."""
 
-    def build_where_needed(*arguments: Any, **named: Any) -> Any:
-        if config._attn_implementation == NAME:
-            return None
-        return build(*arguments, **named)
+    def call(*arguments: Any, **named: Any) -> Any:
+        return None if config._attn_implementation == NAME else function(*arguments, **named)
 
-    return build_where_needed
+    return call
