@@ -146,7 +146,7 @@ def _check_container(config: Path | None) -> Path:
         return config
     config, why = container.find_config(os.environ)
     if why:
-        streams.say(f"config: {config} ({why})")
+        streams.complain(f"config: {config} ({why})")
     return config
 
 
