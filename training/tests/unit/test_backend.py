@@ -29,6 +29,7 @@ from lora_trainer.run.protocol import WorkerSpec
 from lora_trainer.serve.gauges import Gauges, Reading, open_nvml, read_gpus, read_host
 from lora_trainer.serve.responses import health_view, status_view
 from lora_trainer.serve.run_state import RunState
+from lora_trainer.supervise.supervisor import Supervisor
 from lora_trainer.train import dry_run
 from lora_trainer.train.session import open_session
 from lora_trainer.train.worker import run
@@ -73,7 +74,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return settings_of(tmp_path, TEXT, "--bf16=true")
+    return settings_of(tmp_path, TEXT, "--bf16=true", "--health_port=0")
 
 
 def consumers(settings: Settings, output: Path) -> dict:
@@ -103,6 +104,51 @@ def test_where_nvml_and_torch_disagree_everything_is_refused_alike(
         with pytest.raises(UnavailableError, match=what) as refused:
             ask()
         assert "--cpu" in refused.value.problems[0].remedy, name
+
+
+NVML_MODULE = """
+class NVMLError(Exception):
+    pass
+
+
+class Memory:
+    total, used = 24 << 30, 0
+
+
+ANSWERS = {
+    "GetCount": 2, "GetName": "GPU", "GetMemoryInfo": Memory, "GetCudaComputeCapability": (9, 0),
+    "GetDriverVersion": "580.65.06",
+}
+
+
+def __getattr__(name):
+    if not name.startswith("nvml"):
+        raise AttributeError(name)
+    return lambda *_: ANSWERS.get(name.removeprefix("nvmlDevice").removeprefix("nvmlSystem"))
+"""
+
+
+@pytest.mark.usefixtures("gpus")
+def test_the_supervisor_starts_a_worker_a_gpu_and_reports_one_refusal(
+    settings, tmp_path, monkeypatch
+):
+    (tmp_path / "nvml").mkdir()
+    (tmp_path / "nvml" / "pynvml.py").write_text(NVML_MODULE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "nvml"))
+    monkeypatch.syspath_prepend(tmp_path / "nvml")
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+    events: list = []
+    supervisor = Supervisor(settings, lambda event, _: events.append(event))
+    assert supervisor._processes == 2
+    with pytest.raises(UnavailableError, match=UNUSABLE):
+        supervisor.run()
+    monkeypatch.delitem(sys.modules, "pynvml")
+    kinds = [event.kind for event in events]
+    assert kinds.count("failed") == kinds.count("run_started") == 1
+    assert not {"restart", "plan"} & set(kinds)
+    # Neither data nor a model was read before.
+    assert {event.phase for event in events if event.kind == "phase"} == {"starting"}
+    assert events[-1].exit_code == 69
 
 
 def statuses(plan: Plan) -> tuple[dict, dict]:

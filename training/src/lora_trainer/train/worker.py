@@ -148,11 +148,13 @@ def run(order: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag) -> int
     quantize.skip_bitsandbytes_import(order.config)
     from ..machine import peak_memory_bytes, read_machine
     from ..model.backend import usable_machine
+
+    # Before ranks meet, and before transformers and peft are imported, which takes seconds.
+    machine = usable_machine(read_machine(), order.ranks)
     from ..model.ranks import join
     from . import session as sessions
 
     emit(PhaseChanged(phase="loading", detail=order.config.model.model_name_or_path))
-    machine = usable_machine(read_machine(), order.ranks)
     ranks = join(order.rank, order.ranks, order.store, machine.device)
     session = sessions.open_session(order.config, order.output_dir, emit, ranks, machine)
     must_stop = ranks.agreed(stop.is_set)
