@@ -11,7 +11,7 @@
 #
 #   --config FILE   what to train (default: training/config.json)
 #   --check         check config, data, model, disk and permissions; train nothing
-#   --resume        go on from the newest sound checkpoint, as is the default; never: start anew
+#   --resume        resume from the newest valid checkpoint (default); never: start over
 #   --cpu           leave the GPUs alone
 #   --gpus LIST     all (default), none, or numbers as nvidia-smi shows them: 0 or 0,1; each trains
 #                   with a process of its own, which share every step

@@ -1,7 +1,7 @@
 """What can go wrong, one exception per exit code, each with cause, place and remedy.
 
 A `Problem` is one finding; an error carries all findings of its kind that were
-made at once, so that a user mends them in one go. `cli` prints them last, as one
+made at once, so that a user fixes them in one go. `cli` prints them last, as one
 block, and exits with the error's code. Only mistakes that a user can cause are
 raised as `TrainerError`; our own invariants are asserts and end as `InternalError`.
 """
@@ -17,7 +17,7 @@ from .host.quoting import printable
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One finding: what is wrong, where, why, and the command or edit that mends it."""
+    """One finding: what is wrong, where, why, and the command or edit that fixes it."""
 
     what: str
     where: str = ""

@@ -135,7 +135,7 @@ def _check_processes(settings: Settings) -> None:
 
 
 def _check_flash_attention(settings: Settings) -> None:
-    """Refuse flash attention that is insisted on where it cannot be, by the reason's name."""
+    """Refuse flash attention that is required where it cannot be used, by the reason's name."""
     from ..model import flash
 
     model, machine = settings.config.model, read_machine()

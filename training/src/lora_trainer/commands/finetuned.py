@@ -1,6 +1,6 @@
 """A trained adapter: found by the folder that a user names, and put on its base model.
 
-`find` needs no torch: what is wrong with the folder is told at once. `open_model` then
+`find` needs no torch: what is wrong with the folder is reported at once. `open_model` then
 loads base model, tokenizer and adapter as training had them.
 """
 

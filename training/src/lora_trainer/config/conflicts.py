@@ -102,14 +102,14 @@ CONFLICTS = (
         ("init_lora_weights", "use_4bit"),
         lambda c: c.lora.init_lora_weights == "loftq" and not c.model.use_4bit,
         "init_lora_weights: loftq needs use_4bit",
-        "it mends what rounding to 4 bits took away",
+        "it corrects the rounding to 4 bits",
         "set use_4bit: true, or use init_lora_weights: true",
     ),
     Conflict(
         ("init_lora_weights", "use_dora"),
         lambda c: c.lora.init_lora_weights == "loftq" and c.lora.use_dora,
         "init_lora_weights: loftq does not go with use_dora",
-        "DoRA's magnitudes are taken from the rounded weights before LoftQ mends them",
+        "DoRA's magnitudes are taken from the rounded weights before LoftQ corrects them",
         "switch use_dora off, or use init_lora_weights: true",
     ),
     Conflict(

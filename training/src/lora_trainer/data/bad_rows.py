@@ -146,12 +146,12 @@ class BadRowLog:
         if self.policy == "skip":
             head = Problem(
                 what=f"{counted}: {share:.1%}, more than max_bad_rows_share ({self.max_share:.1%})",
-                remedy="mend the rows listed, or raise max_bad_rows_share",
+                remedy="fix the rows listed, or raise max_bad_rows_share",
             )
         else:
             head = Problem(
                 what=counted,
-                remedy="mend the rows listed, or set on_bad_rows to skip to leave them out",
+                remedy="fix the rows listed, or set on_bad_rows to skip to leave them out",
             )
         return [head, *listed_problems(self.first, self.total)]
 

@@ -49,7 +49,7 @@ TYPES = {
 }
 
 
-class CacheFault(ValueError):  # noqa: N818 - a finding, mended by making the entry again
+class CacheFault(ValueError):  # noqa: N818 - a finding, fixed by making the entry again
     """A cache entry that is damaged or of another version."""
 
 

@@ -136,7 +136,7 @@ def to_example(
     """Convert one row.
 
     Raises:
-        RowError: a field is missing, empty or of a wrong type, or no turn can be learnt.
+        RowError: a field is missing, empty or of a wrong type, or no turn can be trained.
     """
     fields = renamed(row, columns or {})
     if isinstance(fields, str):

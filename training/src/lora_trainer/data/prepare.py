@@ -134,7 +134,7 @@ def prepare(
     """Return the tokenized rows of datasets, from the cache where they are in it.
 
     `encoder` must be picklable: every process makes its own. `num_workers` of 0 takes
-    every core that this process may use, up to nine. `progress` is told the rows done so far.
+    every core that this process may use, up to nine. `progress` receives the rows done so far.
 
     Raises:
         DataError: no data, bad rows, wrong masks, too long rows; as the settings say.

@@ -91,7 +91,7 @@ class Tally:
                     what=f"{least}{len(self.flawed):,} rows would not teach what they should",
                     why="the mask audit finds no trained token, or an untrained end of a turn",
                     remedy="lora-trainer check --show-sample prints rows with their masks; "
-                    "then mend the rows, train_on or chat_template",
+                    "then fix the rows, train_on or chat_template",
                 )
             )
             problems.extend(listed_problems(self.flawed, len(self.flawed)))
@@ -110,7 +110,7 @@ class Tally:
                 Problem(
                     what="no row is left to train on",
                     why="; ".join(f"{count:,} rows: {reason}" for reason, count in reasons.items()),
-                    remedy="raise max_seq_length, or mend the rows",
+                    remedy="raise max_seq_length, or fix the rows",
                 )
             )
         if problems:

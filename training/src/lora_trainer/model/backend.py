@@ -103,7 +103,7 @@ def resolve(
     `machine` is the usable one.
 
     Raises:
-        ConfigError: flash-attn is insisted on, and cannot be used.
+        ConfigError: flash-attn is required, and cannot be used.
     """
     precision, why = choose_precision(section, machine)
     # A clock may have spoken for another one elsewhere.

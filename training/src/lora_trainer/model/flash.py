@@ -71,7 +71,7 @@ def choose(
     """Return the kernel to use. `model` is the base model's config.
 
     Raises:
-        ConfigError: flash-attn is insisted on, and cannot be used.
+        ConfigError: flash-attn is required, and cannot be used.
     """
     if asked is False:
         return Choice(None, "it is switched off")
@@ -91,7 +91,7 @@ def choose(
 
 
 def refusal(why: str, where: str = "") -> TrainerError:
-    """Return the error of flash-attn being insisted on in vain."""
+    """Return the error of flash-attn being required where it cannot be used."""
     return ConfigError.of(
         "flash-attn cannot be used here",
         where=where or f"use_flash_attention: {STRICT}",

@@ -1,4 +1,4 @@
-"""Say in plain words why a base model does not load, and what mends it."""
+"""Explain why a base model does not load, and how to fix it."""
 
 from __future__ import annotations
 

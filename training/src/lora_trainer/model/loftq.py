@@ -1,4 +1,4 @@
-"""LoftQ: begin the adapter where it mends what rounding the base to 4 bits took away.
+"""LoftQ: initialize the adapter to correct the rounding of the base to 4 bits.
 
 For each adapted layer with weight W, held as Q, and the adapter's scale s: s B A is the best
 approximation of W - Q of its rank. Source: Li et al., arXiv:2310.08659, with one step of its
@@ -90,6 +90,6 @@ def note(lora: LoraSection, model: ModelSection) -> str:
     if lora.init_lora_weights != INIT:
         return ""
     return (
-        "The adapter began as LoftQ's: it mends the rounding of the base model to 4 bits "
+        "The adapter began as LoftQ's: it corrects the rounding of the base model to 4 bits "
         f"({model.bnb_4bit_quant_type}), so put it on the base loaded in the same way."
     )

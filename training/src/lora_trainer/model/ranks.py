@@ -196,7 +196,7 @@ def own_batches(tokens: Sequence[int], ranks: Ranks, is_sharded: bool) -> list[t
     """Return this rank's micro-batches of a step, by number, and the weight of each: one.
 
     Ranks that share a model gather its layers together, so one that has fewer goes through
-    the step's first micro-batch again, with the weight nought.
+    the step's first micro-batch again, with weight zero.
     """
     shares = share_out(tokens, ranks.count)
     own = [(index, 1.0) for index in shares[ranks.rank]]

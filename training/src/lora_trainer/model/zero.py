@@ -89,7 +89,7 @@ def share(
         """What DeepSpeed takes for the model; its forward pass says that the real one begins."""
 
         def forward(self) -> None:
-            """Compute nothing; ZeRO's hooks begin the order of their gathers anew."""
+            """Compute nothing; ZeRO's hooks start the order of their gathers again."""
 
     for name, module in layers.named_modules():
         if ranks.count > 1 and name.endswith("experts") and isinstance(module, nn.ModuleList):
@@ -161,7 +161,7 @@ def _imported(device: str, ranks: Ranks) -> Any:
     place["LOCAL_WORLD_SIZE"] = ranks.count
     os.environ |= {key: str(value) for key, value in place.items()}
     os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": device}
-    # Without it Accelerate would choose the number of threads anew.
+    # Without it Accelerate would choose the number of threads again.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     # DeepSpeed 0.19 calls by its old name what torch 2.13 has renamed; users can do nothing.
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*", FutureWarning)

@@ -288,7 +288,7 @@ def _started(status: RunStatus, event: said.RunStarted) -> RunStatus:
 
 
 def _stepped(status: RunStatus, event: said.StepDone) -> RunStatus:
-    if event.step <= status.step:  # begun anew without a checkpoint
+    if event.step <= status.step:  # started over without a checkpoint
         status = _rewound(status, event.step - 1)
     # The first step of a process also warms up: left out as soon as there is another.
     before = () if status.steps_in_attempt == 1 else status.recent

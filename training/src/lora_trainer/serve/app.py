@@ -2,7 +2,7 @@
 
 Starlette routes to `views`; `gate` stands in front. `/events` streams server-sent
 events: each stream takes what it has not had from the run's ring, so a slow client
-holds nothing back and is told `reset` when the ring has moved on without it.
+holds nothing back and is sent `reset` when the ring has moved on without it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .gauges import Gauges
 from .run_state import RunState, frame, to_json
 
 MOST_STREAMS = 256
-MOST_AT_ONCE = 1000  # events that a stream is sent together; who missed more begins anew
+MOST_AT_ONCE = 1000  # events that a stream is sent together; a client that missed more starts over
 MOST_POINTS = 4096
 MOST_LINES = 1000
 PULSE_SECONDS = 0.25  # between looks at what is new: many steps make one write

@@ -42,7 +42,7 @@ class EventFollower:
         self._file_number = -1
 
     def read(self) -> None:
-        """Take up what is new; begin anew when another run has taken the folder."""
+        """Read what is new; start over when another run has taken the folder."""
         self.live.silence.look()
         try:
             found = self._path.stat()

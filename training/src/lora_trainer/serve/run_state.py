@@ -2,7 +2,7 @@
 
 The supervisor adds events from its thread; the server's thread reads. Adding never waits
 for a reader: an event is folded, encoded once, and put into a bounded ring, from which
-each stream takes what it has not had. Who is too slow for the ring is told so.
+each stream takes what it has not had. A client too slow for the ring is sent `reset`.
 """
 
 from __future__ import annotations

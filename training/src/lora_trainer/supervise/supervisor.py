@@ -57,9 +57,9 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Supervisor:
-    """One run, from lock to exit code. `show` is told every event with the status after it.
+    """One run, from lock to exit code. `show` receives every event with the status after it.
 
-    `note` is told what is worth a line but is no event.
+    `note` receives text that is worth a line but is no event.
     """
 
     def __init__(
@@ -345,7 +345,7 @@ class Supervisor:
         return [*found, *self.settings.warnings]
 
     def _report(self) -> None:
-        """Write the report; its failure is told, and no reason to fail the run."""
+        """Write the report; a failure is reported, and does not fail the run."""
         try:
             write_report(self.output_dir)
         except Exception as error:

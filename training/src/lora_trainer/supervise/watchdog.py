@@ -2,7 +2,7 @@
 
 A stall is no progress for longer than `health.stall_timeout` allows. The stacks of all
 threads then go to the worker's log, so that what hung can be seen afterwards, and the
-worker is ended. Memory and disk are told of once, before they end a run.
+worker is ended. Memory and disk are reported once, before they end a run.
 """
 
 from __future__ import annotations

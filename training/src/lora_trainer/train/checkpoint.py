@@ -69,7 +69,7 @@ class TrainState:
     def after_evaluation(self, loss: float, threshold: float) -> TrainState:
         """Return the state after an evaluation.
 
-        The best is the lowest loss; patience begins anew only where it is lower by more
+        The best is the lowest loss; patience starts over only where it is lower by more
         than `threshold`. The evaluation before the first step is no candidate, and one that is
         not finite says nothing of either.
         """

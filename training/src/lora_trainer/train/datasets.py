@@ -1,4 +1,4 @@
-"""The run's data as its config names it: opened, counted, told of, and its order's rows."""
+"""The run's data as its config names it: opened, counted, reported, and its rows in training order."""
 
 from __future__ import annotations
 

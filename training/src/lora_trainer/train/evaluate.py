@@ -60,7 +60,7 @@ def score(
 ) -> Score | None:
     """Score all rows; None when stopped before the end. Uses no random numbers.
 
-    `progress` is told how many rows are done, batch by batch. Several ranks take turns at
+    `progress` receives the number of rows done, batch by batch. Several ranks take turns at
     the batches, and add their figures up in the batches' order: the score is the same
     whatever their number.
     """
@@ -179,7 +179,7 @@ def answer(
     expected answers (a template's end of turn), or after `max_new_tokens`.
     """
     order = sorted(asked, key=lambda q: (len(q.expected), len(q.prompt), q.index))
-    # Token ids plus one, so that nought is none, and ranks can add theirs up.
+    # Token ids plus one, so that zero means none, and ranks can add theirs up.
     made = torch.zeros(len(order), max_new_tokens, dtype=torch.int64)
     sharing = ALONE if causal.is_sharded else ranks
     with causal.generating(), determinism.relaxed():

@@ -1,6 +1,6 @@
 """Bring up a session: tokenizer, data, base model, adapter, plan, in the order that fails first.
 
-Data is read before the weights are: a bad row is told in seconds, not after a download.
+Data is read before the weights are: a bad row is reported in seconds, not after a download.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def _prove(
     """Compare the fast ways with the model's own; return those in use, and reasons for the plan.
 
     Raises:
-        ConfigError: flash-attn is insisted on, and computes something else.
+        ConfigError: flash-attn is required, and computes something else.
     """
     named = zero.names_what_it_cannot if parallelism == "deepspeed" else contextlib.nullcontext
     with named():

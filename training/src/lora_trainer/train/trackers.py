@@ -1,7 +1,7 @@
 """Trackers: figures of a run sent to TensorBoard, MLflow, trackio or W&B, through Accelerate.
 
 A tracker is a witness, never a reason to stop: one that fails, at its start or later,
-is reported once and left out. What is not installed is told before anything is loaded
+is reported once and left out. What is not installed is reported before anything is loaded
 (`missing_trackers`), so that `check` and the config's errors need no torch.
 """
 

@@ -1,7 +1,7 @@
 // The live page: fetches the state, follows the events, and shows both.
 //
 // The server alone knows how events add up. So steps and ticks are shown as they come, and after
-// any other event the status is asked for again; a new connection starts with everything anew.
+// any other event the status is asked for again; a new connection fetches everything again.
 
 import { byId, setText } from "./dom.js";
 import { showOverview } from "./overview.js";

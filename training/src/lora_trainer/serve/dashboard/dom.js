@@ -21,7 +21,7 @@ export function setText(node, text) {
 
 const shown = new WeakMap();
 
-/** Make the children anew if the data differ from what they were made of. */
+/** Rebuild the children if the data have changed. */
 export function update(node, data, make) {
   const key = JSON.stringify(data) ?? "";
   if (shown.get(node) === key) return;

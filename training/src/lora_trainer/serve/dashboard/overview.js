@@ -1,4 +1,4 @@
-// The top of the page: phase, health, what is wrong and how to mend it, progress, key figures.
+// The top of the page: phase, health, what is wrong and how to fix it, progress, key figures.
 
 import { byId, el, setText, update } from "./dom.js";
 import { UNKNOWN, bytes, clock, count, duration, number, percent } from "./wording.js";

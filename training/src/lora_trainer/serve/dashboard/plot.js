@@ -1,7 +1,7 @@
 // One chart, drawn by BokehJS, which the server serves out of its installed package.
 //
 // A plot is made for one configuration of lines, scale and colours, and only its data change;
-// for anything else it is made anew. The colours are the page's own.
+// for anything else it is rebuilt. The colours are the page's own.
 
 export const hasBokeh = () => typeof window.Bokeh?.Plotting?.figure === "function";
 

@@ -13,7 +13,7 @@ const SILENCE_MS = 15_000; // the server ticks every second
 const DELAYS_MS = [500, 1000, 2000, 4000, 8000, 15_000];
 
 export class Stream {
-  /** `onEvent(kind, data)` is told every event, `onState` "live" or "reconnecting". */
+  /** `onEvent(kind, data)` receives every event, `onState` "live" or "reconnecting". */
   constructor(url, onEvent, onState) {
     this.url = url;
     this.onEvent = onEvent;
