@@ -1,4 +1,4 @@
-"""The run's data as its config names it: opened, counted, reported, and its rows in training order."""
+"""The data of a run as its config names it: opened, counted, reported, in training order."""
 
 from __future__ import annotations
 
