@@ -54,7 +54,7 @@ ConfigFile = Annotated[
     typer.Option(
         "--config",
         "-c",
-        help="Config file, JSON or YAML; config.json here, else the one beside train_lora.py.",
+        help="Config file, JSON or YAML; default: config.json here, else beside train_lora.py.",
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -98,11 +98,12 @@ def check(
     context: typer.Context,
     config: ConfigFile = None,
     show_sample: Annotated[
-        bool, typer.Option("--show-sample", help="Print rows, trained and untrained tokens apart.")
+        bool, typer.Option("--show-sample", help="Print rows with the trained tokens marked.")
     ] = False,
-    rows: Annotated[int, typer.Option(help="How many rows --show-sample prints.")] = 3,
+    rows: Annotated[int, typer.Option(help="Number of rows that --show-sample prints.")] = 3,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Only what needs no torch: under a second.")
+        bool,
+        typer.Option("--quick", help="Run only the checks that need no torch, in under a second."),
     ] = False,
     debug: Debug = False,
 ) -> None:
@@ -150,28 +151,35 @@ def _check_container(config: Path | None) -> Path:
     return config
 
 
-Target = Annotated[Path, typer.Argument(help="A folder that is not there yet.")]
-Place = Annotated[str, typer.Argument(help="A run's folder, an adapter's, or a base model.")]
-Base = Annotated[
-    str | None, typer.Option("--model", help="Base model, where it is not the one named.")
-]
+Target = Annotated[Path, typer.Argument(help="Folder to create.")]
+Place = Annotated[str, typer.Argument(help="Folder of a run or an adapter, or a base model.")]
+Base = Annotated[str | None, typer.Option("--model", help="Base model, if it has moved.")]
 
 
 @app.command()
 def chat(
     place: Place,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Answer this alone; - is standard input.")
+        str | None,
+        typer.Option("--prompt", "-p", help="Answer this prompt and exit; - reads standard input."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    base: Annotated[bool, typer.Option("--base", help="The base model, adapter off.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Share of likely tokens to draw from.")] = 1.0,
+    base: Annotated[
+        bool, typer.Option("--base", help="Use the base model without the adapter.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Maximum length of an answer, in tokens.")
+    ] = 512,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the most likely tokens up to this probability.")
+    ] = 1.0,
     model: Base = None,
     debug: Debug = False,
 ) -> None:
-    """Talk with a trained model, or answer one prompt."""
+    """Chat with a trained model, or answer one prompt."""
     from .commands.chat import Asking, talk
 
     asking = Asking(system, base, max_new_tokens, temperature, top_p)
@@ -182,18 +190,20 @@ def chat(
 def evaluate(
     place: Place,
     dataset: Annotated[
-        list[str] | None, typer.Option(help="Rows to evaluate on; the run's own held-out ones.")
+        list[str] | None,
+        typer.Option(help="Rows to evaluate on; default: the run's held-out rows."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of a folder or hub dataset.")] = None,
-    rows: Annotated[int, typer.Option(min=0, help="The first so many rows; 0: all.")] = 0,
+    rows: Annotated[int, typer.Option(min=0, help="Use only this many rows; 0: all.")] = 0,
     answers: Annotated[
-        bool, typer.Option("--answers/--no-answers", help="Make answers, for exact match.")
+        bool,
+        typer.Option("--answers/--no-answers", help="Generate answers and report exact match."),
     ] = True,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer, in tokens; as the run had it.")
+        int | None, typer.Option(min=1, help="Maximum length of an answer; default: the run's.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Write JSON to this file too.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write JSON to this file.")] = None,
     model: Base = None,
     debug: Debug = False,
 ) -> None:
@@ -206,7 +216,7 @@ def evaluate(
 
 @app.command()
 def merge(place: Place, target: Target, model: Base = None, debug: Debug = False) -> None:
-    """Merge an adapter into its base model; check that both answer alike."""
+    """Merge an adapter into its base model and verify the result."""
     from .commands.merge import merge
 
     merge(_trained(place, model, debug), target)
@@ -214,11 +224,11 @@ def merge(place: Place, target: Target, model: Base = None, debug: Debug = False
 
 @app.command()
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder, or a run's.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a checkpoint or a run.")],
     target: Target,
     debug: Debug = False,
 ) -> None:
-    """Write a checkpoint's adapter in PEFT's format, also of an unfinished run."""
+    """Write a checkpoint's adapter in PEFT's format, also from an unfinished run."""
     from .commands.export import export_adapter
 
     if debug:
@@ -248,17 +258,20 @@ def dashboard(
         str, typer.Option(envvar="LORA_TRAINER_HEALTH_HOST", help="Address to bind.")
     ] = "127.0.0.1",
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Port; 8080 if free, or any free one.")
+        int | None, typer.Option(min=0, max=65535, help="Port; default: 8080, or any free one.")
     ] = None,
     token_file: Annotated[
         str | None,
-        typer.Option(envvar="LORA_TRAINER_HEALTH_TOKEN_FILE", help="File with a token to ask for."),
+        typer.Option(
+            envvar="LORA_TRAINER_HEALTH_TOKEN_FILE",
+            help="File with a token that clients must send.",
+        ),
     ] = None,
     allowed_host: Annotated[
-        list[str] | None, typer.Option(help="One more host name to answer under.")
+        list[str] | None, typer.Option(help="Additional host name to accept.")
     ] = None,
 ) -> None:
-    """Show a run, finished or still going on, in the browser."""
+    """Show a finished or running run in the browser."""
     from .serve.replay import view
 
     view(
@@ -274,15 +287,15 @@ def dashboard(
 @app.command()
 def health(
     seconds: Annotated[
-        int, typer.Argument(min=1, help="How long --watch waits between two looks.")
+        int, typer.Argument(min=1, help="Seconds between two checks with --watch.")
     ] = 5,
     url: Annotated[
-        str, typer.Option(help="Ask this server; else the newest run of this machine.")
+        str, typer.Option(help="Server to ask; default: that of the newest run here.")
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Look again and again.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Check repeatedly until Ctrl-C.")] = False,
     outputs: Annotated[
-        Path | None, typer.Option(envvar="LORA_OUTPUTS", help="The folder that runs are in.")
+        Path | None, typer.Option(envvar="LORA_OUTPUTS", help="Folder that contains the runs.")
     ] = None,
     docker: Annotated[bool, typer.Option("--docker", hidden=True)] = False,
 ) -> None:

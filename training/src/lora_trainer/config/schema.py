@@ -48,28 +48,27 @@ class ModelSection(Section):
         description="Base model: the embedded one, a local folder, or a Hugging Face hub id",
     )
     model_revision: str | None = Field(None, description="Branch, tag or commit on the hub")
-    trust_remote_code: bool = Field(
-        False, description="Run Python code that a model repository ships"
-    )
+    trust_remote_code: bool = Field(False, description="Run Python code from the model repository")
     hf_token: str | None = Field(
         None,
         min_length=1,
         repr=False,
-        description="Hugging Face token; better given as HF_TOKEN or HF_TOKEN_FILE",
+        description="Hugging Face token; prefer HF_TOKEN or HF_TOKEN_FILE",
     )
     use_4bit: bool = Field(False, description="Load the base model in 4 bits (QLoRA)")
     use_8bit: bool = Field(False, description="Load the base model in 8 bits")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit number format")
     bnb_4bit_use_double_quant: bool = Field(
-        True, description="Quantize the quantization constants too; saves 0.4 bits a weight"
+        True, description="Also quantize the quantization constants; saves 0.4 bits per weight"
     )
     use_flash_attention: bool | Literal["auto", "flash-attn"] = Field(
         "auto",
-        description="auto, true: the fastest exact attention here, and the plan gives the reason; "
+        description="auto, true: the fastest exact attention available; the plan names it; "
         "false: PyTorch's, an example at a time; flash-attn: that package or an error",
     )
     bf16: bool | Auto = Field(
-        "auto", description="Compute in bfloat16; auto: on GPUs with it; a CPU is measured first"
+        "auto",
+        description="Compute in bfloat16; auto: on GPUs that support it; CPUs are measured first",
     )
     fp16: bool | Auto = Field(
         "auto", description="Compute in float16 with a loss scale; auto: on GPUs without bfloat16"
@@ -78,7 +77,7 @@ class ModelSection(Section):
         "auto", description="Recompute activations in the backward pass: less memory, ~30% slower"
     )
     model_cache_dir: str | None = Field(
-        None, description="Where prepared models are kept; default: HF_HOME's or the user's cache"
+        None, description="Folder for prepared models; default: in HF_HOME or the user's cache"
     )
 
 
@@ -88,7 +87,7 @@ class LoraSection(Section):
     adapter_name_or_path: str | None = Field(
         None,
         min_length=1,
-        description="Start from this adapter: a run's folder, a checkpoint's, or one of PEFT",
+        description="Start from this adapter: a run, a checkpoint, or a PEFT folder",
     )
     lora_r: int = Field(16, ge=1, le=4096, description="Rank of the adapter")
     lora_alpha: float = Field(
@@ -102,7 +101,7 @@ class LoraSection(Section):
     )
     lora_target_parameters: list[str] = Field(
         default_factory=list,
-        description="Adapted tensors that are no linear layer, such as mlp.experts.down_proj: "
+        description="Adapted tensors outside linear layers, such as mlp.experts.down_proj: "
         "experts in transformers 5; without dropout and DoRA",
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead")
@@ -122,7 +121,7 @@ class DatasetSource(Section):
     """One dataset of several."""
 
     path: str = Field(min_length=1, description="Local file or folder, or a hub id")
-    weight: float = Field(1.0, gt=0, le=1e4, description="How often its rows are seen in an epoch")
+    weight: float = Field(1.0, gt=0, le=1e4, description="How often each row is used per epoch")
     format: Literal["auto", "messages", "sharegpt", "alpaca", "completion", "text"] | None = Field(
         None, description="Overrides dataset_format"
     )
@@ -140,62 +139,67 @@ class DataSection(Section):
     )
     eval_dataset: str | list[str | DatasetSource] | None = Field(None, description="Held-out data")
     eval_fraction: float = Field(
-        0.0, ge=0, lt=1, description="Held-out share of `dataset`, duplicates never on both sides"
+        0.0, ge=0, lt=1, description="Held-out fraction of `dataset`; duplicates stay on one side"
     )
     datasets_dir: str | None = Field(
-        None, description="Folder in which relative dataset paths are looked for too"
+        None, description="Additional folder in which relative dataset paths are looked up"
     )
     dataset_format: Literal["auto", "messages", "sharegpt", "alpaca", "completion", "text"] = Field(
         "auto", description="Row format; auto detects it"
     )
     dataset_columns: dict[str, str] = Field(
-        default_factory=dict, description="Standard field name -> the column that holds it"
+        default_factory=dict, description="Standard field name -> column name in the data"
     )
     dataset_split: str = Field("train", description="Split of a hub dataset")
     chat_template: str | None = Field(
-        None, description="Jinja chat template, or a file with it; default: the tokenizer's own"
+        None, description="Jinja chat template, or a file with one; default: the tokenizer's"
     )
     train_on: Literal["assistant", "last", "all"] = Field(
-        "assistant", description="Trained tokens: every assistant turn, the last one, or all"
+        "assistant", description="Tokens to train on: every assistant turn, the last one, or all"
     )
-    max_seq_length: int = Field(2048, ge=8, le=1_048_576, description="Longest example, in tokens")
+    max_seq_length: int = Field(
+        2048, ge=8, le=1_048_576, description="Maximum length of an example, in tokens"
+    )
     too_long: Literal["truncate", "drop", "error"] = Field(
-        "truncate", description="What happens to a longer example"
+        "truncate", description="What to do with longer examples"
     )
     on_bad_rows: Literal["error", "skip"] = Field(
-        "error", description="What happens to a row that cannot be read"
+        "error", description="What to do with rows that cannot be read"
     )
-    max_bad_rows_share: Share = Field(0.05, description="With skip: the most that may be bad")
-    dataset_cache_dir: str | None = Field(None, description="Where tokenized data is kept")
+    max_bad_rows_share: Share = Field(
+        0.05, description="Maximum fraction of invalid rows when on_bad_rows=skip"
+    )
+    dataset_cache_dir: str | None = Field(None, description="Folder for tokenized data")
     preprocessing_num_workers: int = Field(
-        0, ge=0, le=512, description="Tokenizing processes; 0 takes every core"
+        0, ge=0, le=512, description="Tokenizing processes; 0 uses every core"
     )
 
 
 class TrainingSection(Section):
     """The optimisation."""
 
-    per_device_train_batch_size: Count = Field(4, description="Examples in a micro-batch")
-    per_device_eval_batch_size: Count = Field(8, description="Examples in an evaluation batch")
-    gradient_accumulation_steps: Count = Field(1, description="Micro-batches in a step")
+    per_device_train_batch_size: Count = Field(4, description="Examples per micro-batch")
+    per_device_eval_batch_size: Count = Field(8, description="Examples per evaluation batch")
+    gradient_accumulation_steps: Count = Field(1, description="Micro-batches per step")
     num_train_epochs: float = Field(1.0, gt=0, le=1e6, description="Passes over the data")
     max_steps: int = Field(
-        -1, ge=-1, le=10**9, description="Optimizer steps; -1: as the epochs say"
+        -1, ge=-1, le=10**9, description="Optimizer steps; -1: from num_train_epochs"
     )
     optim: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = Field(
-        "adamw", description="AdamW; with its state in 8 bits; or paged out where a GPU is full"
+        "adamw",
+        description="AdamW; 8-bit state; or state paged to host memory when a GPU is full",
     )
     learning_rate: float = Field(2e-4, ge=0, le=10, description="Peak learning rate")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
-        "cosine", description="Schedule after the warmup"
+        "cosine", description="Learning rate schedule after the warmup"
     )
-    warmup_ratio: Share = Field(0.03, description="Share of the steps with a rising learning rate")
+    warmup_ratio: Share = Field(0.03, description="Fraction of steps used for the warmup")
     warmup_steps: CountOrZero | None = Field(None, description="Overrides warmup_ratio")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment decay")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's denominator term")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 switches it off")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 disables it")
     nproc: Count | Auto = Field(
         "auto", description="Processes that share each step; auto: one per visible GPU, else 1"
     )
@@ -211,21 +215,27 @@ class TrainingSection(Section):
         "auto", description="Concatenate a micro-batch's examples instead of padding them"
     )
     loss_chunk_tokens: Count = Field(
-        1024, description="Supervised positions whose logits exist at one time"
+        1024, description="Supervised positions whose logits are in memory at a time"
     )
-    seed: int = Field(42, ge=0, lt=2**32, description="Seeds order, dropout and adapter")
+    seed: int = Field(
+        42, ge=0, lt=2**32, description="Seed for data order, dropout and adapter initialization"
+    )
     eval_steps: CountOrZero = Field(0, description="Steps between evaluations; 0: only at the end")
     on_nan: Literal["error", "warn"] = Field(
-        "error", description="What happens when an evaluation is NaN or infinite"
+        "error", description="What to do if an evaluation is NaN or infinite"
     )
     eval_generate: bool = Field(
-        False, description="Answer the held-out prompts before and after; report exact match"
+        False, description="Answer held-out prompts before and after training; report exact match"
     )
-    eval_max_new_tokens: Count = Field(128, description="Longest generated answer, in tokens")
+    eval_max_new_tokens: Count = Field(
+        128, description="Maximum length of a generated answer, in tokens"
+    )
     early_stopping_patience: CountOrZero = Field(
-        0, description="Evaluations without a better eval_loss before stopping; 0: never"
+        0, description="Evaluations without improvement before stopping; 0: never stop"
     )
-    early_stopping_threshold: float = Field(0.0, ge=0, description="What counts as better")
+    early_stopping_threshold: float = Field(
+        0.0, ge=0, description="Minimum improvement of eval_loss"
+    )
     load_best_model_at_end: bool = Field(
         False, description="Export the checkpoint with the lowest eval_loss"
     )
@@ -235,49 +245,57 @@ class OutputSection(Section):
     """Where results go and what is kept."""
 
     output_dir: str = Field(
-        "outputs", min_length=1, description="Folder of all results; default: a checkout's public/"
+        "outputs",
+        min_length=1,
+        description="Folder for all results; default: the checkout's public/",
     )
     run_name: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Subfolder and run title"
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        description="Name of the run and its subfolder",
     )
     save_steps: CountOrZero = Field(
-        100, description="Steps between checkpoints; 0: only when ended"
+        100, description="Steps between checkpoints; 0: only at the end"
     )
-    save_total_limit: Count = Field(3, description="Checkpoints kept, the best one not counted")
+    save_total_limit: Count = Field(3, description="Checkpoints to keep, not counting the best one")
     resume: Literal["auto", "never"] = Field(
-        "auto", description="Resume from the newest sound checkpoint, or start over"
+        "auto", description="Resume from the newest valid checkpoint, or start over"
     )
     on_finished: Literal["archive", "stop"] = Field(
         "stop",
-        description="If the run is finished already: leave it and report it, or move it aside",
+        description="If the run is already finished: report it, or move it aside and train",
     )
 
 
 class MonitoringSection(Section):
     """What is shown, logged and watched."""
 
-    logging_steps: Count = Field(1, description="Steps between logged figures")
+    logging_steps: Count = Field(1, description="Steps between log entries")
     report_to: list[Literal["tensorboard", "mlflow", "trackio", "wandb"]] = Field(
         default_factory=lambda: ["tensorboard"],  # type: ignore[arg-type]
         description="Trackers, through Accelerate",
     )
-    sample_count: int = Field(3, ge=0, le=100, description="Held-out answers shown in full")
+    sample_count: int = Field(3, ge=0, le=100, description="Held-out answers to show in full")
     max_restarts: CountOrZero = Field(
         3, description="Restarts of a crashed worker without progress in between"
     )
-    health_host: str = Field("127.0.0.1", description="Address that the status server binds")
-    health_port: int = Field(8080, ge=0, le=65535, description="Its port; 0 picks a free one")
+    health_host: str = Field("127.0.0.1", description="Address of the status server")
+    health_port: int = Field(
+        8080, ge=0, le=65535, description="Port of the status server; 0 picks a free one"
+    )
     health_linger_seconds: float = Field(
-        0.0, ge=0, le=1e7, description="How long it goes on answering after the end"
+        0.0, ge=0, le=1e7, description="How long the status server stays up after the end"
     )
     health_token_file: str | None = Field(
-        None, min_length=1, description="File with a token that all but /health then wants"
+        None, min_length=1, description="File with a token required for everything but /health"
     )
     health_allowed_hosts: list[str] = Field(
-        default_factory=list, description="More host names under which it may be asked"
+        default_factory=list, description="Additional host names that the status server accepts"
     )
     stall_timeout_seconds: float = Field(
-        0.0, ge=0, description="No progress for so long is a stall; 0: from the measured step time"
+        0.0,
+        ge=0,
+        description="Time without progress that counts as a stall; 0: from the measured step time",
     )
 
 
