@@ -29,6 +29,7 @@ from lora_trainer.model.gather import GatheredLayers
 from lora_trainer.model.load import ModelSource, load_model
 from lora_trainer.model.ranks import PeerLostError, Ranks
 from lora_trainer.model.shard import choose_sharing
+from lora_trainer.model.targets import fused_names
 from lora_trainer.plan import DataProfile, ModelShape, Parallelism, make_plan
 from lora_trainer.run.events import Evaluated, MemoryReduced, RanksMeasured, StepDone
 from lora_trainer.train import loop
@@ -51,7 +52,12 @@ def make_parts(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) 
     is_gathered = known.pop("is_gathered", bits > 0)
     rows = make_rows()
     base = tiny_model(family) if not bits else quantized_model(family, bits, folder, ranks)
-    lora = LoraSection(lora_r=4, lora_dropout=dropout, use_dora=known.pop("use_dora", False))
+    lora = LoraSection(
+        lora_r=4,
+        lora_dropout=dropout,
+        use_dora=known.pop("use_dora", False),
+        lora_target_parameters=fused_names(base),
+    )
     dtype = known.pop("dtype", "float32")
     model = add_adapter(base.to(getattr(torch, dtype)) if not bits else base, lora, seed=11)
     config = Config.model_validate({"training": known, "output": {"save_steps": 0}})

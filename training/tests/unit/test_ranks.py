@@ -62,6 +62,9 @@ CASES = [
     pytest.param(2, "fsdp", {"bits": 4, "optim": "adamw_8bit"}, marks=needs_bitsandbytes),
     pytest.param(2, "ddp", {"bits": 4}, marks=needs_bitsandbytes),
     (2, "ddp", {"dropout": 0.2}),
+    (2, "ddp", {"family": "mixtral"}),
+    (2, "fsdp", {"family": "mixtral", "has_checkpointing": True}),
+    (2, "fsdp", {"family": "mixtral", "is_gathered": True}),
     pytest.param(2, "deepspeed", {}, marks=needs_deepspeed),
     pytest.param(2, "deepspeed", {"family": "llama-tied"}, marks=needs_deepspeed),
     pytest.param(
