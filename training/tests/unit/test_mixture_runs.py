@@ -110,6 +110,18 @@ def test_adapter_of_other_parameters_is_refused_with_both(runs: Runs) -> None:
     assert "experts.gate_up_proj" in caught.value.block()
 
 
+@pytest.mark.skipif(MAJOR < 5, reason="transformers 4.50 holds experts as linear layers")
+def test_check_names_experts_that_would_not_be_quantized_and_what_is_reached(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = (("model_name_or_path", runs.model), ("dataset", runs.rows), ("output_dir", runs.root))
+    check = ["check", *(f"--{key}={value}" for key, value in given)]
+    assert cli.main([*check, "--use_4bit=true"]) == 78
+    assert "use_4bit cannot quantize the experts of mixtral" in capsys.readouterr().err
+    assert cli.main([*check, f"--lora_target_parameters={EXPERTS}"]) == 0
+    assert "experts are adapted as parameters" in capsys.readouterr().out
+
+
 def test_merged_experts_answer_as_plain_peft_merges_them(runs: Runs, tmp_path: Path) -> None:
     run = runs.root / "whole"
     assert cli.main(["merge", str(run), str(tmp_path / "out")]) == 0

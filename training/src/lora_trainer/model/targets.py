@@ -5,7 +5,7 @@ and what PEFT cannot adapt. transformers 5 holds the experts of a layer in one t
 tensor, which is no linear layer: `lora_target_parameters` names such tensors. PEFT itself turns
 all-linear, and names such as down_proj, into those tensors for some architectures and not for
 others (`convert_peft_config_for_transformers`), in place of the linear layers of these names.
-Here a name means what it says; docs/decisions/mixtures-of-experts gives the reasons.
+Here a name means what it says; docs/decisions/0019-mixtures-of-experts.md gives the reasons.
 """
 
 from __future__ import annotations
