@@ -43,7 +43,7 @@ def main() -> int:
     given = _arguments()
     scale = QUICK if given.quick else FULL
     if scale.has_gpu and not read_machine().has_gpu:
-        print("No NVIDIA GPU can be used here. --quick runs the check on the CPU.", file=sys.stderr)
+        print("NVML lists no GPU here. --quick runs the check on the CPU.", file=sys.stderr)
         return UNAVAILABLE
     torch = importlib.metadata.version("torch")
     if tuple(int(part) for part in torch.split(".")[:2]) < OLDEST_TORCH:

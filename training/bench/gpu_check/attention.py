@@ -31,8 +31,8 @@ Attend = Callable[[Sequence[int], Tensor, Tensor, Tensor], Tensor]
 def run(record: Record, scale: Scale) -> None:
     """Compare the kernels on the same inputs, for each number of segments."""
     makers: dict[str, Callable[[Scale], Attend | str]] = {
-        SEGMENTS: lambda _: packed(None),
-        "segments, cuDNN off": _without_cudnn,
+        SEGMENTS: lambda _: _segments(has_cudnn=True),
+        "segments, cuDNN off": lambda _: _segments(has_cudnn=False) if scale.has_gpu else NO_GPU,
         "varlen": _varlen,
         "flash-attn": _flash_attn,
     }
@@ -69,16 +69,17 @@ def packed(kernel: flash.VariableLength | None) -> Attend:
     return attend
 
 
-def _without_cudnn(scale: Scale) -> Attend | str:
-    if not scale.has_gpu:
-        return NO_GPU
+def _segments(*, has_cudnn: bool) -> Attend:
+    """Return PyTorch's own attention, an example at a time, with cuDNN's kernel or without."""
     attend = packed(None)
 
-    def without(lengths: Sequence[int], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        with cudnn(is_on=False):
+    def attend_by_segments(
+        lengths: Sequence[int], query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        with cudnn(is_on=has_cudnn):
             return attend(lengths, query, key, value)
 
-    return without
+    return attend_by_segments
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.backend import Backend, resolve, usable_machine
 from lora_trainer.model.compat import enable_checkpointing
 from lora_trainer.model.forward import CausalLM
-from lora_trainer.plan import DataProfile, make_plan
+from lora_trainer.plan import DataProfile, ModelShape, make_plan
 from lora_trainer.run.events import Event, StepDone
 from lora_trainer.train.checkpoint import TrainState
 from lora_trainer.train.checkpoint_store import CheckpointStore
@@ -76,50 +76,60 @@ def _measure(record: Record, scale: Scale, lengths: Sequence[int], *, use_4bit: 
             "training": {"per_device_train_batch_size": 1, "max_steps": STEPS},
         }
     )
+    with record.attempt(f"{kind}, the model"):
+        opened = _open(scale, config)
+        for tokens in lengths:
+            label = f"{kind}, {tokens} tokens"
+            with record.attempt(label):
+                _train(record, scale, label, opened, tokens)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is ready to train; `tflops` is the device's rate of matrix products."""
+
+    config: Config
+    backend: Backend
+    causal: CausalLM
+    shape: ModelShape
+    tflops: float
+    reasons: str
+
+
+def _open(scale: Scale, config: Config) -> Opened:
+    """Do what a session does, with a base model that is on no disk."""
     backend = resolve(config.model, usable_machine(read_machine()), llama_config(scale.large))
-    rate = matrix_tflops(scale, backend.dtype)
+    tflops = matrix_tflops(scale, backend.dtype)
     base = make_model(scale.large, config.model, device=backend.place, dtype=backend.dtype)
+    counted = quantize.count_parameters(base)
+    model = add_adapter(base, config.lora, seed=config.training.seed)
     causal = CausalLM(
-        add_adapter(base, config.lora, seed=config.training.seed),
+        model,
         device=backend.place,
         padding_free=True,
         chunk=config.training.loss_chunk_tokens,
         precision=backend.precision,
         kernel=backend.kernel,
     )
-    fallback = probe.verify(causal)
-    if fallback:
-        raise RuntimeError(fallback)
+    reasons = [probe.verify(causal)]
     if scale.has_gpu:
-        determinism.require(lambda: probe.exercise(causal))
-    for tokens in lengths:
-        label = f"{kind}, {tokens} tokens"
-        with record.attempt(label):
-            _train(record, scale, label, causal, backend, config, tokens, rate)
+        reasons.append(determinism.require(lambda: probe.exercise(causal)))
+    shape = shape_of(base, counted, trainable_parameters(model))
+    return Opened(config, backend, causal, shape, tflops, "; ".join(filter(None, reasons)))
 
 
-def _train(
-    record: Record,
-    scale: Scale,
-    label: str,
-    causal: CausalLM,
-    backend: Backend,
-    config: Config,
-    tokens: int,
-    rate: float,
-) -> None:
+def _train(record: Record, scale: Scale, label: str, opened: Opened, tokens: int) -> None:
     """Train some steps of one example each."""
+    config, causal = opened.config, opened.causal
     rows = RandomRows(tokens, scale.large.vocabulary)
     parameters = trainable_parameters(causal.model)
-    counted = quantize.count_parameters(causal.inner)
-    shape = shape_of(causal.inner, counted, parameters)
     plan = make_plan(
         config,
-        backend.machine,
-        shape,
+        opened.backend.machine,
+        opened.shape,
         DataProfile(len(rows), len(rows) * tokens, len(rows) * tokens, tokens),
-        precision=backend.precision,
-        attention=backend.packed,
+        precision=opened.backend.precision,
+        attention=opened.backend.packed,
         padding_free=True,
     )
     if plan.gradient_checkpointing:
@@ -151,18 +161,21 @@ def _train(
         )
         train(parts, TrainState())
     seconds = statistics.median(step.step_seconds for step in steps[WARMUP:])
-    tflops = FLOPS_A_WEIGHT * shape.parameters * tokens / seconds / 1e12
+    tflops = FLOPS_A_WEIGHT * opened.shape.parameters * tokens / seconds / 1e12
     figures: Figures = {
         "tokens/s": tokens / seconds,
         "TFLOP/s": tflops,
-        "of matrix products": f"{tflops / rate:.0%}",
+        "of matrix products": f"{tflops / opened.tflops:.0%}",
+        "attention": plan.attention,
         "checkpointing": str(plan.gradient_checkpointing).lower(),
     }
+    if opened.reasons:
+        figures["but"] = opened.reasons
     record.measure(label, figures)
-    _judge_peak(record, scale, f"{label}, peak memory", plan.estimated_memory_bytes)
+    judge_peak(record, scale, f"{label}, peak memory", plan.estimated_memory_bytes)
 
 
-def _judge_peak(record: Record, scale: Scale, label: str, planned: int) -> None:
+def judge_peak(record: Record, scale: Scale, label: str, planned: int) -> None:
     if not scale.has_gpu:
         record.skip(label, f"a plan of {planned / 1e9:.2f} GB; judged on a GPU alone")
         return

@@ -100,6 +100,7 @@ def _quantized(linear: Any, section: ModelSection, device: str, dtype: torch.dty
         quant_type=section.bnb_4bit_quant_type,
         module=made,
     )
+    del linear.weight  # the model's layer is replaced; a list of its modules still holds it
     return made.to(device)
 
 

@@ -1,4 +1,4 @@
-"""Loss, backward pass and generation of a small model in each precision, as a run does them."""
+"""Training, scoring and generation with a small model in each precision, as a run does them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ from typing import Any
 import torch
 
 from lora_trainer.config.settings import resolve
+from lora_trainer.run.events import Evaluated, Event, StepDone
 from lora_trainer.train import evaluate
-from lora_trainer.train.session import TrainingSetup, open_session
+from lora_trainer.train.checkpoint import TrainState
+from lora_trainer.train.loop import train
+from lora_trainer.train.session import open_session
+from lora_trainer.train.setup import TrainingSetup
 
 from . import criteria
 from .models import write_folder, write_rows
-from .record import Record
+from .record import Figures, Record
 from .scale import Scale
 from .versions import wait
 
-ROWS, HELD_OUT = 32, 8
+ROWS, HELD_OUT, STEPS = 32, 8, 3
 KINDS: dict[str, dict[str, Any]] = {
     "bfloat16": {"bf16": True},
+    "float16": {"fp16": True},
     "4 bits": {"use_4bit": True},
     "8 bits": {"use_8bit": True},
 }
@@ -40,7 +45,7 @@ def run(record: Record, scale: Scale) -> None:
                 record.skip(name, quantize.NOT_INSTALLED)
                 continue
             with record.attempt(name):
-                _try(record, scale, name, open_small(root, name, **keys))
+                _try(record, scale, name, open_small(root, name, max_steps=STEPS, **keys))
             torch.cuda.empty_cache()
 
 
@@ -79,18 +84,14 @@ def open_small(root: Path, name: str, **keys: Any) -> TrainingSetup:
         if value is not None
     ]
     config = resolve(None, {}, arguments).config
+    torch.use_deterministic_algorithms(False)  # as in a run's own process, before it loads
     return open_session(config, root / output, lambda event: print(event.to_line(), end=""))
 
 
 def _try(record: Record, scale: Scale, name: str, session: TrainingSetup) -> None:
+    events: list[Event] = []
     start = time.perf_counter()
-    batch = evaluate.take(session.splits.train, range(8))
-    session.causal.model.train()
-    loss = session.causal.loss(batch) / batch.targets
-    loss.backward()
-    gradients = [p.grad for p in session.parameters.values() if p.grad is not None]
-    largest = max(float(gradient.abs().max()) for gradient in gradients)
-    is_finite = math.isfinite(float(loss)) and math.isfinite(largest) and largest > 0
+    train(session.parts(events.append, lambda: False), TrainState())
     wait(scale)
     trained = time.perf_counter()
     asked = evaluate.questions(session.eval_rows)
@@ -103,17 +104,20 @@ def _try(record: Record, scale: Scale, name: str, session: TrainingSetup) -> Non
         max_new_tokens=scale.max_new_tokens,
     )
     wait(scale)
-    score = session.causal.score(batch)[0] / batch.targets
-    figures = {
-        "computed in": session.plan.precision,
+    step = [event for event in events if isinstance(event, StepDone)][-1]
+    score = [event for event in events if isinstance(event, Evaluated)][-1]
+    is_finite = all(math.isfinite(one) for one in (step.loss, step.grad_norm, score.eval_loss))
+    used = session.plan.precision
+    figures: Figures = {
+        "computed in": used,
         "attention": session.plan.attention,
-        "loss": float(loss),
-        "scored": score,
-        "loss and backward s": trained - start,
+        "loss": step.loss,
+        "gradient norm": step.grad_norm,
+        "held-out loss": score.eval_loss,
+        f"{STEPS} steps s": trained - start,
         "generate s": time.perf_counter() - trained,
     }
-    record.judge(
-        name,
-        figures,
-        criteria.works(is_finite and math.isfinite(score), len(answers or ()), len(asked)),
-    )
+    if scale.has_gpu and "bits" not in name and used != name:
+        raise RuntimeError(f"computed in {used}: {'; '.join(session.plan.reasons)}")
+    verdict = criteria.works(is_finite and step.grad_norm > 0, len(answers or ()), len(asked))
+    record.judge(name, figures, verdict)

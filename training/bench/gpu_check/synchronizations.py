@@ -19,7 +19,7 @@ from .record import Record
 from .scale import Scale
 
 STEPS, WARMUP = 8, 3  # the first steps make the optimizer's state
-NAME = "synchronizations"
+COUNTED = STEPS - 1 - WARMUP  # nor does the last one count: the end saves a checkpoint
 PLACES = 6
 
 
@@ -35,11 +35,11 @@ def run(record: Record, scale: Scale) -> None:
                 record.skip(name, quantize.NOT_INSTALLED)
                 continue
             with record.attempt(name):
-                places = _count(root, name, scale, **keys)
+                places = count_places(root, name, scale, **keys)
                 if not scale.has_gpu:
                     record.skip(name, f"{STEPS} steps ran; only a GPU is waited for")
                     continue
-                each_step = sum(places.values()) / (STEPS - WARMUP - 1)
+                each_step = sum(places.values()) / COUNTED
                 common = places.most_common(PLACES)
                 record.judge(
                     name,
@@ -48,7 +48,7 @@ def run(record: Record, scale: Scale) -> None:
                 )
 
 
-def _count(root: Path, name: str, scale: Scale, **keys: bool) -> Counter[str]:
+def count_places(root: Path, name: str, scale: Scale, **keys: bool) -> Counter[str]:
     """Return the places that waited, from the end of the warm-up to the last step but one."""
     session = open_small(
         root,

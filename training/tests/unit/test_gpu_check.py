@@ -8,19 +8,25 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+import warnings
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from lora_trainer.run.events import StepDone
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
 
-from gpu_check import criteria, sections  # noqa: E402
+from gpu_check import criteria, large, sections, synchronizations  # noqa: E402
 from gpu_check import versions as any_section  # noqa: E402
+from gpu_check.loading import HostMemory  # noqa: E402
 from gpu_check.page import outcomes, page, read_results  # noqa: E402
 from gpu_check.record import Record  # noqa: E402
-from gpu_check.scale import QUICK  # noqa: E402
+from gpu_check.scale import FULL, QUICK  # noqa: E402
 
 import gpu  # noqa: E402
 
@@ -124,6 +130,52 @@ def test_an_exception_fails_one_check_and_the_next_one_runs(tmp_path):
         ("second", "measured"),
     ]
     assert rows[0]["why"] == "RuntimeError: CUDA out of memory"
+
+
+def test_synchronizations_are_counted_over_whole_steps(tmp_path, monkeypatch):
+    mode = "default"
+
+    def switch(to):
+        nonlocal mode
+        mode = to
+
+    def train(emit, _state):
+        for step in range(1, synchronizations.STEPS + 1):
+            if mode == "warn":
+                warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+                warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+            zeros = {one.name: 0 for one in fields(StepDone) if one.name not in ("step", "time")}
+            emit(StepDone(step=step, **zeros))
+
+    session = SimpleNamespace(parts=lambda emit, _should_stop: emit)
+    monkeypatch.setattr(synchronizations, "open_small", lambda *_, **__: session)
+    monkeypatch.setattr(synchronizations, "train", train)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", switch)
+    places = synchronizations.count_places(tmp_path, "any", FULL)
+    assert sum(places.values()) == 2 * synchronizations.COUNTED
+    assert mode == "default"
+
+
+def test_peak_memory_includes_what_cuda_takes_outside_of_pytorch(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20e9, 80e9))
+    for name, figure in {
+        "memory_reserved": 58e9,
+        "max_memory_reserved": 60e9,
+        "max_memory_allocated": 55e9,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda figure=figure: figure)
+    record = Record(tmp_path / "one.json", "one")
+    large.judge_peak(record, FULL, "peak", 62_000_000_000)
+    assert record.rows[0].figures["peak GB"] == 62
+    assert record.rows[0].outcome == "pass"
+
+
+def test_host_memory_that_was_given_back_is_seen():
+    with HostMemory() as memory:
+        held = bytearray(64 << 20)
+        time.sleep(0.05)
+        del held
+    assert 60 << 20 < memory.growth < 100 << 20
 
 
 @pytest.mark.parametrize(
