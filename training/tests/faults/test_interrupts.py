@@ -105,7 +105,8 @@ def test_second_signal_while_the_first_is_answered_changes_nothing(trainer: Trai
 
 SWALLOWS = """
 import os, signal, sys
-from lora_trainer import check, interrupts
+from lora_trainer.commands import check
+from lora_trainer.host import interrupts
 from lora_trainer.__main__ import main
 
 def preflight(_):
@@ -130,7 +131,7 @@ def test_signal_that_a_library_swallows_still_keeps_the_run_from_beginning(
     assert not (output / "events.jsonl").exists()
 
 
-ASKED = "import os, signal\nfrom lora_trainer import interrupts\n"
+ASKED = "import os, signal\nfrom lora_trainer.host import interrupts\n"
 STAGES = "interrupts.install()", "interrupts.unwind()", "interrupts.finish(69)"
 INTERRUPTED = "os.kill(os.getpid(), signal.SIGINT)"
 
@@ -150,7 +151,7 @@ def test_signal_after_the_end_leaves_the_exit_code(trainer: Trainer) -> None:
 def test_interrupt_that_a_destructor_swallows_leaves_no_traceback(trainer: Trainer) -> None:
     code = (
         "import os, signal, time\n"
-        "from lora_trainer import interrupts\n"
+        "from lora_trainer.host import interrupts\n"
         "interrupts.install()\n"
         "interrupts.unwind()\n"
         "class Closing:\n"

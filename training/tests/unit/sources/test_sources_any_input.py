@@ -105,7 +105,7 @@ CHECK = """
 import sys
 from pathlib import Path
 import lora_trainer.config.schema, lora_trainer.errors, lora_trainer.run.events
-from lora_trainer.config import resolve
+from lora_trainer.config.settings import resolve
 try:
     resolve(Path(sys.argv[1]), {}, [])
 except lora_trainer.errors.ConfigError as error:
