@@ -10,10 +10,11 @@ from test_equivalence import make_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, MistralConfig
 
-from lora_trainer.config.schema import LoraSection
+from lora_trainer.config.schema import LoraSection, ModelSection
 from lora_trainer.machine import Gpu, Machine
 from lora_trainer.model import attention, flash, transfer, varlen
 from lora_trainer.model.adapter import add_adapter, trainable_parameters
+from lora_trainer.model.backend import resolve
 from lora_trainer.model.compat import MAJOR, enable_checkpointing
 from lora_trainer.model.forward import CausalLM
 from lora_trainer.model.probe import verify
@@ -300,3 +301,11 @@ def test_what_goes_to_a_gpu_is_pinned_so_that_the_host_goes_on():
 
     transfer.send(Host(), "cuda:1")
     assert done == ["pinned", ("cuda:1", {"non_blocking": True})]
+
+
+def test_where_the_kernel_failed_the_plan_names_what_is_left(monkeypatch):
+    monkeypatch.setattr(flash, "pytorch_kernel", lambda *_: "sdpa (flash)")
+    backend = resolve(ModelSection(), machine((9, 0)), llama(64))
+    assert backend.packed == f"packed {KERNEL.name}"
+    left = backend.without_kernel()
+    assert (left.packed, left.kernel) == ("packed sdpa (flash)", None)
