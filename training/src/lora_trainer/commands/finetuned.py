@@ -176,6 +176,7 @@ class LoadedModel:
     """A model ready to be asked: `causal` for figures and answers, `source` to speak of it."""
 
     causal: Any
+    backend: Any
     tokenizer: Any
     source: Any
     trained: FinetunedModel
@@ -229,7 +230,7 @@ def open_model(trained: FinetunedModel, *, is_exact: bool = False) -> LoadedMode
         precision=backend.precision,
     )
     prompt_format = read_format(trained.adapter, tokenizer)
-    return LoadedModel(causal, tokenizer, source, trained, prompt_format)
+    return LoadedModel(causal, backend, tokenizer, source, trained, prompt_format)
 
 
 def locate_base(trained: FinetunedModel) -> Any:

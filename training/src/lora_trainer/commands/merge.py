@@ -145,10 +145,12 @@ def _merge(trained: FinetunedModel, stored: Stored, target: Path) -> float:
     import torch
 
     from ..model import load
+    from ..model.forward import CausalLM
 
     opened = open_model(trained, is_exact=True)
+    backend = opened.backend
     asked = _tokens(opened.causal.inner)
-    expected = _logits(opened.causal.model, asked)
+    expected = _logits(opened.causal, asked)
     model = _merged(opened.causal.model)
     with atomic_directory(target) as folder:
         typer.echo("writing ...", err=True)
@@ -166,13 +168,18 @@ def _merge(trained: FinetunedModel, stored: Stored, target: Path) -> float:
         read_back = load.load_model(
             load.ModelSource(str(folder), target.name),
             section,
-            dtype=torch.float32,
-            device="cpu",
-            attention=_attention(opened.source, trained),
+            dtype=backend.dtype,
+            device=backend.place,
+            attention=backend.attention,
         )
-        difference = float(
-            (_logits(read_back, asked) - expected).abs().max() / expected.abs().max()
+        merged = CausalLM(
+            read_back,
+            device=backend.place,
+            padding_free=False,
+            chunk=opened.trained.config.training.loss_chunk_tokens,
+            precision=backend.precision,
         )
+        difference = float((_logits(merged, asked) - expected).abs().max() / expected.abs().max())
         if not difference <= TOLERANCES[stored.dtype]:
             raise InternalError.of(
                 "the merged model does not answer as base model and adapter do",
@@ -182,13 +189,6 @@ def _merge(trained: FinetunedModel, stored: Stored, target: Path) -> float:
                 remedy="serve the adapter beside its base model, and report this model's type",
             )
     return difference
-
-
-def _attention(source: Any, trained: FinetunedModel) -> str:
-    from ..model import load
-    from ..model.backend import native_attention
-
-    return native_attention(load.load_config(source, trained.config.model))
 
 
 def _merged(model: Any) -> Any:
@@ -232,12 +232,12 @@ def _tokens(model: Any) -> Any:
     return torch.randint(0, sizes.vocabulary(model.config), shape, generator=generator)
 
 
-def _logits(model: Any, asked: Any) -> Any:
+def _logits(causal: Any, asked: Any) -> Any:
     import torch
 
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=asked, use_cache=False).logits.float()
+    causal.model.eval()
+    with torch.no_grad(), causal.autocast():
+        return causal.model(input_ids=asked, use_cache=False).logits.float()
 
 
 def _write_card(path: Path, trained: FinetunedModel, source: Any) -> None:

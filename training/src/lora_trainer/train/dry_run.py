@@ -98,7 +98,7 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
     is_packed = config.training.padding_free is not False
     return make_plan(
         config,
-        machine,
+        backend.machine,
         sized,
         profile_of(splits, rows_to_train(rows_of_epoch_in(splits, weights, config.training.seed))),
         precision=backend.precision,

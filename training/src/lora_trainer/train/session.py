@@ -124,7 +124,7 @@ def _open_model(
     profile = profile_of(splits, rows_to_train(rows_of_epoch))
     plan = make_plan(
         config,
-        machine,
+        backend.machine,
         base_shape,
         profile,
         precision=backend.precision,
