@@ -32,6 +32,7 @@ from ..report import model_card
 from ..run.events import Event, Warned
 from ..run.folder import FINAL
 from ..run.memory_limits import MemoryLimits, write_limits
+from ..run.protocol import WorkerSpec
 from . import export
 from .card_facts import card_facts
 from .checkpoint import Snapshot, TrainState, misfit, restore_generators, restore_optimizer
@@ -199,7 +200,7 @@ class TrainingSetup:
         data = self.splits.eval if is_held_out and self.splits.eval else self.splits.train
         return name_rows(self.config, data, [int(index[one]) for one in indices])
 
-    def export(self, order: Any, state: TrainState) -> Path:
+    def export(self, order: WorkerSpec, state: TrainState) -> Path:
         """Write final_model/."""
         if self.source.hub_id:
             # The folder that it was loaded from is this machine's affair.
@@ -213,7 +214,7 @@ class TrainingSetup:
             verified(self.initial.folder, self.store.initial) if self.initial else None,
         )
 
-    def write_card(self, order: Any, state: TrainState) -> None:
+    def write_card(self, order: WorkerSpec, state: TrainState) -> None:
         """Write the model card again, with the figures that came after the export."""
         model_card.write_model_card(
             self.output_dir / FINAL / export.CARD,

@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import ConfigError
 from ..faults import explain
@@ -40,6 +40,10 @@ from ..run.events import (
 from ..run.folder import DONE, EVENTS
 from ..run.protocol import EVENTS_FD, PEER_LOST, STACKS_SIGNAL, WorkerSpec
 from ..run.unrecorded import Unrecorded, recall
+
+if TYPE_CHECKING:
+    from .checkpoint import Snapshot, TrainState
+    from .setup import TrainingSetup
 
 
 class StopRequested(BaseException):
@@ -171,7 +175,7 @@ def run(order: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag) -> int
         _write_facts(order, session)
     state = session.restore(snapshot, emit)
     stop.step = state.step
-    if state.step:
+    if snapshot is not None and state.step:
         _recall(order, session, snapshot, emit)
         path = session.store.path_of(state.step).name
         emit(Resumed(step=state.step, path=f"checkpoints/{path}", skipped=skipped))
@@ -207,7 +211,7 @@ def run(order: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag) -> int
     return 0
 
 
-def _newest(order: WorkerSpec, session: Any) -> Any:
+def _newest(order: WorkerSpec, session: TrainingSetup) -> tuple[Snapshot | None, list[str]]:
     from .checkpoint_store import OtherRunError
     from .identity import other_run
 
@@ -229,13 +233,13 @@ def _newest(order: WorkerSpec, session: Any) -> Any:
 
 def _train(
     order: WorkerSpec,
-    session: Any,
+    session: TrainingSetup,
     emit: Callable[[Event], None],
     stop: StopFlag,
     must_stop: Callable[[], bool],
-    state: Any,
+    state: TrainState,
     unrecorded: Unrecorded,
-) -> Any:
+) -> TrainState:
     from .loop import train
     from .trackers import open_trackers
 
@@ -275,7 +279,12 @@ def figures_of(event: Event) -> dict[str, float]:
     return {name: float(getattr(event, name)) for name in wanted.get(event.kind, ())}
 
 
-def _recall(order: WorkerSpec, session: Any, snapshot: Any, emit: Callable[[Event], None]) -> None:
+def _recall(
+    order: WorkerSpec,
+    session: TrainingSetup,
+    snapshot: Snapshot,
+    emit: Callable[[Event], None],
+) -> None:
     """Take the figures of earlier attempts, as far as they stand, for the model card.
 
     Those that the recording lacks are repeated for it.
@@ -293,7 +302,7 @@ def _recall(order: WorkerSpec, session: Any, snapshot: Any, emit: Callable[[Even
 
 def _answer(
     order: WorkerSpec,
-    session: Any,
+    session: TrainingSetup,
     emit: Callable[[Event], None],
     must_stop: Callable[[], bool],
     *,
@@ -342,7 +351,7 @@ def _answer(
         )
 
 
-def _write_facts(order: WorkerSpec, session: Any) -> None:
+def _write_facts(order: WorkerSpec, session: TrainingSetup) -> None:
     """Write plan.json, data.json and environment.json."""
     contents = {
         "plan.json": session.plan.to_dict(),
