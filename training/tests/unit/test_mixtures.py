@@ -7,12 +7,13 @@ import torch
 from families import MIXTURES, tiny_model
 from peft import PeftModel
 from test_equivalence import make_rows, ours, plain
+from test_reach import mixture
 
 from lora_trainer.config.schema import LoraSection, ModelSection
 from lora_trainer.errors import ConfigError
 from lora_trainer.model import quantize, reach
 from lora_trainer.model.adapter import adapter_state, add_adapter, trainable_parameters
-from lora_trainer.model.compat import MAJOR
+from lora_trainer.model.compat import MAJOR, enable_checkpointing
 from lora_trainer.model.forward import CausalLM, MicroBatch
 from lora_trainer.model.probe import verify
 from lora_trainer.train.export import save_adapter
@@ -234,10 +235,44 @@ def test_experts_that_would_stay_in_16_bits_are_refused_with_their_bytes(key):
     assert "LORA_STACK=cu121" in block
 
 
+def test_experts_that_are_fused_in_every_version_are_refused_without_another_stack():
+    with pytest.raises(ConfigError) as caught:
+        quantize.refuse_fused_experts(ModelSection(use_4bit=True), mixture("Jetmoe"))
+    assert "input_linear.weight" in caught.value.block()
+    assert "LORA_STACK" not in caught.value.block()
+
+
 @fused
 def test_adapters_of_experts_are_float32_on_a_base_in_16_bits():
     model = add_adapter(tiny_model("mixtral").to(torch.bfloat16), section(), seed=1)
     assert {p.dtype for p in trainable_parameters(model).values()} == {torch.float32}
+
+
+def test_mixtures_in_bfloat16_are_trained_scored_and_generate():
+    model = shaken(add_adapter(tiny_model("mixtral").to(torch.bfloat16), section(), seed=1))
+    causal = CausalLM(model, device="cpu", padding_free=True, chunk=16, precision="bfloat16")
+    batch = MicroBatch(*zip(*make_rows(4), strict=True))
+    loss = causal.loss(batch)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in trainable_parameters(model).values())
+    assert float(loss.detach()) == pytest.approx(causal.score(batch)[0], rel=1e-3)
+    with causal.generating() as generator, torch.no_grad():
+        ids = torch.arange(5, 9)[None]
+        assert generator.generate(input_ids=ids, max_new_tokens=4).shape[1] > 4
+
+
+def test_recomputing_activations_of_adapted_experts_changes_no_gradient():
+    results = []
+    for has_checkpointing in (False, True):
+        base = tiny_model("mixtral")
+        model = shaken(add_adapter(base, section(), seed=1)).train()
+        if has_checkpointing:
+            enable_checkpointing(base)
+        causal = CausalLM(model, device="cpu", padding_free=True, chunk=16, precision="float32")
+        causal.loss(MicroBatch(*zip(*make_rows(4), strict=True))).backward()
+        results.append({name: p.grad for name, p in trainable_parameters(model).items()})
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(results[1][name], gradient, rtol=1e-6, atol=1e-6)
 
 
 def test_a_model_with_adapted_experts_computes_as_its_base_to_find_rows_that_overflow():
