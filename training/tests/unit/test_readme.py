@@ -28,3 +28,15 @@ def test_every_exit_code_is_explained():
     text = (ROOT / "training" / "README.md").read_text()
     for code in MEANINGS:
         assert f"| {code} |" in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_test_that_a_page_names_exists(page):
+    tests = {path.name: path.read_text() for path in (ROOT / "training/tests").rglob("test_*.py")}
+    file = ""
+    for named, function in re.findall(r"(test_\w+\.py)?(?:::(test_\w+))?", page.read_text()):
+        file = named or file
+        if named:
+            assert named in tests, named
+        if function:
+            assert f"def {function}(" in tests[file], f"{file}::{function}"
