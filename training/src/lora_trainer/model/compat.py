@@ -25,6 +25,18 @@ def dtype_argument(dtype: Any) -> dict[str, Any]:
     return {"dtype" if MAJOR >= 5 else "torch_dtype": dtype}
 
 
+def placement(device: str, *, has_own_code: bool) -> dict[str, Any]:
+    """Return `from_pretrained`'s arguments to bring each weight straight to the device.
+
+    Without them, the whole model is converted in the host's memory first. transformers 4 then
+    builds the model on the meta device, as 5 always does, and not every class from a model's
+    own repository can be built there.
+    """
+    if has_own_code and MAJOR < 5:
+        return {}
+    return {"low_cpu_mem_usage": True} if device == "cpu" else {"device_map": {"": device}}
+
+
 def enable_checkpointing(model: Any, *, lets_go: bool = False) -> None:
     """Recompute activations in the backward pass: the method was renamed in transformers 5.
 

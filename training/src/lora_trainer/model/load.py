@@ -230,22 +230,24 @@ def load_generation_config(source: ModelSource, section: ModelSection) -> Any:
 def load_model(
     source: ModelSource, section: ModelSection, *, dtype: Any, device: str, attention: str
 ) -> Any:
-    """Load the base model, frozen, onto the device.
+    """Load the base model, frozen, onto the device: one weight after the other, read from the file.
+
+    `device` names its number where there are several, because transformers loads in threads,
+    and each thread of PyTorch starts at device 0.
 
     Raises:
         UnavailableError, AccessError: it cannot be had.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
-    from .compat import dtype_argument
+    from .compat import dtype_argument, placement
 
+    base_config = load_config(source, section)
     arguments = _hub_arguments(source, section) | dtype_argument(dtype)
-    is_stored = quantize.is_packed(load_config(source, section))
+    arguments |= placement(device, has_own_code=_has_own_code(base_config, section))
+    is_stored = quantize.is_packed(base_config)
     is_quantized = is_stored or quantize.is_quantized(section)
     if is_quantized:
-        if device == "cuda":  # by its number: threads that load begin at the first one
-            device = f"cuda:{torch.cuda.current_device()}"
         arguments["device_map"] = {"": device}
         if not is_stored:
             arguments["quantization_config"] = quantize.quantization(section, dtype)
@@ -260,6 +262,13 @@ def load_model(
     quantize.refuse_fused_experts(section, model)
     quantize.prepare(model)
     return model
+
+
+def _has_own_code(base_config: Any, section: ModelSection) -> bool:
+    """Tell a model whose class comes from its own repository."""
+    return section.trust_remote_code and "AutoModelForCausalLM" in (
+        getattr(base_config, "auto_map", None) or {}
+    )
 
 
 def weights_folder(source: ModelSource, section: ModelSection) -> Path:
