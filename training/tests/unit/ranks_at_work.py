@@ -64,6 +64,8 @@ def make_parts(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) 
     if has_checkpointing:
         enable_checkpointing(base, lets_go=parallelism == "deepspeed")
     causal = CausalLM(model, device="cpu", padding_free=True, chunk=7, precision=dtype)
+    if (parallelism, dtype) == ("deepspeed", "float16"):
+        allow_float16_on_a_cpu()
     if parallelism in ("fsdp", "deepspeed"):
         training = config.training
         causal.shard(choose_sharing(parallelism, training, "cpu", ranks, is_packed=is_gathered))
@@ -96,6 +98,13 @@ def make_parts(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) 
         ranks=ranks,
     )
     return parts, events
+
+
+def allow_float16_on_a_cpu() -> None:
+    """Let DeepSpeed do on this CPU, slowly, what it does on a GPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
 
 
 def quantized_model(family: str, bits: int, folder: Path, ranks: Ranks) -> Any:

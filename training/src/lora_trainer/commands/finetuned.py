@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from ..checkpoint_folder import has_any
-from ..config.schema import EMBEDDED_MODEL, Config, leaf_sections
+from ..config.schema import EMBEDDED_MODEL, Config, ModelSection, leaf_sections
 from ..data.prompt_format import PromptFormat, read_format
 from ..errors import ConfigError, Problem, TrainerError, UnavailableError
 from ..host.disk import CHECKSUMS, is_changed
@@ -200,9 +200,10 @@ def open_model(trained: FinetunedModel, *, is_exact: bool = False) -> LoadedMode
         UnavailableError, AccessError, ConfigError: the base cannot be had, or does not fit.
     """
     from ..machine import read_machine
-    from ..model import load, quantize
+    from ..model import load, probe, quantize
     from ..model.backend import EXACT, resolve, usable_machine, without_gpus
-    from ..model.forward import CausalLM
+    from ..model.precision import without_float16
+    from ..run.memory_limits import release
 
     machine = without_gpus(read_machine()) if is_exact else usable_machine(read_machine())
     config, whole = quantize.as_possible(trained.config, has_gpu=machine.has_gpu)
@@ -211,8 +212,23 @@ def open_model(trained: FinetunedModel, *, is_exact: bool = False) -> LoadedMode
         typer.echo(f"warning: {whole}", err=True)
     source = locate_base(trained)
     tokenizer = load.load_tokenizer(tokenizer_source(trained, source), section)
-    choice = EXACT if is_exact else section
-    backend = resolve(choice, machine, load.load_config(source, section))
+    base_config = load.load_config(source, section)
+    backend = resolve(EXACT if is_exact else section, machine, base_config)
+    causal = _on(backend, trained, source, section)
+    if probe.overflows_float16(causal):
+        del causal
+        release()
+        backend = resolve(without_float16(section), machine, base_config)
+        causal = _on(backend, trained, source, section)
+    prompt_format = read_format(trained.adapter, tokenizer)
+    return LoadedModel(causal, backend, tokenizer, source, trained, prompt_format)
+
+
+def _on(backend: Any, trained: FinetunedModel, source: Any, section: ModelSection) -> Any:
+    """Load base model and adapter to compute as `backend` says."""
+    from ..model import load
+    from ..model.forward import CausalLM
+
     model = load.load_model(
         source,
         section,
@@ -222,15 +238,13 @@ def open_model(trained: FinetunedModel, *, is_exact: bool = False) -> LoadedMode
     )
     if trained.adapter is not None:
         model = _with_adapter(model, trained)
-    causal = CausalLM(
+    return CausalLM(
         model.eval(),
         device=backend.place,
         padding_free=False,
         chunk=trained.config.training.loss_chunk_tokens,
         precision=backend.precision,
     )
-    prompt_format = read_format(trained.adapter, tokenizer)
-    return LoadedModel(causal, backend, tokenizer, source, trained, prompt_format)
 
 
 def locate_base(trained: FinetunedModel) -> Any:

@@ -61,6 +61,11 @@ def _on_cpu(section: ModelSection) -> tuple[Precision, str]:
     return "float32", f"{key} was asked for, float32 is used: {why}"
 
 
+def without_float16(section: ModelSection) -> ModelSection:
+    """Return the keys of a base model that overflows float16: it computes in float32."""
+    return section.model_copy(update={"fp16": False, "bf16": False})
+
+
 def dtype_of(precision: Precision) -> torch.dtype:
     """Return torch's type of the same name."""
     import torch

@@ -44,6 +44,10 @@ TEXT_ALONE = "its own forward pass fails on text alone"
 OTHER_RANK = "fail in another process"
 
 
+class Float16OverflowError(Exception):
+    """The base model's own loss is not finite in float16, which ends at 65,504."""
+
+
 @dataclass(frozen=True, slots=True)
 class Difference:
     """Mean token loss of our path less the model's own, on the same tokens."""
@@ -65,6 +69,7 @@ def verify(causal: CausalLM, is_any: Callable[[bool], bool] = bool) -> str:
 
     Raises:
         ConfigError: no way computes what the model itself does, or it cannot be trained.
+        Float16OverflowError: its own forward pass overflows in float16.
     """
     was_training = causal.model.training
     causal.model.eval()
@@ -83,6 +88,8 @@ def _verify(causal: CausalLM, is_any: Callable[[bool], bool]) -> str:
         own, fault = _attempted(lambda: _own_loss(causal, batch))
     if is_any(bool(fault)):
         raise refusal(causal.inner.config, f"{TEXT_ALONE}: {fault or OTHER_RANK}")
+    if is_any(causal.precision == "float16" and not np.isfinite(own)):
+        raise Float16OverflowError
     ahead, fault = _attempted(lambda: _looks_ahead(causal, batch))
     if is_any(bool(fault) or not Difference(ahead, SAME[causal.precision]).is_small):
         raise refusal(causal.inner.config, LOOKS_AHEAD)
@@ -117,6 +124,13 @@ def _verify(causal: CausalLM, is_any: Callable[[bool], bool]) -> str:
     if is_any(bool(fault)):
         raise refusal(causal.inner.config, f"one example at a time, {fault or OTHER_RANK}")
     return f"examples are computed one at a time: {why}"
+
+
+def overflows_float16(causal: CausalLM) -> bool:
+    """Tell a model that computes in float16 and whose own loss is not finite there."""
+    return causal.precision == "float16" and not np.isfinite(
+        _own_loss(causal, _sample(causal.inner))
+    )
 
 
 def check_unloaded(model: Any) -> None:

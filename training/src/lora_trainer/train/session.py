@@ -18,6 +18,7 @@ from ..config.schema import Config
 from ..config.start_adapter import find_adapter
 from ..data.batches import Sampler
 from ..data.prepare import DataSplits
+from ..errors import ConfigError
 from ..machine import Machine, read_machine
 from ..model import determinism, flash, load, loftq, probe, quantize, reach, zero
 from ..model.adapter import (
@@ -29,11 +30,12 @@ from ..model.adapter import (
 from ..model.backend import Backend, resolve, usable_machine
 from ..model.compat import enable_checkpointing
 from ..model.forward import CausalLM
+from ..model.precision import without_float16
 from ..model.ranks import ALONE, Ranks
 from ..model.shard import choose_sharing
 from ..plan import ModelShape, Parallelism, make_plan
 from ..run.events import Event, PhaseChanged, Warned
-from ..run.memory_limits import read_limits
+from ..run.memory_limits import read_limits, release
 from .checkpoint_store import CheckpointStore
 from .datasets import (
     data_digest,
@@ -52,6 +54,10 @@ from .initial import FOLDER, Initial, weights_digest
 from .optim import make_optimizer
 from .setup import TrainingSetup
 from .smaller_plans import with_smaller_plans
+
+OVERFLOWED = (
+    "float32 is used: the base model's own loss is not finite in float16, which ends at 65,504"
+)
 
 
 def open_session(
@@ -83,17 +89,39 @@ def open_session(
     emit(PhaseChanged(phase="loading", detail=source.name))
     for warning in data_warnings(config, splits):
         emit(Warned(message=warning))
-    session = _open_model(
-        config, machine, source, base_config, tokenizer, splits, output_dir, ranks, config_digest
-    )
-    if whole:
-        session.plan = replace(session.plan, reasons=(whole, *session.plan.reasons))
+    opening = (machine, source, base_config, tokenizer, splits, output_dir, ranks, config_digest)
+    overflowed = ""
+    try:
+        session = _open_model(config, *opening)
+    except probe.Float16OverflowError:
+        overflowed = OVERFLOWED
+    if overflowed:  # only here are the first one's weights gone
+        release()
+        session = _open_model(_in_float32(config), *opening)
+    reasons = (*filter(None, (whole, overflowed)), *session.plan.reasons)
+    session.plan = replace(session.plan, reasons=reasons)
     ends = end_warning(
         session.prompt_format, session.tokenizer, session.causal.inner.generation_config
     )
     for reason in (*session.plan.reasons, *ends):
         emit(Warned(message=reason))
     return session
+
+
+def _in_float32(config: Config) -> Config:
+    """Return the config of a run whose base model overflows float16.
+
+    Raises:
+        ConfigError: float16 is insisted on.
+    """
+    if config.model.fp16 is True:
+        raise ConfigError.of(
+            "the base model overflows float16",
+            where="fp16",
+            why="its own loss on a few tokens is not finite in float16, which ends at 65,504",
+            remedy="--fp16 false",
+        )
+    return config.model_copy(update={"model": without_float16(config.model)})
 
 
 def _open_model(
