@@ -72,6 +72,14 @@ def plain(trainer):
 
 
 @needs(1)
+def test_float16_trains_with_a_loss_scale(trainer, plain):
+    plan, told, last = run(trainer, "float16", bf16="auto", fp16=True)
+    assert plan["precision"] == "float16"
+    assert told == pytest.approx(plain[1], rel=5e-2)
+    assert last["loss_scale"] >= 1
+
+
+@needs(1)
 def test_the_plan_foresees_the_peak_memory(plain, page):
     plan, _, last = plain
     used, foreseen = last["gpu_memory_bytes"], plan["estimated_memory_bytes"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,13 @@ from run_events import PLAN, RUN, START, stepped
 
 from lora_trainer.run.events import RanksMeasured
 from lora_trainer.serve.prometheus import JSON_TYPE, OPENMETRICS_TYPE, TEXT_TYPE, expose, negotiate
+from lora_trainer.serve.responses import metrics_view
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 PARSERS = {TEXT_TYPE: parse_text, OPENMETRICS_TYPE: parse_openmetrics}
 UNITS = (
     "seconds", "bytes", "ratio", "celsius", "watts", "info", "total", "steps", "step", "loss",
-    "epoch", "rate", "norm", "perplexity", "phase", "code", "per_second",
+    "epoch", "rate", "norm", "scale", "perplexity", "phase", "code", "per_second",
 )  # fmt: skip
 FLAGS = {"lora_trainer_healthy", "lora_trainer_training", "lora_trainer_running"}
 
@@ -60,6 +62,16 @@ def test_names_follow_the_conventions():
     for name, _ in samples(full_run()):
         assert re.fullmatch(r"lora_trainer_[a-z0-9_]+", name)
         assert name in FLAGS or name.removeprefix("lora_trainer_").endswith(UNITS), name
+
+
+def test_loss_scale_is_exposed_where_there_is_one():
+    live = live_run(*RUN, replace(stepped(41), loss_scale=1024.0, skipped_steps=3))
+    assert named(live, "lora_trainer_loss_scale") == 1024.0
+    assert named(live, "lora_trainer_skipped_steps_total") == 3
+    figures = metrics_view(live, gauges_of())
+    assert (figures["loss_scale"], figures["skipped_steps"]) == (1024.0, 3)
+    assert "lora_trainer_loss_scale" not in {name for name, _ in samples(live_run(*RUN))}
+    assert metrics_view(live_run(*RUN), gauges_of())["loss_scale"] is None
 
 
 def test_what_is_not_known_has_no_sample():

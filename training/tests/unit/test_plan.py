@@ -165,6 +165,17 @@ def test_offloading_is_for_one_process_too():
     assert why.startswith("deepspeed is not used")
 
 
+def test_float16_takes_the_memory_of_bfloat16():
+    data = DataProfile(101, 5000, 1000, 50)
+    needed = [
+        make_plan(
+            Config(), MACHINE, SHAPE, data, precision=one, attention="sdpa", padding_free=True
+        ).estimated_memory_bytes
+        for one in ("float16", "bfloat16", "float32")
+    ]
+    assert needed[0] == needed[1] < needed[2]
+
+
 def shared(processes, parallelism="ddp", **training):
     return make_plan(
         Config.model_validate({"training": training}),
