@@ -309,3 +309,21 @@ def test_where_the_kernel_failed_the_plan_names_what_is_left(monkeypatch):
     assert backend.packed == f"packed {KERNEL.name}"
     left = backend.without_kernel()
     assert (left.packed, left.kernel) == ("packed sdpa (flash)", None)
+
+
+@pytest.mark.parametrize(
+    ("module", "capability", "section", "is_in_plan"),
+    [
+        (varlen.PYTORCH_1, (8, 0), ModelSection(), True),
+        (varlen.PYTORCH_1, (8, 0), ModelSection(use_flash_attention=False), True),
+        (varlen.PYTORCH_1, (8, 0), ModelSection(bf16=False, fp16=False), False),
+        (varlen.PYTORCH, (8, 0), ModelSection(), False),
+    ],
+)
+def test_the_plan_warns_of_flash_attention_that_has_no_deterministic_form(
+    module, capability, section, is_in_plan, monkeypatch
+):
+    monkeypatch.setattr(varlen, "of_pytorch", lambda: module)
+    monkeypatch.setattr(flash, "pytorch_kernel", lambda *_: "sdpa (flash)")
+    backend = resolve(section, machine(capability), llama(64))
+    assert ("may differ in its last digits" in " ".join(backend.reasons)) is is_in_plan

@@ -110,6 +110,7 @@ def resolve(
     precision = PRECISIONS[ranks.least(PRECISIONS.index(precision))]
     asked = section.use_flash_attention
     choice = flash.choose(asked, machine, precision, model=base_config)
+    varying = flash.varying(choice, machine, precision)
     own = "eager"
     if not flash.caps_scores(base_config):
         own = flash.pytorch_kernel(machine.device, dtype_of(precision), base_config)
@@ -121,7 +122,7 @@ def resolve(
         own=own,
         choice=choice,
         index=ranks.rank if machine.has_gpu else 0,
-        reasons=tuple(filter(None, (why, flash.reason(asked, choice)))),
+        reasons=tuple(filter(None, (why, flash.reason(asked, choice), varying))),
     )
 
 

@@ -211,6 +211,27 @@ def reason(asked: Asked, choice: Choice) -> str:
     return f"use_flash_attention: PyTorch's own attention runs an example at a time: {choice.why}"
 
 
+def varying(choice: Choice, machine: Machine, precision: str) -> str:
+    """Return the plan's warning of gradients whose last digits vary, which PyTorch 2.1 hides.
+
+    Its flash attention splits the backward pass as it sees fit and adds the pieces up in any
+    order, in deterministic mode too (num_splits is 0, a constant, in _flash_attention_backward).
+    """
+    from . import varlen
+
+    is_flash = any(gpu.capability >= (7, 5) for gpu in machine.gpus) and precision != "float32"
+    if (
+        not is_flash
+        or choice.kernel in (FLASH_2, FLASH_3)
+        or varlen.of_pytorch() != PYTORCH_1.module
+    ):
+        return ""
+    return (
+        "a resumed run may differ in its last digits: flash attention in PyTorch 2.1 has no "
+        "deterministic form"
+    )
+
+
 class VariableLength:
     """A kernel for variable lengths, as `PackedAttention` calls it.
 
