@@ -74,11 +74,10 @@ def run(record: Record, scale: Scale) -> None:
         sizes = [file.stat().st_size for file in path.glob("*.safetensors")]
         section = ModelSection(model_name_or_path=str(path))
         source = load.locate(section)
+        device = "cuda:0" if scale.has_gpu else "cpu"
 
         def load_model() -> Any:
-            model = load.load_model(
-                source, section, dtype=dtype, device=scale.device, attention="sdpa"
-            )
+            model = load.load_model(source, section, dtype=dtype, device=device, attention="sdpa")
             wait(scale)
             return model
 
