@@ -136,6 +136,9 @@ def test_evaluation_and_chat_open_the_adapter_that_was_trained(runs: Runs) -> No
     opened = open_model(find(str(run)), is_exact=True)
     expected = logits_of(with_adapter(runs, run / "final_model"))
     torch.testing.assert_close(logits_of(opened.causal.model), expected, rtol=1e-4, atol=1e-4)
+    with opened.causal.model.disable_adapter():
+        base = logits_of(opened.causal.model)
+    torch.testing.assert_close(base, logits_of(of_disk(runs.model)), rtol=1e-4, atol=1e-4)
 
 
 def test_export_of_a_checkpoint_gives_the_experts_that_it_holds(runs: Runs, tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from transformers.pytorch_utils import Conv1D
+
 from ..config.schema import ALL_LINEAR, LoraSection
 from ..errors import ConfigError, TrainerError
 from . import compat, reach
@@ -76,7 +79,8 @@ def targeted(model: Any, targets: str | list[str]) -> dict[str, Any]:
     modules = {name: module for name, module in model.named_modules() if name}
     if targets == ALL_LINEAR:
         head = model.get_output_embeddings()
-        return {n: m for n, m in modules.items() if is_linear(m) and m is not head}
+        classes = (torch.nn.Linear, Conv1D)  # those of PEFT: others only look like linear layers
+        return {n: m for n, m in modules.items() if isinstance(m, classes) and m is not head}
     if isinstance(targets, str):
         return {n: m for n, m in modules.items() if re.fullmatch(targets, n)}
     return {n: m for n, m in modules.items() if not set(targets).isdisjoint(reach.suffixes(n))}
