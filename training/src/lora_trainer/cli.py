@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,14 +28,21 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-# What CUDA reads when it starts.
+ALLOCATOR, GENERIC_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+# What CUDA and PyTorch read when they start.
 CUDA_ENVIRONMENT = {
     # CUDA would put the fastest GPU first; NVML, by which the plan is made, goes by the bus.
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     # Without it cuBLAS may add up in another order each time, and every product warns of that.
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    # Rows of many lengths break memory into pieces that no longer fit.
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    # Rows of many lengths break memory into pieces that no longer fit. torch 2.1 knows this name
+    # alone, later versions read it before GENERIC_ALLOCATOR.
+    ALLOCATOR: "expandable_segments:True",
+    # Triton compiles with gcc and loads what it wrote, and the images have no compiler and no
+    # folder for writing from which code runs (docs/decisions/0020). From torch 2.11 on, rotary
+    # embeddings would be one of its kernels; some models' generation would call torch.compile.
+    "TORCH_DISABLE_NATIVE_JIT": "1",
+    "TORCH_COMPILE_DISABLE": "1",
 }
 INTERRUPTED = 130
 UNWRITTEN = 74
@@ -332,11 +339,19 @@ def keys() -> None:
     typer.echo(help_text())
 
 
+def set_defaults(environ: MutableMapping[str, str]) -> None:
+    """Set what libraries read where the user does not; the worker inherits it.
+
+    Progress bars that libraries draw by themselves spoil every log.
+    """
+    for name, value in (QUIET | CUDA_ENVIRONMENT).items():
+        if name != ALLOCATOR or GENERIC_ALLOCATOR not in environ:
+            environ.setdefault(name, value)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; print every fault as one last block; return the exit code."""
-    # Progress bars that libraries draw by themselves spoil every log; the worker inherits this.
-    for name, value in (QUIET | CUDA_ENVIRONMENT).items():
-        os.environ.setdefault(name, value)
+    set_defaults(os.environ)
     given = list(sys.argv[1:] if arguments is None else arguments)
     with streams.redacted(Redaction.of(os.environ, *given_secrets(given))) as out:
         code = _run(given)
