@@ -75,6 +75,12 @@ def train(causal: CausalLM, optimizer, batch: MicroBatch, steps: int) -> list[fl
     return losses
 
 
+def forget_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start as if it was never imported; the test's end restores what is there now."""
+    monkeypatch.setitem(sys.modules, quantize.PACKAGE, None)
+    del sys.modules[quantize.PACKAGE]
+
+
 @pytest.mark.parametrize(
     ("settings", "own_config", "is_hidden"),
     [
@@ -89,7 +95,7 @@ def train(causal: CausalLM, optimizer, batch: MicroBatch, steps: int) -> list[fl
 def test_package_that_nothing_needs_is_not_imported(
     tmp_path, monkeypatch, settings, own_config, is_hidden
 ):
-    monkeypatch.delitem(sys.modules, quantize.PACKAGE, raising=False)
+    forget_bitsandbytes(monkeypatch)
     if own_config is not None:
         (tmp_path / "config.json").write_text(json.dumps(own_config))
     training = TrainingSection(**{k: v for k, v in settings.items() if k == "optim"})
@@ -100,7 +106,6 @@ def test_package_that_nothing_needs_is_not_imported(
     quantize.skip_bitsandbytes_import(Config(model=section, training=training))
     assert (quantize.PACKAGE in sys.modules) == is_hidden
     assert not is_hidden or importlib.util.find_spec(quantize.PACKAGE) is None
-    monkeypatch.delitem(sys.modules, quantize.PACKAGE, raising=False)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +114,7 @@ def test_package_that_nothing_needs_is_not_imported(
 def test_config_of_a_fetched_model_says_whether_it_needs_the_package(
     tmp_path, monkeypatch, own_config, is_hidden
 ):
-    monkeypatch.delitem(sys.modules, quantize.PACKAGE, raising=False)
+    forget_bitsandbytes(monkeypatch)
     commit = tmp_path / "models--someone--model" / "snapshots" / ("a" * 40)
     commit.mkdir(parents=True)
     (commit / "config.json").write_text(json.dumps(own_config))
@@ -118,7 +123,6 @@ def test_config_of_a_fetched_model_says_whether_it_needs_the_package(
     section = ModelSection(model_name_or_path="someone/model", model_cache_dir=str(tmp_path))
     quantize.skip_bitsandbytes_import(Config(model=section))
     assert (quantize.PACKAGE in sys.modules) == is_hidden
-    monkeypatch.delitem(sys.modules, quantize.PACKAGE, raising=False)
 
 
 @needs_bitsandbytes
