@@ -16,6 +16,7 @@ from lora_trainer.errors import InternalError
 from lora_trainer.machine import Machine
 from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.forward import CausalLM
+from lora_trainer.model.ranks import ALONE, Ranks
 from lora_trainer.plan import DataProfile, ModelShape, make_plan
 from lora_trainer.run.events import CheckpointSaved, Evaluated, Progress, StepDone
 from lora_trainer.train import evaluate, loop
@@ -144,3 +145,35 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(tmp_pa
         loop.train(parts, TrainState())
     for name, parameter in parts.parameters.items():
         assert torch.equal(parameter, before[name])
+
+
+def test_time_of_a_rank_includes_its_kernels_and_not_the_wait_for_others(tmp_path, monkeypatch):
+    events, measured = [], []
+    clock = SimpleNamespace(seconds=0.0)
+
+    class Event:
+        """A GPU that needs 3 seconds for what was launched before the event."""
+
+        def record(self):
+            events.append("record")
+
+        def synchronize(self):
+            events.append("synchronize")
+            clock.seconds += 3.0
+
+    def sum_step(_ranks, _parameters, loss, own):
+        events.append("sum")
+        clock.seconds += 100.0  # another rank is slow
+        measured.append(own)
+        return float(loss), [own]
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
+    monkeypatch.setattr(loop, "sum_step", sum_step)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    parts, _ = make_parts(tmp_path)
+    fitting = loop.Fitting(parts.plan, parts.causal, ALONE, parts.emit, parts.keep_limits)
+    loop._gradients(replace(parts, ranks=Ranks(0, 2)), TrainState(), fitting, None)
+    assert events == ["record", "synchronize", "sum"]
+    assert measured[0].seconds == 3.0

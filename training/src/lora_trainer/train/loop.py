@@ -179,10 +179,8 @@ def _gradients(
         seed=parts.training.seed,
         step=state.step,
     )
-    if ranks.count > 1 and torch.cuda.is_initialized():
-        # A rank's time is that of its kernels, which have only been launched so far; the sum
-        # over ranks that follows waits for them anyway.
-        torch.cuda.synchronize()
+    if ranks.count > 1:
+        _wait_for_kernels()
     figures = RankFigures(
         rank=ranks.rank,
         seconds=time.monotonic() - start,
@@ -200,6 +198,18 @@ def _gradients(
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, bound))
     tokens = sum(batch.tokens for batch in batches)
     return _Gradients(loss / multiple, norm, tokens, targets, measured)
+
+
+def _wait_for_kernels() -> None:
+    """Wait until this rank's kernels, which are only launched so far, have run.
+
+    They are part of its time. The sum over ranks that follows waits for them anyway, and for
+    those of the other ranks; copies on other streams are not waited for.
+    """
+    if torch.cuda.is_initialized():
+        done = torch.cuda.Event()
+        done.record()
+        done.synchronize()
 
 
 def _is_logged(parts: TrainingContext, step: int) -> bool:
