@@ -112,6 +112,8 @@ def _open(scale: Scale, config: Config) -> Opened:
         kernel=backend.kernel,
     )
     reasons = [probe.verify(causal)]
+    if causal.packed is None or causal.packed.kernel is None:
+        backend = backend.without_kernel()
     if scale.has_gpu:
         reasons.append(determinism.require(lambda: probe.exercise(causal)))
     shape = shape_of(base, counted, trainable_parameters(model))

@@ -20,7 +20,7 @@ from .precision import settings_of, write_model
 from .record import Figures, Record
 from .scale import Scale
 
-STEPS, SAVE_STEPS, KILLED_AFTER = 20, 5, 8
+STEPS, SAVE_STEPS, KILLED_AFTER = 20, 5, 6
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 
 
@@ -82,10 +82,13 @@ def run(record: Record, scale: Scale) -> None:
         with record.attempt("kill -9 and resume"):
             step = killed.kill_worker()
             resumed_digest = killed.digest()
-        with record.attempt("20 steps"):
+        with record.attempt("20 steps twice"):
             digests = [one.digest() for name, one in runs.items() if name != "killed"]
             figures: Figures = {"adapter": digests[0][:16]} | _notes(first)
-            record.judge(f"20 steps, {len(digests)} times", figures, criteria.same_bytes(digests))
+            if len(digests) > 1:
+                record.judge("20 steps twice", figures, criteria.same_bytes(digests))
+            else:
+                record.measure("20 steps", figures)
             if not resumed_digest:
                 return
             steps = [event["step"] for event in killed.events("resumed")]
