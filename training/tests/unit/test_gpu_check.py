@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -19,6 +20,8 @@ import torch
 from lora_trainer.run.events import StepDone
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
+# Not for good: there, the tests' own folder `gpu` would be found as this script.
+PATH = list(sys.path)
 sys.path.insert(0, str(BENCH))
 
 from gpu_check import criteria, large, sections, synchronizations  # noqa: E402
@@ -28,7 +31,12 @@ from gpu_check.page import outcomes, page, read_results  # noqa: E402
 from gpu_check.record import Record  # noqa: E402
 from gpu_check.scale import FULL, QUICK  # noqa: E402
 
-import gpu  # noqa: E402
+spec = importlib.util.spec_from_file_location("gpu_command", BENCH / "gpu.py")
+assert spec is not None
+assert spec.loader is not None
+gpu = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gpu)
+sys.path[:] = PATH
 
 pytestmark = pytest.mark.any_stack
 ON_A_GPU_ALONE = {
