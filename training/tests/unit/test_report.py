@@ -229,6 +229,7 @@ def test_a_whole_run_fills_every_part_of_the_page(report):
             said.PhaseChanged(time=100.8, phase="training"),
             *steps,
             said.PhaseChanged(time=103.1, phase="evaluating", detail="step 3"),
+            replace(saved, time=103.0, step=2, path="checkpoints/step-000002"),
             replace(evaluated(3, 0.447), is_best=True),
             said.PhaseChanged(time=103.4, phase="saving", detail="step 3"),
             saved,
@@ -251,6 +252,7 @@ def test_a_whole_run_fills_every_part_of_the_page(report):
         "Exact match, 64 rows 0.0% 93.8% +93.8 points",
         "Base model not as expected The answer is 15.",
         'Trained as expected {"on": true}',
+        "2 59 MB 0.66 s checkpoints/step-000002",  # no longer the best
         "3 best 59 MB 0.66 s checkpoints/step-000003",
         "Tokens per second by step",
         "0:10 Finished at step 3",

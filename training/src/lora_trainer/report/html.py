@@ -92,11 +92,18 @@ def render_html(
         plan=_flat(plan),
         environment=_flat(environment),
         data=_flat(data),
-        checkpoints=[
-            (saved.step, saved.path, size(saved.bytes), f"{saved.seconds:.2f} s", saved.is_best)
-            for saved in history.checkpoints()
-        ],
+        checkpoints=_checkpoints(history),
     )
+
+
+def _checkpoints(history: History) -> list[tuple[int, str, str, str, bool]]:
+    """Return the rows of the table; the last that was the best when it was saved still is."""
+    every = history.checkpoints()
+    best = max((saved.step for saved in every if saved.is_best), default=None)
+    return [
+        (saved.step, saved.path, size(saved.bytes), f"{saved.seconds:.2f} s", saved.step == best)
+        for saved in every
+    ]
 
 
 def _tiles(

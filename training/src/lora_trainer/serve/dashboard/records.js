@@ -135,8 +135,11 @@ function timeline(shown) {
 }
 
 function checkpointTable(shown) {
-  const cells = [...shown].reverse().map(({ step, path, bytes: size, seconds, is_best: isBest }) =>
-    [count(step), bytes(size), duration(seconds), path.split("/").at(-1), isBest ? "best" : ""]);
+  // Each was the best when it was saved; the last of them still is.
+  const best = shown.filter(({ is_best: wasBest }) => wasBest).at(-1)?.step;
+  const cells = [...shown].reverse().map(({ step, path, bytes: size, seconds }) =>
+    [count(step), bytes(size), duration(seconds), path.split("/").at(-1),
+      step === best ? "best" : ""]);
   return [heads(["step", "size", "saved in", "folder", ""]), el("tbody", {}, ...rows(cells))];
 }
 
