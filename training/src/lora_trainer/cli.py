@@ -38,9 +38,9 @@ CUDA_ENVIRONMENT = {
     # Rows of many lengths break memory into pieces that no longer fit. torch 2.1 knows this name
     # alone, later versions read it before GENERIC_ALLOCATOR.
     ALLOCATOR: "expandable_segments:True",
-    # Triton compiles with gcc and loads what it wrote, and the images have no compiler and no
-    # folder for writing from which code runs (docs/decisions/0020). From torch 2.11 on, rotary
-    # embeddings would be one of its kernels; some models' generation would call torch.compile.
+    # Triton compiles with gcc and loads the result from its cache folder; the images have no
+    # compiler, and no code runs from their /tmp (docs/decisions/0020). In torch 2.13 the rotary
+    # embedding would be such a kernel, and some models' generation calls torch.compile.
     "TORCH_DISABLE_NATIVE_JIT": "1",
     "TORCH_COMPILE_DISABLE": "1",
 }

@@ -37,7 +37,7 @@ import torch
 calls = []
 compiled = torch.compile(torch.neg, backend=lambda graph, inputs: calls.append(1) or graph.forward)
 compiled(torch.ones(2))
-native = getattr(torch, "_native", None)  # from torch 2.11 on
+native = getattr(torch, "_native", None)  # torch 2.13 has it, 2.1 has not
 print(json.dumps({
     "worker": inherited,
     "compilations": len(calls),
