@@ -39,8 +39,8 @@ CUDA_ENVIRONMENT = {
     # alone, later versions read it before GENERIC_ALLOCATOR.
     ALLOCATOR: "expandable_segments:True",
     # Triton compiles with gcc and loads the result from its cache folder; the images have no
-    # compiler, and no code runs from their /tmp (docs/decisions/0020). In torch 2.13 the rotary
-    # embedding would be such a kernel, and some models' generation calls torch.compile.
+    # compiler, and no code runs from their /tmp (docs/decisions/0020). In torch 2.13 an outer
+    # product by bmm would be such a kernel, and some models' generation calls torch.compile.
     "TORCH_DISABLE_NATIVE_JIT": "1",
     "TORCH_COMPILE_DISABLE": "1",
 }
