@@ -1,4 +1,4 @@
-"""The schema: names, defaults, the digest, the JSON Schema, and the README's table of keys."""
+"""The schema: names, defaults, the digest, the JSON Schema, and the reference's table of keys."""
 
 import json
 import subprocess
@@ -196,7 +196,6 @@ def test_module_renews_a_readme(tmp_path):
     assert readme.read_text() == f"{BEGIN}\n{key_table()}{END}"
 
 
-@pytest.mark.skipif(not (TRAINING / "README.md").exists(), reason="there is no README.md yet")
-def test_readme_holds_the_current_table_of_keys():
-    text = (TRAINING / "README.md").read_text("utf-8")
-    assert replace_block(text) == text, "run: python -m lora_trainer.config README.md"
+def test_reference_holds_the_current_table_of_keys():
+    text = (TRAINING.parent / "docs" / "reference.md").read_text("utf-8")
+    assert replace_block(text) == text, "run: python -m lora_trainer.config docs/reference.md"

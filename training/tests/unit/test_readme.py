@@ -25,7 +25,7 @@ def test_every_link_within_the_project_leads_somewhere(page):
 
 
 def test_every_exit_code_is_explained():
-    text = (ROOT / "training" / "README.md").read_text()
+    text = (ROOT / "docs" / "reference.md").read_text()
     for code in MEANINGS:
         assert f"| {code} |" in text
 

@@ -1,4 +1,4 @@
-"""Renew the table of keys in a README: `python -m lora_trainer.config README.md`."""
+"""Renew the table of keys in a page: `python -m lora_trainer.config docs/reference.md`."""
 
 import sys
 from pathlib import Path
@@ -7,5 +7,5 @@ from .reference import replace_block
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        readme = Path(name)
-        readme.write_text(replace_block(readme.read_text("utf-8")), "utf-8")
+        page = Path(name)
+        page.write_text(replace_block(page.read_text("utf-8")), "utf-8")

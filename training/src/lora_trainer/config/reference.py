@@ -1,4 +1,4 @@
-"""The keys as text: a Markdown table for the README, and the help of the command line."""
+"""The keys as text: a Markdown table for docs/reference.md, and the help of the command line."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def help_text() -> str:
 
 
 def replace_block(text: str) -> str:
-    """Return a README's text with the table between its marks renewed.
+    """Return a page's text with the table between its marks renewed.
 
     Raises:
         ValueError: the marks are not there.
