@@ -25,7 +25,7 @@ from lora_trainer.plan import DataProfile, ModelShape, make_plan
 from lora_trainer.run.events import Event, StepDone
 from lora_trainer.train.checkpoint import TrainState
 from lora_trainer.train.checkpoint_store import CheckpointStore
-from lora_trainer.train.dry_run import shape_of
+from lora_trainer.train.dry_run import footprint_of, shape_of
 from lora_trainer.train.loop import TrainingContext, train
 from lora_trainer.train.optim import make_optimizer
 
@@ -125,6 +125,9 @@ def _train(record: Record, scale: Scale, label: str, opened: Opened, tokens: int
     config, causal = opened.config, opened.causal
     rows = RandomRows(tokens, scale.large.vocabulary)
     parameters = trainable_parameters(causal.model)
+    footprint = footprint_of(
+        config, opened.backend, llama_config(scale.large), is_packed=causal.packed is not None
+    )
     plan = make_plan(
         config,
         opened.backend.machine,
@@ -133,6 +136,7 @@ def _train(record: Record, scale: Scale, label: str, opened: Opened, tokens: int
         precision=opened.backend.precision,
         attention=opened.backend.packed,
         padding_free=True,
+        count=footprint,
     )
     if plan.gradient_checkpointing:
         enable_checkpointing(causal.inner)

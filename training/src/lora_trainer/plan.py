@@ -7,6 +7,7 @@ keeps it. Imports no torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -46,7 +47,6 @@ class ModelShape:
     model_type: str
     layers: int
     hidden_size: int
-    intermediate_size: int
     vocab_size: int
     parameters: int
     trainable_parameters: int
@@ -64,6 +64,22 @@ class DataProfile:
     trained_tokens: int
     longest: int
     eval_rows: int = 0
+    # The longest rows, in falling order, and the most supervised tokens of one; 0: all of them.
+    longest_rows: tuple[int, ...] = ()
+    most_trained: int = 0
+
+    def batch(self, examples: int) -> tuple[int, ...]:
+        """Return the lengths of the largest batch that so many rows can make."""
+        found = self.longest_rows[:examples]
+        return found + (found[-1] if found else self.longest,) * (examples - len(found))
+
+    def cut(self, length: int) -> DataProfile:
+        """Return the profile with no row longer than `length`."""
+        return replace(
+            self,
+            longest=min(length, self.longest),
+            longest_rows=tuple(min(length, row) for row in self.longest_rows),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +96,31 @@ class Share:
     eval_batch: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a process has in memory at a time: a micro-batch of training, or of an evaluation.
+
+    `lengths` are the examples', in tokens; of each at most `trained_tokens` are supervised.
+    `accumulates` gradients of earlier micro-batches. `bits` are those of a quantized weight.
+    """
+
+    lengths: tuple[int, ...]
+    trained_tokens: int
+    gradient_checkpointing: bool = False
+    is_trained: bool = True
+    accumulates: bool = True
+    bits: int = 16
+
+
 ALL = Share()
 AS_CONFIGURED = MemoryLimits()
+# Returns the most bytes that live at once in some work, weights and optimizer states left out.
+Count = Callable[[Work], int]
+
+
+def uncounted(_work: Work) -> int:
+    """Count nothing, for a plan whose memory is of no interest."""
+    return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +176,7 @@ def make_plan(
     parallelism: Parallelism = "none",
     limits: MemoryLimits = AS_CONFIGURED,
     reasons: tuple[str, ...] = (),
+    count: Count = uncounted,
 ) -> Plan:
     """Resolve a run's numbers; `machine`, `precision` and `attention` are the backend's.
 
@@ -162,7 +202,7 @@ def make_plan(
     # Where there is no GPU, the host's memory is where the layers are anyway.
     is_offloaded = config.training.offload_param_device == "cpu" and machine.has_gpu
     share = Share(processes, parallelism, micro_batch, is_offloaded, eval_batch)
-    chosen = _choose_checkpointing(config, machine, shape, data, precision, share, limits)
+    chosen = _choose_checkpointing(config, machine, shape, data, precision, share, limits, count)
     checkpointing, why = chosen
     return Plan(
         device=machine.device,
@@ -189,7 +229,13 @@ def make_plan(
         parameters=shape.parameters,
         trainable_parameters=shape.trainable_parameters,
         estimated_memory_bytes=estimate_memory_bytes(
-            config, shape, data, precision, has_checkpointing=checkpointing, share=share
+            config,
+            shape,
+            data,
+            precision,
+            has_checkpointing=checkpointing,
+            share=share,
+            count=count,
         ),
         memory_limit_bytes=memory_limit_bytes(machine, processes),
         reasons=(
@@ -236,32 +282,33 @@ def estimate_memory_bytes(
     *,
     has_checkpointing: bool,
     share: Share = ALL,
+    count: Count = uncounted,
 ) -> int:
-    """Estimate a process's peak memory in bytes: weights, adapter states, activations, logits.
+    """Return a process's peak memory: runtime, weights, adapter states, and the largest work.
 
-    Counted for the worst micro-batch, all of whose examples are the longest one. A
-    transformer layer keeps about 10 hidden-wide and 4 intermediate-wide tensors for
-    its backward pass (norm inputs, q, k, v, attention output, residuals; gate, up,
-    activation, product); with gradient checkpointing one hidden-wide tensor a layer
-    and one layer's full set. Quantized models have float32 norms, and with them float32
-    hidden states.
+    That is counted for the longest examples together; an evaluation's batch, which keeps
+    nothing for a backward pass, may still be the larger one, and so may a checkpoint's copy
+    of the adapter and its moments.
     """
-    width = 4 if precision == "float32" else 2
-    hidden_width = 4 if _is_quantized(config) else width
-    tokens = (share.micro_batch or config.training.per_device_train_batch_size) * data.longest
+    training = config.training
     weights = weights_bytes(config, shape, precision, share)
-    # float32 master copy and gradient, and AdamW's two moments.
-    adapter = shape.trainable_parameters * (8 + MOMENT_BYTES[config.training.optim])
-    hidden = tokens * shape.hidden_size * hidden_width
-    layer = 10 * hidden + 4 * tokens * shape.intermediate_size * width
-    layers = layer + shape.layers * hidden if has_checkpointing else layer * shape.layers
-    # logits, their float32 softmax and its gradient, one chunk at a time; an evaluation's
-    # batch is often the larger one.
-    eval_batch = share.eval_batch or config.training.per_device_eval_batch_size
-    scored = eval_batch * data.longest if data.eval_rows else 0
-    chunk = min(max(tokens, scored), config.training.loss_chunk_tokens)
-    logits = chunk * shape.vocab_size * 12
-    return int(RUNTIME_BYTES + weights + adapter + layers + logits)
+    state = 4 + MOMENT_BYTES[training.optim]  # the float32 adapter's, a parameter
+    bits = 4 if config.model.use_4bit else 8 if config.model.use_8bit else 16
+    most = data.most_trained or data.longest
+    asked = training.per_device_train_batch_size
+    train = Work(
+        data.batch(share.micro_batch or asked),
+        most,
+        gradient_checkpointing=has_checkpointing,
+        accumulates=training.gradient_accumulation_steps > 1 or 0 < share.micro_batch < asked,
+        bits=bits,
+    )
+    works = [count(train)]
+    if data.eval_rows:
+        batch = data.batch(share.eval_batch or training.per_device_eval_batch_size)
+        works.append(count(Work(batch, most, is_trained=False, accumulates=False, bits=bits)))
+    step = max(*works, shape.trainable_parameters * state)
+    return int(RUNTIME_BYTES + weights + shape.trainable_parameters * state + step)
 
 
 def weights_bytes(config: Config, shape: ModelShape, precision: Precision, share: Share) -> float:
@@ -288,7 +335,7 @@ def _is_quantized(config: Config) -> bool:
 def _quantized_bytes(config: Config, shape: ModelShape, width: int) -> tuple[float, float]:
     """Return the bytes of what each process has whole, and of the packed weights.
 
-    Whole are what is not quantized, the scales, and the matrix that is widened at a time.
+    Whole are what is not quantized, and the scales.
     """
     if config.model.use_8bit:
         each, scale = 1.0, 4 / shape.hidden_size
@@ -296,9 +343,8 @@ def _quantized_bytes(config: Config, shape: ModelShape, width: int) -> tuple[flo
         each = 0.5
         scale = DOUBLE_SCALE_BYTES if config.model.bnb_4bit_use_double_quant else SCALE_BYTES
     kept = shape.unquantized_parameters
-    widened = shape.hidden_size * shape.intermediate_size * width
     packed = shape.parameters - kept
-    return kept * width + packed * scale + widened, packed * each
+    return kept * width + packed * scale, packed * each
 
 
 def memory_limit_bytes(machine: Machine, processes: int) -> int:
@@ -384,12 +430,13 @@ def _choose_checkpointing(
     precision: Precision,
     share: Share,
     limits: MemoryLimits,
+    count: Count,
 ) -> tuple[bool, tuple[str, ...]]:
     asked = limits.gradient_checkpointing or config.model.gradient_checkpointing
     if asked != "auto":
         return bool(asked), ()
     needed = estimate_memory_bytes(
-        config, shape, data, precision, has_checkpointing=False, share=share
+        config, shape, data, precision, has_checkpointing=False, share=share, count=count
     )
     limit = memory_limit_bytes(machine, share.processes)
     if needed <= 0.8 * limit:

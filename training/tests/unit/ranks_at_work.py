@@ -73,7 +73,7 @@ def make_parts(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) 
     plan = make_plan(
         config,
         Machine(cores=1, memory_bytes=1 << 34, gpus=()),
-        ModelShape("tiny", 2, 32, 48, VOCABULARY, 1, 1, 128),
+        ModelShape("tiny", 2, 32, VOCABULARY, 1, 1, 128),
         DataProfile(len(rows), 1, 1, 20, eval_rows=9),
         precision=dtype,
         attention="packed",

@@ -71,7 +71,7 @@ def ours(
         peft_model, device="cpu", padding_free=padding_free, chunk=7, precision=precision
     )
     parameters = trainable_parameters(peft_model)
-    shape = ModelShape("tiny", 2, 32, 48, VOCABULARY, 1, 1, 128)
+    shape = ModelShape("tiny", 2, 32, VOCABULARY, 1, 1, 128)
     plan = make_plan(
         config,
         Machine(cores=1, memory_bytes=1 << 34, gpus=()),

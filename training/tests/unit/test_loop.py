@@ -38,7 +38,7 @@ def make_parts(folder, *, save_steps=0, should_stop=lambda: False, precision="fl
     plan = make_plan(
         config,
         Machine(cores=1, memory_bytes=1 << 34, gpus=()),
-        ModelShape("tiny", 2, 32, 48, VOCABULARY, 1, 1, 128),
+        ModelShape("tiny", 2, 32, VOCABULARY, 1, 1, 128),
         DataProfile(len(rows), 1, 1, 20, eval_rows=8),
         precision=precision,
         attention="packed",

@@ -254,7 +254,7 @@ def test_micro_batch_becomes_its_largest_divisor(examples, sizes):
 def plan_of(limits=AS_CONFIGURED, memory_bytes=1 << 34, **training):
     config = Config.model_validate({"training": training})
     data = DataProfile(64, 1, 1, 2048, eval_rows=8)
-    shape = ModelShape("tiny", 24, 2048, 8192, 50_000, 10**9, 10**6, 4096)
+    shape = ModelShape("tiny", 24, 2048, 50_000, 10**9, 10**6, 4096)
     plan = make_plan(
         config,
         Machine(cores=1, memory_bytes=memory_bytes, gpus=()),
@@ -264,8 +264,13 @@ def plan_of(limits=AS_CONFIGURED, memory_bytes=1 << 34, **training):
         attention="packed",
         padding_free=True,
         limits=limits,
+        count=million_a_token,
     )
-    return with_smaller_plans(plan, config, shape, data)
+    return with_smaller_plans(plan, config, shape, data, million_a_token)
+
+
+def million_a_token(work):
+    return sum(work.lengths) * 1_000_000
 
 
 def test_later_start_keeps_to_what_the_run_was_cut_down_to(tmp_path):

@@ -36,11 +36,6 @@ def vocabulary(config: Any) -> int:
     return _size(config, ("vocab_size",))
 
 
-def intermediate_width(config: Any) -> int:
-    """Return the width inside a feed-forward block; four times the model's where not given."""
-    return _size(config, ("intermediate_size",)) or 4 * width(config)
-
-
 def _size(config: Any, names: tuple[str, ...]) -> int:
     for each in (text_config(config), config):
         for name in names:

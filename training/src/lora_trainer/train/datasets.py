@@ -205,15 +205,22 @@ def rows_to_train(rows_of_epoch: Callable[[int], Any]) -> int:
     return rows
 
 
+# More than a micro-batch has, for the plan of the largest one.
+LONGEST_ROWS = 256
+
+
 def profile_of(splits: DataSplits, rows: int) -> DataProfile:
     """Return what the plan needs to know of the data."""
     lengths = splits.train.lengths[splits.train_rows]
+    trained = splits.train.trained_counts[splits.train_rows]
     return DataProfile(
         rows=rows,
         tokens=int(lengths.sum()),
-        trained_tokens=int(splits.train.trained_counts[splits.train_rows].sum()),
+        trained_tokens=int(trained.sum()),
         longest=int(lengths.max()),
         eval_rows=len(splits.eval_rows),
+        longest_rows=tuple(int(one) for one in np.sort(lengths)[::-1][:LONGEST_ROWS]),
+        most_trained=int(trained.max()),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from ..model import (
 )
 from ..model.adapter import add_adapter, read_start, trainable_parameters
 from ..model.backend import Backend, resolve, usable_machine
+from ..model.footprint import Footprint
 from ..model.ranks import Ranks
 from ..plan import ModelShape, Parallelism, Plan, choose_parallelism, make_plan, process_count
 from .datasets import profile_of, refuse_long_rows, rows_of_epoch_in, rows_to_train, source_specs
@@ -96,7 +99,8 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
     sized = shape_of(base, parameters, trained)
     parallelism, why = choose_parallelism(config, machine, sized, backend.precision, processes)
     is_packed = config.training.padding_free is not False
-    return make_plan(
+    footprint = footprint_of(config, backend, shape, is_packed=is_packed)
+    plan = make_plan(
         config,
         backend.machine,
         sized,
@@ -107,6 +111,24 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
         processes=processes,
         parallelism=parallelism,
         reasons=tuple(filter(None, (whole, *backend.reasons, why, *reached))),
+        count=footprint,
+    )
+    return replace(plan, reasons=(*plan.reasons, *footprint.faults))
+
+
+def footprint_of(
+    config: Config, backend: Backend, base_config: Any, *, is_packed: bool
+) -> Footprint:
+    """Return what counts the memory of the plan's steps."""
+    return Footprint(
+        config,
+        base_config,
+        partial(_unloaded, config),
+        device=backend.device,
+        precision=backend.precision,
+        attention=backend.attention,
+        padding_free=is_packed,
+        kernel=backend.kernel,
     )
 
 
@@ -119,7 +141,6 @@ def shape_of(
         model_type=config.model_type,
         layers=sizes.layers(config) or 1,
         hidden_size=sizes.width(config),
-        intermediate_size=sizes.intermediate_width(config),
         vocab_size=sizes.vocabulary(config),
         parameters=parameters[0],
         unquantized_parameters=parameters[1],

@@ -19,6 +19,7 @@ from ..config.start_adapter import find_adapter
 from ..data.batches import Sampler
 from ..data.prepare import DataSplits
 from ..errors import ConfigError
+from ..host.allocator import return_freed_memory
 from ..machine import Machine, read_machine
 from ..model import determinism, flash, load, loftq, probe, quantize, reach, zero
 from ..model.adapter import (
@@ -48,7 +49,7 @@ from .datasets import (
     rows_to_train,
     source_specs,
 )
-from .dry_run import parallelism_before_loading, refuse_unsupported, shape_of
+from .dry_run import footprint_of, parallelism_before_loading, refuse_unsupported, shape_of
 from .identity import BaseHash, check_adapter_base, digest_of
 from .initial import FOLDER, Initial, weights_digest
 from .optim import make_optimizer
@@ -73,6 +74,8 @@ def open_session(
     where it is known already.
     """
     machine = machine or usable_machine(read_machine(), ranks.count)
+    if not machine.has_gpu:
+        return_freed_memory()
     config_digest = config.digest()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, machine.cores // ranks.count))
@@ -150,6 +153,7 @@ def _open_model(
     weights = [source.weight for source in source_specs(config, config.data.dataset)]
     rows_of_epoch = rows_of_epoch_in(splits, weights, config.training.seed)
     profile = profile_of(splits, rows_to_train(rows_of_epoch))
+    footprint = footprint_of(config, backend, base_config, is_packed=causal.packed is not None)
     plan = make_plan(
         config,
         backend.machine,
@@ -162,8 +166,10 @@ def _open_model(
         parallelism=parallelism,
         limits=read_limits(output_dir),
         reasons=(*backend.reasons, *filter(None, (chosen, *proven))),
+        count=footprint,
     )
-    plan = with_smaller_plans(plan, config, base_shape, profile)
+    plan = with_smaller_plans(plan, config, base_shape, profile, footprint)
+    plan = replace(plan, reasons=(*plan.reasons, *footprint.faults))
     if plan.gradient_checkpointing:
         enable_checkpointing(causal.inner, lets_go=parallelism == "deepspeed")
     if base_hash is None and ranks.is_first:

@@ -8,7 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 from ..config.schema import Config
-from ..plan import DataProfile, ModelShape, Plan, Share, estimate_memory_bytes
+from ..plan import (
+    Count,
+    DataProfile,
+    ModelShape,
+    Plan,
+    Share,
+    estimate_memory_bytes,
+    uncounted,
+)
 from ..units import size
 
 # A smaller plan must leave some room to what the estimate does not know of.
@@ -16,7 +24,13 @@ ROOM = 0.9
 LEAST_LENGTH = 32  # no shorter max_seq_length is proposed
 
 
-def with_smaller_plans(plan: Plan, config: Config, shape: ModelShape, data: DataProfile) -> Plan:
+def with_smaller_plans(
+    plan: Plan,
+    config: Config,
+    shape: ModelShape,
+    data: DataProfile,
+    count: Count = uncounted,
+) -> Plan:
     """Return the plan with the changes that would fit, and the memory that each is to need.
 
     When one example with gradient checkpointing runs out of memory, the estimate for it is too
@@ -31,10 +45,11 @@ def with_smaller_plans(plan: Plan, config: Config, shape: ModelShape, data: Data
         return estimate_memory_bytes(
             config.model_copy(update={"model": model}),
             shape,
-            replace(data, longest=longest),
+            data.cut(longest),
             plan.precision,
             has_checkpointing=True,
             share=share,
+            count=count,
         )
 
     least = estimate({})
