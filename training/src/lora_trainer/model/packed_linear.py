@@ -58,6 +58,7 @@ def pack(model: Any, bits: int, device: str, dtype: torch.dtype) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and module is not head:
             module.__class__ = PackedLinear
+            assert isinstance(module, PackedLinear)
             module.bits, module.device_type, module.compute_dtype = bits, device, dtype
 
 
