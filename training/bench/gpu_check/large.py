@@ -175,8 +175,8 @@ def _train(record: Record, scale: Scale, label: str, opened: Opened, tokens: int
         "attention": plan.attention,
         "checkpointing": str(plan.gradient_checkpointing).lower(),
     }
-    if opened.reasons:
-        figures["but"] = opened.reasons
+    if reasons := "; ".join(filter(None, (opened.reasons, *footprint.faults))):
+        figures["but"] = reasons
     record.measure(label, figures)
     judge_peak(record, scale, f"{label}, peak memory", plan.estimated_memory_bytes)
 
