@@ -30,7 +30,7 @@ from gpu_check.page import PAGE, outcomes, page, read_results  # noqa: E402
 from gpu_check.scale import FULL, QUICK  # noqa: E402
 from gpu_check.sections import SECTIONS, preload, run_section  # noqa: E402
 
-from lora_trainer.cli import CUDA_ENVIRONMENT, QUIET  # noqa: E402
+from lora_trainer.host.environment import CUDA_ENVIRONMENT, QUIET  # noqa: E402
 from lora_trainer.machine import read_machine  # noqa: E402
 
 UNAVAILABLE, STOPPED = 69, 143

@@ -23,13 +23,14 @@ import transformers
 from lora_trainer.config.schema import Config
 from lora_trainer.host.allocator import return_freed_memory
 from lora_trainer.machine import Gpu, Machine
+from lora_trainer.memory_estimate import DataProfile, Work
 from lora_trainer.model import compat, load, quantize
 from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.backend import native_attention
 from lora_trainer.model.flash import Kernel, VariableLength
 from lora_trainer.model.footprint import Footprint, batch_of
 from lora_trainer.model.forward import CausalLM, MicroBatch
-from lora_trainer.plan import DataProfile, Work, make_plan
+from lora_trainer.plan import make_plan
 from lora_trainer.train.dry_run import _unloaded, shape_of
 from lora_trainer.train.optim import make_optimizer
 

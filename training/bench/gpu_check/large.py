@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from lora_trainer.config.schema import Config
 from lora_trainer.data.batches import Sampler
 from lora_trainer.machine import peak_memory_bytes, read_machine
+from lora_trainer.memory_estimate import DataProfile, ModelShape
 from lora_trainer.model import determinism, probe, quantize
 from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.backend import Backend, resolve, usable_machine
 from lora_trainer.model.compat import enable_checkpointing
 from lora_trainer.model.forward import CausalLM
-from lora_trainer.plan import DataProfile, ModelShape, make_plan
+from lora_trainer.plan import make_plan
 from lora_trainer.run.events import Event, StepDone
 from lora_trainer.train.checkpoint import TrainState
 from lora_trainer.train.checkpoint_store import CheckpointStore

@@ -22,6 +22,7 @@ from test_equivalence import SETTINGS, ListRows, make_rows
 from lora_trainer.config.schema import Config, LoraSection, ModelSection
 from lora_trainer.data.batches import Sampler
 from lora_trainer.machine import Machine
+from lora_trainer.memory_estimate import DataProfile, ModelShape, Parallelism
 from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.compat import enable_checkpointing
 from lora_trainer.model.forward import CausalLM
@@ -30,7 +31,7 @@ from lora_trainer.model.load import ModelSource, load_model
 from lora_trainer.model.ranks import PeerLostError, Ranks
 from lora_trainer.model.shard import choose_sharing
 from lora_trainer.model.targets import fused_names
-from lora_trainer.plan import DataProfile, ModelShape, Parallelism, make_plan
+from lora_trainer.plan import make_plan
 from lora_trainer.run.events import Evaluated, MemoryReduced, RanksMeasured, StepDone
 from lora_trainer.train import loop
 from lora_trainer.train.checkpoint import TrainState

@@ -19,10 +19,11 @@ from lora_trainer.config.schema import ModelSection
 from lora_trainer.config.settings import Settings
 from lora_trainer.errors import UnavailableError
 from lora_trainer.machine import Gpu, Machine, read_machine
+from lora_trainer.memory_estimate import memory_limit_bytes
 from lora_trainer.model import flash, stacks, varlen
 from lora_trainer.model.backend import resolve, usable_machine
 from lora_trainer.model.ranks import Ranks
-from lora_trainer.plan import Plan, memory_limit_bytes, process_count
+from lora_trainer.plan import Plan, process_count
 from lora_trainer.redaction import Redaction
 from lora_trainer.run.events import Planned
 from lora_trainer.run.protocol import WorkerSpec

@@ -16,12 +16,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lora_trainer.config.schema import Config, LoraSection
 from lora_trainer.data.batches import Sampler
 from lora_trainer.machine import Machine
+from lora_trainer.memory_estimate import DataProfile, ModelShape
 from lora_trainer.model import attention
 from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.compat import MAJOR, enable_checkpointing
 from lora_trainer.model.forward import CausalLM, MicroBatch
 from lora_trainer.model.probe import verify
-from lora_trainer.plan import DataProfile, ModelShape, make_plan
+from lora_trainer.plan import make_plan
 from lora_trainer.run.events import Event, StepDone
 from lora_trainer.train.checkpoint import TrainState
 from lora_trainer.train.checkpoint_store import CheckpointStore

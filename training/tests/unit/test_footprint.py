@@ -15,11 +15,11 @@ from families import tiny_model
 
 from lora_trainer.config.schema import Config
 from lora_trainer.host import allocator
+from lora_trainer.memory_estimate import Work
 from lora_trainer.model import attention
 from lora_trainer.model.backend import native_attention
 from lora_trainer.model.footprint import Footprint, cuts
 from lora_trainer.model.live_bytes import AsOnDevice, LiveBytes
-from lora_trainer.plan import Work
 from lora_trainer.train.dry_run import _unloaded
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lora_trainer.cli import CUDA_ENVIRONMENT
+from lora_trainer.host.environment import CUDA_ENVIRONMENT
 from lora_trainer.machine import read_machine
 from lora_trainer.serve.gauges import read_gpus
 

@@ -14,10 +14,11 @@ from lora_trainer.config.schema import Config, LoraSection
 from lora_trainer.data.batches import Sampler
 from lora_trainer.errors import InternalError
 from lora_trainer.machine import Machine
+from lora_trainer.memory_estimate import DataProfile, ModelShape
 from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.forward import CausalLM
 from lora_trainer.model.ranks import ALONE, Ranks
-from lora_trainer.plan import DataProfile, ModelShape, make_plan
+from lora_trainer.plan import make_plan
 from lora_trainer.run.events import CheckpointSaved, Evaluated, Progress, StepDone
 from lora_trainer.train import evaluate, loop
 from lora_trainer.train.checkpoint import TrainState

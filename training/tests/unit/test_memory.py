@@ -12,7 +12,8 @@ from test_loop import make_parts, of_kind
 from lora_trainer.config.schema import Config
 from lora_trainer.errors import MemoryKilledError
 from lora_trainer.machine import Machine
-from lora_trainer.plan import AS_CONFIGURED, DataProfile, ModelShape, make_plan
+from lora_trainer.memory_estimate import DataProfile, ModelShape
+from lora_trainer.plan import AS_CONFIGURED, make_plan
 from lora_trainer.run.events import Evaluated, MemoryReduced, StepDone, Warned
 from lora_trainer.run.memory_limits import (
     BatchSizes,

@@ -15,7 +15,8 @@ from lora_trainer.machine import (
     peak_memory_bytes,
     read_machine,
 )
-from lora_trainer.plan import DataProfile, ModelShape, choose_parallelism, make_plan, process_count
+from lora_trainer.memory_estimate import DataProfile, ModelShape
+from lora_trainer.plan import choose_parallelism, make_plan, process_count
 
 SHAPE = ModelShape("llama", 30, 576, 49152, 134_515_008, 4_884_480, 8192)
 MACHINE = Machine(cores=2, memory_bytes=24 << 30, gpus=())

@@ -16,9 +16,10 @@ from lora_trainer.commands.check import preflight
 from lora_trainer.config.schema import Config, leaf_sections
 from lora_trainer.config.settings import resolve
 from lora_trainer.machine import Gpu, Machine
+from lora_trainer.memory_estimate import DataProfile, ModelShape
 from lora_trainer.model import quantize
 from lora_trainer.model.footprint import Footprint
-from lora_trainer.plan import DataProfile, ModelShape, make_plan
+from lora_trainer.plan import make_plan
 from lora_trainer.run.events import Event, StepDone, Warned
 from lora_trainer.train import session as sessions
 from lora_trainer.train.dry_run import _unloaded

@@ -19,11 +19,11 @@ from transformers.utils import is_bitsandbytes_available
 from faults.tiny_model import write_model
 from lora_trainer.config.schema import Config, LoraSection, ModelSection, TrainingSection
 from lora_trainer.errors import ConfigError
+from lora_trainer.memory_estimate import DataProfile, ModelShape, estimate_memory_bytes
 from lora_trainer.model import load, loftq, quantize, stacks
 from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.forward import CausalLM, MicroBatch
 from lora_trainer.model.probe import verify
-from lora_trainer.plan import DataProfile, ModelShape, estimate_memory_bytes
 from lora_trainer.train.checkpoint import TrainState, restore_optimizer, take_snapshot
 from lora_trainer.train.optim import make_optimizer
 

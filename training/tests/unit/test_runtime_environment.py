@@ -14,7 +14,12 @@ import torch
 import yaml
 from checkout import TRAINING
 
-from lora_trainer.cli import ALLOCATOR, CUDA_ENVIRONMENT, GENERIC_ALLOCATOR, set_defaults
+from lora_trainer.host.environment import (
+    ALLOCATOR,
+    CUDA_ENVIRONMENT,
+    GENERIC_ALLOCATOR,
+    set_defaults,
+)
 
 COMPILERS = {"build-essential", "clang", "cuda-nvcc", "g++", "gcc", "tcc"}
 COMPILED = """

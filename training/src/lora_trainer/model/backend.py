@@ -15,7 +15,7 @@ import torch
 
 from ..config.schema import ModelSection
 from ..machine import Device, Machine, is_hidden
-from ..plan import Precision
+from ..memory_estimate import Precision
 from . import flash, stacks
 from .precision import choose_precision, dtype_of
 from .ranks import ALONE, Ranks

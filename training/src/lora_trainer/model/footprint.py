@@ -20,7 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ..config.schema import Config
-from ..plan import Precision, Work
+from ..memory_estimate import Precision, Work
 from . import attention as packed_attention
 from . import compat, packed_linear, quantize, sizes
 from .adapter import add_adapter, trainable_parameters

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UnavailableError
-from ..plan import Precision
+from ..memory_estimate import Precision
 from . import attention as packed_attention
 from . import compat, fused
 from .attention import PackedAttention

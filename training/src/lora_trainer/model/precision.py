@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..config.schema import ModelSection
 from ..machine import Machine
-from ..plan import Precision
+from ..memory_estimate import Precision
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..config.schema import TrainingSection
 from ..errors import UnavailableError
-from ..plan import Parallelism
+from ..memory_estimate import Parallelism
 from . import sizes, zero
 from .gather import GatheredLayers, move
 from .ranks import Ranks

@@ -23,8 +23,8 @@ from ..data.resolve import SourceSpec, hub_id, locate
 from ..data.split import epoch_rows
 from ..errors import ConfigError, DataError, TrainerError
 from ..host.disk import follow_umask
+from ..memory_estimate import DataProfile
 from ..model import load, sizes
-from ..plan import DataProfile
 from ..run.events import Event, progress_of
 
 

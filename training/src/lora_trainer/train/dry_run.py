@@ -12,6 +12,7 @@ from ..config.schema import Config
 from ..config.start_adapter import find_adapter
 from ..data.prepare import DataSplits
 from ..machine import read_machine
+from ..memory_estimate import ModelShape, Parallelism
 from ..model import (
     compat,  # noqa: F401  it quiets libraries before they are imported
     load,
@@ -24,7 +25,7 @@ from ..model.adapter import add_adapter, read_start, trainable_parameters
 from ..model.backend import Backend, resolve, usable_machine
 from ..model.footprint import Footprint
 from ..model.ranks import Ranks
-from ..plan import ModelShape, Parallelism, Plan, choose_parallelism, make_plan, process_count
+from ..plan import Plan, choose_parallelism, make_plan, process_count
 from .datasets import profile_of, refuse_long_rows, rows_of_epoch_in, rows_to_train, source_specs
 
 

@@ -21,6 +21,7 @@ from ..data.prepare import DataSplits
 from ..errors import ConfigError
 from ..host.allocator import return_freed_memory
 from ..machine import Machine, read_machine
+from ..memory_estimate import ModelShape, Parallelism
 from ..model import determinism, flash, load, loftq, probe, quantize, reach, zero
 from ..model.adapter import (
     add_adapter,
@@ -34,7 +35,7 @@ from ..model.forward import CausalLM
 from ..model.precision import without_float16
 from ..model.ranks import ALONE, Ranks
 from ..model.shard import choose_sharing
-from ..plan import ModelShape, Parallelism, make_plan
+from ..plan import make_plan
 from ..run.events import Event, PhaseChanged, Warned
 from ..run.memory_limits import read_limits, release
 from .checkpoint_store import CheckpointStore

@@ -8,15 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 from ..config.schema import Config
-from ..plan import (
+from ..memory_estimate import (
     Count,
     DataProfile,
     ModelShape,
-    Plan,
     Share,
     estimate_memory_bytes,
     uncounted,
 )
+from ..plan import Plan
 from ..units import size
 
 # A smaller plan must leave some room to what the estimate does not know of.
