@@ -1,34 +1,34 @@
 #!/usr/bin/env bash
-# Make the trainer's image: ./training/build.sh
+# Build the trainer's image: ./training/build.sh
 #
-# Picks the stack that this machine's GPU and driver can use, checks what the build needs, builds,
-# and says what came out of it.
+# Picks the stack that this machine's GPU and driver support, checks the requirements, builds the
+# image, and reports its size.
 #
 # Usage: build.sh [--stack NAME] [--extra NAME] [--base-image NAME] [--tag NAME] [--ca-cert FILE]
 #                 [--pip-conf FILE] [--apt-sources FILE] [--wheels FOLDER] [--network NAME]
 #                 [--no-cache] [--push]
 #
 #   --stack NAME        cu121 (driver 525+, capability 7.0 to 9.0), current (driver 580+, capability
-#                       7.5+) or cpu; default: what the GPU and its driver can use, else cpu
+#                       7.5+) or cpu; default: what the GPU and its driver support, else cpu
 #   --extra NAME        deepspeed: for parallelism: deepspeed, on the stacks current and cpu
-#   --base-image NAME   another base, of Debian or Ubuntu; pin it with name@sha256:... The default
-#                       for cu121 carries CUDA and cuDNN, which torch brings too: with
-#                       --base-image ubuntu:22.04 the image is smaller by what it carries
+#   --base-image NAME   another Debian or Ubuntu base; pin it with name@sha256:... The default for
+#                       cu121 contains CUDA and cuDNN, which torch includes too: with
+#                       --base-image ubuntu:22.04 the image is smaller
 #   --tag NAME          the image's name (default: lora-trainer:STACK)
 #   --ca-cert FILE      certificates to trust while building, as PEM
-#   --pip-conf FILE     pip's settings while building, e.g. a private index
+#   --pip-conf FILE     pip's settings for the build, e.g. a private index
 #   --apt-sources FILE  a sources.list to use while building
-#   --wheels FOLDER     a folder of wheels that pip looks into too
+#   --wheels FOLDER     an additional folder of wheels for pip
 #   --network NAME      the build's network, e.g. host
 #   --no-cache          repeat every step
 #   --push              push the image to the registry that its tag names
 #   --help              this text
 #
-# The files are build secrets: they are in no layer of the image and not in its history.
+# These files are build secrets: they are in no layer of the image and not in its history.
 #
 # Variables: LORA_STACK, LORA_IMAGE and BASE_IMAGE, as the flags; see .env.training
 # Exit codes: 0 built, 69 no engine, buildx or Compose, or the build failed, 74 too little disk
-# space, 77 the engine may not be used, 78 wrong usage or a file is missing
+# space, 77 no permission to use the engine, 78 wrong usage or a missing file
 set -Eeuo pipefail
 
 TRAINING="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -46,12 +46,12 @@ readonly CUDA_GB=25 CPU_GB=6
 
 # need_value FLAG VALUE...: the value of a flag must follow it
 need_value() {
-  (($# > 1)) || fail 78 "$1 lacks its value" "command line" "nothing follows it" "build.sh --help"
+  (($# > 1)) || fail 78 "$1 needs a value" "command line" "nothing follows it" "build.sh --help"
 }
 
 # need_file FLAG FILE: it is readable; sets FOUND to its full path
 need_file() {
-  [[ -r "$2" ]] || fail 78 "what $1 names cannot be read" "$1 $2" \
+  [[ -r "$2" ]] || fail 78 "the path given to $1 cannot be read" "$1 $2" \
     "$([[ -e "$2" ]] && echo "no permission" || echo "there is no such file or folder")" "build.sh --help"
   FOUND="$(cd "$(dirname "$2")" && pwd)/${2##*/}"
 }
@@ -76,7 +76,7 @@ read_arguments() {
         read_value "$1" "$2"
         shift
         ;;
-      *) fail 78 "the argument is not understood" "command line: $1" "build.sh has no such flag" \
+      *) fail 78 "unknown argument" "command line: $1" "build.sh has no such flag" \
         "build.sh --help" ;;
     esac
     shift
@@ -119,7 +119,7 @@ check_extra() {
       [[ "$STACK" != cu121 ]] || fail 78 "the stack cu121 has no DeepSpeed" "--extra deepspeed" \
         "it is not tested with torch 2.1.2" "leave --extra out: parallelism: fsdp shares the base model out there"
       ;;
-    *) fail 78 "the extra is not known" "--extra $EXTRA" "there is one: deepspeed" "build.sh --help" ;;
+    *) fail 78 "unknown extra" "--extra $EXTRA" "the only extra is deepspeed" "build.sh --help" ;;
   esac
 }
 
@@ -150,7 +150,7 @@ check_room() {
 # it, a rebuild needs no network.
 keep_base() {
   docker image inspect "$BASE" >/dev/null 2>&1 || docker pull "$BASE" >&2 ||
-    say "The base image $BASE cannot be pulled; the build tries it by itself"
+    say "The base image $BASE cannot be pulled; the build will try again"
 }
 
 build_image() {

@@ -1,46 +1,46 @@
 #!/usr/bin/env bash
 # Fine-tune a model: ./training/run.sh
 #
-# In a container where a Docker engine answers, else on the machine itself. The first start makes
-# the image (build.sh) or the environment (training/.venv); a second one installs nothing and
-# needs no network. It resumes by itself where it was stopped.
+# Trains in a container if a Docker engine answers, otherwise directly on this machine. The first
+# start builds the image (build.sh) or the environment (training/.venv); later starts install
+# nothing and need no network. A run that was stopped resumes where it left off.
 #
 # Usage: run.sh [--config FILE] [--check] [--resume [never]] [--cpu | --gpus LIST] [--background]
 #               [--docker | --local] [--airgapped] [--KEY VALUE ...]
 #        run.sh stop | logs | status
 #
-#   --config FILE   what to train (default: training/config.json)
+#   --config FILE   the config file (default: training/config.json)
 #   --check         check config, data, model, disk and permissions; train nothing
 #   --resume        resume from the newest valid checkpoint (default); never: start over
-#   --cpu           leave the GPUs alone
-#   --gpus LIST     all (default), none, or numbers as nvidia-smi shows them: 0 or 0,1; each trains
-#                   with a process of its own, which share every step
-#   --background    return once the run has begun; it outlives this terminal
-#   --docker        in a container, or not at all
-#   --local         on this machine itself
-#   --airgapped     in a container without any network
+#   --cpu           do not use the GPUs
+#   --gpus LIST     all (default), none, or numbers as nvidia-smi shows them: 0 or 0,1; one process
+#                   per GPU, and all share every step
+#   --background    return once the run has started; it keeps running after the terminal closes
+#   --docker        train in a container, or fail
+#   --local         train directly on this machine
+#   --airgapped     train in a container without a network
 #   --help          this text
 #   --KEY VALUE     any key of the config, e.g. --learning_rate 1e-4, and any flag of the trainer
-#   --              everything after it goes to the trainer
-#   stop            stop the run with a saved checkpoint, and wait for it
+#   --              pass everything after it to the trainer
+#   stop            save a checkpoint, stop the run, and wait for it to end
 #   logs            show and follow what the run prints
 #   status          the same as health-check.sh
 #
-# A dataset's name is looked for in public/datasets too; a container sees that folder alone
-# (LORA_DATASETS), and writes results to LORA_OUTPUTS (public/outputs) as the user who called.
+# Dataset names are also looked up in public/datasets. A container sees only that folder
+# (LORA_DATASETS), and writes results to LORA_OUTPUTS (public/outputs) as the calling user.
 #
 # Variables:
-#   LORA_TRAINER_CONFIG   the config file where --config is not given
+#   LORA_TRAINER_CONFIG   the config file if --config is not given
 #   LORA_TRAINER_<KEY>    a key of the config, e.g. LORA_TRAINER_LEARNING_RATE
 #   LORA_STACK            the packages: cpu, current (GPU, driver 580+) or cu121 (GPU, driver 525+);
-#                         default: what the GPU and its driver can use, else cpu
-#   LORA_PYTHON           the Python that makes the environment (default: the first of 3.11+, then
+#                         default: what the GPU and its driver support, else cpu
+#   LORA_PYTHON           the Python to create the environment with (default: the first of 3.11+, then
 #                         3.10; for the stack cu121 the first 3.10, then 3.11)
-#   LORA_VENV             where the environment is (default: training/.venv; training/.venv-cu121)
-#   COMPOSE_PROJECT_NAME  tells one container run from another (default: lora-trainer)
+#   LORA_VENV             folder of the environment (default: training/.venv; training/.venv-cu121)
+#   COMPOSE_PROJECT_NAME  distinguishes container runs (default: lora-trainer)
 #   those of .env.training: image, folders, limits, port
-#   HF_TOKEN, HF_TOKEN_FILE, HF_HOME, NO_COLOR, CUDA_VISIBLE_DEVICES: as everywhere; pip's own
-#   settings (PIP_*, pip.conf) decide where packages come from
+#   HF_TOKEN, HF_TOKEN_FILE, HF_HOME, NO_COLOR, CUDA_VISIBLE_DEVICES: as usual; pip's own settings
+#   (PIP_*, pip.conf) decide where packages come from
 #
 # Exit codes: 0 finished, 65 data, 69 unavailable (Docker, Python, packages, model, device), 70
 # internal fault, 74 disk, 75 another run is under way, 77 no permission, 78 config, 137 memory,
@@ -59,7 +59,7 @@ readonly LOCAL_PID="$STATE/local.pid" LOCAL_LOG="$STATE/local.log"
 
 # need_value FLAG VALUE...: the value of a flag must follow it
 need_value() {
-  (($# > 1)) || fail 78 "$1 lacks its value" "command line" "nothing follows it" "run.sh --help"
+  (($# > 1)) || fail 78 "$1 needs a value" "command line" "nothing follows it" "run.sh --help"
 }
 
 read_arguments() {
@@ -72,7 +72,7 @@ read_arguments() {
   PASSED=()
   case "${1:-}" in
     stop | logs | status)
-      (($# == 1)) || fail 78 "$1 takes no argument" "command line: ${*:2}" "it stands alone" "run.sh $1"
+      (($# == 1)) || fail 78 "$1 takes no argument" "command line: ${*:2}" "it takes no options" "run.sh $1"
       COMMAND="$1"
       return
       ;;
@@ -134,7 +134,7 @@ select_gpus() {
   GPUS="$1"
 }
 
-# --- on the machine itself ------------------------------------------------------------------
+# --- directly on this machine ---------------------------------------------------------------
 
 run_locally() {
   case "$GPUS" in
@@ -158,7 +158,7 @@ run_locally() {
 start_in_background() {
   local pid
   if pid="$(local_pid)"; then
-    fail 75 "a run is under way in the background" "process $pid" "one at a time is watched over" \
+    fail 75 "a run is already active in the background" "process $pid" "run.sh manages one background run at a time" \
       "./training/run.sh stop, or run it in the foreground with another --run_name"
   fi
   mkdir -p "$STATE"
@@ -173,7 +173,7 @@ start_in_background() {
     wait "$pid"
     exit
   fi
-  say "The run goes on as process $pid: $(grep -m 1 -o 'http://[^ ]*' "$LOCAL_LOG" || echo "$LOCAL_LOG")"
+  say "The run continues as process $pid: $(grep -m 1 -o 'http://[^ ]*' "$LOCAL_LOG" || echo "$LOCAL_LOG")"
   say "  ./training/run.sh logs | status | stop"
 }
 
@@ -190,17 +190,17 @@ local_pid() {
 stop_run() {
   local pid id
   if pid="$(local_pid)"; then
-    say "Stopping process $pid; its checkpoint is being saved"
+    say "Stopping process $pid; saving a checkpoint"
     kill -TERM "$pid"
     while kill -0 "$pid" 2>/dev/null; do sleep 0.2; done
     rm -f -- "$LOCAL_PID"
   elif id="$(running_container)"; then
-    say "Stopping the container; its checkpoint is being saved"
+    say "Stopping the container; saving a checkpoint"
     stop_for_good "$id"
     remove_secrets
     say "stopped with exit code $(state_of "$id" ExitCode)"
   else
-    say "No run of run.sh is under way; one in the foreground is stopped with Ctrl-C"
+    say "No run was started by run.sh in the background; stop one in the foreground with Ctrl-C"
   fi
 }
 
@@ -231,7 +231,7 @@ run_main() {
     require_docker
     run_in_container
   elif [[ "$PLACE" == any ]] && has_engine && docker compose version >/dev/null 2>&1; then
-    say "A Docker engine answers: training in a container (--local trains on the machine itself)"
+    say "A Docker engine answers: training in a container (--local trains directly on this machine)"
     require_docker
     run_in_container
   else

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Check everything that this machine can check: ./training/test.sh
+# Run every check that this machine can run: ./training/test.sh
 #
-# Makes training/.venv as run.sh does, adds the tests' own packages, then runs ruff (format and
-# lint), mypy, shellcheck, shfmt, hadolint, the check of the locks and pytest. All of them run, whatever
-# fails; the last lines say what did. Tests marked `gpu` run where a GPU is, those marked
-# `browser` where chromium and chromedriver are, those marked `docker` where an engine answers.
+# Creates training/.venv as run.sh does, adds the tests' packages, then runs ruff (format and lint),
+# mypy, shellcheck, shfmt, hadolint, the check of the lock files and pytest. All of them run even if
+# some fail; the last line names the failures. Tests marked `gpu` need a GPU, those marked `browser`
+# chromium and chromedriver, those marked `docker` a Docker engine.
 #
 # Usage: test.sh [--fast] [--stack] [PYTEST ARGUMENT ...]
 #
-#   --fast   leave out the tests marked `slow`: long runs, most of the embedded model
-#   --stack  only what another stack can change: neither linters nor the page's and
-#            the container's tests, nor those marked `any_stack`
+#   --fast   leave out tests marked `slow`: long runs, mostly of the embedded model
+#   --stack  run only what differs between stacks: no linters, no browser or docker tests, and none
+#            marked `any_stack`
 #   --help   this text
 #
 # Variables:
 #   LORA_STACK, LORA_PYTHON, LORA_VENV   as for run.sh
 #   LORA_REQUIRE_DOCKER    1: a docker test that cannot run is a failure
-#   LORA_TEST_BASE_IMAGE   the base of the image that the docker tests build (default: the cpu stack's)
+#   LORA_TEST_BASE_IMAGE   base of the image that the docker tests build (default: the cpu stack's)
 #   LORA_TEST_CA_CERT, LORA_TEST_WHEELS   for that build: build.sh's --ca-cert and --wheels
 # Exit codes: 0 all passed, 1 something failed, 69, 74, 75, 77, 78 and 143 as for run.sh
 set -Eeuo pipefail

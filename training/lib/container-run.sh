@@ -56,10 +56,10 @@ ensure_image() {
   if docker image inspect "$image" >/dev/null 2>&1; then
     return
   fi
-  say "The image $image is made first (once, some minutes)"
+  say "Building the image $image first (once; takes some minutes)"
   "$TRAINING/build.sh" --stack "$STACK" || {
     [[ "$PLACE" == any ]] || exit 69
-    say "The image cannot be made here: training on the machine itself"
+    say "The image cannot be built here: training directly on this machine"
     return 1
   }
 }
@@ -89,14 +89,14 @@ run_in_container() {
     exit "$code"
   fi
   if id="$(running_container)"; then
-    fail 75 "a run is under way in a container" "container ${id:0:12}" \
+    fail 75 "a run is already active in a container" "container ${id:0:12}" \
       "it would be stopped by another one of the same name" \
       "./training/run.sh logs | stop, or COMPOSE_PROJECT_NAME=another HEALTH_PORT=8081 ./training/run.sh"
   fi
   start_container
   say "Dashboard: $(dashboard)"
   if ((IS_BACKGROUND)); then
-    say "The run goes on in the container; ./training/run.sh logs | status | stop"
+    say "The run continues in the container; ./training/run.sh logs | status | stop"
     [[ ! -d "$(secrets_folder)" ]] || watch_secrets
     return
   fi
@@ -185,7 +185,7 @@ follow_container() {
 stop_container() {
   ((IS_STOPPING == 0)) || return 0
   IS_STOPPING=1
-  say "Stopping; the checkpoint is being saved ($(setting LORA_STOP_GRACE 120s) at most)"
+  say "Stopping; saving a checkpoint ($(setting LORA_STOP_GRACE 120s) at most)"
   stop_for_good "$ID" >/dev/null 2>&1 &
 }
 

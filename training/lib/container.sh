@@ -44,7 +44,7 @@ require_docker() {
     why="$(docker version 2>&1 >/dev/null | tail -n 1 || true)"
     case "$why" in
       *"permission denied"*)
-        fail 77 "the Docker engine may not be used" "${DOCKER_HOST:-/var/run/docker.sock}" "$why" \
+        fail 77 "no permission to use the Docker engine" "${DOCKER_HOST:-/var/run/docker.sock}" "$why" \
           "sudo usermod -aG docker \$USER, then log in again"
         ;;
     esac
@@ -67,7 +67,7 @@ container_stack() {
   [[ -n "$stack" ]] || stack="$(driver_stack)" || stack=cpu
   case "$stack" in
     cpu | current | cu121) printf '%s\n' "$stack" ;;
-    *) fail 78 "the stack is not understood" "LORA_STACK=$stack" "it may be cpu, current or cu121" \
+    *) fail 78 "unknown stack" "LORA_STACK=$stack" "it must be cpu, current or cu121" \
       "unset LORA_STACK, or correct it in .env.training" ;;
   esac
 }
@@ -139,7 +139,7 @@ host_path() {
 # own_folder FOLDER: makes it the run's user's; Docker would make it root's
 own_folder() {
   local why
-  why="$(export LC_ALL=C && mkdir -p -- "$1" 2>&1)" || fail 77 "a folder cannot be made" "$1" \
+  why="$(export LC_ALL=C && mkdir -p -- "$1" 2>&1)" || fail 77 "a folder cannot be created" "$1" \
     "${why##*: }" "make it, or name another one in .env.training"
   # Root may have made it, or a checkout by root: what is in it stays as it is.
   if ((EUID == 0)) && [[ "$(stat -c %u "$1")" == 0 ]]; then
@@ -156,7 +156,7 @@ make_folders() {
   own_folder "$LORA_OUTPUTS"
   own_folder "$LORA_MODELS"
   own_folder "$LORA_LOGS"
-  [[ -d "$LORA_DATASETS" ]] || fail 65 "the datasets' folder does not exist" "LORA_DATASETS=$LORA_DATASETS" \
+  [[ -d "$LORA_DATASETS" ]] || fail 65 "the dataset folder does not exist" "LORA_DATASETS=$LORA_DATASETS" \
     "there is no such folder" "mkdir -p $LORA_DATASETS, or set LORA_DATASETS"
 }
 
@@ -164,7 +164,7 @@ make_folders() {
 check_cpus() {
   local cpus
   cpus="$(setting LORA_CPUS 4)"
-  [[ "$cpus" =~ ^[1-9][0-9]*$ ]] || fail 78 "LORA_CPUS is not understood" "LORA_CPUS=$cpus" \
+  [[ "$cpus" =~ ^[1-9][0-9]*$ ]] || fail 78 "invalid LORA_CPUS" "LORA_CPUS=$cpus" \
     "it must be a whole number of CPUs" "LORA_CPUS=4 ./training/run.sh"
 }
 

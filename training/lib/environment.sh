@@ -95,7 +95,7 @@ lock_alone() {
   lock "$PYTHON" 9 UN
   until lock "$PYTHON" 9 EX NB; do
     if [[ -e "$VENV/stamp" ]] && ! is_ready; then
-      fail 75 "the environment must be renewed, but a run is using it" "$VENV" \
+      fail 75 "the environment must be rebuilt, but a run is using it" "$VENV" \
         "the lock files, the place or the GPU changed since that run started" \
         "wait for the run to end, or: LORA_VENV=/another/folder/venv ${0##*/}"
     fi
@@ -179,7 +179,7 @@ install_torch() {
     try_pip -r "$lock" && return
     tail -n "+$((LOG_START + 1))" "$LOG" | grep -q "No matching distribution" || explain_pip torch
     try_pip --extra-index-url "$TORCH_CPU_INDEX" -r "$lock" && return
-    say "  torch's CPU build is out of reach; taking the registry's, with CUDA: 3 GB to download"
+    say "  torch's CPU build is not reachable; using the registry's build with CUDA: 3 GB to download"
     check_disk "$CUDA_BYTES"
     STACK=current lock="$LOCKS/current-torch.txt"
   fi
@@ -199,7 +199,7 @@ stop_installing() {
   [[ -z "${CHILD:-}" ]] || kill "$CHILD" 2>/dev/null || true
   printf '%s' "$CLEAR_LINE" >&2
   fail 143 "stopped while installing" "$VENV" "a signal came" \
-    "start again: the installation is done over"
+    "start again; the installation is repeated"
 }
 
 # The packages serve any checkout; which one's sources they run is a matter of one line.
@@ -212,7 +212,7 @@ make_environment() {
     if [[ -e "$VENV" && ! -e "$VENV/stamp" ]]; then
       say "Found an unfinished $VENV; installing it again"
     fi
-    say "${BOLD}Installing the stack $STACK into $VENV (once, some minutes)$PLAIN"
+    say "${BOLD}Installing the stack $STACK into $VENV (once; takes some minutes)$PLAIN"
     say "  $("$PYTHON" --version) from $PYTHON"
     rm -f -- "$VENV/stamp" "$VENV/stamp-test"
     why="$("$PYTHON" -m venv --clear "$VENV" 2>&1)" || refuse_place "$(tail -n 1 <<<"$why")"

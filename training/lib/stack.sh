@@ -136,7 +136,7 @@ gpu_stack() {
   local stack
   stack="$(driver_stack)" || return 1
   if [[ "$stack" == cu121 ]] && ! (STACK=cu121 && find_python) 2>/dev/null; then
-    say "The GPU is not used: its driver serves the stack cu121 alone, which needs Python 3.10 or 3.11." \
+    say "The GPU is not used: its driver supports only the stack cu121, which needs Python 3.10 or 3.11." \
       "Remedy: LORA_PYTHON=/path/to/python3.10, or a driver from $CURRENT_DRIVER on."
     return 1
   fi
@@ -147,8 +147,8 @@ gpu_stack() {
 choose_stack() {
   case "${LORA_STACK:-cpu}" in
     cpu | current | cu121) ;;
-    *) fail 78 "LORA_STACK is not understood" "environment LORA_STACK=$LORA_STACK" \
-      "it may be cpu, current or cu121" "unset LORA_STACK" ;;
+    *) fail 78 "invalid LORA_STACK" "environment LORA_STACK=$LORA_STACK" \
+      "it must be cpu, current or cu121" "unset LORA_STACK" ;;
   esac
   STACK="${LORA_STACK:-}"
   if [[ -z "$STACK" && "$(uname -s)" != Linux ]]; then

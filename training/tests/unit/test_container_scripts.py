@@ -137,7 +137,7 @@ def test_build_takes_an_extra_of_the_stacks_that_have_it(checkout: Checkout) -> 
 
 @pytest.mark.parametrize(
     ("stack", "extra", "said"),
-    [("cu121", "deepspeed", "has no DeepSpeed"), ("cpu", "flash", "the extra is not known")],
+    [("cu121", "deepspeed", "has no DeepSpeed"), ("cpu", "flash", "unknown extra")],
 )
 def test_build_refuses_an_extra_that_is_not_there(
     checkout: Checkout, stack: str, extra: str, said: str

@@ -324,7 +324,7 @@ def test_a_stack_is_installed_from_its_own_locks(
 def test_an_unknown_stack_ends_with_78(checkout: Checkout) -> None:
     result = checkout.run("training/run.sh", LORA_STACK="cu118")
     assert result.returncode == 78
-    assert "it may be cpu, current or cu121" in result.stderr
+    assert "it must be cpu, current or cu121" in result.stderr
     assert checkout.calls() == []
 
 
