@@ -8,6 +8,7 @@ What was found stands in docs/decisions/0023.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import sys
 import tempfile
@@ -21,7 +22,6 @@ import torch
 import transformers
 
 from lora_trainer.config.schema import Config
-from lora_trainer.host.allocator import return_freed_memory
 from lora_trainer.machine import Gpu, Machine
 from lora_trainer.memory_estimate import DataProfile, Work
 from lora_trainer.model import compat, load, quantize
@@ -34,6 +34,7 @@ from lora_trainer.plan import make_plan
 from lora_trainer.train.dry_run import _unloaded, shape_of
 from lora_trainer.train.optim import make_optimizer
 
+M_MMAP_THRESHOLD, MAPPED_FROM_BYTES = -3, 256 << 10
 FAMILIES = ("Llama", "Qwen2", "Gemma2", "Mistral")
 BATCHES = ((640,), (160,) * 4, (64,) * 10, (320, 200, 100))
 SHAPE = {
@@ -121,8 +122,11 @@ def counted(case: Case) -> int:
 
 
 def measured(case: Case) -> int:
-    """Return how much the resident memory rises at most in a step, above what was there."""
-    return_freed_memory()
+    """Return how much the resident memory rises at most in a step, above what was there.
+
+    malloc gives a large block back when it is freed, as MALLOC_MMAP_THRESHOLD_ has it do.
+    """
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)
     with tempfile.TemporaryDirectory() as folder:
         config = base_config(case)
         torch.manual_seed(0)

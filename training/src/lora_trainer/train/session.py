@@ -19,7 +19,6 @@ from ..config.start_adapter import find_adapter
 from ..data.batches import Sampler
 from ..data.prepare import DataSplits
 from ..errors import ConfigError
-from ..host.allocator import return_freed_memory
 from ..machine import Machine, read_machine
 from ..memory_estimate import ModelShape, Parallelism
 from ..model import determinism, flash, load, loftq, probe, quantize, reach, zero
@@ -75,8 +74,6 @@ def open_session(
     where it is known already.
     """
     machine = machine or usable_machine(read_machine(), ranks.count)
-    if not machine.has_gpu:
-        return_freed_memory()
     config_digest = config.digest()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, machine.cores // ranks.count))
