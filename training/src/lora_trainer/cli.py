@@ -104,6 +104,9 @@ def check(
     if quick:
         preflight(settings)
         lock.check_free(output_folder(settings))
+        for warning in settings.warnings:
+            streams.complain(f"warning  {warning}")
+        streams.complain("the quick checks found nothing wrong")
         return
     check_all(settings, sample_rows=rows if show_sample else 0)
 

@@ -65,6 +65,8 @@ ALIASES: dict[str, str] = {
     "dataset_train_split": "dataset_split",
     "chat_template_path": "chat_template",
     "epochs": "num_train_epochs",
+    "log_every_n_steps": "logging_steps",
+    "enable_activation_checkpointing": "gradient_checkpointing",
     "batch_size": "per_device_train_batch_size",
     "lr": "learning_rate",
     "optim_beta1": "adam_beta1",

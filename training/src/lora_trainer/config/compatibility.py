@@ -13,10 +13,12 @@ from typing import Any
 
 from .aliases import ALIASES, COMMA_LISTS
 from .dataset_entries import normalise_datasets, unreadable_datasets
-from .schema import leaf_sections
+from .schema import SECRET_KEYS, leaf_sections, sections
 
 NAMES = re.compile(r"\s*[\w.\-]+(\s*,\s*[\w.\-]+)*\s*")
 OWN_TEMPLATE = re.compile(r"tokenizer_default(_fallback_\w+)?")  # Axolotl's
+PLACEHOLDER = re.compile(r"<[\w -]+>")
+GROUPED = re.compile(r"\d{1,3}(_\d{3})+")  # 20_000
 TEMPLATE_NAME = re.compile(r"\w[\w\-]*")
 DATASETS = ("dataset", "eval_dataset")
 EMPTY: tuple[Any, ...] = (None, "", [], {})
@@ -60,15 +62,40 @@ NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "adapter": (("lora", "qlora"), "a LoRA adapter is what is trained; use_4bit makes it QLoRA"),
     "finetuning_type": (("lora",), "a LoRA adapter is what is trained"),
     "peft_type": (("LORA",), "a LoRA adapter is what is trained"),
-    "use_peft": ((True,), "a LoRA adapter is what is trained"),
+    "use_peft": ((True, False), "a LoRA adapter is what is trained"),
     "task_type": (("CAUSAL_LM",), "causal language models are what is trained"),
     "bias": (("none",), "biases are not trained"),
-    "stage": (("sft",), "supervised fine-tuning is what is done"),
+    "stage": (("sft",), "supervised fine-tuning is what is done, no preference training"),
+    "rl": ((), "supervised fine-tuning is what is done, no preference training"),
+    "log_level": (ANY, "the console shows the run, train.log what libraries print"),
+    "log_level_replica": (ANY, "the console shows the run, train.log what libraries print"),
+    "disable_tqdm": (ANY, "progress is one line on a terminal, and log lines elsewhere"),
+    "strict": (ANY, "unknown keys are always errors"),
+    "loss_watchdog_threshold": (ANY, "a loss that is not finite ends the run"),
+    "loss_watchdog_patience": (ANY, "a loss that is not finite ends the run"),
+    "local_rank": (ANY, "nproc says how many processes train"),
+    "ddp_find_unused_parameters": (ANY, "gradients are summed without a wrapper"),
+    "dataloader_pin_memory": (ANY, "batches come from memory-mapped files"),
+    "dataloader_prefetch_factor": (ANY, "batches come from memory-mapped files"),
+    "dataloader_drop_last": ((False,), "every row is trained"),
+    "shuffle_merged_datasets": ((True,), "rows are shuffled each epoch"),
+    "include_num_input_tokens_seen": (ANY, "tokens are always counted"),
+    "include_tokens_per_second": (ANY, "tokens per second are always shown"),
+    "xformers_attention": ((False,), "the fastest exact attention is used"),
+    "sdp_attention": (ANY, "the fastest exact attention is used"),
+    "s2_attention": ((False,), "attention is exact"),
+    "gc_steps": (ANY, "memory is released where it runs out"),
+    "eval_table_size": ((0,), "use sample_count"),
+    "unfrozen_parameters": ((), "the base model stays frozen"),
+    "use_tensorboard": ((True,), "use report_to: tensorboard"),
     "do_train": ((True,), "the command says what is done"),
     "do_eval": (ANY, "evaluation follows from eval_dataset, eval_fraction and eval_steps"),
     "overwrite_output_dir": (ANY, "resume and on_finished say what happens to earlier results"),
     "overwrite_cache": (ANY, "tokenized data is kept by content"),
-    "resume_from_checkpoint": ((True,), "resume: auto does so"),
+    "resume_from_checkpoint": (
+        (True, False),
+        "a run resumes from its own checkpoints; resume: never starts over",
+    ),
     "auto_resume_from_checkpoints": ((True,), "resume: auto does so"),
     "packing": (ANY, "examples are concatenated without padding and never see one another"),
     "sample_packing": (ANY, "examples are concatenated without padding"),
@@ -76,8 +103,8 @@ NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "pad_to_sequence_len": (ANY, "examples are concatenated without padding"),
     "group_by_length": (ANY, "without padding there is nothing to save by it"),
     "tf32": (ANY, "the precision is chosen by measurement"),
-    "eval_strategy": (("steps",), "use eval_steps; 0 evaluates at the end only"),
-    "evaluation_strategy": (("steps",), "use eval_steps; 0 evaluates at the end only"),
+    "eval_strategy": (("steps", "no"), "use eval_steps; 0 evaluates at the end only"),
+    "evaluation_strategy": (("steps", "no"), "use eval_steps; 0 evaluates at the end only"),
     "save_strategy": (("steps",), "use save_steps; 0 saves only when ended"),
     "logging_strategy": (("steps",), "use logging_steps"),
     "evals_per_epoch": ((0,), "use eval_steps"),
@@ -123,6 +150,17 @@ NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
 
 # What to write instead of a key that is refused; else it is to be removed.
 REMEDIES = {
+    "stage": "write stage: sft, or train preferences elsewhere, such as with TRL",
+    "rl": "remove rl, or train preferences elsewhere, such as with TRL",
+    "finetuning_type": "write finetuning_type: lora, and a learning rate for LoRA, such as 2e-4",
+    "deepspeed": "write parallelism: deepspeed",
+    "fsdp": "write parallelism: fsdp",
+    "fsdp_config": "write parallelism: fsdp",
+    "save_strategy": "write save_steps, e.g. 50; 0 saves at the end alone",
+    "eval_strategy": "write eval_steps, e.g. 50; 0 evaluates at the end alone",
+    "evaluation_strategy": "write eval_steps, e.g. 50; 0 evaluates at the end alone",
+    "logging_strategy": "write logging_steps, e.g. 1",
+    "use_tensorboard": "write report_to: none",
     "evals_per_epoch": "write eval_steps, e.g. 50",
     "saves_per_epoch": "write save_steps, e.g. 50",
     "max_samples": "keep that many rows: head -n 1000 all.jsonl > some.jsonl",
@@ -140,6 +178,8 @@ PRECISIONS = {
 def interpret(key: str, value: Any) -> Meaning | None:
     """Return what a key with a value means; None for a key that nobody knows."""
     leaf = ALIASES.get(key, key)
+    if key == "save_strategy" and value in ("no", False):
+        return Means("save_steps", 0)
     if key in NO_MEANING:
         return _judge(key, value)
     if leaf not in leaf_sections():
@@ -148,6 +188,8 @@ def interpret(key: str, value: Any) -> Meaning | None:
         return Means(leaf, None)
     if key == "template" and isinstance(value, str) and TEMPLATE_NAME.fullmatch(value):
         return Ignored("the tokenizer's own chat template is used; chat_template takes another")
+    if leaf in SECRET_KEYS and isinstance(value, str) and PLACEHOLDER.fullmatch(value):
+        return Ignored("it holds a placeholder")
     if leaf in DATASETS and (unreadable := unreadable_datasets(value)):
         return Refused(*unreadable)
     if key in CONVERSIONS:
@@ -174,6 +216,8 @@ def normalise(leaf: str, value: Any) -> Any:
     """Return a leaf's value with the accepted spellings of the same thing made one."""
     if leaf in COMMA_LISTS and isinstance(value, str):
         return _list_of(leaf, value)
+    if isinstance(value, str) and GROUPED.fullmatch(value) and _is_number(leaf):
+        return int(value)
     if leaf == "lora_target_modules" and value in (["all-linear"], ["all"]):
         return "all-linear"
     if leaf in DATASETS:
@@ -185,6 +229,11 @@ def normalise(leaf: str, value: Any) -> Any:
     if (leaf, value) == ("lr_scheduler_type", "constant_with_warmup"):
         return "constant"  # our constant follows a warmup too
     return value
+
+
+def _is_number(leaf: str) -> bool:
+    default = sections()[leaf_sections()[leaf]].model_fields[leaf].default
+    return type(default) in (int, float)
 
 
 def _list_of(leaf: str, text: str) -> str | list[str]:

@@ -12,14 +12,16 @@ from .aliases import ALIASES
 from .layers import Layer, found, unknown_key
 from .schema import section_names
 from .text import MAX_BYTES, Document, read_json, read_yaml
+from .trainers import Trainer, complete, recognise
 
 SUFFIXES = (".json", ".yaml", ".yml")
 
 
-def read_file(path: Path) -> Layer:
-    """Return the values of a config file, JSON or YAML.
+def read_file(path: Path) -> tuple[Layer, Trainer | None]:
+    """Return the values of a config file, JSON or YAML, and the other trainer whose file it is.
 
-    Keys stand in their section or at the top level; both may be mixed.
+    Keys stand in their section or at the top level; both may be mixed. Another trainer's file
+    gets that trainer's defaults.
 
     Raises:
         ConfigError: the file is not there or cannot be decoded.
@@ -31,10 +33,17 @@ def read_file(path: Path) -> Layer:
     if document.value is not None and not isinstance(document.value, dict):
         what = f"the configuration is {found(document.value)}, not an object of keys"
         layer.problems.append(Problem(what, document.place(())))
-        return layer
-    for key, value in (document.value or {}).items():
+        return layer, None
+    keys = document.value or {}
+    for key, value in keys.items():
         _take(layer, document, key, value)
-    return layer
+    steps = layer.given.get("warmup_steps")
+    if steps is not None and steps.value == 0 and "warmup_ratio" in layer.given:
+        del layer.given["warmup_steps"]  # to transformers, 0 steps leave it to the ratio
+    trainer = recognise(keys)
+    if trainer is not None:
+        complete(layer, trainer, keys, path)
+    return layer, trainer
 
 
 def parse(text: str, path: Path) -> Document:

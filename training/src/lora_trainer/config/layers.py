@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import Problem
 from .aliases import ALIASES
-from .compatibility import NO_MEANING, Ignored, Refused, interpret
+from .compatibility import NO_MEANING, Ignored, Means, Refused, interpret
 from .schema import SECRET_KEYS, leaf_sections, section_names
 from .text import Document, Pointer, shown_key
 
@@ -98,7 +98,9 @@ class Layer:
                     f"move it to {home}, or to the top level",
                 )
             )
-        elif meaning.value is None and self.kind == "file":
+        elif (meaning.value is None and self.kind == "file") or self._is_said(
+            key, meaning, pointer
+        ):
             return
         elif meaning.leaf in self.given:
             name = key if key == meaning.leaf else f"{key} ({meaning.leaf})"
@@ -111,6 +113,21 @@ class Layer:
             self.given[meaning.leaf] = Given(
                 meaning.leaf, meaning.value, origin, self.folder, document, pointer
             )
+
+    def _is_said(self, key: str, meaning: Means, pointer: Pointer) -> bool:
+        """Tell whether the value adds nothing to one that is given under another spelling.
+
+        Axolotl's lora_target_linear adds all linear layers to the modules that are named.
+        """
+        other = self.given.get(meaning.leaf)
+        if other is None or other.pointer == pointer == ():
+            return False
+        if other.value == meaning.value:
+            return True
+        if "lora_target_linear" not in (key, *other.pointer[-1:]):
+            return False
+        self.given[meaning.leaf] = replace(other, value="all-linear")
+        return True
 
 
 def unknown_key(key: str, place: str, section: str = "") -> Problem:

@@ -17,6 +17,7 @@ from .paths import exists, locate_paths
 from .precedence import merge
 from .schema import SECRET_KEYS, Config, leaf_sections, sections
 from .start_adapter import adopt
+from .trainers import missing
 from .undecodable import find_undecodable, find_undecodable_paths
 from .validation import find_misfits
 
@@ -55,14 +56,18 @@ def resolve(
         AccessError: the config file may not be read.
     """
     layers = [read_environment(environ), read_arguments(arguments)]
+    trainer = None
     if config_file is not None:
-        layers.insert(0, read_file(config_file))
+        layer, trainer = read_file(config_file)
+        layers.insert(0, layer)
     given, left_out = merge(layers)
     misfits = find_misfits(given) | find_undecodable(given)
     config = _config_of({leaf: g.value for leaf, g in given.items() if leaf not in misfits})
     problems = [problem for layer in layers for problem in layer.problems]
     problems += [problem for group in misfits.values() for problem in group]
     problems += find_conflicts(config, given, set(misfits))
+    if trainer is not None and config_file is not None:
+        problems += missing(trainer, given, config_file)
     located = locate_paths(config, given)
     problems += find_undecodable_paths(located)
     problems += _find_template_problems(located.get("chat_template"), given)

@@ -39,7 +39,7 @@ def test_yaml_that_a_container_sees_as_config_json_is_read(folder, text):
 
 def test_empty_yaml_and_null_keys_give_the_defaults(folder):
     assert from_file(folder, "# nothing\n", "c.yaml").config == resolve(None, {}, []).config
-    resolved = from_file(folder, "lora_r:\nwarmup_steps: null\nadapter:\nlora:\n", "c.yaml")
+    resolved = from_file(folder, "lora_r:\nwarmup_steps: null\ndeepspeed:\nlora:\n", "c.yaml")
     assert resolved.origins["lora_r"].kind == "default"
     assert resolved.warnings == []
 
@@ -84,7 +84,7 @@ def test_key_given_twice_in_a_file_names_both_lines(folder, content, name):
 
 @pytest.mark.parametrize(
     "content",
-    ['{"lr": 1,\n"learning_rate": 1}', '{"lr": 1,\n"training": {"learning_rate": 1}}'],
+    ['{"lr": 1,\n"learning_rate": 2}', '{"lr": 1,\n"training": {"learning_rate": 2}}'],
 )
 def test_leaf_given_under_two_names_names_both_places(folder, content):
     problem = problem_in(folder, content)

@@ -50,7 +50,6 @@ def test_other_spellings_mean_the_same(folder, content, leaf, value):
     [
         {"val_set_size": 100},
         {"optim": "lion_8bit"},
-        {"adapter": "ia3"},
         {"stage": "dpo"},
         {"quantization_bit": 3},
         {"flash_attn": "fa9"},

@@ -56,7 +56,7 @@ def test_misfits_within_a_list_of_datasets_are_placed(folder):
         ('{"hf_token": {"hf_sesame": 1}}', {}, []),
         ('{"hf_token": "hf_sesame" "x"}', {}, []),
         ('{"hf_tokne": "hf_sesame"}', {}, []),
-        ('{"hf_token": "hf_sesame", "token": "hf_sesame"}', {}, []),
+        ('{"hf_token": "hf_sesame", "token": "hf_sesame2"}', {}, []),
         ("{}", {"LORA_TRAINER_HF_TOKN": "hf_sesame"}, []),
         ("{}", {}, ["--hf_token", "x", "hf_sesame"]),
         ("{}", {}, ["--hf_tokn", "hf_sesame"]),
