@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -12,6 +13,7 @@ import pytest
 
 import lora_trainer
 
+MAJOR = int(importlib.metadata.version("transformers").split(".")[0])
 SOURCE = Path(lora_trainer.__file__).parent
 # The folders, and the files beside them, from the lowest up: each imports only those before it.
 LEVELS = [
@@ -66,8 +68,9 @@ def test_no_modules_import_each_other():
     "folders, heavy",
     [
         (LIGHT, HEAVY),
-        # Each of the processes that tokenize would hold 117 MB more with torch.
-        (("data",), ("torch", "peft")),
+        # Each of the processes that tokenize would hold 117 MB more with torch, which transformers
+        # 4 imports with its chat templates: there the processes hide it.
+        (("data",), ("torch", "peft") if MAJOR >= 5 else ("peft",)),
     ],
 )
 def test_folders_without_torch_import_nothing_heavy(folders, heavy):
