@@ -152,7 +152,7 @@ def measured(case: Case) -> int:
         step(MicroBatch([np.ones(8, dtype=np.int64)], [np.ones(8, dtype=bool)]))
         gc.collect()
         before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts over
         step(batch_of(case.work))
         return _status("VmHWM") - before
 

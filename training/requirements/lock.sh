@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the lock files of the three stacks anew, or check them: ./training/requirements/lock.sh
+# Renew the lock files of the three stacks, or check them: ./training/requirements/lock.sh
 #
 # A stack (cpu, current or cu121) is installed by these commands, the same for each:
 #

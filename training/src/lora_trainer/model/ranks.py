@@ -178,7 +178,7 @@ def _peers() -> Iterator[None]:
 def share_out(sizes: Sequence[int], count: int) -> list[list[int]]:
     """Share pieces of these sizes among `count` ranks: as many pieces each, and as even.
 
-    The largest goes first, to whoever has least; every rank reckons the same. Within a
+    The largest goes first, to whoever has least; every rank computes the same. Within a
     rank the pieces keep their order.
     """
     most = -(-len(sizes) // count)

@@ -113,7 +113,7 @@ def _in_float32(config: Config) -> Config:
     """Return the config of a run whose base model overflows float16.
 
     Raises:
-        ConfigError: float16 is insisted on.
+        ConfigError: float16 is required.
     """
     if config.model.fp16 is True:
         raise ConfigError.of(

@@ -2,7 +2,7 @@
 //
 // A browser gives up on a server-sent stream after an HTTP error and does not notice one that
 // went silent, so the retries are made here. After each opening the page fetches the whole
-// state anew; nothing depends on what was missed in between.
+// state again; nothing depends on what was missed in between.
 
 const KINDS = [
   "run_started", "phase", "plan", "progress", "step", "eval", "generated", "sample",
