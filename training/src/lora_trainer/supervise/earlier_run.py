@@ -34,7 +34,7 @@ NEW_ADAPTER_KEYS = (
     *(leaf for _, leaf in SHAPE_KEYS),
 )
 ASIDE = "--on_finished archive moves the finished run aside first"
-START_OVER = "--resume never starts again (the old run is moved aside, not removed)"
+AGAIN = "--resume never starts again (the old run is moved aside, not removed)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +310,7 @@ def _config_changes(earlier: Earlier, config: Config) -> list[str]:
 
 def _options(earlier: Earlier, changes: Sequence[str] = ()) -> str:
     """Return what can be done, and how to keep what was trained where the adapter fits still."""
-    options = f"--run_name NEW_NAME trains beside it; {ASIDE if earlier.is_finished else START_OVER}"
+    options = f"--run_name NEW_NAME trains beside it; {ASIDE if earlier.is_finished else AGAIN}"
     fits = not any(one.startswith(f"{leaf}:") for one in changes for leaf in NEW_ADAPTER_KEYS)
     if not fits or not (earlier.steps or (earlier.folder / FINAL).is_dir()):
         return options
