@@ -125,6 +125,7 @@ def compared(_ranks, numbers):
 
 
 def test_counted_memory_is_what_a_step_takes(tmp_path):
-    numbers = [0, 2, 4, 6, 7, 13, 18, 39]
+    # Steps that take 70 to 190 MB: of less, the few megabytes that the heap keeps are too much.
+    numbers = [0, 2, 4, 6, 7]
     (pairs,) = together(1, tmp_path / "ranks", compared, numbers)
     memory_bench.judge(pairs)
