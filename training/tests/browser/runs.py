@@ -89,7 +89,7 @@ def failed() -> list[Event]:
 
 
 def finished(answer: str = "ON") -> list[Event]:
-    """Return a run that is complete, with what was learnt."""
+    """Return a run that is complete, with its results."""
     now = time.time()
     return [
         *going_on(TOTAL),

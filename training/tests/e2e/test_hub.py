@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
     "report_to": [],
     "health_port": 0,
 }
-# One process answers all cases: importing torch and transformers anew takes 5 s each time.
+# One process answers all cases: importing torch and transformers takes 5 s each time.
 ANSWER_CASES = """
 import contextlib, io, json, os, sys
 from lora_trainer.cli import main

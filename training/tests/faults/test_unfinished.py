@@ -93,12 +93,12 @@ def test_changed_data_are_refused(trainer: Trainer, copy_of: Copy) -> None:
 
 
 def test_resume_never_moves_the_unfinished_run_aside(trainer: Trainer, copy_of: Copy) -> None:
-    output = copy_of("anew")
+    output = copy_of("started-over")
     events, saved = events_of(output), steps_saved(output)
     run = trainer.start(output, resume="never", learning_rate=0.02)
     run.wait_for(at_step(1))
     run.kill()
-    aside = output.with_name("anew.1")
+    aside = output.with_name("started-over.1")
     assert (events_of(aside), steps_saved(aside)) == (events, saved)
     assert not of_kind(output, "resumed")
     assert str(aside) in of_kind(output, "warning")[0]["message"]

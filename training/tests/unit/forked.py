@@ -1,4 +1,4 @@
-"""Work done by several processes that train together, without importing torch in each anew.
+"""Work done by several processes that train together, without importing torch again in each.
 
 The fork server imports it once; `together` forks the ranks from there, which takes a
 fraction of a second each.

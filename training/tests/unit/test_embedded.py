@@ -1,4 +1,4 @@
-"""The model inside: made once, sealed, made anew when it is damaged; nothing pickled is read."""
+"""The model inside: made once, sealed, made again when it is damaged; nothing pickled is read."""
 
 from __future__ import annotations
 

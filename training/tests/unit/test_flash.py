@@ -1,4 +1,4 @@
-"""flash-attn is called as its public signature says; insisted on in vain, it fails with the reason.
+"""flash-attn is called as its signature says; required in vain, it fails with the reason.
 
 The packages are stood in for by a module whose function has the real parameters (flash-attn
 2.8 and flash-attn 3's `hopper/flash_attn_interface.py`) and computes a plain reference.

@@ -60,7 +60,7 @@ def test_preset_passes_the_checks_of_a_config(name):
     assert json.loads(path.read_text())["$schema"] == "../config.schema.json"
     found = resolve(path, environ={}, arguments=[])
     assert not found.warnings
-    # Flash attention is not insisted on: a machine without it would refuse the preset.
+    # Flash attention is not required: a machine without it would refuse the preset.
     assert found.config.model.use_flash_attention == "auto"
 
 
