@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .commands import runs
 from .errors import ConfigError, InternalError, TrainerError
 from .host import environment, interrupts, streams
 from .redaction import Redaction, given_secrets
@@ -239,37 +240,10 @@ def _trained(place: str, model: str | None, debug: bool) -> FinetunedModel:
     )
 
 
-@app.command()
-def dashboard(
-    output_dir: Annotated[Path, typer.Argument(help="A run's output folder.")],
-    host: Annotated[
-        str, typer.Option(envvar="LORA_TRAINER_HEALTH_HOST", help="Address to bind.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Port; default: 8080, or any free one.")
-    ] = None,
-    token_file: Annotated[
-        str | None,
-        typer.Option(
-            envvar="LORA_TRAINER_HEALTH_TOKEN_FILE",
-            help="File with a token that clients must send.",
-        ),
-    ] = None,
-    allowed_host: Annotated[
-        list[str] | None, typer.Option(help="Additional host name to accept.")
-    ] = None,
-) -> None:
-    """Show a finished or running run in the browser."""
-    from .serve.replay import view
-
-    view(
-        output_dir.absolute(),
-        host=host,
-        port=port,
-        token_file=token_file,
-        allowed_hosts=allowed_host or (),
-        say=typer.echo,
-    )
+app.command("runs")(runs.list_runs)
+app.command("compare")(runs.compare_runs)
+app.command("rm")(runs.remove)
+app.command("dashboard")(runs.dashboard)
 
 
 @app.command()
@@ -289,11 +263,9 @@ def health(
 ) -> None:
     """Show whether a run is well, and if not, why; exit 0 if it is, 1 if not."""
     from .commands.health import report_health
-    from .config.paths import PUBLIC
 
-    public = PUBLIC / "outputs"
     code = report_health(
-        outputs or (public if public.is_dir() else Path("outputs")),
+        runs.outputs_folder(outputs),
         url=url.rstrip("/"),
         is_json=as_json,
         watch_seconds=seconds if watch else None,

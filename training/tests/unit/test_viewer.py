@@ -14,10 +14,9 @@ from lora_trainer.errors import ConfigError
 from lora_trainer.redaction import Redaction
 from lora_trainer.run.events import Ended, RunStarted
 from lora_trainer.run.folder import EVENTS, LOCK
+from lora_trainer.run.lock import is_held, own_address
 from lora_trainer.serve.replay import (
     EventFollower,
-    is_held,
-    own_address,
     stall_timeout_seconds,
     view,
 )

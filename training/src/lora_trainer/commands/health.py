@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 
 from ..errors import MEANINGS, ConfigError
 from ..run.folder import DONE, EVENTS, LOG
+from ..run.lock import own_address
 from ..serve.gauges import GpuReading, open_nvml, read_gpus
-from ..serve.replay import own_address
 from ..serve.server import read_token
 from ..units import size
 

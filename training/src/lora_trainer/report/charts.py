@@ -10,7 +10,7 @@ import contextlib
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -33,38 +33,79 @@ def chart(
     `marks` are steps at which the run was resumed. There is a point in `raw` or `dots`.
     """
     raw, smooth = thinned(raw), thinned(smooth)
-    xs, ys = zip(*raw, *dots, strict=True)
-    left, right, low, high = min(xs), max(xs), _floor(ys), max(ys)
-    x_ticks, y_ticks = _ticks(left, right, is_whole=True), _ticks(low, high)
-    width, bottom, height = max(right - left, 1), y_ticks[0], y_ticks[-1] - y_ticks[0]
-
-    def place(point: Vertex) -> Vertex:
-        """Return the shares from the left and from the top."""
-        x, y = point
-        return round((x - left) / width, 4), round(1 - (y - bottom) / height, 4)
-
-    def line(points: list[Vertex]) -> str:
-        return " ".join(f"{1000 * x:.1f},{1000 * y:.1f}" for x, y in map(place, points))
-
+    axes = _Axes([*raw, *dots])
     main = smooth or raw or dots
     tips = main[:: math.ceil(len(main) / MOST_TIPS)]
-    centres = [place(point) for point in tips]
+    centres = [axes.place(point) for point in tips]
     edges = [0.0, *((a[0] + b[0]) / 2 for a, b in pairwise(centres)), 1.0]
-    return {
+    return axes.ticks() | {
         "title": title,
-        "raw": line(raw),
-        "smooth": line(smooth),
-        "dots_line": line(dots),
-        "dots": [(*place(dot), f"step {dot[0]:,.0f}: {short(dot[1])}") for dot in dots],
-        "marks": [place((step, bottom))[0] for step in sorted(set(marks)) if left <= step <= right],
-        "x_ticks": [(place((x, bottom))[0], f"{x:,.0f}") for x in x_ticks],
-        "y_ticks": [(place((left, y))[1], _label(y, y_ticks)) for y in y_ticks],
+        "raw": axes.line(raw),
+        "smooth": axes.line(smooth),
+        "dots_line": axes.line(dots),
+        "dots": [(*axes.place(dot), f"step {dot[0]:,.0f}: {short(dot[1])}") for dot in dots],
+        "marks": [axes.x(step) for step in sorted(set(marks)) if axes.left <= step <= axes.right],
         "tips": [
             (round(start, 4), round(end - start, 4), *centre, f"{x:,.0f}", short(y))
             for (x, y), centre, start, end in zip(tips, centres, edges, edges[1:], strict=False)
         ],
-        "summary": f"{title}: {len(main)} points from {short(min(ys))} to {short(max(ys))}",
+        "summary": f"{title}: {len(main)} points from {short(axes.low)} to {short(axes.high)}",
     }
+
+
+def overlay(title: str, curves: Mapping[str, list[Vertex]]) -> dict[str, Any]:
+    """Return the geometry of one figure of several runs, on common axes; one has a point."""
+    thin = {name: thinned(points) for name, points in curves.items()}
+    axes = _Axes([point for points in thin.values() for point in points])
+    return axes.ticks() | {
+        "title": title,
+        "curves": [
+            (name, axes.line(points), [axes.place(point) for point in points[-1:]])
+            for name, points in thin.items()
+        ],
+        "summary": f"{title}: "
+        + "; ".join(
+            f"{name} from {short(points[0][1])} to {short(points[-1][1])}"
+            for name, points in thin.items()
+            if points
+        ),
+    }
+
+
+class _Axes:
+    """Round axes around some points, and where on them a point is, in shares of the plot."""
+
+    def __init__(self, points: Sequence[Vertex]) -> None:
+        xs, ys = zip(*points, strict=True)
+        self.left, self.right, self.low, self.high = min(xs), max(xs), min(ys), max(ys)
+        self._x_ticks = _ticks(self.left, self.right, is_whole=True)
+        self._y_ticks = _ticks(_floor(ys), self.high)
+        self._width = max(self.right - self.left, 1)
+        self._bottom = self._y_ticks[0]
+        self._height = self._y_ticks[-1] - self._y_ticks[0]
+
+    def x(self, step: float) -> float:
+        """Return the share from the left."""
+        return round((step - self.left) / self._width, 4)
+
+    def y(self, value: float) -> float:
+        """Return the share from the top."""
+        return round(1 - (value - self._bottom) / self._height, 4)
+
+    def place(self, point: Vertex) -> Vertex:
+        """Return the shares from the left and from the top."""
+        return self.x(point[0]), self.y(point[1])
+
+    def line(self, points: Sequence[Vertex]) -> str:
+        """Return the points of an SVG line in a box of 1000 x 1000."""
+        return " ".join(f"{1000 * x:.1f},{1000 * y:.1f}" for x, y in map(self.place, points))
+
+    def ticks(self) -> dict[str, Any]:
+        """Return where the labels of both axes are, and their texts."""
+        return {
+            "x_ticks": [(self.x(x), f"{x:,.0f}") for x in self._x_ticks],
+            "y_ticks": [(self.y(y), _label(y, self._y_ticks)) for y in self._y_ticks],
+        }
 
 
 def thinned(points: Sequence[Vertex], most: int = MOST_POINTS) -> list[Vertex]:

@@ -13,15 +13,14 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ..errors import MEANINGS
 from ..host.disk import write_bytes
 from ..run.history import KEPT_MOMENTS, WHOLE, History, Point
-from ..run.recording import read_events
-from ..run.status import ENDINGS, RunStatus, fold
+from ..run.status import ENDINGS, RunStatus
+from ..run.summary import read_run
 from ..units import duration, percent, size
 from .charts import Vertex, chart, draw_png, short, smoothed
 
@@ -31,19 +30,19 @@ NAMELESS = "Training run"
 
 def write_report(output_dir: Path) -> list[Path]:
     """Write `report.html` and, when a step was done, `loss.png`; return what was written."""
-    status, history = _read_run(output_dir / "events.jsonl")
+    status, history = read_run(output_dir, WHOLE)
     written = [output_dir / "report.html"]
     page = render_html(
         status,
         history,
-        config=_read_json(output_dir / "config.resolved.json"),
-        plan=_read_json(output_dir / "plan.json"),
-        environment=_read_json(output_dir / "environment.json"),
-        data=_read_json(output_dir / "data.json"),
+        config=read_json(output_dir / "config.resolved.json"),
+        plan=read_json(output_dir / "plan.json"),
+        environment=read_json(output_dir / "environment.json"),
+        data=read_json(output_dir / "data.json"),
     )
     # Generated text may hold half of a surrogate pair, which UTF-8 cannot.
     write_bytes(written[0], page.encode("utf-8", errors="replace"))
-    if _series(history, lambda point: point.loss):
+    if series(history, lambda point: point.loss):
         written.append(output_dir / "loss.png")
         write_bytes(written[1], _picture(status, history))
     return written
@@ -59,12 +58,7 @@ def render_html(
     data: Mapping[str, Any],
 ) -> str:
     """Return the page; every text of the run in it is escaped."""
-    from jinja2 import Environment, StrictUndefined
-
-    template = resources.files(__package__).joinpath("template.html")
-    page = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(template.read_text(encoding="utf-8"))
+    page = page_template("template.html")
     values = [(s, k, leaf) for s, group in config.items() for k, leaf in group.items()]
     settings = [(s, k, _text(leaf["value"]), str(leaf["origin"])) for s, k, leaf in values]
     base = config.get("model", {}).get("model_name_or_path", {}).get("value", "")
@@ -74,7 +68,7 @@ def render_html(
         name=status.run_name or NAMELESS,
         base=base,
         digest=status.config_digest,
-        started=_moment(status.started_time),
+        started=moment(status.started_time),
         result=status.phase if status.phase in ENDINGS else "unfinished",
         phase="" if status.started_time is None else status.phase,
         exit_code=exit_code,
@@ -94,6 +88,19 @@ def render_html(
         data=_flat(data),
         checkpoints=_checkpoints(history),
     )
+
+
+def page_template(name: str) -> Any:
+    """Return a page's template; every text that it is given is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("lora_trainer", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template(name)
 
 
 def _checkpoints(history: History) -> list[tuple[int, str, str, str, bool]]:
@@ -121,7 +128,7 @@ def _tiles(
     memory, on_gpu = status.peak_memory_bytes, status.peak_gpu_memory_bytes
     kind = f"of the GPU; {size(memory)} main" if on_gpu else "main memory"
     trained = duration(status.finished.train_seconds if status.finished else seconds)
-    losses = [loss for _, loss in _series(history, lambda point: point.loss)]
+    losses = [loss for _, loss in series(history, lambda point: point.loss)]
     latest = losses[-max(1, len(losses) // 20) :]
     loss = short(sum(latest) / len(latest)) if latest else "not finite"
     over = f"mean of the last {len(latest)} steps" if len(latest) > 1 else "of the last step"
@@ -206,13 +213,13 @@ def _timeline(status: RunStatus, history: History) -> list[tuple[str, str, str]]
 
 def _charts(history: History) -> list[dict[str, Any]]:
     """Return the charts' geometry; the first one is the wide one."""
-    loss = _series(history, lambda point: point.loss)
-    norm = _series(history, lambda point: point.grad_norm)
-    rate = _series(history, lambda point: point.learning_rate)
-    speed = _series(history, lambda point: point.tokens_per_second)
+    loss = series(history, lambda point: point.loss)
+    norm = series(history, lambda point: point.grad_norm)
+    rate = series(history, lambda point: point.learning_rate)
+    speed = series(history, lambda point: point.tokens_per_second)
     none: list[Vertex] = []
     plots = (
-        ("Loss", loss, smoothed(loss), _held_out(history)),
+        ("Loss", loss, smoothed(loss), held_out_loss(history)),
         ("Learning rate", rate, none, none),
         ("Gradient norm", norm, smoothed(norm), none),
         ("Tokens per second", speed, smoothed(speed), none),
@@ -227,35 +234,26 @@ def _charts(history: History) -> list[dict[str, Any]]:
 def _picture(status: RunStatus, history: History) -> bytes:
     return draw_png(
         status.run_name or NAMELESS,
-        loss=_series(history, lambda point: point.loss),
-        held_out=_held_out(history),
-        rate=_series(history, lambda point: point.learning_rate),
+        loss=series(history, lambda point: point.loss),
+        held_out=held_out_loss(history),
+        rate=series(history, lambda point: point.learning_rate),
         marks=history.resumes,
     )
 
 
-def _series(history: History, figure: Callable[[Point], float | None]) -> list[Vertex]:
+def series(history: History, figure: Callable[[Point], float | None]) -> list[Vertex]:
     """Return a figure of every step, without those that are not finite."""
     values = [(float(point.step), figure(point)) for point in history.points(WHOLE)]
     return [(step, value) for step, value in values if value is not None and math.isfinite(value)]
 
 
-def _held_out(history: History) -> list[Vertex]:
+def held_out_loss(history: History) -> list[Vertex]:
     """Return the evaluation loss by step, as far as it is finite."""
     points = [(float(score.step), score.eval_loss) for score in history.evals()]
     return [point for point in points if math.isfinite(point[1])]
 
 
-def _read_run(path: Path) -> tuple[RunStatus, History]:
-    """Fold the events of a file; lines that are none are passed over."""
-    status, history = RunStatus(), History(WHOLE)
-    for event in read_events(path):
-        status = fold(status, event)
-        history.add(event)
-    return status, history
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a file, nothing if it is missing or was never finished."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -298,7 +296,8 @@ def _since_start(status: RunStatus, moment: float | None) -> float:
     return 0.0 if status.started_time is None or moment is None else moment - status.started_time
 
 
-def _moment(seconds: float | None) -> str:
+def moment(seconds: float | None) -> str:
+    """Return a time since the epoch as text; nothing for none."""
     if not seconds:
         return ""
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")

@@ -10,6 +10,7 @@ from ..run import events as said
 from ..run.events import Event
 from ..run.status import ENDINGS, KEPT_CHARACTERS, RunStatus
 from ..units import duration, number, percent, size
+from .tensorboard import tensorboard_command
 from .terminal import clean, one_line
 
 Line = tuple[str, str]  # text, rich style
@@ -82,6 +83,8 @@ def closing_lines(status: RunStatus, width: int = 80) -> Iterator[Line]:
         yield "results", "bold"
         for result in done.results:
             yield f"  {_absolute(str(Path(status.output_dir) / result))}", ""
+    for line in tensorboard_command(Path(status.output_dir)):
+        yield clean(line, 4096), ""
     speed, gpu = status.mean_tokens_per_second, status.peak_gpu_memory_bytes
     totals = [
         f"{duration(status.elapsed_seconds)} in total, {duration(done.train_seconds)} training",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import socket
 import time
@@ -17,7 +18,7 @@ from typing import IO
 import psutil
 
 from ..errors import BusyError, Problem
-from .folder import LOCK, finish_archiving, open_lock
+from .folder import LOCK, SERVER, finish_archiving, open_lock
 
 # How long a start waits for the worker of a supervisor that was killed alone.
 ORPHAN_SECONDS = 120.0
@@ -88,3 +89,32 @@ def is_alive(holder: str) -> bool:
         return psutil.Process(int(words[1])).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def is_held(folder: Path) -> bool:
+    """Tell whether a process, as far as can be seen from here, is running the folder's run.
+
+    The lock itself is not tried: for that moment a run could not begin.
+    """
+    try:
+        holder = (folder / LOCK).read_text().strip()
+        number = (folder / LOCK).stat().st_ino
+        if holder.split()[-1:] != [socket.gethostname()]:
+            return True
+        locks = Path("/proc/locks").read_text()
+    except OSError:
+        return False
+    if not is_alive(holder):  # but its worker, which has inherited the lock, may be saving
+        return any(line.split()[-3].endswith(f":{number}") for line in locks.splitlines())
+    return True
+
+
+def own_address(folder: Path) -> str:
+    """Return where the run's own process answers; "" if it is gone, or its id another's."""
+    try:
+        server = json.loads((folder / SERVER).read_text())
+        command = psutil.Process(int(server["pid"])).cmdline()
+        is_trainer = any("lora_trainer" in word or "train_lora" in word for word in command)
+        return str(server["url"]) if is_trainer else ""
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        return ""

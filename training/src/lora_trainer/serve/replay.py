@@ -10,18 +10,15 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import psutil
-
 from ..errors import ConfigError, UnavailableError
 from ..redaction import Redaction
 from ..run.events import parse_line
-from ..run.folder import EVENTS, LOCK, LOG, RESOLVED, SERVER
-from ..run.lock import is_alive
+from ..run.folder import EVENTS, LOG, RESOLVED
+from ..run.lock import is_held, own_address
 from ..run.recording import whole_lines
 from .run_state import RunState
 from .server import LogFollower, StatusServer, read_token
@@ -112,35 +109,6 @@ def view(
             recording.read()
     finally:
         server.stop()
-
-
-def is_held(folder: Path) -> bool:
-    """Tell whether a process, as far as can be seen from here, is running the folder's run.
-
-    The lock itself is not tried: for that moment a run could not begin.
-    """
-    try:
-        holder = (folder / LOCK).read_text().strip()
-        number = (folder / LOCK).stat().st_ino
-        if holder.split()[-1:] != [socket.gethostname()]:
-            return True
-        locks = Path("/proc/locks").read_text()
-    except OSError:
-        return False
-    if not is_alive(holder):  # but its worker, which has inherited the lock, may be saving
-        return any(line.split()[-3].endswith(f":{number}") for line in locks.splitlines())
-    return True
-
-
-def own_address(folder: Path) -> str:
-    """Return where the run's own process answers; "" if it is gone, or its id another's."""
-    try:
-        server = json.loads((folder / SERVER).read_text())
-        command = psutil.Process(int(server["pid"])).cmdline()
-        is_trainer = any("lora_trainer" in word or "train_lora" in word for word in command)
-        return str(server["url"]) if is_trainer else ""
-    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
-        return ""
 
 
 def stall_timeout_seconds(folder: Path) -> float:

@@ -1,0 +1,186 @@
+"""The runs in a folder, and what each came to: state, steps, losses, duration, size.
+
+All of it follows from what a run leaves in its folder, so that a run is listed the same while it
+trains, after it was killed, and on another machine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import ConfigError
+from .events import RunStarted, StepDone
+from .folder import ARCHIVING, DONE, EVENTS, LOCK, RESOLVED, SERVER, is_own
+from .history import History
+from .lock import is_held, own_address
+from .recording import read_events
+from .status import ENDINGS, RunStatus, fold
+
+State = Literal["running", "finished", "failed", "stopped", "interrupted"]
+MARKS = (EVENTS, RESOLVED, DONE)  # any of them makes a folder a run's
+SHOWN_NAMES = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """One run; a figure that it does not have is None.
+
+    Units: seconds, bytes, times since the epoch. `eval_loss` and `exact_match` are the latest.
+    """
+
+    name: str
+    folder: str
+    state: State
+    exit_code: int | None
+    phase: str
+    step: int
+    total_steps: int
+    first_loss: float | None
+    last_loss: float | None
+    eval_loss_before: float | None
+    eval_loss: float | None
+    best_eval_loss: float | None
+    best_step: int | None
+    exact_match_before: float | None
+    exact_match: float | None
+    tokens_per_second: float | None
+    peak_memory_bytes: int
+    started_time: float | None
+    seconds: float
+    bytes: int
+    url: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as values of JSON."""
+        return asdict(self)
+
+
+def is_run(folder: Path) -> bool:
+    """Tell whether a folder holds a run's files."""
+    return any((folder / name).is_file() for name in MARKS)
+
+
+def run_folders(parent: Path) -> dict[str, Path]:
+    """Return the runs in a folder by name; one in the folder itself is named `.`."""
+    runs = {".": parent} if is_run(parent) else {}
+    try:
+        children = sorted(path for path in parent.iterdir() if not path.name.startswith("."))
+    except OSError:
+        return runs
+    return runs | {path.name: path for path in children if is_run(path)}
+
+
+def find_run(named: str, outputs: Path) -> Path:
+    """Return the folder of a run that is named by its path, or by its name in `outputs`.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    path = Path(named).expanduser()
+    for folder in (path, outputs / path):
+        if is_run(folder):
+            return folder.absolute()
+    names = list(run_folders(path if path.is_dir() else outputs))
+    raise ConfigError.of(
+        "there is no such run",
+        where=named,
+        why=f"neither {path.absolute()} nor {(outputs / path).absolute()} holds a run's {EVENTS}"
+        + (f"; runs there: {', '.join(names[:SHOWN_NAMES])}" if names else ""),
+        remedy=f"lora-trainer runs {path if path.is_dir() else outputs}",
+    )
+
+
+def read_run(folder: Path, capacity: int | None = None) -> tuple[RunStatus, History]:
+    """Return what a folder's recording adds up to; `capacity` bounds the points of its history."""
+    status, history = RunStatus(), History() if capacity is None else History(capacity)
+    for event in read_events(folder / EVENTS):
+        status = fold(status, event)
+        history.add(event)
+    return status, history
+
+
+def summarize(name: str, folder: Path) -> RunSummary:
+    """Return what a run came to, or has come to so far."""
+    status, first_loss = RunStatus(), None
+    for event in read_events(folder / EVENTS):
+        if isinstance(event, RunStarted) and event.config_digest != status.config_digest:
+            first_loss = None  # another run in the same folder
+        if isinstance(event, StepDone) and (first_loss is None or event.step == 1):
+            first_loss = event.loss
+        status = fold(status, event)
+    state = state_of(folder, status)
+    before, after, best = status.eval_before, status.last_eval, status.best_eval
+    answered, answers = status.generated_before, status.generated_after
+    return RunSummary(
+        name=name,
+        folder=str(folder),
+        state=state,
+        exit_code=0 if state == "finished" else None if state == "running" else _code(status),
+        phase=status.phase,
+        step=status.step,
+        total_steps=status.total_steps,
+        first_loss=first_loss,
+        last_loss=status.last_loss,
+        eval_loss_before=before.eval_loss if before else None,
+        eval_loss=after.eval_loss if after and after is not before else None,
+        best_eval_loss=best.eval_loss if best else None,
+        best_step=best.step if best else None,
+        exact_match_before=answered.exact_match if answered else None,
+        exact_match=answers.exact_match if answers else None,
+        tokens_per_second=status.mean_tokens_per_second,
+        peak_memory_bytes=status.peak_gpu_memory_bytes or status.peak_memory_bytes,
+        started_time=status.started_time,
+        seconds=status.elapsed_seconds,
+        bytes=sum(path.lstat().st_size for path in files_of(folder)),
+        url=own_address(folder) if state == "running" else "",
+    )
+
+
+def summaries(parent: Path) -> list[RunSummary]:
+    """Return the runs in a folder, the one that was started last first."""
+    runs = [summarize(name, folder) for name, folder in run_folders(parent).items()]
+    return sorted(runs, key=lambda run: run.started_time or 0.0, reverse=True)
+
+
+def state_of(folder: Path, status: RunStatus) -> State:
+    """Return a run's state by its recording, its `DONE` and the process that holds its lock."""
+    if is_held(folder) and not (status.is_over and status.exit_code is not None):
+        return "running"
+    if (folder / DONE).is_file():
+        return "finished"
+    if status.phase in ENDINGS:
+        return status.phase  # type: ignore[return-value]
+    return "interrupted"
+
+
+def files_of(folder: Path) -> Iterator[Path]:
+    """Yield the files that a run wrote; links are named and not followed."""
+    for path in own_entries(folder):
+        if path.is_symlink() or not path.is_dir():
+            yield path
+            continue
+        for parent, folders, names in os.walk(path):
+            links = [name for name in folders if (Path(parent) / name).is_symlink()]
+            yield from (Path(parent) / name for name in (*names, *links))
+
+
+def own_entries(folder: Path) -> list[Path]:
+    """Return what a run wrote directly in its folder; its lock is not among it."""
+    try:
+        return sorted(path for path in folder.iterdir() if _is_runs(path.name))
+    except OSError:
+        return []
+
+
+def _is_runs(name: str) -> bool:
+    return name != LOCK and (is_own(name) or name in (ARCHIVING, SERVER))
+
+
+def _code(status: RunStatus) -> int | None:
+    if status.exit_code is None and status.failure is not None:
+        return status.failure.exit_code
+    return status.exit_code
