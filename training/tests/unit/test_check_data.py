@@ -19,7 +19,11 @@ WITHOUT_EARLIER_THOUGHTS = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("base") / "model")
+    folder = write_model(tmp_path_factory.mktemp("base") / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = 2048  # descriptions of tools, a token a character
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def check(model: Path, folder: Path, rows: list[dict], *keys: str, name: str = "d.jsonl") -> int:
@@ -47,8 +51,8 @@ def test_a_turn_of_weight_zero_is_shown_untrained(model, tmp_path, capsys):
     assert check(model, tmp_path, [{"messages": messages, "source": "x"}] * 2) == 0
     shown = capsys.readouterr().out
     assert "WRONG<|im_end|>" in shown
-    assert shown.count("[[") == 2
-    assert "[[Lima<|im_end|>]]" in shown
+    assert shown.count("[[Lima<|im_end|>]]") == 2
+    assert "Trained tokens are in [[ ]]; the rest is the prompt that the model sees." in shown
     assert "not used     'source' (fields of the rows)" in shown
 
 
@@ -84,3 +88,50 @@ def test_an_end_token_that_rows_spell_out_is_reported_and_stands_once(model, tmp
     shown = capsys.readouterr().out
     assert "2 of 2 rows: the text spells out the end token: it is kept once" in shown
     assert shown.count("<|im_end|>\n]]") == 2
+
+
+LONG = "--max_seq_length=2048"
+LOOK = {
+    "messages": [
+        {"role": "user", "content": "Where?"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": "{}"}}]},
+        {"role": "tool", "content": "here"},
+        {"role": "assistant", "content": "Here."},
+    ],
+    "tools": [{"type": "function", "function": {"name": "look", "parameters": {}}}],
+}
+
+
+def test_a_template_without_tools_is_replaced_by_the_one_that_the_error_names(
+    model, tmp_path, capsys
+):
+    assert check(model, tmp_path, [LOOK] * 2) == 65
+    assert "set chat_template to chatml or qwen" in capsys.readouterr().err
+    for name in ("chatml", "qwen"):
+        assert check(model, tmp_path, [LOOK] * 2, f"--chat_template={name}", LONG) == 0
+        shown = capsys.readouterr().out
+        assert '[[<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call><|im_end|>]]' in shown
+
+
+def test_a_named_template_whose_markers_are_no_tokens_is_refused(model, tmp_path, capsys):
+    assert check(model, tmp_path, [LOOK] * 2, "--chat_template=mistral") == 78
+    shown = capsys.readouterr().err
+    assert "the chat template mistral does not fit this tokenizer" in shown
+    assert "set chat_template to chatml or qwen" in shown
+
+
+def test_an_unknown_template_name_is_answered_with_those_that_ship(model, tmp_path, capsys):
+    assert check(model, tmp_path, [LOOK] * 2, "--chat_template=vicuna") == 78
+    assert "set it to chatml, llama3, mistral, qwen or a Jinja file" in capsys.readouterr().err
+
+
+def test_a_system_prompt_that_the_template_adds_is_quoted(model, tmp_path, capsys):
+    own = "{{ '<|im_start|>system\nYou are a kind old library clerk.<|im_end|>\n' }}"
+    template = f"{own}{WITHOUT_EARLIER_THOUGHTS}"
+    rows = [{"messages": turns("a", "b")}] * 3
+    assert check(model, tmp_path, rows, f"--chat_template={template}") == 0
+    shown = capsys.readouterr().out
+    assert (
+        "the chat template adds a system prompt of its own, in 3 rows: "
+        "'You are a kind old library clerk.'; a system message in a row replaces it"
+    ) in shown

@@ -168,6 +168,8 @@ def _unique(faults: list[TrainerError]) -> list[TrainerError]:
 def _check_rows(settings: Settings, sample_rows: int) -> None:
     """Tokenize all rows, audit their masks, say what they come to."""
     from ..data.changes import facts_of
+    from ..data.fidelity import default_system_prompt
+    from ..data.template import ChatTemplate
     from ..model import load
     from ..train.datasets import data_warnings, end_warning, format_of_splits, open_data
     from ..train.dry_run import preview
@@ -190,7 +192,10 @@ def _check_rows(settings: Settings, sample_rows: int) -> None:
     )
     if report.unused_fields:
         typer.echo(f"not used     {', '.join(report.unused_fields)} (fields of the rows)")
-    for fact in facts_of(report.rows_changed):
+    load.use_template(tokenizer, config.data.chat_template)
+    has_template = bool(tokenizer.chat_template) and bool(report.rows_changed)
+    own = default_system_prompt(ChatTemplate.of(tokenizer)) if has_template else ""
+    for fact in facts_of(report.rows_changed, own):
         typer.echo(f"template     {fact}")
     typer.echo(
         f"plan         {plan.total_steps} steps of {plan.step_examples} examples, "
@@ -205,6 +210,9 @@ def _check_rows(settings: Settings, sample_rows: int) -> None:
     found = (*data_warnings(config, splits), *end_warning(prompt_format, tokenizer, base))
     for warning in (*settings.warnings, *found, *plan.reasons):
         typer.echo(f"warning      {warning}")
+    if sample_rows:
+        shown = "green" if sys.stdout.isatty() else "in [[ ]]"
+        typer.echo(f"\nTrained tokens are {shown}; the rest is the prompt that the model sees.")
     for row in splits.train_rows[:sample_rows]:
         ids, marks = splits.train[int(row)]
         typer.echo(f"\nrow {int(row) + 1}:")

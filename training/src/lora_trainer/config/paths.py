@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .layers import Given
+from .named_templates import NAMES
 from .schema import EMBEDDED_MODEL, Config
 
 PUBLIC = Path(__file__).parents[4] / "public"
@@ -44,7 +45,7 @@ def locate_paths(config: Config, given: Mapping[str, Given]) -> dict[str, Any]:
         located["output_dir"] = str(PUBLIC / values["output_dir"])
     for leaf in ("model_name_or_path", "chat_template"):
         text = values[leaf]
-        if text is not None and text != EMBEDDED_MODEL:
+        if text is not None and text not in (EMBEDDED_MODEL, *NAMES):
             path = absolute(text, _folder(leaf, given))
             located[leaf] = path if exists(path) or _is_explicit(text) else text
     for leaf in DATASETS:

@@ -152,7 +152,8 @@ class DataSection(Section):
     )
     dataset_split: str = Field("train", description="Split of a hub dataset")
     chat_template: str | None = Field(
-        None, description="Jinja chat template, or a file with one; default: the tokenizer's"
+        None,
+        description="chatml, llama3, mistral, qwen, Jinja text or a file; default: the tokenizer's",
     )
     train_on: Literal["assistant", "last", "all"] = Field(
         "assistant", description="Tokens to train on: every assistant turn, the last one, or all"

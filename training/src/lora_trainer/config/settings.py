@@ -13,6 +13,7 @@ from .conflicts import find_conflicts, find_warnings
 from .environment import read_environment
 from .file import read_file
 from .layers import Given, Origin, found
+from .named_templates import NAMES
 from .paths import exists, locate_paths
 from .precedence import merge
 from .schema import SECRET_KEYS, Config, leaf_sections, sections
@@ -97,14 +98,15 @@ def _config_of(values: Mapping[str, Any]) -> Config:
 
 
 def _find_template_problems(template: str | None, given: Mapping[str, Given]) -> list[Problem]:
-    """Refuse what is neither a template nor a file, such as another trainer's template name."""
-    if template is None or "{" in template or exists(template):
+    """Refuse what is neither a template, nor its name, nor a file that is there."""
+    if template is None or template in NAMES or "{" in template or exists(template):
         return []
     return [
         Problem(
             f"chat_template cannot be {found(template)}",
             given["chat_template"].origin.place,
-            "it is neither Jinja text nor a file that is there; names of templates mean nothing",
-            "remove it: the tokenizer's own chat template is used",
+            "it is neither Jinja text, nor a file that exists, nor the name of a known template",
+            f"set it to {', '.join(NAMES)} or a Jinja file, or remove it: the tokenizer's own "
+            "template is used",
         )
     ]

@@ -33,10 +33,17 @@ def warnings_of(rows_changed: Mapping[str, int], rows: int) -> list[str]:
     ]
 
 
-def facts_of(rows_changed: Mapping[str, int]) -> list[str]:
-    """Return the changes that a chat template makes to any conversation."""
-    return [
-        f"{text}, in {count:,} rows"
-        for text, count in rows_changed.items()
-        if _BY_TEXT[text] not in REMEDIES
-    ]
+def facts_of(rows_changed: Mapping[str, int], system_prompt: str = "") -> list[str]:
+    """Return the changes that a chat template makes to any conversation.
+
+    `system_prompt` is the one that the template adds.
+    """
+    facts = []
+    for text, count in rows_changed.items():
+        if (change := _BY_TEXT[text]) in REMEDIES:
+            continue
+        fact = f"{text}, in {count:,} rows"
+        if change is Change.SYSTEM_ADDED and system_prompt:
+            fact += f": {system_prompt!r}; a system message in a row replaces it"
+        facts.append(fact)
+    return facts

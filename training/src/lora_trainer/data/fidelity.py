@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from ..config.named_templates import fitting
 from .examples import Change, Chat
 from .template import ChatTemplate, Rendering, Span, TemplateFault
 
@@ -22,7 +23,6 @@ _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking", "thoughts")
 _PROBE = "probe4817"
 _WORD = re.compile(r"[^\W\d_]+")
 _SENTENCE_WORDS = 5  # roles and tags have fewer
-_REMEDY = "name one that does with chat_template"
 _NO_ANSWER = "the chat template leaves out what the assistant says in a turn"
 
 
@@ -128,13 +128,28 @@ def _system_prompts(template: ChatTemplate) -> tuple[bool, bool]:
 
 
 def _adds_sentences(template: ChatTemplate, before: Sequence[dict[str, Any]]) -> bool:
+    return len(_WORD.findall(_before_question(template, before))) >= _SENTENCE_WORDS
+
+
+def _before_question(template: ChatTemplate, before: Sequence[dict[str, Any]]) -> str:
+    """Return what a template writes before a question: role names, and text of its own."""
     probe = [*before, {"role": "user", "content": _PROBE}]
     try:
         text = template.trace(*template.normalize(probe)).text
     except TemplateFault:
-        return False
+        return ""
     text = _without_special_tokens(template.tokenizer, text[: text.rfind(_PROBE)])
-    return len(_WORD.findall(text.replace(_PROBE, ""))) >= _SENTENCE_WORDS
+    return text.replace(_PROBE, "")
+
+
+def default_system_prompt(template: ChatTemplate) -> str:
+    """Return the system prompt that a template writes where a row has none, "" without one."""
+    text = _before_question(template, [])
+    lines = [line.strip() for line in text.splitlines()]
+    sentences = [line for line in lines if len(_WORD.findall(line)) >= _SENTENCE_WORDS]
+    if len(_WORD.findall(text)) < _SENTENCE_WORDS:
+        return ""
+    return " ".join(sentences) or _squeezed(text)
 
 
 def _without_special_tokens(tokenizer: Any, text: str) -> str:
@@ -156,16 +171,20 @@ def _squeezed(text: str) -> str:
     return " ".join(text.split())
 
 
-def check_tools(chat: Chat, whole: Rendering) -> None:
+def check_tools(chat: Chat, whole: Rendering, template: ChatTemplate) -> None:
     """Refuse a text that names none of the tools, calls of them left aside."""
     names = {name for tool in chat.tools if (name := _function_name(tool))}
     callers = {n for n, m in enumerate(chat.messages) if m.get("role") in ("assistant", "tool")}
     told = [whole.text[p.start : p.end] for p in whole.pieces if p.owner not in callers]
     if names and not any(name in text for name in names for text in told):
-        raise TemplateFault(f"the chat template does not write the tools: {_REMEDY}")
+        raise TemplateFault(
+            f"the chat template does not write the tools: {_remedy(template.tokenizer)}"
+        )
 
 
-def check_answer(answer: dict[str, Any], text: str, spans: Sequence[Span], own: str) -> None:
+def check_answer(
+    answer: dict[str, Any], text: str, spans: Sequence[Span], own: str, template: ChatTemplate
+) -> None:
     """Refuse a turn whose own trained words lack a tool call or what the assistant says."""
     content = answer.get("content")
     content = content.strip() if isinstance(content, str) else ""
@@ -177,7 +196,9 @@ def check_answer(answer: dict[str, Any], text: str, spans: Sequence[Span], own: 
         written = own.count(name) - sum(value.count(name) for value in said)
         if written < count:
             calls_lost = "every tool call of a turn" if written > 0 else "tool calls"
-            raise TemplateFault(f"the chat template does not write {calls_lost}: {_REMEDY}")
+            raise TemplateFault(
+                f"the chat template does not write {calls_lost}: {_remedy(template.tokenizer)}"
+            )
     # Only the ending: a prompt may write the opening of a reasoning block in the answer, and
     # templates leave out the reasoning of earlier turns.
     lines = _THOUGHTS_END.split(content)[-1].strip().splitlines()
@@ -190,6 +211,14 @@ def check_answer(answer: dict[str, Any], text: str, spans: Sequence[Span], own: 
             raise TemplateFault(_NO_ANSWER)
     if content and not own.strip():
         raise TemplateFault(_NO_ANSWER)
+
+
+@lru_cache(maxsize=8)
+def _remedy(tokenizer: Any) -> str:
+    """Name the templates with tool calls that this tokenizer has the markers of."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    names = " or ".join(fitting(added))
+    return f"set chat_template to {names or 'a Jinja file that does'}"
 
 
 def _function_name(entry: Any) -> str:

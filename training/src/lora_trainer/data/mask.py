@@ -117,8 +117,8 @@ def mark(chat: Chat, template: ChatTemplate, train_on: TrainOn) -> Marked:
         own = whole.written_by(turn, marked.spans)
         for token in template.control_tokens:
             own = own.replace(token, "")
-        fidelity.check_answer(chat.messages[turn], marked.text, marked.spans, own)
-    fidelity.check_tools(chat, whole)
+        fidelity.check_answer(chat.messages[turn], marked.text, marked.spans, own, template)
+    fidelity.check_tools(chat, whole, template)
     return replace(marked, changes=fidelity.changes_of(chat, turns, whole, marked.spans, template))
 
 

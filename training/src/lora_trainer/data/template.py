@@ -23,6 +23,7 @@ from jinja2.exceptions import TemplateError, UndefinedError
 from jinja2.visitor import NodeTransformer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from ..config.named_templates import NAMES, fitting
 from ..errors import ConfigError
 
 Message = Mapping[str, Any]
@@ -116,7 +117,8 @@ class ChatTemplate:
                 "the tokenizer has no chat template",
                 where="chat_template",
                 why="the data are conversations, and nothing says how to write them as text",
-                remedy="name a template by chat_template, or use the model's chat version",
+                remedy=f"set chat_template to {' or '.join(_fitting(tokenizer))}, "
+                "or use the model's chat version",
             ) from error
         template = cls(tokenizer, text, tools_text)
         try:
@@ -271,6 +273,12 @@ class ChatTemplate:
             return _PROBE in self.trace(*self.normalize(messages)).text
         except TemplateFault:
             return False
+
+
+def _fitting(tokenizer: Any) -> list[str]:
+    """Return the templates whose markers a tokenizer has as tokens; all where none fits."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return fitting(added) or list(NAMES)
 
 
 def _with_parts(message: Message) -> Message:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..config import named_templates
 from ..config.schema import EMBEDDED_MODEL, ModelSection
 from ..errors import TrainerError, UnavailableError
 from . import embedded, hub, quantize
@@ -195,7 +196,9 @@ def use_template(tokenizer: Any, template: str | None) -> None:
 
 
 def template_text(template: str) -> str:
-    """Return a chat template's text: itself, or what is in the file that it names."""
+    """Return a chat template's text: itself, or that of the template or the file that it names."""
+    if template in named_templates.NAMES:
+        return named_templates.text_of(template)
     return template if "{" in template else Path(template).read_text(encoding="utf-8")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config import named_templates
 from ..config.schema import Config, DatasetSource
 from ..data.batches import RowView
 from ..data.cache import TokenizedDataset
@@ -40,6 +41,7 @@ def open_data(
         DataError, AccessError, UnavailableError, StorageError: as `data.prepare` does.
     """
     data = config.data
+    _refuse_unfit(data.chat_template, tokenizer)
     if config.model.hf_token:
         # The datasets library and the tokenizing processes look for it here.
         os.environ.setdefault("HF_TOKEN", config.model.hf_token)
@@ -64,6 +66,24 @@ def open_data(
         num_workers=data.preprocessing_num_workers,
         progress=progress_of(emit, "rows"),
     )
+
+
+def _refuse_unfit(name: str | None, tokenizer: Any) -> None:
+    """Refuse a template that ships by name and whose markers are plain text to the tokenizer."""
+    if name not in named_templates.NAMES:
+        return
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    fitting = named_templates.fitting(added)
+    if name not in fitting:
+        missing = [marker for marker in named_templates.MARKERS[name] if marker not in added]
+        raise ConfigError.of(
+            f"the chat template {name} does not fit this tokenizer",
+            where="chat_template",
+            why=f"{', '.join(missing)} would be plain text: no token would end an answer",
+            remedy=f"set chat_template to {' or '.join(fitting)}, or remove it"
+            if fitting
+            else "remove it, or set it to a Jinja file with markers that the tokenizer has",
+        )
 
 
 def data_warnings(config: Config, splits: DataSplits) -> list[str]:
