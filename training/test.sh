@@ -18,6 +18,7 @@
 #   LORA_REQUIRE_DOCKER    1: a docker test that cannot run is a failure
 #   LORA_TEST_BASE_IMAGE   base of the image that the docker tests build (default: the cpu stack's)
 #   LORA_TEST_CA_CERT, LORA_TEST_WHEELS   for that build: build.sh's --ca-cert and --wheels
+#   PYTEST_TIMEOUT         seconds that a test may take (default: 600); marks in the tests allow longer
 # Exit codes: 0 all passed, 1 something failed, 69, 74, 75, 77, 78 and 143 as for run.sh
 set -Eeuo pipefail
 
@@ -75,7 +76,7 @@ leave_out() {
 # Tests run side by side, a core each and a file at a time, the long ones' folders first; those
 # that take every core, or a whole engine, run alone. The user's own choice runs as it is given.
 check_tests() {
-  local pytest=("$VENV/bin/python" -m pytest) alone="slow or docker or browser" marks=""
+  local pytest=("$VENV/bin/python" -m pytest --durations 20 --durations-min 1) alone="slow or docker or browser" marks=""
   MARKS=()
   gpu_stack >/dev/null || leave_out gpu "No NVIDIA GPU can be used here"
   if ((! EVERYTHING)); then

@@ -18,6 +18,7 @@ from architectures.trial import Outcome
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_architecture_gets_what_the_table_says():
     warm_up()
     outcomes = sweep(causal_language_models())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from composed import TRAINING, docker
 
-pytestmark = pytest.mark.docker
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800)]
 CPU, AIRGAPPED = "docker-compose.cpu.yml", "docker-compose.airgapped.yml"
 
 

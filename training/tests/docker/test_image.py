@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from composed import MARK, build, docker
 
-pytestmark = pytest.mark.docker
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800)]
 
 
 def in_image(image, *command: str) -> str:

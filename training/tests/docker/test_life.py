@@ -12,7 +12,7 @@ from composed import TRAINING, UID, Project, call, docker, health_check
 
 from faults.trainer import adapter_digest, of_kind
 
-pytestmark = pytest.mark.docker
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800)]
 
 
 def supervisor(project: Project) -> int:

@@ -9,7 +9,7 @@ from datetime import datetime
 import pytest
 from composed import UID, Project
 
-pytestmark = pytest.mark.docker
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800)]
 OTHER = 4321
 
 

@@ -32,7 +32,7 @@ SCALED = {
     "report_to": [],
     "health_port": 0,
 }
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)

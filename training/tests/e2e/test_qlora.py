@@ -30,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(
         not quantize.works_on_cpu(),
         reason="this stack's bitsandbytes does not train on a CPU",

@@ -14,7 +14,7 @@ from lora_trainer.model.forward import CausalLM
 from lora_trainer.model.load import locate
 from lora_trainer.model.probe import verify
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def smollm2():

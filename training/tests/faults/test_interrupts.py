@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from faults.trainer import SECONDS, Trainer, listens_to_stops
+from faults.trainer import SECONDS, Trainer
 
 DELAYS = random.Random(11)
 KINDS = (signal.SIGINT, signal.SIGINT, signal.SIGINT, signal.SIGTERM)
@@ -17,7 +17,6 @@ TRIES = [(number, DELAYS.uniform(0.0, 0.6)) for number in KINDS * 10]
 
 
 def started(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    """Start a command in a way that it hears stop signals."""
     return subprocess.Popen(
         command,
         env=environment,
@@ -26,7 +25,6 @@ def started(command: list[str], environment: dict[str, str]) -> subprocess.Popen
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=listens_to_stops,  # noqa: PLW1509
     )
 
 
@@ -167,6 +165,5 @@ def test_interrupt_that_a_destructor_swallows_leaves_no_traceback(trainer: Train
         env=trainer.environment(),
         capture_output=True,
         text=True,
-        preexec_fn=listens_to_stops,
     )
     assert (done.stdout.strip(), done.stderr) == ("swallowed [2]", "")

@@ -134,7 +134,6 @@ class Run:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=listens_to_stops,  # noqa: PLW1509
         )
 
     def wait(self) -> Ended:
@@ -186,12 +185,6 @@ class Run:
                 os.kill(pid, signal.SIGKILL)
         self.process.communicate()
         wait_until_gone(family)
-
-
-def listens_to_stops() -> None:
-    """Let a child hear stop signals, should the tests run under nohup or in the background."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_until_gone(pids: list[int]) -> None:

@@ -380,13 +380,15 @@ def test_test_sh_runs_tests_side_by_side_but_the_heavy_ones_alone(checkout: Chec
     assert "-n logical" in first
     here = "not gpu and not browser and not docker and not slow"
     assert f"-m not (slow or docker or browser) and {here}" in first
-    assert second == f"-m pytest -m (slow or docker or browser) and {here}"
+    assert second.endswith(f" -m (slow or docker or browser) and {here}")
+    assert "--durations 20" in first
+    assert "--durations 20" in second
 
 
 def test_test_sh_passes_the_users_choice_on_to_one_pytest(checkout: Checkout) -> None:
     (checkout.root / "pip-does").write_text(MAKE_LINTERS)
     (call,) = pytest_calls(checkout.run("training/test.sh", "tests/unit", "-k", "a"))
-    assert call == "-m pytest -m not gpu and not browser and not docker tests/unit -k a"
+    assert call.endswith(" -m not gpu and not browser and not docker tests/unit -k a")
 
 
 def test_test_sh_for_another_stack_leaves_out_what_no_stack_changes(checkout: Checkout) -> None:

@@ -244,21 +244,16 @@ def when(is_it: Callable[[], bool], act: Callable[[], object]) -> threading.Thre
 WAITS = "trap 'exit 143' TERM INT; while :; do sleep 0.02; done"
 
 
-@pytest.fixture(autouse=True)
-def stops_are_heard() -> Iterator[None]:
-    """Let stop signals end this process, should the tests run under nohup or in the background."""
-    usual = {
-        signal.SIGHUP: signal.SIG_DFL,
-        signal.SIGTERM: signal.SIG_DFL,
-        signal.SIGINT: signal.default_int_handler,
-    }
-    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    """Let SIGHUP end this process, as it does unless nohup has started it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.usefixtures("hangup")
 def test_signal_is_passed_on_and_ends_as_stopped(made: Made, number: int) -> None:
     run = made(says(step_line(9)) + WAITS)
     thread = when(lambda: run.status.step == 9, lambda: os.kill(os.getpid(), number))
