@@ -61,7 +61,7 @@ entrypoint_main() {
     preflight) LORA_CONTAINER=preflight exec lora-trainer check --quick "${@:2}" ;;
     check) LORA_CONTAINER=train exec lora-trainer "$@" ;;
     healthcheck) healthcheck ;;
-    chat | evaluate | merge | export | dashboard | health | schema | keys) exec lora-trainer "$@" ;;
+    chat | evaluate | merge | export | dashboard | health | runs | compare | clean | schema | keys) exec lora-trainer "$@" ;;
     *) exec "$@" ;;
   esac
 }

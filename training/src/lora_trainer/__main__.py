@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 from .host import interrupts
 
@@ -13,6 +14,8 @@ def main(*before: str) -> int:
     Stop signals are answered before anything large is imported.
     """
     interrupts.install()
+    if not sys.warnoptions:  # those of libraries: a worker's are in train.log
+        warnings.simplefilter("ignore")
     try:
         from .cli import main as run
         from .host import streams

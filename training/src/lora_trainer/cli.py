@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import invocation
 from .commands import runs
-from .errors import ConfigError, InternalError, TrainerError
 from .host import environment, interrupts, streams
+from .host.scratch import remove_temporary
 from .redaction import Redaction, given_secrets
 
 if TYPE_CHECKING:
@@ -22,18 +22,32 @@ if TYPE_CHECKING:
     from .run.events import Event
     from .run.status import RunStatus
 
-DEBUG = "LORA_TRAINER_DEBUG"
-INTERRUPTED = 130
-UNWRITTEN = 74
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
+DESCRIPTION = "Turn a base model, a dataset and one config file into a LoRA adapter."
+
 app = typer.Typer(
-    help="Turn a base model, a dataset and one config file into a LoRA adapter.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # importing rich costs more than the whole answer
 )
+
+
+@app.callback(help=DESCRIPTION)
+def program(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=invocation.print_version,
+            is_eager=True,
+            help="Print versions and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
 
 ConfigFile = Annotated[
     Path | None,
@@ -53,7 +67,7 @@ def train(context: typer.Context, config: ConfigFile = None, debug: Debug = Fals
     from .supervise.supervisor import Supervisor, redaction_of
 
     if debug:
-        os.environ[DEBUG] = "1"
+        os.environ[invocation.DEBUG] = "1"
     settings = _settings(context, config)
     from .commands.check import preflight
     from .report.console_log import Transcript
@@ -61,6 +75,7 @@ def train(context: typer.Context, config: ConfigFile = None, debug: Debug = Fals
     redaction = redaction_of(settings)
     streams.strike(redaction)
     interrupts.unwind()
+    remove_temporary()
     steps = settings.config.monitoring.logging_steps
     name = settings.config.output.run_name or "run"
     with (
@@ -95,7 +110,7 @@ def check(
 ) -> None:
     """Run every check that needs no training; list all problems at once."""
     if debug:
-        os.environ[DEBUG] = "1"
+        os.environ[invocation.DEBUG] = "1"
     from .commands.check import check_all, preflight
     from .run import lock
     from .run.folder import output_folder
@@ -221,7 +236,7 @@ def export(
     from .commands.export import export_adapter
 
     if debug:
-        os.environ[DEBUG] = "1"
+        os.environ[invocation.DEBUG] = "1"
     interrupts.unwind()
     export_adapter(checkpoint, target)
 
@@ -232,7 +247,7 @@ def _trained(place: str, model: str | None, debug: bool) -> FinetunedModel:
     from .config.settings import resolve
 
     if debug:
-        os.environ[DEBUG] = "1"
+        os.environ[invocation.DEBUG] = "1"
     interrupts.unwind()
     own = resolve(None, os.environ, []).config.model
     return find(
@@ -274,6 +289,21 @@ def health(
     raise typer.Exit(code)
 
 
+@app.command(context_settings=EXTRA)
+def clean(
+    context: typer.Context,
+    config: ConfigFile = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be removed; remove nothing.")
+    ] = False,
+) -> None:
+    """Remove caches and temporary folders of dead processes; results and checkpoints stay."""
+    from .commands.clean import clean
+    from .config.settings import resolve
+
+    clean(resolve(config, os.environ, context.args), is_dry_run=dry_run)
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a config file."""
@@ -297,66 +327,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment.set_defaults(os.environ)
     given = list(sys.argv[1:] if arguments is None else arguments)
     with streams.redacted(Redaction.of(os.environ, *given_secrets(given))) as out:
-        code = _run(given)
+        code = invocation.invoke(app, given)
         out.flush()
     # Of most commands, what they print is the result.
     is_lost = out.error is not None and code == 0 and given[:1] != ["train"]
-    return UNWRITTEN if is_lost else code
-
-
-def _run(arguments: list[str]) -> int:
-    try:
-        result = app(args=arguments, standalone_mode=False)
-        # Ctrl-C: this exit code from some versions of typer, an Abort from others.
-        if result == INTERRUPTED:
-            return _interrupted()
-        return result if isinstance(result, int) else 0
-    except TrainerError as error:
-        return _end(error)
-    except typer.Exit as error:
-        return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        return _interrupted()
-    except BrokenPipeError:
-        return UNWRITTEN
-    except Exception as error:
-        if interrupts.received:  # what was interrupted made another error of it
-            return _interrupted()
-        if type(error).__name__ == "NoArgsIsHelpError":  # the help is its message
-            typer.echo(str(error))
-            return 0
-        if "click" in type(error).__module__:  # typer carries a click of its own
-            return _end(_usage(error))
-        from .faults import disk_fault, limit_fault
-
-        if (fault := limit_fault(error) or disk_fault(error)) is not None:
-            return _end(fault)
-        return _end(
-            InternalError.of(
-                f"a fault of the program: {type(error).__name__}",
-                where=str(traceback.extract_tb(error.__traceback__)[-1]).strip("<>"),
-                why=str(error)[:300],
-                remedy="run it again with --debug and report the traceback",
-            )
-        )
-
-
-def _interrupted() -> int:
-    code, text = interrupts.block()
-    streams.complain(f"\n{text}")
-    return code
-
-
-def _usage(error: Exception) -> TrainerError:
-    message = getattr(error, "message", None) or str(error) or type(error).__name__
-    return ConfigError.of(message, where="command line", remedy="lora-trainer --help")
-
-
-def _end(error: TrainerError) -> int:
-    if os.environ.get(DEBUG):
-        streams.complain(traceback.format_exc())
-    streams.complain(f"\n{error.block()}")
-    return error.exit_code
+    return invocation.UNWRITTEN if is_lost else code
 
 
 if __name__ == "__main__":

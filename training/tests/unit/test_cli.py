@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from lora_trainer import cli
+from lora_trainer import cli, invocation
 from lora_trainer.config.schema import leaf_sections
 from lora_trainer.errors import BusyError
 from lora_trainer.run import lock
@@ -79,7 +82,7 @@ def test_every_fault_has_its_exit_code_and_no_traceback(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.delenv(cli.DEBUG, raising=False)
+    monkeypatch.delenv(invocation.DEBUG, raising=False)
     monkeypatch.setattr("lora_trainer.config.settings.resolve", raising(error))
     assert cli.main(["train"]) == code
     told = capsys.readouterr().err
@@ -90,7 +93,7 @@ def test_every_fault_has_its_exit_code_and_no_traceback(
 def test_debug_shows_the_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(cli.DEBUG, "")  # so that it is put back afterwards
+    monkeypatch.setenv(invocation.DEBUG, "")  # so that it is put back afterwards
     monkeypatch.setattr("lora_trainer.config.settings.resolve", raising(BusyError.of("held")))
     assert cli.main(["train", "--debug"]) == 75
     assert "Traceback" in capsys.readouterr().err
@@ -107,3 +110,43 @@ def test_a_quick_check_is_refused_while_a_run_holds_the_folder(
         assert cli.main(arguments) == 75
     assert f"pid {os.getpid()}" in capsys.readouterr().err
     assert cli.main(arguments) == 0
+
+
+def test_a_check_makes_no_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_trainer.commands.check._check_model", lambda _: None)
+    data = tmp_path / "x.jsonl"
+    data.write_text('{"text": "a"}\n')
+    folder = tmp_path / "results" / "run"
+    arguments = ["check", "--quick", "--dataset", str(data), "--output_dir", str(folder)]
+    assert cli.main(arguments) == 0
+    assert not folder.parent.exists()
+    folder.parent.write_text("a file")
+    assert cli.main(arguments) == 78
+
+
+def test_version_names_the_program_and_its_libraries(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert re.fullmatch(
+        r"lora-trainer \d+\.\d+\.\d+ \(Python [\d.]+, torch \S+, transformers \S+, peft \S+\)\n",
+        capsys.readouterr().out,
+    )
+
+
+def test_help_names_the_program_as_it_is_called(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "--help"]) == 0
+    assert "Usage: lora-trainer check" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("options", "is_shown"), [((), False), (("-W", "default"), True)])
+def test_warnings_of_libraries_are_shown_only_on_request(
+    options: tuple[str, ...], is_shown: bool
+) -> None:
+    warns = (
+        "import warnings, lora_trainer.cli as cli\n"
+        "cli.main = lambda _: warnings.warn('moved', FutureWarning) or 0\n"
+        "from lora_trainer.__main__ import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, *options, "-c", warns], capture_output=True, text=True, check=True
+    )
+    assert ("moved" in done.stderr) == is_shown

@@ -18,12 +18,14 @@ SOURCE = Path(lora_trainer.__file__).parent
 # The folders, and the files beside them, from the lowest up: each imports only those before it.
 LEVELS = [
     *("redaction", "units", "host", "errors", "faults", "machine", "checkpoint_folder"),
+    "invocation",
     *("config", "run", "memory_estimate", "plan", "data", "report", "model", "train"),
     *("serve", "supervise", "commands", "cli", "__main__"),
 ]
 # Importing torch takes seconds: the supervisor answers before the worker has it.
 LIGHT = ("config", "run", "serve", "supervise", "report", "commands")
 LIGHT += ("cli", "plan", "memory_estimate", "redaction", "units", "errors", "faults", "machine")
+LIGHT += ("invocation",)
 HEAVY = ("torch", "transformers", "peft", "datasets", "matplotlib")
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from lora_trainer.commands import check
 from lora_trainer.config.settings import resolve
 from lora_trainer.data.cache import new_entry
 from lora_trainer.errors import StorageError
-from lora_trainer.host.scratch import LOCK, release, scratch_folder
+from lora_trainer.host.scratch import LOCK, TEMPORARY, release, remove_temporary, scratch_folder
 from lora_trainer.model import embedded, hub
 from lora_trainer.report import charts
 from lora_trainer.supervise import workers
@@ -88,10 +89,32 @@ def test_folder_that_another_program_made_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "lora-trainer-mine").mkdir()
     os.utime(tmp_path / "lora-trainer-mine", (0, 0))
     (tmp_path / "lora-trainer-file").write_text("mine")
-    with scratch_folder(tmp_path, workers.MEETING) as folder:
+    with scratch_folder(tmp_path, TEMPORARY) as folder:
         assert (folder / LOCK).exists()
     assert not folder.exists()
     assert {p.name for p in tmp_path.iterdir()} == {"lora-trainer-mine", "lora-trainer-file"}
+
+
+def test_a_start_removes_the_temporary_folders_of_dead_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    names = ("lora-trainer-0123abc_", "lora-trainer-killed", "lora-trainer-0123abcd")
+    for name in (*names, "lora-trainer-notes", "lora-trainer-01234567"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (0, 0))
+    (tmp_path / "lora-trainer-killed" / LOCK).touch()
+    (tmp_path / "lora-trainer-01234567" / "mine").touch()
+    os.utime(tmp_path / "lora-trainer-0123abcd")  # it may get its lock yet
+    with scratch_folder(tmp_path, "lora-trainer-") as living:
+        remove_temporary()
+        stays = {
+            living.name,
+            "lora-trainer-notes",
+            "lora-trainer-01234567",
+            "lora-trainer-0123abcd",
+        }
+        assert {path.name for path in tmp_path.iterdir()} == stays
 
 
 def test_folder_without_a_lock_goes_after_an_hour_where_the_pattern_is_ours(tmp_path: Path) -> None:

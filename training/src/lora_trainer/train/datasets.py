@@ -45,7 +45,7 @@ def open_data(
     if config.model.hf_token:
         # The datasets library and the tokenizing processes look for it here.
         os.environ.setdefault("HF_TOKEN", config.model.hf_token)
-    cache = Path(data.dataset_cache_dir or load.default_cache() / "datasets")
+    cache = load.dataset_cache_of(data)
     factory = TokenizerFactory(
         _tokenizer_folder(source, tokenizer, cache),
         None if data.chat_template is None else load.template_text(data.chat_template),
