@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from lora_trainer.config.settings import resolve
 from lora_trainer.errors import (
     AccessError,
     BusyError,
@@ -38,7 +36,6 @@ from lora_trainer.run.events import (
     MemoryReduced,
     PhaseChanged,
     Planned,
-    StepDone,
     Warned,
     parse_line,
 )
@@ -49,52 +46,16 @@ from lora_trainer.supervise import supervisor
 from lora_trainer.supervise.earlier_run import mark_of
 from lora_trainer.supervise.supervisor import Supervisor
 from lora_trainer.supervise.workers import cause_of
+from unit.shell_worker import says, step_line, supervisor_of
 
 Made = Callable[..., Supervisor]
 
 
-def step_line(step: int) -> str:
-    return StepDone(
-        step=step,
-        epoch=0.0,
-        loss=1.0,
-        learning_rate=0.1,
-        grad_norm=1.0,
-        step_seconds=0.1,
-        tokens=1,
-        trained_tokens=1,
-        tokens_seen=step,
-        memory_bytes=1,
-    ).to_line()
-
-
-def says(*events: str) -> str:
-    """Return shell commands that say events as a worker does."""
-    return "".join(f"echo '{line.strip()}' >/dev/fd/$LORA_TRAINER_EVENTS_FD\n" for line in events)
-
-
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
-    """Return a function that makes a supervisor of a worker that a shell script plays.
-
-    $N in the script is how many workers there were before.
-    """
+    """Return a function that makes a supervisor of a worker that a shell script plays."""
     monkeypatch.setattr(supervisor, "write_report", lambda _: None)
-
-    def make(script: str, *arguments: str) -> Supervisor:
-        worker = tmp_path / "worker"
-        counted = (
-            f"N=$(cat {tmp_path}/count 2>/dev/null || echo 0); echo $((N + 1)) > {tmp_path}/count"
-        )
-        worker.write_text(f"#!/bin/sh\ncat > {tmp_path}/order\n{counted}\n{script}\n")
-        worker.chmod(0o755)
-        monkeypatch.setattr(sys, "executable", str(worker))
-        settings = resolve(
-            None, {}, ["--output_dir", str(tmp_path / "out"), "--health_port", "0", *arguments]
-        )
-        return Supervisor(settings, lambda *_: None)
-
-    return make
+    return lambda *arguments: supervisor_of(tmp_path, monkeypatch, *arguments)
 
 
 def workers(tmp_path: Path) -> int:

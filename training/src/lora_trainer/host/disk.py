@@ -88,12 +88,18 @@ def write_checksums(folder: Path) -> None:
 
 def is_changed(path: Path) -> bool:
     """Tell whether a file is not the one whose hash is beside it; False if none is."""
+    recorded = recorded_checksum(path)
+    return recorded is not None and _sha256(path) != recorded
+
+
+def recorded_checksum(path: Path) -> str | None:
+    """Return the sha256 of a file that `write_checksums` recorded; None if there is none."""
     try:
         text = (path.parent / CHECKSUMS).read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return False
+        return None
     hashes = {name: digest for digest, _, name in (one.partition("  ") for one in text.split("\n"))}
-    return path.name in hashes and _sha256(path) != hashes[path.name]
+    return hashes.get(path.name)
 
 
 def _sha256(path: Path) -> str:

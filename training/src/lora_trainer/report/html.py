@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from ..errors import MEANINGS
 from ..host.disk import write_bytes
+from ..run.folder import EVENTS, FINAL, LOG, RESULTS
 from ..run.history import KEPT_MOMENTS, WHOLE, History, Point
 from ..run.status import ENDINGS, RunStatus
 from ..run.summary import read_run
@@ -26,6 +27,7 @@ from .charts import Vertex, chart, draw_png, short, smoothed
 
 LONGEST_TEXT = 6000
 NAMELESS = "Training run"
+LINKED = (f"{FINAL}/README.md", RESULTS, EVENTS, LOG)
 
 
 def write_report(output_dir: Path) -> list[Path]:
@@ -39,6 +41,7 @@ def write_report(output_dir: Path) -> list[Path]:
         plan=read_json(output_dir / "plan.json"),
         environment=read_json(output_dir / "environment.json"),
         data=read_json(output_dir / "data.json"),
+        links=[name for name in LINKED if (output_dir / name).is_file()],
     )
     # Generated text may hold half of a surrogate pair, which UTF-8 cannot.
     write_bytes(written[0], page.encode("utf-8", errors="replace"))
@@ -56,6 +59,7 @@ def render_html(
     plan: Mapping[str, Any],
     environment: Mapping[str, Any],
     data: Mapping[str, Any],
+    links: Sequence[str] = (),
 ) -> str:
     """Return the page; every text of the run in it is escaped."""
     page = page_template("template.html")
@@ -87,6 +91,7 @@ def render_html(
         environment=_flat(environment),
         data=_flat(data),
         checkpoints=_checkpoints(history),
+        links=links,
     )
 
 

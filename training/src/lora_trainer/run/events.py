@@ -232,7 +232,11 @@ class Failed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished(Event):
-    """The run is complete; `results` are paths relative to the output directory."""
+    """The run is complete; `results` are paths relative to the output directory.
+
+    `adapter_step` is the step whose adapter was exported, `outcome` the content of
+    `results.json`, which the supervisor adds.
+    """
 
     kind: ClassVar[str] = "finished"
     step: int
@@ -240,6 +244,8 @@ class Finished(Event):
     tokens_seen: int
     peak_memory_bytes: int
     results: list[str]
+    adapter_step: int = 0
+    outcome: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ DONE = "DONE"
 EVENTS = "events.jsonl"
 RESOLVED = "config.resolved.json"
 LOG = "train.log"
+RESULTS = "results.json"
 LOCK = ".lock"
 FINAL = "final_model"
 MEMORY = "memory.json"  # what the run was cut down to when memory ran out
@@ -27,9 +28,9 @@ SERVER = "server.json"  # where the status server answers, while it does
 # Everything that a run writes, but for its lock, which whoever archives is holding.
 OWN = frozenset(
     {
-        DONE, EVENTS, RESOLVED, LOG, DIGEST, SERVER, "plan.json", "data.json", "environment.json",
-        "report.html", "loss.png", "logs", "checkpoints", "initial_adapter", FINAL,
-        f".{FINAL}.writing", MEMORY,
+        DONE, EVENTS, RESOLVED, LOG, DIGEST, SERVER, RESULTS, "plan.json", "data.json",
+        "environment.json", "report.html", "loss.png", "logs", "checkpoints", "initial_adapter",
+        FINAL, f".{FINAL}.writing", MEMORY,
     }
 )  # fmt: skip
 # What a kill leaves of a file that was being written, and of the test of a folder.

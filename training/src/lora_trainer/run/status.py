@@ -63,6 +63,7 @@ class RunStatus:
     progress: said.Progress | None = None
     plan: Mapping[str, Any] = field(default_factory=dict)
     step: int = 0
+    first_loss: float | None = None
     latest: said.StepDone | None = None
     recent: tuple[said.StepDone, ...] = ()
     ranks: tuple[Mapping[str, float], ...] = ()  # of several processes, what each last did
@@ -298,6 +299,7 @@ def _stepped(status: RunStatus, event: said.StepDone) -> RunStatus:
         detail=status.detail if status.phase == "training" else "",
         progress=None,
         step=event.step,
+        first_loss=event.loss if event.step == 1 else status.first_loss,
         latest=event,
         recent=(*before, event)[-RECENT_STEPS:],
         steps_in_attempt=status.steps_in_attempt + 1,

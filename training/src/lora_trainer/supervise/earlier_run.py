@@ -71,7 +71,7 @@ class Earlier:
         checkpoints = _checkpoints(folder / "checkpoints")
         return Earlier(
             folder=folder,
-            has_traces=any((folder / name).exists() for name in TRACES),
+            has_traces=has_traces(folder),
             is_finished=(folder / DONE).exists(),
             mark=mark,
             why_no_mark=why,
@@ -149,6 +149,11 @@ class Length:
         else:
             why = f"{done} steps are done already" if total < done else ""
         return Length(True, change, why)
+
+
+def has_traces(folder: Path) -> bool:
+    """Tell whether a run was in the folder."""
+    return any((folder / name).exists() for name in TRACES)
 
 
 def judge(folder: Path, settings: Settings) -> Verdict:

@@ -1,8 +1,10 @@
-"""How a worker ended, and the error that a run ends with after it."""
+"""How a worker ended, and the error and the results that a run ends with after it."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,11 +18,14 @@ from ..errors import (
     TrainerError,
 )
 from ..faults import limit_in_log
-from ..run.events import Failed
+from ..redaction import Redaction
+from ..run import lock
+from ..run.events import Failed, Finished
 from ..run.folder import LOG
 from ..run.memory_limits import why_nothing_fits
 from ..run.protocol import PEER_LOST
-from ..run.status import RunStatus
+from ..run.results import refusal, results_of, write_results
+from ..run.status import RunStatus, fold
 
 # These exit codes mean the same again on a second try.
 FINAL_CODES = frozenset({0, 65, 69, 74, 75, 77, 78, 137, 143})
@@ -115,3 +120,31 @@ def given_up(end: WorkerEnd, status: RunStatus, output_dir: Path, why: str) -> T
         remedy=f"see {output_dir / LOG}; lower per_device_train_batch_size or "
         "max_seq_length if memory is short; start again to resume",
     )
+
+
+def with_outcome(event: Finished, status: RunStatus, folder: Path) -> Finished:
+    """Return the event with the content that `results.json` is going to have."""
+    finished = replace(fold(status, event), exit_code=0)
+    return replace(event, outcome=asdict(results_of(finished, folder)))
+
+
+def leave_results(
+    folder: Path, status: RunStatus, problems: Sequence[Problem], redaction: Redaction
+) -> None:
+    """Write the results of a run that has ended; of one without an exit code, nothing.
+
+    Raises:
+        OSError: the disk does not take them.
+    """
+    if status.exit_code is not None:
+        results = results_of(status, folder, problems)
+        write_results(folder, redaction.value(asdict(results)))
+
+
+def leave_refusal(folder: Path, run_name: str, error: TrainerError, redaction: Redaction) -> None:
+    """Write the results of a start that was refused, where there is a folder that is free."""
+    if folder.is_dir():
+        results = refusal(run_name, error.exit_code, error.problems)
+        with contextlib.suppress(OSError, TrainerError):
+            lock.check_free(folder)
+            write_results(folder, redaction.value(asdict(results)))

@@ -12,12 +12,12 @@ import os
 import selectors
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import IO, Any
 
 from ..config.settings import Settings
-from ..errors import MemoryKilledError, TrainerError, UnavailableError
+from ..errors import MemoryKilledError, Problem, TrainerError, UnavailableError
 from ..host.disk import write_json, write_text
 from ..host.interrupts import handled
 from ..machine import read_machine
@@ -25,24 +25,35 @@ from ..plan import process_count
 from ..redaction import Redaction
 from ..report.html import write_report
 from ..run import lock
-from ..run.events import Ended, Event, Failed, Restarted, RunStarted, Stopped, Warned, parse_line
-from ..run.folder import DONE, EVENTS, LOG, RESOLVED, SERVER, archive, make_folder, output_folder
+from ..run.events import (
+    Ended,
+    Event,
+    Failed,
+    Finished,
+    Restarted,
+    RunStarted,
+    Stopped,
+    Warned,
+    parse_line,
+)
+from ..run.folder import (
+    DONE,
+    EVENTS,
+    LOG,
+    RESOLVED,
+    RESULTS,
+    SERVER,
+    archive,
+    make_folder,
+    output_folder,
+)
 from ..run.protocol import EVENTS_FD
 from ..run.recording import EventFile
 from ..run.status import RunStatus
 from ..serve.run_state import RunState
 from ..serve.server import LogFollower, StatusServer, read_token
-from . import earlier_run
-from .endings import (
-    FINAL_CODES,
-    WorkerEnd,
-    failed,
-    failure_in_log,
-    given_up,
-    is_told_at_once,
-    saved_step,
-    stopped,
-)
+from . import earlier_run, endings
+from .endings import WorkerEnd
 from .log_filter import open_log
 from .recovery import Recovery
 from .restarts import Restarts
@@ -85,6 +96,7 @@ class Supervisor:
         self._processes = process_count(self.config, read_machine())
         self._worker: WorkerGroup | None = None
         self._lock_file: IO[str] | None = None
+        self._problems: Sequence[Problem] = ()  # that the run ended with
         self._notes: list[str] = []
         self._warned: set[str] = set()
         self._signals = 0
@@ -100,6 +112,14 @@ class Supervisor:
         Raises:
             TrainerError: with the exit code of whatever ended it otherwise.
         """
+        try:
+            return self._run_checked(check)
+        except TrainerError as error:
+            if self._events is None and not earlier_run.has_traces(self.output_dir):
+                endings.leave_refusal(self.output_dir, self.run_name, error, self.redaction)
+            raise
+
+    def _run_checked(self, check: Callable[[Settings], None]) -> int:
         with self._serving() as server:
             self.live.detail = "checking the configuration"
             check(self.settings)
@@ -114,6 +134,8 @@ class Supervisor:
                 if verdict.does == "move aside":
                     aside = archive(self.output_dir)
                     self._notes.append(f"the run that was here is now in {aside}")
+                # Until this start has ended, only events.jsonl is true of the run.
+                (self.output_dir / RESULTS).unlink(missing_ok=True)
                 redacted = self.redaction.value(self.settings.redacted())
                 write_json(self.output_dir / RESOLVED, redacted)
                 earlier_run.mark_of(self.config).write(self.output_dir)
@@ -129,7 +151,7 @@ class Supervisor:
                 try:
                     code = self._run_worker()
                 finally:
-                    self._report()
+                    self._leave_results()
             # Last of all: without it, the next start resumes and completes what is missing.
             write_text(self.output_dir / DONE, f"{time.time():.0f}\n")
             return code
@@ -141,6 +163,8 @@ class Supervisor:
     def tell(self, event: Event) -> None:
         """Record an event, take it up, show it; without secrets."""
         assert self._events is not None
+        if isinstance(event, Finished):
+            event = endings.with_outcome(event, self.status, self.output_dir)
         event = self.redaction.event(event)
         self._events.append(event)
         self.show(event, self.live.add(event))
@@ -204,13 +228,13 @@ class Supervisor:
                 self.tell(Restarted(attempt=attempt, cause=retry.cause, exit_code=end.code))
                 continue
             if end.failure:
-                error = failed(end.failure, self.status)
-                raise self._final(error, is_recorded=is_told_at_once(end.failure))
+                error = endings.failed(end.failure, self.status)
+                raise self._final(error, is_recorded=endings.is_told_at_once(end.failure))
             if end.code == 143 or self._signals:
                 raise self._stopped()
             refusal = restarts.refusal(self.status)
-            if refusal or end.code in FINAL_CODES:
-                raise self._final(given_up(end, self.status, self.output_dir, refusal))
+            if refusal or end.code in endings.FINAL_CODES:
+                raise self._final(endings.given_up(end, self.status, self.output_dir, refusal))
             attempt = restarts.take(self.status)
             self.tell(Restarted(attempt=attempt, cause=end.cause, exit_code=end.code))
 
@@ -249,8 +273,12 @@ class Supervisor:
             )
             failure, stall = self._follow(reading, watch)
         code = worker.wait()
-        if failure is None and not stall and (failure := failure_in_log(code, place, log_bytes)):
-            self.tell(failure) if is_told_at_once(failure) else None
+        if (
+            failure is None
+            and not stall
+            and (failure := endings.failure_in_log(code, place, log_bytes))
+        ):
+            self.tell(failure) if endings.is_told_at_once(failure) else None
         # Once it has said why it gives up, a second fault while it ends changes nothing.
         if failure is not None:
             is_memory = failure.retry == MemoryKilledError.KIND
@@ -283,7 +311,7 @@ class Supervisor:
                             self.tell(event)
                         elif not failure:
                             failure = event
-                            if is_told_at_once(failure):
+                            if endings.is_told_at_once(failure):
                                 self.tell(event)
                 if time.monotonic() - checked >= WATCH_SECONDS:
                     checked = time.monotonic()
@@ -306,8 +334,8 @@ class Supervisor:
     def _stopped(self) -> TrainerError:
         """Return the error of a run that was stopped, and record it as the last events."""
         if self.status.phase != "stopped":
-            self.tell(Stopped(step=saved_step(self.output_dir), signal="SIGTERM"))
-        return self._final(stopped(self.status, self.output_dir), is_recorded=True)
+            self.tell(Stopped(step=endings.saved_step(self.output_dir), signal="SIGTERM"))
+        return self._final(endings.stopped(self.status, self.output_dir), is_recorded=True)
 
     def _final(self, error: TrainerError, *, is_recorded: bool = False) -> TrainerError:
         """Record the error that ends the run as the last events; return it."""
@@ -315,6 +343,7 @@ class Supervisor:
             problems = [asdict(problem) for problem in error.problems]
             self.tell(Failed(exit_code=error.exit_code, problems=problems))
         self.tell(Ended(exit_code=error.exit_code))
+        self._problems = error.problems
         return error
 
     def _warn(self, message: str) -> None:
@@ -344,12 +373,17 @@ class Supervisor:
             found.append(f"{lines} of {EVENTS} skipped: no event, or a field of another type")
         return [*found, *self.settings.warnings]
 
-    def _report(self) -> None:
-        """Write the report; a failure is reported, and does not fail the run."""
-        try:
-            write_report(self.output_dir)
-        except Exception as error:
-            self.tell(Warned(message=f"no report was written: {type(error).__name__}: {error}"))
+    def _leave_results(self) -> None:
+        """Write results and report; a failure is reported, and does not fail the run."""
+        folder, problems = self.output_dir, self._problems
+        for name, write in (
+            (RESULTS, lambda: endings.leave_results(folder, self.status, problems, self.redaction)),
+            ("report", lambda: write_report(folder)),
+        ):
+            try:
+                write()
+            except Exception as error:
+                self.tell(Warned(message=f"no {name} was written: {type(error).__name__}: {error}"))
 
 
 def redaction_of(settings: Settings) -> Redaction:

@@ -134,15 +134,17 @@ class TrainingSetup:
             return f"its best checkpoint, {best.name if best else ''}, is not sound: {error}"
         return misfit(snapshot, self.parameters)
 
-    def take_best(self, state: TrainState) -> None:
+    def take_best(self, state: TrainState) -> int:
         """Put the best checkpoint's adapter in place, if the config wants it exported.
+
+        Returns the step of the adapter that is in place.
 
         Raises:
             StorageError: the best checkpoint is not sound.
         """
         best = self._best_apart(state)
         if best is None:
-            return
+            return state.step
         try:
             load_adapter_state(self.causal.model, self.store.read(best).adapter)
         except (CorruptCheckpointError, OtherRunError, ValueError) as error:
@@ -153,6 +155,8 @@ class TrainingSetup:
                 remedy="start the same command again: the run goes back to a sound checkpoint and "
                 "trains the steps after it again",
             ) from error
+        assert state.best_step is not None
+        return state.best_step
 
     def _best_apart(self, state: TrainState) -> Path | None:
         """Return the best checkpoint where it is exported and is not the one of this state."""

@@ -37,7 +37,7 @@ from ..run.events import (
     Warned,
     progress_of,
 )
-from ..run.folder import DONE, EVENTS
+from ..run.folder import DONE, EVENTS, RESULTS
 from ..run.protocol import EVENTS_FD, PEER_LOST, STACKS_SIGNAL, WorkerSpec
 from ..run.unrecorded import Unrecorded, recall
 
@@ -187,7 +187,7 @@ def run(order: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag) -> int
     if must_stop():
         emit(Stopped(step=state.step, signal=stop.signal or "SIGTERM"))
         return 143
-    session.take_best(state)
+    adapter_step = session.take_best(state)
     if ranks.is_first:
         # Before the answers: no fault while they are made may cost the adapter.
         emit(PhaseChanged(phase="exporting"))
@@ -205,7 +205,8 @@ def run(order: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag) -> int
             train_seconds=state.train_seconds,
             tokens_seen=state.tokens_seen,
             peak_memory_bytes=peak_memory_bytes(),
-            results=["final_model", "report.html", "loss.png"],
+            results=["final_model", "report.html", "loss.png", RESULTS],
+            adapter_step=adapter_step,
         )
     )
     return 0
