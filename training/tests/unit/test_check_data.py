@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,18 @@ def test_a_system_prompt_that_the_template_adds_is_quoted(model, tmp_path, capsy
         "the chat template adds a system prompt of its own, in 3 rows: "
         "'You are a kind old library clerk.'; a system message in a row replaces it"
     ) in shown
+
+
+def test_the_flag_that_an_unknown_csv_is_answered_with_trains_it(model, tmp_path, capsys):
+    (tmp_path / "d.csv").write_text("Question,Answer\nCapital?,Lima\nRiver?,Nile\n")
+    keys = [
+        f"--model_name_or_path={model}",
+        f"--dataset={tmp_path / 'd.csv'}",
+        f"--dataset_cache_dir={tmp_path / 'cache'}",
+        f"--output_dir={tmp_path / 'out'}",
+    ]
+    assert cli.main(["check", *keys]) == 65
+    remedy = next(line for line in capsys.readouterr().err.splitlines() if "remedy:" in line)
+    flag = shlex.split(remedy)[-2:]
+    assert cli.main(["check", "--show-sample", *keys, *flag]) == 0
+    assert "[[Nile<|im_end|>]]" in capsys.readouterr().out

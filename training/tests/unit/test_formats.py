@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lora_trainer.config.arguments import read_arguments
+from lora_trainer.data.columns import FORMATS, STANDARD_FIELDS
 from lora_trainer.data.examples import Chat, Completion, Text
 from lora_trainer.data.fingerprint import example_hash
-from lora_trainer.data.formats import FORMATS, STANDARD_FIELDS, detect_format, to_example
+from lora_trainer.data.formats import detect_format, to_example
 from lora_trainer.data.instructions import RowError
 from lora_trainer.errors import ConfigError, DataError, TrainerError
 
@@ -257,3 +260,36 @@ def test_no_rows_make_detection_raise_anything_but_our_own_errors(first, columns
         assert detect_format(first, columns) in FORMATS
     except TrainerError as error:
         assert error.exit_code in (65, 78)
+
+
+@pytest.mark.parametrize(
+    ("row", "mapping"),
+    [
+        ({"Question": "a", "Answer": "b"}, {"instruction": "Question", "output": "Answer"}),
+        ({"id": 1, "Reply": "b", "User": "a"}, {"instruction": "User", "output": "Reply"}),
+        (
+            {"Question": "a", "Context": "c", "Best Answer": "b"},
+            {"instruction": "Question", "input": "Context", "output": "Best Answer"},
+        ),
+        ({"Frage": "a", "L\u00f6sung": "b"}, {"instruction": "Frage", "output": "L\u00f6sung"}),
+        ({"it's": "a", 'a "b"': "b"}, {"instruction": "it's", "output": 'a "b"'}),
+        ({"title": "a", "body": "b"}, {"text": "body"}),
+        ({"line": "a"}, {"text": "line"}),
+        ({"dialogue": [{"role": "user"}], "x": "y"}, {"messages": "dialogue"}),
+    ],
+)
+def test_rows_of_no_format_name_the_flag_with_their_own_columns(row, mapping):
+    with pytest.raises(DataError) as caught:
+        detect_format([row])
+    (problem,) = caught.value.problems
+    *_, flag, value = shlex.split(problem.remedy)
+    assert flag == "--dataset_columns"
+    assert read_arguments([flag, value]).given["dataset_columns"].value == mapping
+    for name in FORMATS:
+        assert f"{name} ({', '.join(STANDARD_FIELDS[name])})" in problem.why
+
+
+def test_a_line_of_data_in_the_place_of_a_header_is_not_proposed_as_a_column():
+    with pytest.raises(DataError) as caught:
+        detect_format([{SECRET * 4: "a"}])
+    assert "<column>" in caught.value.problems[0].remedy

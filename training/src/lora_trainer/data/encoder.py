@@ -18,15 +18,17 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError, InternalError, TrainerError, UnavailableError
 from .bad_rows import BadRow, Row
+from .columns import FormatName
 from .examples import Chat, Encoded, Example
 from .fingerprint import example_hash
-from .formats import FormatName, to_example
+from .formats import to_example
 from .instructions import RowError
 
 TooLong = Literal["truncate", "drop", "error"]
 TOO_LONG = "longer than max_seq_length"
 NOTHING_LEFT = "no trained token is left after truncation"
 CODE_FILES = (
+    "columns.py",
     "encoder.py",
     "fidelity.py",
     "formats.py",

@@ -15,25 +15,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-from ..errors import ConfigError, DataError
 from .bad_rows import RowValue, shown_name
+from .columns import FormatName, check_columns, renamed, unrecognised
 from .examples import Chat, Completion, Example, Text
 from .instructions import RowError, masked_turns, refuse_unsupported
 from .turns import Turn, parsed_list, string_of, text_of, tools_of, turns_of
 
-FormatName = Literal["messages", "sharegpt", "alpaca", "completion", "text"]
-FORMATS: tuple[FormatName, ...] = ("messages", "sharegpt", "alpaca", "completion", "text")
 ROWS_TO_DETECT = 100
 
-STANDARD_FIELDS: dict[FormatName, tuple[str, ...]] = {
-    "messages": ("messages", "tools"),
-    "sharegpt": ("conversations", "system", "tools"),
-    "alpaca": ("instruction", "input", "output", "system", "history"),
-    "completion": ("prompt", "completion", "tools"),
-    "text": ("text",),
-}
 INPUT_FIELDS = ("input", "context")
 SYSTEM_FIELDS = ("system", "system_prompt")
 CONVERSATION_FIELDS = ("messages", "conversations", "conversation")
@@ -62,23 +53,7 @@ def detect_format(
     )
     if votes:
         return votes.most_common(1)[0][0]
-    names = list(dict.fromkeys(name for row in first if isinstance(row, dict) for name in row))
-    found = ", ".join(shown_name(name) for name in names[:12]) or "none"
-    is_preference = {"chosen", "rejected"} <= set(names)
-    raise DataError.of(
-        "the dataset's format is not recognised",
-        where=where,
-        why="preference data (chosen, rejected) is not trained on; its fields are " + found
-        if is_preference
-        else f"its fields are {found}",
-        remedy="map its fields, such as dataset_columns: "
-        + (
-            '{"prompt": "prompt", "completion": "chosen"}'
-            if is_preference
-            else '{"instruction": "<field>", "output": "<field>"}'
-        )
-        + f", or set dataset_format to one of {', '.join(FORMATS)}",
-    )
+    raise unrecognised(first, where)
 
 
 def unused_fields(
@@ -107,29 +82,6 @@ def _used_fields(row: dict[str, Any], format: FormatName) -> set[str]:
     return {"completion": {"prompt", "completion", "tools", "functions"}, "text": {"text"}}[format]
 
 
-def check_columns(rows: Iterable[RowValue], columns: Mapping[str, str], where: str = "") -> None:
-    """Refuse a column mapping that cannot be meant.
-
-    Raises:
-        ConfigError: an unknown standard field, or a column that none of the rows has.
-    """
-    known = {name for names in STANDARD_FIELDS.values() for name in names}
-    if unknown := sorted(set(columns) - known):
-        raise ConfigError.of(
-            f"dataset_columns maps no field {', '.join(map(shown_name, unknown))}",
-            where=where,
-            remedy=f"its keys are of {', '.join(sorted(known))}",
-        )
-    present = {name for row in rows if isinstance(row, dict) for name in row}
-    if missing := sorted(set(columns.values()) - present):
-        raise ConfigError.of(
-            f"dataset_columns names {', '.join(map(shown_name, missing))}, "
-            "which no row looked at has",
-            where=where,
-            remedy=f"name one of {', '.join(sorted(map(shown_name, present))[:12])}",
-        )
-
-
 def to_example(
     row: RowValue, format: FormatName, columns: Mapping[str, str] | None = None
 ) -> Example:
@@ -151,15 +103,6 @@ def to_example(
     if format == "alpaca":
         return _alpaca(fields)
     return _conversation(fields)
-
-
-def renamed(row: RowValue, columns: Mapping[str, str]) -> RowValue:
-    """Return the row with mapped columns under their standard names."""
-    if isinstance(row, str) or not columns:
-        return row
-    mapped = {name: row[column] for name, column in columns.items() if column in row}
-    used = set(columns.values())
-    return {**{name: value for name, value in row.items() if name not in used}, **mapped}
 
 
 def _format_of(row: RowValue) -> FormatName | None:

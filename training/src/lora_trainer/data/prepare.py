@@ -23,16 +23,10 @@ import numpy as np
 from ..errors import DataError, TrainerError
 from .bad_rows import BadRow, BadRowLog, BadRowPolicy, Row
 from .cache import CacheFault, CacheWriter, TokenizedDataset, cache_key, new_entry, open_entry
+from .columns import FORMATS, FormatName, check_columns
 from .encoder import ChunkSettings, EncodedChunk, EncoderFactory, TooLong, encode_chunk
 from .fingerprint import FileHashes, stamp_of
-from .formats import (
-    FORMATS,
-    ROWS_TO_DETECT,
-    FormatName,
-    check_columns,
-    detect_format,
-    unused_fields,
-)
+from .formats import ROWS_TO_DETECT, detect_format, unused_fields
 from .hub import hub_fingerprint, open_hub_dataset
 from .read import reading_faults, rows_of_files, rows_of_hub
 from .resolve import DataFile, SourceSpec, hub_id, locate
