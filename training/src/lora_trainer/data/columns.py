@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, TrainerError
 from ..host.quoting import shell_word
 from .bad_rows import RowValue, shown_name
 
@@ -39,7 +39,7 @@ def standard_fields() -> str:
     return "; ".join(listed)
 
 
-def unrecognised(rows: Sequence[RowValue], where: str) -> DataError:
+def unrecognised(rows: Sequence[RowValue], where: str) -> TrainerError:
     """Return the error of rows of no known format, with a mapping of their own columns."""
     names = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
     listed = ", ".join(shown_name(name) for name in names[:_MOST_NAMED]) or "none"
@@ -49,13 +49,12 @@ def unrecognised(rows: Sequence[RowValue], where: str) -> DataError:
     else:
         why = f"its fields are {listed}; the formats and their fields: {standard_fields()}"
         mapping = _suggested(rows, names)
-    error: DataError = DataError.of(
+    return DataError.of(
         "the dataset's format is not recognised",
         where=where,
         why=why,
         remedy=f"name its columns with {_flag(mapping)}",
     )
-    return error
 
 
 def _flag(mapping: Mapping[str, str]) -> str:
