@@ -36,7 +36,8 @@
 #                         default: what the GPU and its driver support, else cpu
 #   LORA_PYTHON           the Python to create the environment with (default: the first of 3.11+, then
 #                         3.10; for the stack cu121 the first 3.10, then 3.11)
-#   LORA_VENV             folder of the environment (default: training/.venv; training/.venv-cu121)
+#   LORA_VENV             folder of the environment (default: training/.venv; training/.venv-cu121);
+#                         it belongs to the checkout that made it, others only use its packages
 #   COMPOSE_PROJECT_NAME  distinguishes container runs (default: lora-trainer)
 #   those of .env.training: image, folders, limits, port
 #   HF_TOKEN, HF_TOKEN_FILE, HF_HOME, NO_COLOR, CUDA_VISIBLE_DEVICES: as usual; pip's own settings
@@ -145,7 +146,7 @@ run_locally() {
       ;;
     *) export CUDA_VISIBLE_DEVICES="$GPUS" ;;
   esac
-  prepare_environment
+  prepare_environment "$TRAINING/run.sh" --local ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
   # As in a container: a dataset's name alone is looked for there too.
   [[ ! -d "$TRAINING/../public/datasets" ]] ||
     export DATASETS_DIR="${DATASETS_DIR:-$(cd "$TRAINING/../public/datasets" && pwd)}"
@@ -218,6 +219,7 @@ show_logs() {
 # --------------------------------------------------------------------------------------------
 
 run_main() {
+  ARGUMENTS=("$@")
   read_arguments "$@"
   case "$COMMAND" in
     stop) stop_run && return ;;

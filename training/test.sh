@@ -101,6 +101,7 @@ check_tests() {
 some_or_none() { "$@" || (($? == 5)); } # pytest's exit code where no test was chosen
 
 test_main() {
+  local arguments=("$@")
   ALL=1 EVERYTHING=1
   while (($#)); do
     case "$1" in
@@ -114,7 +115,7 @@ test_main() {
     esac
     shift
   done
-  prepare_test_environment
+  prepare_environment --tests "$TRAINING/test.sh" ${arguments[@]+"${arguments[@]}"}
   cd "$TRAINING"
   ((! EVERYTHING)) || check_sources
   check_tests "$@"

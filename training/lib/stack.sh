@@ -7,11 +7,10 @@
 readonly CURRENT_DRIVER=580 CURRENT_CAPABILITY=75
 readonly CU121_DRIVER=525 CU121_CAPABILITY=70 CU121_LAST_CAPABILITY=90
 
-# shellcheck disable=SC2034 # CLEAR_LINE is environment.sh's
 if [[ -t 2 && -z "${NO_COLOR:-}" && "${TERM:-dumb}" != dumb ]]; then
-  readonly BOLD=$'\e[1m' RED=$'\e[31m' PLAIN=$'\e[0m' CLEAR_LINE=$'\r\e[K'
+  readonly BOLD=$'\e[1m' RED=$'\e[31m' PLAIN=$'\e[0m'
 else
-  readonly BOLD='' RED='' PLAIN='' CLEAR_LINE=''
+  readonly BOLD='' RED='' PLAIN=''
 fi
 
 say() { printf '%s\n' "$*" >&2; }
@@ -25,7 +24,6 @@ fail() {
     75) meaning="another run holds this" ;;
     77) meaning="no permission" ;;
     78) meaning="configuration" ;;
-    143) meaning="stopped by signal" ;;
     *) meaning="internal fault" ;;
   esac
   say "$RED$BOLD$2$PLAIN"

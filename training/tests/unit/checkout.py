@@ -18,6 +18,11 @@ TOOLS = (
 )
 BASE_PYTHON = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info[1]}"
 
+# What runs before anything is installed.
+INSTALLS = (
+    "__init__.py errors.py commands/__init__.py commands/install.py commands/pip.py"
+    " host/__init__.py host/quoting.py host/virtual_environment.py"
+)
 PYTHON = """#!/bin/sh
 case "$*" in
   *ensurepip*) echo "11 $0" ;;
@@ -73,6 +78,10 @@ class Checkout:
         self.write_lock_sh(status=0)
         for file in ("requirements/install.sh", "train_lora.py"):
             shutil.copy(TRAINING / file, self.training / file)
+        package = self.training / "src" / "lora_trainer"
+        for file in INSTALLS.split():
+            (package / file).parent.mkdir(exist_ok=True)
+            shutil.copy(TRAINING / "src" / "lora_trainer" / file, package / file)
         (self.training / "config.json").write_text("{}")
         (self.training / "src" / "lora_trainer" / "__main__.py").write_text(TRAINER)
         for tool in TOOLS.split():
