@@ -31,7 +31,7 @@ from lora_trainer.model.flash import Kernel, VariableLength
 from lora_trainer.model.footprint import Footprint, batch_of
 from lora_trainer.model.forward import CausalLM, MicroBatch
 from lora_trainer.plan import make_plan
-from lora_trainer.train.dry_run import _unloaded, shape_of
+from lora_trainer.train.dry_run import _unloaded, model_size_of
 from lora_trainer.train.optim import make_optimizer
 
 M_MMAP_THRESHOLD, MAPPED_FROM_BYTES = -3, 256 << 10
@@ -201,7 +201,7 @@ def llama_2(
     )  # fmt: skip
     plan = make_plan(
         config, Machine(8, 1 << 40, (Gpu(0, "any", 1 << 40, (8, 0)),)),
-        shape_of(unloaded, parameters, trained), DataProfile(100, 1, 1, length),
+        model_size_of(unloaded, parameters, trained), DataProfile(100, 1, 1, length),
         precision="bfloat16", attention="packed", padding_free=True, count=footprint,
     )  # fmt: skip
     assert not footprint.faults, footprint.faults

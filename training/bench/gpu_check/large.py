@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lora_trainer.config.schema import Config
 from lora_trainer.data.batches import Sampler
 from lora_trainer.machine import peak_memory_bytes, read_machine
-from lora_trainer.memory_estimate import DataProfile, ModelShape
+from lora_trainer.memory_estimate import DataProfile, ModelSize
 from lora_trainer.model import determinism, probe, quantize
 from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.backend import Backend, resolve, usable_machine
@@ -26,7 +26,7 @@ from lora_trainer.plan import make_plan
 from lora_trainer.run.events import Event, StepDone
 from lora_trainer.train.checkpoint import TrainState
 from lora_trainer.train.checkpoint_store import CheckpointStore
-from lora_trainer.train.dry_run import footprint_of, shape_of
+from lora_trainer.train.dry_run import footprint_of, model_size_of
 from lora_trainer.train.loop import TrainingContext, train
 from lora_trainer.train.optim import make_optimizer
 
@@ -92,7 +92,7 @@ class Opened:
     config: Config
     backend: Backend
     causal: CausalLM
-    shape: ModelShape
+    shape: ModelSize
     tflops: float
     reasons: str
 
@@ -101,12 +101,12 @@ def _open(scale: Scale, config: Config) -> Opened:
     """Do what a session does, with a base model that is on no disk."""
     backend = resolve(config.model, usable_machine(read_machine()), llama_config(scale.large))
     tflops = matrix_tflops(scale, backend.dtype)
-    base = make_model(scale.large, config.model, device=backend.place, dtype=backend.dtype)
+    base = make_model(scale.large, config.model, device=backend.device_name, dtype=backend.dtype)
     counted = quantize.count_parameters(base)
     model = add_adapter(base, config.lora, seed=config.training.seed)
     causal = CausalLM(
         model,
-        device=backend.place,
+        device=backend.device_name,
         padding_free=True,
         chunk=config.training.loss_chunk_tokens,
         precision=backend.precision,
@@ -117,7 +117,7 @@ def _open(scale: Scale, config: Config) -> Opened:
         backend = backend.without_kernel()
     if scale.has_gpu:
         reasons.append(determinism.require(lambda: probe.exercise(causal)))
-    shape = shape_of(base, counted, trainable_parameters(model))
+    shape = model_size_of(base, counted, trainable_parameters(model))
     return Opened(config, backend, causal, shape, tflops, "; ".join(filter(None, reasons)))
 
 
@@ -152,7 +152,7 @@ def _train(record: Record, scale: Scale, label: str, opened: Opened, tokens: int
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
-        parts = TrainingContext(
+        context = TrainingContext(
             causal=causal,
             parameters=parameters,
             optimizer=make_optimizer(parameters, config.training),
@@ -166,7 +166,7 @@ def _train(record: Record, scale: Scale, label: str, opened: Opened, tokens: int
             emit=emit,
             should_stop=lambda: False,
         )
-        train(parts, TrainState())
+        train(context, TrainState())
     seconds = statistics.median(step.step_seconds for step in steps[WARMUP:])
     tflops = FLOPS_A_WEIGHT * opened.shape.parameters * tokens / seconds / 1e12
     figures: Figures = {

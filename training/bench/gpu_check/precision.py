@@ -91,7 +91,7 @@ def open_small(root: Path, name: str, **keys: Any) -> TrainingSetup:
 def _try(record: Record, scale: Scale, name: str, session: TrainingSetup) -> None:
     events: list[Event] = []
     start = time.perf_counter()
-    train(session.parts(events.append, lambda: False), TrainState())
+    train(session.context(events.append, lambda: False), TrainState())
     wait(scale)
     trained = time.perf_counter()
     asked = evaluate.questions(session.eval_rows)

@@ -74,5 +74,5 @@ def count_places(root: Path, name: str, scale: Scale, **keys: bool) -> Counter[s
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = count  # type: ignore[assignment]
-        train(session.parts(emit, lambda: False), TrainState())
+        train(session.context(emit, lambda: False), TrainState())
     return places

@@ -80,18 +80,18 @@ def train(context: typer.Context, config: ConfigFile = None, debug: Debug = Fals
     name = settings.config.output.run_name or "run"
     with (
         Display(logging_steps=steps) as display,
-        Transcript(os.environ, name, steps, redaction, display.note) as kept,
+        Transcript(os.environ, name, steps, redaction, display.print_line) as kept,
     ):
 
         def show(event: Event, status: RunStatus) -> None:
             display.show(event, status)
             kept.show(event, status)
 
-        def note(text: str) -> None:
-            display.note(text)
-            kept.note(text)
+        def print_line(text: str) -> None:
+            display.print_line(text)
+            kept.print_line(text)
 
-        Supervisor(settings, show, note=note).run(preflight)
+        Supervisor(settings, show, print_line=print_line).run(preflight)
 
 
 @app.command(context_settings=EXTRA)
@@ -156,13 +156,13 @@ def _check_container(config: Path | None) -> Path:
 
 
 Target = Annotated[Path, typer.Argument(help="Folder to create.")]
-Place = Annotated[str, typer.Argument(help="Folder of a run or an adapter, or a base model.")]
+Source = Annotated[str, typer.Argument(help="Folder of a run or an adapter, or a base model.")]
 Base = Annotated[str | None, typer.Option("--model", help="Base model, if it has moved.")]
 
 
 @app.command()
 def chat(
-    place: Place,
+    source: Source,
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", "-p", help="Answer this prompt and exit; - reads standard input."),
@@ -187,12 +187,12 @@ def chat(
     from .commands.chat import Asking, talk
 
     asking = Asking(system, base, max_new_tokens, temperature, top_p)
-    talk(_trained(place, model, debug), asking, None if prompt == "-" else prompt)
+    talk(_finetuned(source, model, debug), asking, None if prompt == "-" else prompt)
 
 
 @app.command()
 def evaluate(
-    place: Place,
+    source: Source,
     dataset: Annotated[
         list[str] | None,
         typer.Option(help="Rows to evaluate on; default: the run's held-out rows."),
@@ -215,15 +215,15 @@ def evaluate(
     from .commands.evaluate import Wanted, compare
 
     wanted = Wanted(tuple(dataset or ()), split, rows, answers, max_new_tokens)
-    compare(_trained(place, model, debug), wanted, is_json=as_json, output=output)
+    compare(_finetuned(source, model, debug), wanted, is_json=as_json, output=output)
 
 
 @app.command()
-def merge(place: Place, target: Target, model: Base = None, debug: Debug = False) -> None:
+def merge(source: Source, target: Target, model: Base = None, debug: Debug = False) -> None:
     """Merge an adapter into its base model and verify the result."""
     from .commands.merge import merge
 
-    merge(_trained(place, model, debug), target)
+    merge(_finetuned(source, model, debug), target)
 
 
 @app.command()
@@ -241,7 +241,7 @@ def export(
     export_adapter(checkpoint, target)
 
 
-def _trained(place: str, model: str | None, debug: bool) -> FinetunedModel:
+def _finetuned(source: str, model: str | None, debug: bool) -> FinetunedModel:
     """Find a trained adapter; the token and the caches are this machine's."""
     from .commands.finetuned import find
     from .config.settings import resolve
@@ -251,7 +251,7 @@ def _trained(place: str, model: str | None, debug: bool) -> FinetunedModel:
     interrupts.unwind()
     own = resolve(None, os.environ, []).config.model
     return find(
-        place, model_name_or_path=model, hf_token=own.hf_token, model_cache_dir=own.model_cache_dir
+        source, model_name_or_path=model, hf_token=own.hf_token, model_cache_dir=own.model_cache_dir
     )
 
 

@@ -26,8 +26,8 @@ class Problem:
 
     def lines(self) -> list[str]:
         """Return the finding as printable lines, empty parts left out."""
-        parts = (("where", self.where), ("why", self.why), ("remedy", self.remedy))
-        shown = ((name, printable(text, keep_newlines=name == "why")) for name, text in parts)
+        labelled = (("where", self.where), ("why", self.why), ("remedy", self.remedy))
+        shown = ((name, printable(text, keep_newlines=name == "why")) for name, text in labelled)
         return [printable(self.what), *(f"  {name + ':':<8}{text}" for name, text in shown if text)]
 
 

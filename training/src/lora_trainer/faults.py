@@ -49,7 +49,7 @@ def explain(error: BaseException) -> TrainerError:
     kind = type(error).__name__
     return InternalError.of(
         f"the worker failed: {kind}",
-        where=_place_of(error),
+        where=_location_of(error),
         why=str(error).strip().splitlines()[0][:300] if str(error).strip() else kind,
         remedy="see train.log in the output folder for the traceback; start again to resume",
     )
@@ -58,9 +58,9 @@ def explain(error: BaseException) -> TrainerError:
 def limit_fault(error: BaseException) -> TrainerError | None:
     """Return what a refusal of memory or of a thread means; None for any other error."""
     if is_out_of_memory(error):
-        return out_of_memory(_place_of(error), str(error))
+        return out_of_memory(_location_of(error), str(error))
     if is_out_of_threads(error):
-        return out_of_threads(_place_of(error), str(error))
+        return out_of_threads(_location_of(error), str(error))
     return None
 
 
@@ -141,33 +141,33 @@ def _is_rust(error: BaseException) -> bool:
     return type(error).__name__ in ("PanicException", "SafetensorError")
 
 
-def disk_fault(error: BaseException, place: str = "") -> TrainerError | None:
+def disk_fault(error: BaseException, path: str = "") -> TrainerError | None:
     """Return what an operating system's refusal to write means; None for any other error.
 
-    `place` is where it was written to, for an error that does not name its file.
+    `path` is where it was written to, for an error that does not name its file.
     """
     number = error.errno if isinstance(error, OSError) else None
     # The safetensors library tells it in words alone.
-    if told := re.search(r"\(os error (\d+)\)", str(error)):
-        number = int(told[1])
-    place = str(getattr(error, "filename", None) or place or "output_dir")
+    if number_text := re.search(r"\(os error (\d+)\)", str(error)):
+        number = int(number_text[1])
+    path = str(getattr(error, "filename", None) or path or "output_dir")
     if number in FULL:
         return StorageError.of(
             "the disk does not take what is written",
-            where=place,
+            where=path,
             why=os.strerror(number),
             remedy="df -h; free some room, then start again: the run resumes by itself",
         )
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return AccessError.of(
             "a file may not be read or written",
-            where=place,
+            where=path,
             why=f"{os.strerror(number)}, as user {os.getuid()}",
-            remedy=f"sudo chown -R {os.getuid()}:{os.getgid()} {Path(place).parent}",
+            remedy=f"sudo chown -R {os.getuid()}:{os.getgid()} {Path(path).parent}",
         )
     return None
 
 
-def _place_of(error: BaseException) -> str:
+def _location_of(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""

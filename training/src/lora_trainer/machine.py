@@ -191,18 +191,18 @@ def visible_devices(nvml: Any) -> list[tuple[int, Any]]:
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     if names is None:
         return list(enumerate(handles))
-    found: list[tuple[int, Any]] = []
+    devices: list[tuple[int, Any]] = []
     for name in (part.strip() for part in names.split(",")):
         if name.upper().startswith("MIG-"):
             # CUDA uses one slice, whichever else is named.
-            return found or _mig_slice(nvml, name, handles)
+            return devices or _mig_slice(nvml, name, handles)
         index = _index_of(nvml, name, handles)
         if index is None:
             break
-        if any(index == other for other, _ in found):
+        if any(index == other for other, _ in devices):
             return []
-        found.append((index, handles[index]))
-    return found
+        devices.append((index, handles[index]))
+    return devices
 
 
 def _index_of(nvml: Any, name: str, handles: Sequence[Any]) -> int | None:
@@ -253,8 +253,8 @@ def _read_gpus() -> tuple[tuple[Gpu, ...], str]:
     except Exception:  # no package, no driver, or a driver that does not answer: no GPU to use
         return (), ""
     try:
-        found = [_read_gpu(pynvml, index, handle) for index, handle in visible_devices(pynvml)]
-        return tuple(found), _text(pynvml.nvmlSystemGetDriverVersion())
+        gpus = [_read_gpu(pynvml, index, handle) for index, handle in visible_devices(pynvml)]
+        return tuple(gpus), _text(pynvml.nvmlSystemGetDriverVersion())
     except pynvml.NVMLError:
         return (), ""
     finally:

@@ -36,7 +36,7 @@ MOMENT_BYTES = {
 
 
 @dataclass(frozen=True, slots=True)
-class ModelShape:
+class ModelSize:
     """What the plan needs to know of the base model; parameters are counts, not bytes."""
 
     model_type: str
@@ -56,17 +56,17 @@ class DataProfile:
 
     rows: int
     tokens: int
-    trained_tokens: int
+    supervised_tokens: int
     longest: int
     eval_rows: int = 0
     # The longest rows, in falling order, and the most supervised tokens of one; 0: all of them.
     longest_rows: tuple[int, ...] = ()
-    most_trained: int = 0
+    most_supervised: int = 0
 
     def batch(self, examples: int) -> tuple[int, ...]:
         """Return the lengths of the largest batch that so many rows can make."""
-        found = self.longest_rows[:examples]
-        return found + (found[-1] if found else self.longest,) * (examples - len(found))
+        rows = self.longest_rows[:examples]
+        return rows + (rows[-1] if rows else self.longest,) * (examples - len(rows))
 
     def cut(self, length: int) -> DataProfile:
         """Return the profile with no row longer than `length`."""
@@ -78,7 +78,7 @@ class DataProfile:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Partition:
     """What one of several processes has of the work; `micro_batch` 0: as configured.
 
     `is_offloaded`: its part of the layers lies in the host's memory. `eval_batch` likewise.
@@ -95,19 +95,19 @@ class Share:
 class Work:
     """What a process has in memory at a time: a micro-batch of training, or of an evaluation.
 
-    `lengths` are the examples', in tokens; of each at most `trained_tokens` are supervised.
+    `lengths` are the examples', in tokens; of each at most `supervised_tokens` are supervised.
     `accumulates` gradients of earlier micro-batches. `bits` are those of a quantized weight.
     """
 
     lengths: tuple[int, ...]
-    trained_tokens: int
+    supervised_tokens: int
     gradient_checkpointing: bool = False
-    is_trained: bool = True
+    is_training: bool = True
     accumulates: bool = True
     bits: int = 16
 
 
-ALL = Share()
+UNDIVIDED = Partition()
 # Returns the most bytes that live at once in some work, weights and optimizer states left out.
 Count = Callable[[Work], int]
 
@@ -119,12 +119,12 @@ def uncounted(_work: Work) -> int:
 
 def estimate_memory_bytes(
     config: Config,
-    shape: ModelShape,
+    model_size: ModelSize,
     data: DataProfile,
     precision: Precision,
     *,
     has_checkpointing: bool,
-    share: Share = ALL,
+    partition: Partition = UNDIVIDED,
     count: Count = uncounted,
 ) -> int:
     """Return a process's peak memory: runtime, weights, adapter states, and the largest work.
@@ -134,40 +134,44 @@ def estimate_memory_bytes(
     of the adapter and its moments.
     """
     training = config.training
-    weights = weights_bytes(config, shape, precision, share)
+    weights = weights_bytes(config, model_size, precision, partition)
     state = 4 + MOMENT_BYTES[training.optim]  # the float32 adapter's, a parameter
     bits = 4 if config.model.use_4bit else 8 if config.model.use_8bit else 16
-    most = data.most_trained or data.longest
+    most = data.most_supervised or data.longest
     asked = training.per_device_train_batch_size
     train = Work(
-        data.batch(share.micro_batch or asked),
+        data.batch(partition.micro_batch or asked),
         most,
         gradient_checkpointing=has_checkpointing,
-        accumulates=training.gradient_accumulation_steps > 1 or 0 < share.micro_batch < asked,
+        accumulates=training.gradient_accumulation_steps > 1 or 0 < partition.micro_batch < asked,
         bits=bits,
     )
     works = [count(train)]
     if data.eval_rows:
-        batch = data.batch(share.eval_batch or training.per_device_eval_batch_size)
-        works.append(count(Work(batch, most, is_trained=False, accumulates=False, bits=bits)))
-    step = max(*works, shape.trainable_parameters * state)
-    return int(RUNTIME_BYTES + weights + shape.trainable_parameters * state + step)
+        batch = data.batch(partition.eval_batch or training.per_device_eval_batch_size)
+        works.append(count(Work(batch, most, is_training=False, accumulates=False, bits=bits)))
+    step = max(*works, model_size.trainable_parameters * state)
+    return int(RUNTIME_BYTES + weights + model_size.trainable_parameters * state + step)
 
 
-def weights_bytes(config: Config, shape: ModelShape, precision: Precision, share: Share) -> float:
+def weights_bytes(
+    config: Config, model_size: ModelSize, precision: Precision, partition: Partition
+) -> float:
     """Return the bytes of the base model's weights in one process.
 
     With fsdp and deepspeed each holds its part of every layer, some layers whole while they
     compute, and embeddings and head, which are not shared out.
     """
     width = 4 if precision == "float32" else 2
-    whole = float(min(shape.parameters, 2 * shape.vocab_size * shape.hidden_size) * width)
-    layers = shape.parameters * width - whole
+    whole = float(
+        min(model_size.parameters, 2 * model_size.vocab_size * model_size.hidden_size) * width
+    )
+    layers = model_size.parameters * width - whole
     if _is_quantized(config):
-        whole, layers = _quantized_bytes(config, shape, width)
-    if share.parallelism in WHOLE_LAYERS:
-        kept = 0 if share.is_offloaded else layers / share.processes
-        layers = kept + WHOLE_LAYERS[share.parallelism] * layers / shape.layers
+        whole, layers = _quantized_bytes(config, model_size, width)
+    if partition.parallelism in WHOLE_LAYERS:
+        kept = 0 if partition.is_offloaded else layers / partition.processes
+        layers = kept + WHOLE_LAYERS[partition.parallelism] * layers / model_size.layers
     return whole + layers
 
 
@@ -175,18 +179,18 @@ def _is_quantized(config: Config) -> bool:
     return config.model.use_4bit or config.model.use_8bit
 
 
-def _quantized_bytes(config: Config, shape: ModelShape, width: int) -> tuple[float, float]:
+def _quantized_bytes(config: Config, model_size: ModelSize, width: int) -> tuple[float, float]:
     """Return the bytes of what each process has whole, and of the packed weights.
 
     Whole are what is not quantized, and the scales.
     """
     if config.model.use_8bit:
-        each, scale = 1.0, 4 / shape.hidden_size
+        each, scale = 1.0, 4 / model_size.hidden_size
     else:
         each = 0.5
         scale = DOUBLE_SCALE_BYTES if config.model.bnb_4bit_use_double_quant else SCALE_BYTES
-    kept = shape.unquantized_parameters
-    packed = shape.parameters - kept
+    kept = model_size.unquantized_parameters
+    packed = model_size.parameters - kept
     return kept * width + packed * scale, packed * each
 
 

@@ -14,14 +14,14 @@ from .config.schema import Config, TrainingSection
 from .errors import ConfigError
 from .machine import Device, Machine
 from .memory_estimate import (
-    ALL,
     RUNTIME_BYTES,
+    UNDIVIDED,
     Count,
     DataProfile,
-    ModelShape,
+    ModelSize,
     Parallelism,
+    Partition,
     Precision,
-    Share,
     estimate_memory_bytes,
     memory_limit_bytes,
     uncounted,
@@ -30,7 +30,7 @@ from .memory_estimate import (
 from .run.memory_limits import MemoryLimits
 
 # A base model that takes more of a device leaves no room to train on it.
-FITTING_SHARE = 0.9
+FITTING_FRACTION = 0.9
 AS_CONFIGURED = MemoryLimits()
 
 
@@ -77,7 +77,7 @@ class Plan:
 def make_plan(
     config: Config,
     machine: Machine,
-    shape: ModelShape,
+    model_size: ModelSize,
     data: DataProfile,
     *,
     precision: Precision,
@@ -112,8 +112,10 @@ def make_plan(
     eval_batch = min(eval_batch, limits.eval_batch_examples or eval_batch)
     # Where there is no GPU, the host's memory is where the layers are anyway.
     is_offloaded = config.training.offload_param_device == "cpu" and machine.has_gpu
-    share = Share(processes, parallelism, micro_batch, is_offloaded, eval_batch)
-    chosen = _choose_checkpointing(config, machine, shape, data, precision, share, limits, count)
+    partition = Partition(processes, parallelism, micro_batch, is_offloaded, eval_batch)
+    chosen = _choose_checkpointing(
+        config, machine, model_size, data, precision, partition, limits, count
+    )
     checkpointing, why = chosen
     return Plan(
         device=machine.device,
@@ -137,15 +139,15 @@ def make_plan(
         eval_every_steps=training.eval_steps if data.eval_rows else 0,
         save_every_steps=config.output.save_steps,
         loss_chunk_tokens=training.loss_chunk_tokens,
-        parameters=shape.parameters,
-        trainable_parameters=shape.trainable_parameters,
+        parameters=model_size.parameters,
+        trainable_parameters=model_size.trainable_parameters,
         estimated_memory_bytes=estimate_memory_bytes(
             config,
-            shape,
+            model_size,
             data,
             precision,
             has_checkpointing=checkpointing,
-            share=share,
+            partition=partition,
             count=count,
         ),
         memory_limit_bytes=memory_limit_bytes(machine, processes),
@@ -186,7 +188,7 @@ def limited(plan: Plan, limits: MemoryLimits) -> Plan:
 
 
 def choose_parallelism(
-    config: Config, machine: Machine, shape: ModelShape, precision: Precision, processes: int
+    config: Config, machine: Machine, model_size: ModelSize, precision: Precision, processes: int
 ) -> tuple[Parallelism, str]:
     """Return how processes share the work, and why where that was chosen."""
     asked = config.training.parallelism
@@ -194,13 +196,13 @@ def choose_parallelism(
         return "none", ""
     if processes == 1 and config.training.offload_param_device == "none":
         return "none", "deepspeed is not used: one process shares nothing, and nothing is offloaded"
-    needed = RUNTIME_BYTES + weights_bytes(config, shape, precision, ALL)
+    needed = RUNTIME_BYTES + weights_bytes(config, model_size, precision, UNDIVIDED)
     limit = memory_limit_bytes(machine, processes)
     if asked == "deepspeed":
         return asked, _reading_reason(needed * processes, machine)
     if asked != "auto":
         return asked, ""
-    if needed <= FITTING_SHARE * limit:
+    if needed <= FITTING_FRACTION * limit:
         return "ddp", ""
     return "fsdp", (
         f"parallelism is fsdp: the base model needs {needed / 2**30:.1f} GB a process, and one "
@@ -256,10 +258,10 @@ def _idle_reasons(config: Config, step_examples: int, processes: int) -> tuple[s
 def _choose_checkpointing(
     config: Config,
     machine: Machine,
-    shape: ModelShape,
+    model_size: ModelSize,
     data: DataProfile,
     precision: Precision,
-    share: Share,
+    partition: Partition,
     limits: MemoryLimits,
     count: Count,
 ) -> tuple[bool, tuple[str, ...]]:
@@ -267,9 +269,15 @@ def _choose_checkpointing(
     if asked != "auto":
         return bool(asked), ()
     needed = estimate_memory_bytes(
-        config, shape, data, precision, has_checkpointing=False, share=share, count=count
+        config,
+        model_size,
+        data,
+        precision,
+        has_checkpointing=False,
+        partition=partition,
+        count=count,
     )
-    limit = memory_limit_bytes(machine, share.processes)
+    limit = memory_limit_bytes(machine, partition.processes)
     if needed <= 0.8 * limit:
         return False, ()
     return True, (

@@ -108,23 +108,23 @@ class Redaction:
 
 def given_secrets(arguments: Sequence[str]) -> list[str]:
     """Return the values of options whose name says that they are secrets."""
-    found = []
+    secrets = []
     for option, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, is_joined, value = option.partition("=")
         if OPTION.fullmatch(name):
-            found.append(value if is_joined else following)
-    return found
+            secrets.append(value if is_joined else following)
+    return secrets
 
 
 def _forms(secret: str) -> set[str]:
     """Return how a secret may be written; each line of a long one counts, such as a key's."""
     lines = [line.strip() for line in secret.splitlines()]
-    found = set()
+    forms = set()
     for part in [secret.strip(), *lines]:
         in_json = json.dumps(part)[1:-1]
         in_urls = {quote(part), quote(part, safe=""), quote_plus(part)}
-        found |= {part, in_json, repr(part)[1:-1]} | in_urls
-    return {form for form in found if len(form) >= LEAST_CHARACTERS}
+        forms |= {part, in_json, repr(part)[1:-1]} | in_urls
+    return {form for form in forms if len(form) >= LEAST_CHARACTERS}
 
 
 def _kept_secrets(environ: Mapping[str, str]) -> list[str]:
@@ -137,12 +137,12 @@ def _kept_secrets(environ: Mapping[str, str]) -> list[str]:
         for name, value in environ.items()
         if name.endswith("_FILE") and NAMES.search(name)
     ]
-    found = []
+    kept = []
     for path in files:
         with contextlib.suppress(OSError, ValueError):
             if path.is_file() and path.stat().st_size <= MOST_BYTES:
-                found.append(path.read_text(encoding="utf-8"))
-    return found + _netrc_passwords(Path(environ.get("NETRC") or home / ".netrc"))
+                kept.append(path.read_text(encoding="utf-8"))
+    return kept + _netrc_passwords(Path(environ.get("NETRC") or home / ".netrc"))
 
 
 def _netrc_passwords(path: Path) -> list[str]:

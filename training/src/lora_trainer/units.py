@@ -27,6 +27,6 @@ def number(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.4g}"
 
 
-def percent(share: float) -> str:
+def percent(fraction: float) -> str:
     """Return a share of one as a percentage."""
-    return f"{share:.1%}"
+    return f"{fraction:.1%}"

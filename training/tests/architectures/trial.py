@@ -20,7 +20,7 @@ from lora_trainer.model.forward import CausalLM, MicroBatch
 from lora_trainer.model.probe import check_unloaded, verify
 from lora_trainer.model.reach import shortest
 from lora_trainer.model.targets import fused_names, left_alone, targeted
-from lora_trainer.train.dry_run import shape_of
+from lora_trainer.train.dry_run import model_size_of
 
 # The last one crosses the tiny models' sliding windows.
 LENGTHS = (9, 24, 5, 13)
@@ -96,7 +96,7 @@ def _unloaded_fault(config: Any) -> str:
         except TrainerError as error:
             return _refusal(error)
         adapted = add_adapter(unloaded.requires_grad_(False), _keys(unloaded), seed=11)
-    sized = shape_of(unloaded, parameters, trainable_parameters(adapted))
+    sized = model_size_of(unloaded, parameters, trainable_parameters(adapted))
     assert sized.layers and sized.vocab_size, sized
     reach.notes(adapted, sized.parameters, LORA)
     return ""
@@ -140,7 +140,7 @@ def _plain(model: Any, batch: MicroBatch) -> Step:
     longest = max(len(ids) for ids in batch.ids)
     ids_BL = torch.zeros(len(batch.ids), longest, dtype=torch.long)
     mask_BL, labels_BL = torch.zeros_like(ids_BL), torch.full_like(ids_BL, -100)
-    for row, (ids, marks) in enumerate(zip(batch.ids, batch.is_trained, strict=True)):
+    for row, (ids, marks) in enumerate(zip(batch.ids, batch.loss_mask, strict=True)):
         ids_BL[row, : len(ids)] = torch.as_tensor(ids)
         mask_BL[row, : len(ids)] = 1
         labels_BL[row, : len(ids)] = torch.where(torch.as_tensor(marks), torch.as_tensor(ids), -100)
@@ -152,7 +152,7 @@ def _plain(model: Any, batch: MicroBatch) -> Step:
 def _plain_one_by_one(model: Any, batch: MicroBatch) -> Step:
     """Do the same without padding: the loss is the sum over examples of their own."""
     loss = torch.zeros(())
-    for ids, marks in zip(batch.ids, batch.is_trained, strict=True):
+    for ids, marks in zip(batch.ids, batch.loss_mask, strict=True):
         ids_1T = torch.as_tensor(ids)[None]
         labels_T = torch.where(torch.as_tensor(marks), torch.as_tensor(ids), -100)[1:]
         mask_1T = torch.ones_like(ids_1T)

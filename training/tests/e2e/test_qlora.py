@@ -64,7 +64,7 @@ def run(config: Config, output: Path) -> TrainingSetup:
     """Train, from the newest checkpoint if there is one, without processes around it."""
     session = sessions.open_session(config, output, lambda event: None)
     snapshot, _ = session.store.newest()
-    train(session.parts(lambda event: None, lambda: False), session.restore(snapshot))
+    train(session.context(lambda event: None, lambda: False), session.restore(snapshot))
     return session
 
 

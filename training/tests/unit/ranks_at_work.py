@@ -22,14 +22,14 @@ from test_equivalence import SETTINGS, ListRows, make_rows
 from lora_trainer.config.schema import Config, LoraSection, ModelSection
 from lora_trainer.data.batches import Sampler
 from lora_trainer.machine import Machine
-from lora_trainer.memory_estimate import DataProfile, ModelShape, Parallelism
+from lora_trainer.memory_estimate import DataProfile, ModelSize, Parallelism
 from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.compat import enable_checkpointing
 from lora_trainer.model.forward import CausalLM
 from lora_trainer.model.gather import GatheredLayers
 from lora_trainer.model.load import ModelSource, load_model
 from lora_trainer.model.ranks import PeerLostError, Ranks
-from lora_trainer.model.shard import choose_sharing
+from lora_trainer.model.shard import choose_sharder
 from lora_trainer.model.targets import fused_names
 from lora_trainer.plan import make_plan
 from lora_trainer.run.events import Evaluated, MemoryReduced, RanksMeasured, StepDone
@@ -69,12 +69,12 @@ def make_parts(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) 
         allow_float16_on_a_cpu()
     if parallelism in ("fsdp", "deepspeed"):
         training = config.training
-        causal.shard(choose_sharing(parallelism, training, "cpu", ranks, is_packed=is_gathered))
+        causal.shard(choose_sharder(parallelism, training, "cpu", ranks, is_packed=is_gathered))
     parameters = trainable_parameters(model)
     plan = make_plan(
         config,
         Machine(cores=1, memory_bytes=1 << 34, gpus=()),
-        ModelShape("tiny", 2, 32, VOCABULARY, 1, 1, 128),
+        ModelSize("tiny", 2, 32, VOCABULARY, 1, 1, 128),
         DataProfile(len(rows), 1, 1, 20, eval_rows=9),
         precision=dtype,
         attention="packed",
@@ -83,11 +83,11 @@ def make_parts(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) 
         parallelism=parallelism,
     )
     events: list[Any] = []
-    parts = TrainingContext(
+    context = TrainingContext(
         causal=causal,
         parameters=parameters,
         optimizer=make_optimizer(parameters, config.training),
-        order=Sampler(len(rows), plan.step_examples, seed=5),
+        sampler=Sampler(len(rows), plan.step_examples, seed=5),
         rows=rows,
         eval_rows=ListRows(rows[:9]),
         store=CheckpointStore(folder / "checkpoints", keep=1, digest="x"),
@@ -98,7 +98,7 @@ def make_parts(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) 
         should_stop=ranks.agreed(lambda: False),
         ranks=ranks,
     )
-    return parts, events
+    return context, events
 
 
 def allow_float16_on_a_cpu() -> None:
@@ -123,10 +123,10 @@ def trained(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) -> 
     """Train; return the losses, evaluations and figures that were told, and the adapter."""
     overflow_step = own.get("overflow_step", 0)
     own = {key: value for key, value in own.items() if key != "overflow_step"}
-    parts, events = make_parts(ranks, folder, parallelism, own)
+    context, events = make_parts(ranks, folder, parallelism, own)
     if overflow_step:
-        overflow_on_the_last_rank(parts, overflow_step)
-    state = train(parts, TrainState())
+        overflow_on_the_last_rank(context, overflow_step)
+    state = train(context, TrainState())
     measured = [event for event in events if isinstance(event, RanksMeasured)]
     return {
         "step": state.step,
@@ -135,14 +135,14 @@ def trained(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) -> 
         "evals": [event.eval_loss for event in events if isinstance(event, Evaluated)],
         "ranks": [event.ranks for event in measured],
         "slowest": [event.slowest for event in measured],
-        "held": sum(map(held, parts.causal.decoder.layers.parameters())),
-        "adapter": {name: p.detach().clone() for name, p in parts.parameters.items()},
+        "held": sum(map(held, context.causal.decoder.layers.parameters())),
+        "adapter": {name: p.detach().clone() for name, p in context.parameters.items()},
     }
 
 
-def overflow_on_the_last_rank(parts: Any, at_step: int) -> None:
+def overflow_on_the_last_rank(context: Any, at_step: int) -> None:
     """Make one gradient of the last rank infinite, when it first computes this step."""
-    sound, ranks = loop.sum_step, parts.ranks
+    sound, ranks = loop.sum_step, context.ranks
     seeds: list[int] = []
 
     def sum_step(*arguments: Any) -> Any:
@@ -156,9 +156,9 @@ def overflow_on_the_last_rank(parts: Any, at_step: int) -> None:
 
 def short_of_memory(ranks: Ranks, folder: Path, own: dict) -> dict[str, Any]:
     """Train where the last rank has memory for one example at a time alone."""
-    parts, events = make_parts(ranks, folder, "ddp", own)
+    context, events = make_parts(ranks, folder, "ddp", own)
     kept: list[Any] = []
-    causal = parts.causal
+    causal = context.causal
     sound_loss, sound_score, failed = causal.loss, causal.score, []
 
     def loss(batch: Any, factor: float) -> Any:
@@ -175,12 +175,12 @@ def short_of_memory(ranks: Ranks, folder: Path, own: dict) -> dict[str, Any]:
             raise MemoryError
 
     causal.loss, causal.score = loss, score
-    state = train(replace(parts, keep_limits=kept.append), TrainState())
+    state = train(replace(context, keep_limits=kept.append), TrainState())
     return {
         "step": state.step,
         "losses": [event.loss for event in events if isinstance(event, StepDone)],
         "evals": [event.eval_loss for event in events if isinstance(event, Evaluated)],
-        "adapter": {name: p.detach().clone() for name, p in parts.parameters.items()},
+        "adapter": {name: p.detach().clone() for name, p in context.parameters.items()},
         "kept": [asdict(one) for one in kept],
         "failed": failed,
         "reduced": [e.micro_batch_examples for e in events if isinstance(e, MemoryReduced)],
@@ -220,12 +220,12 @@ def gathered(ranks: Ranks) -> dict[str, Any]:
 
 def stopped(ranks: Ranks, folder: Path) -> int:
     """Train until a signal reaches the last rank alone; return the step of the end."""
-    parts, events = make_parts(ranks, folder, "ddp", {})
+    context, events = make_parts(ranks, folder, "ddp", {})
 
     def is_told() -> bool:
         return ranks.rank == ranks.count - 1 and len(events) >= 8
 
-    return train(replace(parts, should_stop=ranks.agreed(is_told)), TrainState()).step
+    return train(replace(context, should_stop=ranks.agreed(is_told)), TrainState()).step
 
 
 def left_alone(ranks: Ranks) -> str:

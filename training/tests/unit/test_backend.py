@@ -199,7 +199,7 @@ def test_where_torch_can_use_the_gpus_all_agree_on_them(gpus, settings, tmp_path
     assert (status["device"], status["gpu_count"], health["cuda_available"]) == ("cuda", 2, True)
     second = Ranks(1, 1)
     backend = resolve(settings.config.model, usable_machine(read_machine(), 2), BASE, second)
-    assert (backend.place, backend.dtype) == ("cuda:1", torch.bfloat16)
+    assert (backend.device_name, backend.dtype) == ("cuda:1", torch.bfloat16)
 
 
 def test_only_the_gpus_that_are_used_decide(gpus):

@@ -38,7 +38,7 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     assert dataset[-1][0].tolist() == [5]
     assert len(dataset) == 3
     assert dataset.lengths.tolist() == [3, 2, 1]
-    assert dataset.trained_counts.tolist() == [2, 1, 1]
+    assert dataset.supervised_counts.tolist() == [2, 1, 1]
     assert dataset.row_hashes.tolist() == [2**64 - 1, 7, 8]
     assert dataset.sources.tolist() == [0, 0, 1]
     assert dataset.report == {"rows_read": 3}

@@ -154,7 +154,7 @@ def test_evaluations_between_steps_do_not_repeat_the_phases():
 def test_a_note_is_a_lasting_line():
     stream = io.StringIO()
     with Display(stream) as display:
-        display.note("status page: http://127.0.0.1:8080/")
+        display.print_line("status page: http://127.0.0.1:8080/")
     assert "status page: http://127.0.0.1:8080/\n" in stream.getvalue()
 
 
@@ -274,7 +274,8 @@ def test_a_stream_without_unicode_gets_escapes():
 def test_a_broken_pipe_leaves_the_exit_code_alone():
     script = (
         "import os, sys; from lora_trainer.report.console import Display\n"
-        "display = Display(); [display.note('x' * 1000) for _ in range(500)]; display.close()\n"
+        "display = Display(); [display.print_line('x' * 1000) for _ in range(500)]\n"
+        "display.close()\n"
         "sys.exit(7)"
     )
     reader, writer = os.pipe()

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lora_trainer.config.schema import Config, LoraSection
 from lora_trainer.data.batches import Sampler
 from lora_trainer.machine import Machine
-from lora_trainer.memory_estimate import DataProfile, ModelShape
+from lora_trainer.memory_estimate import DataProfile, ModelSize
 from lora_trainer.model import attention
 from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.compat import MAJOR, enable_checkpointing
@@ -48,12 +48,12 @@ class ListRows(list):
 
 
 def make_rows(count: int = 31, vocabulary: int = VOCABULARY) -> ListRows:
-    order = np.random.Generator(np.random.PCG64(3))
+    sampler = np.random.Generator(np.random.PCG64(3))
     rows = ListRows()
     for _ in range(count):
-        length = int(order.integers(4, 20))
-        ids = order.integers(3, vocabulary, length)
-        marks = np.arange(length) >= order.integers(1, length)
+        length = int(sampler.integers(4, 20))
+        ids = sampler.integers(3, vocabulary, length)
+        marks = np.arange(length) >= sampler.integers(1, length)
         rows.append((ids, marks))
     return rows
 
@@ -72,7 +72,7 @@ def ours(
         peft_model, device="cpu", padding_free=padding_free, chunk=7, precision=precision
     )
     parameters = trainable_parameters(peft_model)
-    shape = ModelShape("tiny", 2, 32, VOCABULARY, 1, 1, 128)
+    shape = ModelSize("tiny", 2, 32, VOCABULARY, 1, 1, 128)
     plan = make_plan(
         config,
         Machine(cores=1, memory_bytes=1 << 34, gpus=()),
@@ -83,12 +83,12 @@ def ours(
         padding_free=padding_free,
     )
     events: list[Event] = []
-    order = Sampler(len(rows), plan.step_examples, seed=5)
-    parts = TrainingContext(
+    sampler = Sampler(len(rows), plan.step_examples, seed=5)
+    context = TrainingContext(
         causal=causal,
         parameters=parameters,
         optimizer=make_optimizer(parameters, config.training),
-        order=order,
+        sampler=sampler,
         rows=rows,
         eval_rows=ListRows(),
         store=CheckpointStore(folder, keep=1, digest="x"),
@@ -98,13 +98,13 @@ def ours(
         emit=events.append,
         should_stop=lambda: False,
     )
-    train(parts, TrainState())
+    train(context, TrainState())
     losses = [event.loss for event in events if isinstance(event, StepDone)]
-    return losses, {name: p.detach().clone() for name, p in parameters.items()}, order
+    return losses, {name: p.detach().clone() for name, p in parameters.items()}, sampler
 
 
 def plain(
-    model, rows, order: Sampler, *, lora: LoraSection, own=None, targets=None, precision="float32"
+    model, rows, sampler: Sampler, *, lora: LoraSection, own=None, targets=None, precision="float32"
 ):
     """Train with transformers and PEFT alone: padded batches, labels -100, their own loss.
 
@@ -134,7 +134,7 @@ def plain(
     scheduler = transformers.get_scheduler("cosine", optimizer, math.ceil(0.1 * STEPS), STEPS)
     losses = []
     for step in range(STEPS):
-        chosen = [rows[i] for i in order.step_rows(step)]
+        chosen = [rows[i] for i in sampler.step_rows(step)]
         is_taken = False
         while not is_taken:  # as our loop does, a step that overflows is repeated
             total = accumulated(peft_model, chosen, scaler)
@@ -197,10 +197,10 @@ def test_every_step_of_every_family_equals_plain_transformers(family, padding_fr
     if padding_free and family in WINDOW_IN_EVERY_LAYER:
         pytest.skip("test_packing_is_proven_on_every_family shows that it is padded")
     rows, lora = make_rows(), LoraSection(lora_r=4, lora_alpha=8)
-    losses, adapter, order = ours(
+    losses, adapter, sampler = ours(
         tiny_model(family), rows, tmp_path, padding_free=padding_free, lora=lora
     )
-    expected, expected_adapter = plain(tiny_model(family), rows, order, lora=lora)
+    expected, expected_adapter = plain(tiny_model(family), rows, sampler, lora=lora)
     assert losses == pytest.approx(expected, rel=1e-5)
     assert adapter.keys() == expected_adapter.keys()
     for name, weights in adapter.items():
@@ -211,8 +211,10 @@ def test_every_step_of_every_family_equals_plain_transformers(family, padding_fr
 def test_a_head_that_is_trained_in_full_equals_plain_transformers(tmp_path):
     lora = LoraSection(lora_r=4, lora_alpha=8, modules_to_save=["lm_head"])
     rows = make_rows()
-    losses, adapter, order = ours(tiny_model("llama"), rows, tmp_path, padding_free=True, lora=lora)
-    expected, expected_adapter = plain(tiny_model("llama"), rows, order, lora=lora)
+    losses, adapter, sampler = ours(
+        tiny_model("llama"), rows, tmp_path, padding_free=True, lora=lora
+    )
+    expected, expected_adapter = plain(tiny_model("llama"), rows, sampler, lora=lora)
     assert losses == pytest.approx(expected, rel=1e-5)
     for name, weights in adapter.items():
         torch.testing.assert_close(weights, expected_adapter[name], rtol=1e-4, atol=1e-4)

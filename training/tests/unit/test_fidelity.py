@@ -111,7 +111,7 @@ def test_special_tokens_that_a_row_spells_out_stand_once(adds, behind, is_comple
     encoded = encode(example, tokenizer, None, "assistant")
     assert tokenizer.decode(encoded.input_ids) == whole
     end = encoded.input_ids.index(tokenizer.eos_token_id)
-    assert encoded.is_trained[end]
+    assert encoded.loss_mask[end]
     assert (Change.START_SPELLED in encoded.changes) == adds.startswith("<s>")
     assert Change.END_SPELLED in encoded.changes
 
@@ -122,7 +122,7 @@ def test_special_tokens_that_a_row_leaves_out_are_added_once(adds):
     encoded = encode(Text("plain\n"), tokenizer, None, "assistant")
     start = "<s>" if adds.startswith("<s>") else ""
     assert tokenizer.decode(encoded.input_ids) == f"{start}plain\n</s>"
-    assert encoded.is_trained[-1]
+    assert encoded.loss_mask[-1]
     assert encoded.changes == ()
 
 

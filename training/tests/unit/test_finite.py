@@ -41,9 +41,9 @@ def test_nothing_is_finite():
     assert is_finite([])
 
 
-def spoiled(parts, at_step, spoil):
+def spoiled(context, at_step, spoil):
     """Have the optimizer spoil something in its n-th step."""
-    step, taken = parts.optimizer.step, []
+    step, taken = context.optimizer.step, []
 
     def take_step():
         step()
@@ -51,59 +51,59 @@ def spoiled(parts, at_step, spoil):
         if len(taken) == at_step:
             spoil()
 
-    parts.optimizer.step = take_step
+    context.optimizer.step = take_step
 
 
-def weights_of(parts):
-    return next(iter(parts.parameters.values()))
+def weights_of(context):
+    return next(iter(context.parameters.values()))
 
 
 def test_last_step_that_diverges_is_not_saved(tmp_path):
-    parts, events = make_parts(tmp_path, save_steps=4)
-    parts = replace(parts, eval_rows=ListRows([]))
-    spoiled(parts, 12, lambda: weights_of(parts).data[0, 0].fill_(math.nan))
+    context, events = make_parts(tmp_path, save_steps=4)
+    context = replace(context, eval_rows=ListRows([]))
+    spoiled(context, 12, lambda: weights_of(context).data[0, 0].fill_(math.nan))
     with pytest.raises(NotFiniteError, match="not finite after step 12") as caught:
-        loop.train(parts, TrainState())
+        loop.train(context, TrainState())
     assert [event.step for event in of_kind(events, CheckpointSaved)] == [4, 8]
     assert "checkpoint of step 8 is whole and finite" in caught.value.problems[0].why
     assert (caught.value.retry, caught.value.step) == ("not_finite", 12)
 
 
 def test_moments_that_overflow_are_not_saved(tmp_path):
-    parts, events = make_parts(tmp_path, save_steps=4)
-    parts = replace(parts, eval_rows=ListRows([]))
+    context, events = make_parts(tmp_path, save_steps=4)
+    context = replace(context, eval_rows=ListRows([]))
 
     def spoil():
-        parts.optimizer.state[weights_of(parts)]["exp_avg_sq"][0, 0] = math.inf
+        context.optimizer.state[weights_of(context)]["exp_avg_sq"][0, 0] = math.inf
 
-    spoiled(parts, 4, spoil)
+    spoiled(context, 4, spoil)
     with pytest.raises(NotFiniteError, match="not finite after step 4") as caught:
-        loop.train(parts, TrainState())
+        loop.train(context, TrainState())
     assert not of_kind(events, CheckpointSaved)
     assert "there is no checkpoint yet" in caught.value.problems[0].why
 
 
 def test_damaged_checkpoint_is_not_called_sound(tmp_path):
-    parts, _ = make_parts(tmp_path, save_steps=4)
-    parts = replace(parts, eval_rows=ListRows([]))
+    context, _ = make_parts(tmp_path, save_steps=4)
+    context = replace(context, eval_rows=ListRows([]))
 
     def spoil():
-        weights_of(parts).data.fill_(math.nan)
+        weights_of(context).data.fill_(math.nan)
         for path in tmp_path.glob("step-*/adapter.safetensors"):
             path.write_bytes(b"torn")
 
-    spoiled(parts, 12, spoil)
+    spoiled(context, 12, spoil)
     with pytest.raises(NotFiniteError) as caught:
-        loop.train(parts, TrainState())
+        loop.train(context, TrainState())
     assert "there is no checkpoint yet" in caught.value.problems[0].why
 
 
 def test_weights_that_diverge_on_the_way_are_blamed_on_the_learning_rate(tmp_path):
-    parts, _ = make_parts(tmp_path, save_steps=2)
-    parts = replace(parts, eval_rows=ListRows([]))
-    spoiled(parts, 3, lambda: weights_of(parts).data.fill_(math.nan))
+    context, _ = make_parts(tmp_path, save_steps=2)
+    context = replace(context, eval_rows=ListRows([]))
+    spoiled(context, 3, lambda: weights_of(context).data.fill_(math.nan))
     with pytest.raises(NotFiniteError, match=r"not finite at step 4$") as caught:
-        loop.train(parts, TrainState())
+        loop.train(context, TrainState())
     (problem,) = caught.value.problems
     assert "checkpoint of step 2 is whole" in problem.why
     assert "--learning_rate 0.001 " in problem.remedy
@@ -118,10 +118,10 @@ def test_adapter_that_is_not_finite_is_not_exported(tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
-def with_odd_token(parts, rows, index):
+def with_odd_token(context, rows, index):
     """Give the model a token that overflows it, and one of the rows that token."""
     with torch.no_grad():
-        parts.causal.inner.get_input_embeddings().weight[ODD] = math.inf
+        context.causal.inner.get_input_embeddings().weight[ODD] = math.inf
     clean = [(np.where(ids == ODD, 0, ids), marks) for ids, marks in rows]
     odd, marks = clean[index]
     clean[index] = (np.concatenate([odd[:-1], [ODD]]), np.ones(len(odd), dtype=bool))
@@ -135,13 +135,13 @@ def named(indices, is_held_out):
 
 
 def test_training_row_that_overflows_is_named_and_not_the_learning_rate(tmp_path):
-    parts, events = make_parts(tmp_path)
-    (first, *_) = parts.order.step_rows(2)
-    rows = with_odd_token(parts, list(parts.rows), int(first))
+    context, events = make_parts(tmp_path)
+    (first, *_) = context.sampler.step_rows(2)
+    rows = with_odd_token(context, list(context.rows), int(first))
     held_out = ListRows([row for i, row in enumerate(rows) if i != first][:4])
-    parts = replace(parts, rows=rows, eval_rows=held_out, name_rows=named)
+    context = replace(context, rows=rows, eval_rows=held_out, name_rows=named)
     with pytest.raises(NotFiniteError, match="step 3: 1 of 4 rows is the cause") as caught:
-        loop.train(parts, TrainState())
+        loop.train(context, TrainState())
     (problem,) = caught.value.problems
     assert problem.where == f"train.jsonl:{first + 1}"
     assert "learning_rate" not in problem.remedy
@@ -150,63 +150,63 @@ def test_training_row_that_overflows_is_named_and_not_the_learning_rate(tmp_path
 
 
 def test_row_whose_gradient_alone_overflows_is_named(tmp_path):
-    parts, _ = make_parts(tmp_path)
-    first = int(parts.order.step_rows(0)[1])
-    odd = parts.rows[first][0].tolist()
-    sound = parts.causal.loss
+    context, _ = make_parts(tmp_path)
+    first = int(context.sampler.step_rows(0)[1])
+    odd = context.rows[first][0].tolist()
+    sound = context.causal.loss
 
     def loss(batch, factor):
         found = sound(batch, factor)
         if any(ids.tolist() == odd for ids in batch.ids):
             # The square root has no slope at zero: the loss stays as it is.
-            found = found + (weights_of(parts) * 0).abs().sum().sqrt()
+            found = found + (weights_of(context) * 0).abs().sum().sqrt()
         return found
 
-    parts.causal.loss = loss
-    parts = replace(parts, eval_rows=ListRows([]), name_rows=named)
+    context.causal.loss = loss
+    context = replace(context, eval_rows=ListRows([]), name_rows=named)
     with pytest.raises(NotFiniteError, match="1 of 4 rows is the cause") as caught:
-        loop.train(parts, TrainState())
+        loop.train(context, TrainState())
     assert caught.value.problems[0].where == f"train.jsonl:{first + 1}"
 
 
 def test_weights_that_overflow_some_rows_before_others_are_the_cause(tmp_path):
-    parts, _ = make_parts(tmp_path)
+    context, _ = make_parts(tmp_path)
     kept = []
-    odd = parts.rows[int(parts.order.step_rows(3)[0])][0].tolist()
-    sound = parts.causal.score
+    odd = context.rows[int(context.sampler.step_rows(3)[0])][0].tolist()
+    sound = context.causal.score
 
     def score(batch):
-        is_adapted = any(bool(p.any()) for n, p in parts.parameters.items() if "lora_B" in n)
+        is_adapted = any(bool(p.any()) for n, p in context.parameters.items() if "lora_B" in n)
         has_odd = any(ids.tolist() == odd for ids in batch.ids)
         return (math.inf, 0) if is_adapted and has_odd else sound(batch)
 
-    parts.causal.score = score
+    context.causal.score = score
 
     def spoil():
-        kept.extend(p.detach().clone() for p in parts.parameters.values())
-        parts.causal.loss = lambda *_: weights_of(parts).sum() / 0
+        kept.extend(p.detach().clone() for p in context.parameters.values())
+        context.causal.loss = lambda *_: weights_of(context).sum() / 0
 
-    spoiled(parts, 3, spoil)
-    parts = replace(parts, eval_rows=ListRows([]), name_rows=named)
+    spoiled(context, 3, spoil)
+    context = replace(context, eval_rows=ListRows([]), name_rows=named)
     with pytest.raises(NotFiniteError, match=r"not finite at step 4$") as caught:
-        loop.train(parts, TrainState())
+        loop.train(context, TrainState())
     assert "learning_rate" in caught.value.problems[0].remedy
     # What was put aside to find out is back.
-    assert all(torch.equal(p, q) for p, q in zip(parts.parameters.values(), kept, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(context.parameters.values(), kept, strict=True))
 
 
 def with_odd_held_out_row(tmp_path, **training):
-    parts, events = make_parts(tmp_path, **training)
-    rows = with_odd_token(parts, list(parts.eval_rows), 5)
+    context, events = make_parts(tmp_path, **training)
+    rows = with_odd_token(context, list(context.eval_rows), 5)
     clean = ListRows([row for row in rows if ODD not in row[0]])
-    order = replace(parts.order, rows=len(clean))
-    return replace(parts, rows=clean, order=order, eval_rows=rows, name_rows=named), events
+    sampler = replace(context.sampler, rows=len(clean))
+    return replace(context, rows=clean, sampler=sampler, eval_rows=rows, name_rows=named), events
 
 
 def test_held_out_row_that_overflows_ends_the_run_at_the_first_evaluation(tmp_path):
-    parts, events = with_odd_held_out_row(tmp_path)
+    context, events = with_odd_held_out_row(tmp_path)
     with pytest.raises(NotFiniteError, match=r"evaluation at step 0 .* 1 of 8 rows") as caught:
-        loop.train(parts, TrainState())
+        loop.train(context, TrainState())
     (problem,) = caught.value.problems
     assert problem.where == "held-out.jsonl:6"
     assert "--on_nan warn" in problem.remedy
@@ -214,10 +214,10 @@ def test_held_out_row_that_overflows_ends_the_run_at_the_first_evaluation(tmp_pa
 
 
 def test_held_out_row_that_overflows_may_be_warned_of(tmp_path):
-    parts, events = with_odd_held_out_row(
+    context, events = with_odd_held_out_row(
         tmp_path, on_nan="warn", eval_steps=2, early_stopping_patience=2
     )
-    state = loop.train(parts, TrainState())
+    state = loop.train(context, TrainState())
     # Neither a success nor a failure: the patience is not used up.
     assert (state.step, state.best_step, state.evaluations_without_better) == (12, None, 0)
     assert all(math.isnan(event.eval_loss) for event in of_kind(events, Evaluated))
@@ -227,22 +227,22 @@ def test_held_out_row_that_overflows_may_be_warned_of(tmp_path):
 
 
 def test_evaluation_by_diverged_weights_names_no_row(tmp_path, monkeypatch):
-    parts, _ = make_parts(tmp_path, eval_steps=2)
-    spoiled(parts, 2, lambda: weights_of(parts).data.fill_(math.nan))
+    context, _ = make_parts(tmp_path, eval_steps=2)
+    spoiled(context, 2, lambda: weights_of(context).data.fill_(math.nan))
     with pytest.raises(NotFiniteError, match=r"evaluation at step 2 is not finite$") as caught:
-        loop.train(parts, TrainState())
+        loop.train(context, TrainState())
     assert "learning_rate" in caught.value.problems[0].remedy
 
 
 def test_infinite_figure_without_a_bad_row_still_ends_the_run(tmp_path, monkeypatch):
     scores(monkeypatch, [math.inf])
-    parts, _ = make_parts(tmp_path)
+    context, _ = make_parts(tmp_path)
     with pytest.raises(NotFiniteError):
-        loop.train(parts, TrainState())
+        loop.train(context, TrainState())
 
 
 def test_score_names_the_rows_of_batches_that_are_not_finite(tmp_path):
-    parts, _ = with_odd_held_out_row(tmp_path)
-    score = evaluate.score(parts.causal, parts.eval_rows, batch_examples=2)
+    context, _ = with_odd_held_out_row(tmp_path)
+    score = evaluate.score(context.causal, context.eval_rows, batch_examples=2)
     assert 5 in score.suspects
     assert len(score.suspects) == 2

@@ -78,7 +78,7 @@ def test_what_saves_memory_is_counted_as_less(family):
     whole = footprint(WORK)
     assert footprint.faults == ()
     assert footprint(replace(WORK, gradient_checkpointing=True)) < whole
-    assert footprint(replace(WORK, is_trained=False, accumulates=False)) < whole
+    assert footprint(replace(WORK, is_training=False, accumulates=False)) < whole
     assert footprint(replace(WORK, lengths=(48,))) < whole
 
 

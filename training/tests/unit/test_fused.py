@@ -33,12 +33,12 @@ def loss_and_gradients(model):
 def test_gradients_are_those_of_autograd_in_double_precision(has_bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*shape: int, is_trained: bool = True) -> torch.Tensor:
+    def draw(*shape: int, requires_grad: bool = True) -> torch.Tensor:
         made = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return made.requires_grad_(is_trained)
+        return made.requires_grad_(requires_grad)
 
-    x, weight, a, b = draw(2, 3, 5), draw(7, 5, is_trained=False), draw(2, 5), draw(7, 2)
-    bias = draw(7, is_trained=False) if has_bias else None
+    x, weight, a, b = draw(2, 3, 5), draw(7, 5, requires_grad=False), draw(2, 5), draw(7, 2)
+    bias = draw(7, requires_grad=False) if has_bias else None
     assert torch.autograd.gradcheck(fused._FusedLora.apply, (x, weight, bias, a, b, 0.5))
 
 

@@ -11,9 +11,9 @@ from lora_trainer.model.head import Head, summed_loss, summed_loss_and_hits
 POSITIONS, WIDTH, VOCABULARY = 11, 5, 13
 
 
-def make(multiplier=1.0, softcap=None, *, is_trained=False):
+def make(multiplier=1.0, softcap=None, *, requires_grad=False):
     torch.manual_seed(0)
-    linear = nn.Linear(WIDTH, VOCABULARY, dtype=torch.float64).requires_grad_(is_trained)
+    linear = nn.Linear(WIDTH, VOCABULARY, dtype=torch.float64).requires_grad_(requires_grad)
     hidden = torch.randn(POSITIONS, WIDTH, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(VOCABULARY, (POSITIONS,))
     return Head(linear, multiplier, softcap), hidden, labels
@@ -32,7 +32,7 @@ def test_the_gradient_to_the_hidden_states_passes_gradcheck(multiplier, softcap,
 @pytest.mark.parametrize(("multiplier", "softcap"), KINDS)
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_all_gradients_equal_those_of_float64_autograd(multiplier, softcap, chunk):
-    head, hidden, labels = make(multiplier, softcap, is_trained=True)
+    head, hidden, labels = make(multiplier, softcap, requires_grad=True)
     parameters = [hidden, *head.linear.parameters()]
     ours = torch.autograd.grad(summed_loss(head, hidden, labels, chunk) * 0.37, parameters)
     plain = nn.functional.cross_entropy(head(hidden), labels, reduction="sum") * 0.37

@@ -14,7 +14,7 @@ from lora_trainer.config.schema import Config, LoraSection
 from lora_trainer.data.batches import Sampler
 from lora_trainer.errors import InternalError
 from lora_trainer.machine import Machine
-from lora_trainer.memory_estimate import DataProfile, ModelShape
+from lora_trainer.memory_estimate import DataProfile, ModelSize
 from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.forward import CausalLM
 from lora_trainer.model.ranks import ALONE, Ranks
@@ -39,18 +39,18 @@ def make_parts(folder, *, save_steps=0, should_stop=lambda: False, precision="fl
     plan = make_plan(
         config,
         Machine(cores=1, memory_bytes=1 << 34, gpus=()),
-        ModelShape("tiny", 2, 32, VOCABULARY, 1, 1, 128),
+        ModelSize("tiny", 2, 32, VOCABULARY, 1, 1, 128),
         DataProfile(len(rows), 1, 1, 20, eval_rows=8),
         precision=precision,
         attention="packed",
         padding_free=True,
     )
     events = []
-    parts = loop.TrainingContext(
+    context = loop.TrainingContext(
         causal=causal,
         parameters=parameters,
         optimizer=make_optimizer(parameters, config.training),
-        order=Sampler(len(rows), plan.step_examples, 0),
+        sampler=Sampler(len(rows), plan.step_examples, 0),
         rows=rows,
         eval_rows=ListRows(rows[:8]),
         store=CheckpointStore(folder, keep=2, digest="x"),
@@ -60,7 +60,7 @@ def make_parts(folder, *, save_steps=0, should_stop=lambda: False, precision="fl
         emit=events.append,
         should_stop=should_stop,
     )
-    return parts, events
+    return context, events
 
 
 def scores(monkeypatch, losses):
@@ -76,8 +76,8 @@ def of_kind(events, kind):
 
 
 def test_evaluations_come_at_the_start_at_intervals_and_at_the_end(tmp_path):
-    parts, events = make_parts(tmp_path, eval_steps=5)
-    state = loop.train(parts, TrainState())
+    context, events = make_parts(tmp_path, eval_steps=5)
+    state = loop.train(context, TrainState())
     assert [event.step for event in of_kind(events, Evaluated)] == [0, 5, 10, 12]
     assert state.step == 12
     assert of_kind(events, StepDone)[-1].loss < of_kind(events, StepDone)[0].loss
@@ -85,8 +85,8 @@ def test_evaluations_come_at_the_start_at_intervals_and_at_the_end(tmp_path):
 
 def test_steps_that_are_not_logged_are_heard_of(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "BEAT_SECONDS", 0.0)
-    parts, events = make_parts(tmp_path)
-    loop.train(replace(parts, logging_steps=5, eval_rows=ListRows([])), TrainState())
+    context, events = make_parts(tmp_path)
+    loop.train(replace(context, logging_steps=5, eval_rows=ListRows([])), TrainState())
     assert [event.step for event in of_kind(events, StepDone)] == [1, 5, 10, 12]
     beats = of_kind(events, Progress)
     assert [event.done for event in beats] == [2, 3, 4, 6, 7, 8, 9, 11]
@@ -95,8 +95,8 @@ def test_steps_that_are_not_logged_are_heard_of(tmp_path, monkeypatch):
 
 def test_training_stops_early_when_patience_is_used_up(tmp_path, monkeypatch):
     scores(monkeypatch, [9.0, 2.0, 1.0, 1.5, 1.2, 0.1])
-    parts, events = make_parts(tmp_path, eval_steps=2, early_stopping_patience=2)
-    state = loop.train(parts, TrainState())
+    context, events = make_parts(tmp_path, eval_steps=2, early_stopping_patience=2)
+    state = loop.train(context, TrainState())
     assert (state.step, state.best_step, state.best_eval_loss) == (8, 4, 1.0)
     assert [event.is_best for event in of_kind(events, Evaluated)] == [
         False,
@@ -109,42 +109,42 @@ def test_training_stops_early_when_patience_is_used_up(tmp_path, monkeypatch):
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path, monkeypatch):
     scores(monkeypatch, [9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    parts, _ = make_parts(tmp_path, eval_steps=2, save_steps=2)
-    loop.train(parts, TrainState())
+    context, _ = make_parts(tmp_path, eval_steps=2, save_steps=2)
+    loop.train(context, TrainState())
     kept = sorted(path.name for path in tmp_path.iterdir())
     assert kept == ["step-000002", "step-000010", "step-000012"]
 
 
 def test_a_stop_request_ends_at_a_step_boundary_with_a_checkpoint(tmp_path):
     asked = SimpleNamespace(now=False)
-    parts, events = make_parts(tmp_path, should_stop=lambda: asked.now)
+    context, events = make_parts(tmp_path, should_stop=lambda: asked.now)
 
     def emit(event):
         events.append(event)
         if isinstance(event, StepDone) and event.step == 3:
             asked.now = True
 
-    state = loop.train(replace(parts, emit=emit), TrainState())
+    state = loop.train(replace(context, emit=emit), TrainState())
     assert state.step == 3
     assert [event.step for event in of_kind(events, CheckpointSaved)] == [3]
 
 
 def test_a_stop_during_an_evaluation_leaves_it_to_the_resumed_run(tmp_path):
-    parts, events = make_parts(tmp_path, should_stop=lambda: True)
-    state = loop.train(parts, replace(TrainState(), step=12))
+    context, events = make_parts(tmp_path, should_stop=lambda: True)
+    state = loop.train(context, replace(TrainState(), step=12))
     assert state.evaluated_step != 12
-    parts, events = make_parts(tmp_path)
-    loop.train(parts, state)
+    context, events = make_parts(tmp_path)
+    loop.train(context, state)
     assert [event.step for event in of_kind(events, Evaluated)] == [12]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(tmp_path):
-    parts, _ = make_parts(tmp_path)
-    before = {name: p.detach().clone() for name, p in parts.parameters.items()}
-    parts.causal.loss = lambda *_: next(iter(parts.parameters.values())).sum() * torch.nan
+    context, _ = make_parts(tmp_path)
+    before = {name: p.detach().clone() for name, p in context.parameters.items()}
+    context.causal.loss = lambda *_: next(iter(context.parameters.values())).sum() * torch.nan
     with pytest.raises(InternalError, match="not finite at step 1"):
-        loop.train(parts, TrainState())
-    for name, parameter in parts.parameters.items():
+        loop.train(context, TrainState())
+    for name, parameter in context.parameters.items():
         assert torch.equal(parameter, before[name])
 
 
@@ -173,8 +173,8 @@ def test_time_of_a_rank_includes_its_kernels_and_not_the_wait_for_others(tmp_pat
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
-    parts, _ = make_parts(tmp_path)
-    fitting = loop.Fitting(parts.plan, parts.causal, ALONE, parts.emit, parts.keep_limits)
-    loop._gradients(replace(parts, ranks=Ranks(0, 2)), TrainState(), fitting, None)
+    context, _ = make_parts(tmp_path)
+    fitting = loop.Fitting(context.plan, context.causal, ALONE, context.emit, context.keep_limits)
+    loop._gradients(replace(context, ranks=Ranks(0, 2)), TrainState(), fitting, None)
     assert events == ["record", "synchronize", "sum"]
     assert measured[0].seconds == 3.0

@@ -39,9 +39,9 @@ PRECISION = "float16" if math.isfinite(float16_slowness()) else "float32"
 def trained(folder, monkeypatch, *, overflows=(), **settings):
     """Train in float16; the gradients of these attempts at a step (1 is the first) overflow."""
     settings = {"max_steps": 8, "learning_rate": 1e-3} | settings
-    parts, events = make_parts(folder, precision=PRECISION, **settings)
-    plan = replace(parts.plan, precision="float16")
-    parts = replace(parts, plan=plan, eval_rows=ListRows([]))
+    context, events = make_parts(folder, precision=PRECISION, **settings)
+    plan = replace(context.plan, precision="float16")
+    context = replace(context, plan=plan, eval_rows=ListRows([]))
     attempts, sound = [], loop.sum_step
 
     def sum_step(ranks, parameters, *others):
@@ -52,17 +52,17 @@ def trained(folder, monkeypatch, *, overflows=(), **settings):
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "sum_step", sum_step)
-        state = loop.train(parts, resumed(parts))
-    return state, of_kind(events, StepDone), parts, events
+        state = loop.train(context, resumed(context))
+    return state, of_kind(events, StepDone), context, events
 
 
-def resumed(parts):
-    snapshot, _ = parts.store.newest()
+def resumed(context):
+    snapshot, _ = context.store.newest()
     if snapshot is None:
         # Low enough for this model, whose first gradients overflow at 65,536.
         return TrainState(loss_scale=LossScale(2.0**10))
-    load_adapter_state(parts.causal.model, snapshot.adapter)
-    restore_optimizer(snapshot, parts.optimizer, parts.parameters)
+    load_adapter_state(context.causal.model, snapshot.adapter)
+    restore_optimizer(snapshot, context.optimizer, context.parameters)
     restore_generators(snapshot)
     return snapshot.state
 
@@ -113,10 +113,10 @@ def test_figures_of_the_scale_are_those_of_torch():
 def test_float16_trains_what_peft_and_torch_amp_train(family, padding_free, lora, tmp_path):
     rows, lora = make_rows(), LoraSection(lora_r=4, lora_alpha=8, **lora)
     settings = {"lora": lora, "precision": "float16"}
-    losses, adapter, order = ours(
+    losses, adapter, sampler = ours(
         tiny_model(family).half(), rows, tmp_path, padding_free=padding_free, **settings
     )
-    expected, expected_adapter = plain(tiny_model(family).half(), rows, order, **settings)
+    expected, expected_adapter = plain(tiny_model(family).half(), rows, sampler, **settings)
     assert losses == pytest.approx(expected, rel=2e-4)
     assert losses[-1] < losses[0]
     for name, weights in adapter.items():
@@ -139,7 +139,7 @@ def test_gradients_that_float16_rounds_to_zero_reach_the_hidden_states():
 
 
 def test_step_that_overflows_is_repeated_at_half_the_scale(tmp_path, monkeypatch):
-    state, steps, parts, events = trained(tmp_path / "a", monkeypatch, overflows={3, 4})
+    state, steps, context, events = trained(tmp_path / "a", monkeypatch, overflows={3, 4})
     _, plain_steps, plain_parts, _ = trained(tmp_path / "b", monkeypatch)
     assert [step.step for step in steps] == list(range(1, 9))
     assert state.loss_scale == LossScale(2.0**8, growth_tracker=6, skipped_steps=2)
@@ -148,7 +148,9 @@ def test_step_that_overflows_is_repeated_at_half_the_scale(tmp_path, monkeypatch
     assert [event.done for event in of_kind(events, Progress)] == [2, 2]  # signs of life
     assert [s.learning_rate for s in steps] == [s.learning_rate for s in plain_steps]
     assert [s.loss for s in steps] == pytest.approx([s.loss for s in plain_steps], rel=1e-4)
-    for one, other in zip(parts.parameters.values(), plain_parts.parameters.values(), strict=True):
+    for one, other in zip(
+        context.parameters.values(), plain_parts.parameters.values(), strict=True
+    ):
         assert (one - other).norm() < 1e-2 * other.norm()
 
 
@@ -157,11 +159,13 @@ def test_killed_run_resumes_with_the_same_bytes_and_the_same_scale(tmp_path, mon
     own = {"lr_scheduler_type": "constant", "warmup_steps": 0}
     whole, _, whole_parts, _ = trained(tmp_path / "whole", monkeypatch, overflows={2}, **own)
     cut, *_ = trained(tmp_path / "cut", monkeypatch, overflows={2}, max_steps=5, **own)
-    state, _, parts, _ = trained(tmp_path / "cut", monkeypatch, **own)
+    state, _, context, _ = trained(tmp_path / "cut", monkeypatch, **own)
     assert cut.loss_scale.growth_tracker > 0
     assert state.step == whole.step
     assert state.loss_scale == whole.loss_scale
-    for one, other in zip(parts.parameters.values(), whole_parts.parameters.values(), strict=True):
+    for one, other in zip(
+        context.parameters.values(), whole_parts.parameters.values(), strict=True
+    ):
         assert torch.equal(one, other)
 
 
@@ -175,13 +179,13 @@ def test_scale_that_collapses_ends_the_run_before_the_weights_change(tmp_path, m
 
 @needs_float16
 def test_loss_that_is_not_finite_is_no_overflow_of_the_scale(tmp_path):
-    parts, events = make_parts(tmp_path, precision="float16")
-    before = [p.detach().clone() for p in parts.parameters.values()]
-    parts.causal.loss = lambda *_: weights_of(parts).sum() * torch.nan
+    context, events = make_parts(tmp_path, precision="float16")
+    before = [p.detach().clone() for p in context.parameters.values()]
+    context.causal.loss = lambda *_: weights_of(context).sum() * torch.nan
     with pytest.raises(NotFiniteError, match="not finite at step 1"):
-        loop.train(replace(parts, eval_rows=ListRows([])), TrainState())
+        loop.train(replace(context, eval_rows=ListRows([])), TrainState())
     assert not of_kind(events, StepDone)
-    assert all(torch.equal(p, q) for p, q in zip(parts.parameters.values(), before, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(context.parameters.values(), before, strict=True))
 
 
 @needs_float16

@@ -108,8 +108,8 @@ def trained_texts(conversation: Chat, source: str, train_on: Any = "assistant") 
 
 
 def trained(encoded: Encoded, tokenizer: Any = TOKENIZER) -> str:
-    pairs = zip(encoded.input_ids, encoded.is_trained, strict=True)
-    return tokenizer.decode([number for number, is_trained in pairs if is_trained])
+    pairs = zip(encoded.input_ids, encoded.loss_mask, strict=True)
+    return tokenizer.decode([number for number, loss_mask in pairs if loss_mask])
 
 
 TURNS = chat("Hi", "One.", "More", "Two.")
@@ -143,7 +143,7 @@ def test_last_trains_the_last_marked_answer_only() -> None:
 
 
 def test_all_trains_every_token_of_a_conversation() -> None:
-    assert all(encode(TURNS, TOKENIZER, template(CHATML), "all").is_trained)
+    assert all(encode(TURNS, TOKENIZER, template(CHATML), "all").loss_mask)
 
 
 def test_question_that_equals_the_answer_is_not_trained() -> None:
@@ -210,7 +210,7 @@ def test_every_byte_of_a_trained_character_is_trained() -> None:
 
 
 def test_all_trains_the_prompt_of_a_completion_too() -> None:
-    assert all(encode(Completion("Q: ", "yes"), TOKENIZER, None, "all").is_trained)
+    assert all(encode(Completion("Q: ", "yes"), TOKENIZER, None, "all").loss_mask)
 
 
 def test_text_is_trained_whole_and_ended() -> None:

@@ -341,7 +341,7 @@ def test_tokens_trained_are_those_that_transformers_masks(family: str) -> None:
         if is_listed(DIFFERENT, family, conversation):
             continue
         kept = [any(a < end and start < b for a, b in pair.reduced) for start, end in offsets]
-        assert found.is_trained == [m and k for m, k in zip(mask, kept, strict=True)], conversation
+        assert found.loss_mask == [m and k for m, k in zip(mask, kept, strict=True)], conversation
 
 
 @pytest.mark.parametrize("name", MARKED)
@@ -353,7 +353,7 @@ def test_marks_of_a_template_are_taken_as_transformers_takes_them(name: str) -> 
         except TemplateFault:
             continue
         ids, mask, _ = masked_by_transformers(chat, template(name))
-        assert (found.input_ids, found.is_trained) == (ids, mask), conversation
+        assert (found.input_ids, found.loss_mask) == (ids, mask), conversation
         seen += 1
     assert seen
 
@@ -362,7 +362,7 @@ def masked_by_transformers(
     chat: Chat, marked: ChatTemplate
 ) -> tuple[list[int], list[bool], list[Span]]:
     messages = list(chat.messages)
-    if marked.takes_parts:
+    if marked.takes_typed_content:
         messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     encoding = tokenizer().apply_chat_template(
         messages,

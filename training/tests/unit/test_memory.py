@@ -12,7 +12,7 @@ from test_loop import make_parts, of_kind
 from lora_trainer.config.schema import Config
 from lora_trainer.errors import MemoryKilledError
 from lora_trainer.machine import Machine
-from lora_trainer.memory_estimate import DataProfile, ModelShape
+from lora_trainer.memory_estimate import DataProfile, ModelSize
 from lora_trainer.plan import AS_CONFIGURED, make_plan
 from lora_trainer.run.events import Evaluated, MemoryReduced, StepDone, Warned
 from lora_trainer.run.memory_limits import (
@@ -255,7 +255,7 @@ def test_micro_batch_becomes_its_largest_divisor(examples, sizes):
 def plan_of(limits=AS_CONFIGURED, memory_bytes=1 << 34, **training):
     config = Config.model_validate({"training": training})
     data = DataProfile(64, 1, 1, 2048, eval_rows=8)
-    shape = ModelShape("tiny", 24, 2048, 50_000, 10**9, 10**6, 4096)
+    shape = ModelSize("tiny", 24, 2048, 50_000, 10**9, 10**6, 4096)
     plan = make_plan(
         config,
         Machine(cores=1, memory_bytes=memory_bytes, gpus=()),

@@ -45,7 +45,7 @@ def test_the_display_prints_the_hosts_names(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv(name, value)
     stream = io.StringIO()
     with Display(stream) as display:
-        display.note("status: http://127.0.0.1:8080, results: /workspace/outputs/run")
+        display.print_line("status: http://127.0.0.1:8080, results: /workspace/outputs/run")
     assert "status: http://127.0.0.1:8099, results: ../public/outputs/run" in stream.getvalue()
 
 

@@ -15,10 +15,10 @@ from lora_trainer.machine import (
     peak_memory_bytes,
     read_machine,
 )
-from lora_trainer.memory_estimate import DataProfile, ModelShape
+from lora_trainer.memory_estimate import DataProfile, ModelSize
 from lora_trainer.plan import choose_parallelism, make_plan, process_count
 
-SHAPE = ModelShape("llama", 30, 576, 49152, 134_515_008, 4_884_480, 8192)
+SHAPE = ModelSize("llama", 30, 576, 49152, 134_515_008, 4_884_480, 8192)
 MACHINE = Machine(cores=2, memory_bytes=24 << 30, gpus=())
 
 
@@ -105,8 +105,8 @@ def test_free_disk_is_told_for_a_folder_that_is_not_there_yet(tmp_path):
 
 GPUS = tuple(Gpu(index, "A100", 40 << 30, (8, 0)) for index in range(4))
 FOUR = Machine(cores=16, memory_bytes=1 << 38, gpus=GPUS)
-SEVEN_BILLION = ModelShape("llama", 32, 4096, 32000, 6_738_415_616, 40_000_000, 4096)
-SEVENTY_BILLION = ModelShape("llama", 80, 8192, 32000, 68_976_648_192, 80_000_000, 4096)
+SEVEN_BILLION = ModelSize("llama", 32, 4096, 32000, 6_738_415_616, 40_000_000, 4096)
+SEVENTY_BILLION = ModelSize("llama", 80, 8192, 32000, 68_976_648_192, 80_000_000, 4096)
 
 
 def parallelism_of(shape, machine=FOUR, processes=4, **sections):

@@ -65,7 +65,7 @@ class WordEncoder:
         return Encoded([len(word) for word, _ in words] + [END], [*trained, any(trained)])
 
     def flaws(self, example, encoded):
-        return () if any(encoded.is_trained) else ("no token is trained",)
+        return () if any(encoded.loss_mask) else ("no token is trained",)
 
 
 @dataclass(frozen=True)

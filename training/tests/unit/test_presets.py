@@ -16,7 +16,7 @@ from lora_trainer.commands.check import preflight
 from lora_trainer.config.schema import Config, leaf_sections
 from lora_trainer.config.settings import resolve
 from lora_trainer.machine import Gpu, Machine
-from lora_trainer.memory_estimate import DataProfile, ModelShape
+from lora_trainer.memory_estimate import DataProfile, ModelSize
 from lora_trainer.model import quantize
 from lora_trainer.model.footprint import Footprint
 from lora_trainer.plan import make_plan
@@ -39,7 +39,7 @@ SPECIFIED = (
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
 PRESETS = sorted(path.stem for path in FOLDER.glob("*.json"))
 # Llama 2 7B: 32 layers, 2 x 131 million parameters in embeddings and head.
-LLAMA = ModelShape("llama", 32, 4096, 32000, 6_738_415_616, 39_976_960, 4096, 262_410_240)
+LLAMA = ModelSize("llama", 32, 4096, 32000, 6_738_415_616, 39_976_960, 4096, 262_410_240)
 
 
 def resolved(name: str, *arguments: str) -> Config:
@@ -78,7 +78,7 @@ def test_presets_do_what_their_names_say():
 def test_llama_2_7b_in_4_bits_is_planned_into_16_gb():
     config = resolved("llama-2-7b-qlora")
     machine = Machine(8, 64 << 30, (Gpu(0, "a GPU of 16 GB", 16 << 30, (8, 6)),))
-    data = DataProfile(rows=1000, tokens=500_000, trained_tokens=100_000, longest=2048)
+    data = DataProfile(rows=1000, tokens=500_000, supervised_tokens=100_000, longest=2048)
     base = LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
     )
@@ -127,7 +127,7 @@ def trained(config: Config, scaled: dict[str, Any], output: Path) -> tuple[Any, 
     events: list[Event] = []
     output.mkdir()
     session = sessions.open_session(Config.model_validate(content), output, events.append)
-    train(session.parts(events.append, lambda: False), session.restore(None))
+    train(session.context(events.append, lambda: False), session.restore(None))
     return session, events
 
 

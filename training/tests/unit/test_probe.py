@@ -89,7 +89,7 @@ def test_a_head_of_more_than_one_layer_is_computed_by_the_models_own_forward():
 
 
 def vars_of(batch):
-    return batch.ids, batch.is_trained
+    return batch.ids, batch.loss_mask
 
 
 def test_a_model_that_sees_later_tokens_is_refused():

@@ -19,7 +19,7 @@ from transformers.utils import is_bitsandbytes_available
 from faults.tiny_model import write_model
 from lora_trainer.config.schema import Config, LoraSection, ModelSection, TrainingSection
 from lora_trainer.errors import ConfigError
-from lora_trainer.memory_estimate import DataProfile, ModelShape, estimate_memory_bytes
+from lora_trainer.memory_estimate import DataProfile, ModelSize, estimate_memory_bytes
 from lora_trainer.model import load, loftq, quantize, stacks
 from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.forward import CausalLM, MicroBatch
@@ -155,7 +155,7 @@ def test_chunked_loss_and_gradients_are_those_of_the_whole_logits(folder, kind):
             loss = causal_of(model).loss(batch)
         else:
             loss = torch.zeros(())
-            for ids, marks in zip(batch.ids, batch.is_trained, strict=True):
+            for ids, marks in zip(batch.ids, batch.loss_mask, strict=True):
                 labels = torch.where(torch.as_tensor(marks), torch.as_tensor(ids), -100)[None]
                 own = model(input_ids=torch.as_tensor(ids)[None], labels=labels).loss
                 loss = loss + own * int(marks[1:].sum())
@@ -179,7 +179,7 @@ def test_plan_knows_what_a_quantized_base_holds(folder, kind):
     data = DataProfile(1, 1, 1, 1)
 
     def estimated(**keys) -> int:
-        shape = ModelShape("llama", 2, 32, 1, parameters, 0, 256, kept)
+        shape = ModelSize("llama", 2, 32, 1, parameters, 0, 256, kept)
         config = Config(model=ModelSection(**keys), training=TrainingSection(loss_chunk_tokens=1))
         return estimate_memory_bytes(config, shape, data, "float32", has_checkpointing=False)
 
@@ -325,10 +325,10 @@ def test_packed_base_is_shared_out_only_if_it_can_be_packed_beside_the_gpu(
     config = Config.model_validate({"model": {"use_4bit": True}})
     if is_refused:
         with pytest.raises(ConfigError, match="fsdp with a base in 4 or 8 bits"):
-            quantize.check_sharing(config)
+            quantize.check_sharding(config)
     else:
-        quantize.check_sharing(config)
-    quantize.check_sharing(Config())
+        quantize.check_sharding(config)
+    quantize.check_sharding(Config())
 
 
 def pretend(monkeypatch, version: str) -> None:

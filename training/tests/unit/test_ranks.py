@@ -20,10 +20,10 @@ from lora_trainer.model.quantize import works_on_cpu
 from lora_trainer.model.ranks import (
     PeerLostError,
     Ranks,
+    deal_pieces,
     is_peer_lost,
     own_batches,
     seed_of,
-    share_out,
 )
 from lora_trainer.run.memory_limits import MemoryLimits
 
@@ -182,14 +182,14 @@ def test_parameter_without_a_gradient_on_any_rank_keeps_none(tmp_path: Path) -> 
 def test_every_piece_is_shared_out_once_and_no_rank_has_more_than_its_part(
     sizes: list[int], count: int
 ) -> None:
-    shares = share_out(sizes, count)
-    assert sorted(piece for share in shares for piece in share) == list(range(len(sizes)))
-    assert max(map(len, shares)) <= -(-len(sizes) // count)
-    assert all(share == sorted(share) for share in shares)
+    dealt = deal_pieces(sizes, count)
+    assert sorted(piece for share in dealt for piece in share) == list(range(len(sizes)))
+    assert max(map(len, dealt)) <= -(-len(sizes) // count)
+    assert all(share == sorted(share) for share in dealt)
 
 
 def test_the_largest_pieces_go_to_different_ranks() -> None:
-    assert share_out([9, 1, 8, 2], 2) == [[0, 1], [2, 3]]
+    assert deal_pieces([9, 1, 8, 2], 2) == [[0, 1], [2, 3]]
 
 
 def test_one_process_takes_all_micro_batches_in_their_order() -> None:

@@ -333,7 +333,7 @@ def test_error_policy_lists_the_first_twenty_and_counts_all():
 
 
 def test_skip_policy_refuses_a_larger_share_than_allowed():
-    log = BadRowLog("skip", max_share=0.1)
+    log = BadRowLog("skip", max_fraction=0.1)
     log.rows_read = 10
     log.add(BadRow("f:1", "bad"))
     log.check()

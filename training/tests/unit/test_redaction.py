@@ -122,7 +122,7 @@ def test_all_that_is_printed_is_struck(capsys):
     with streams.redacted(Redaction([CANARY])):
         print("printed", CANARY)
         sys.stdout.writelines([f"lines {CANARY}\n"])
-        Display(None).note(f"noted {CANARY}")
+        Display(None).print_line(f"noted {CANARY}")
         try:
             raise ValueError(CANARY)
         except ValueError:
@@ -137,7 +137,7 @@ def test_all_that_is_printed_is_struck(capsys):
 def test_display_on_a_redacted_file_strikes_secrets(tmp_path):
     with (tmp_path / "log").open("w") as file:
         display = Display(streams.RedactedStream(file, Redaction(["canary-7"])))
-        display.note("noted canary-7")
+        display.print_line("noted canary-7")
         display.close()
     assert "noted ***" in (tmp_path / "log").read_text()
 

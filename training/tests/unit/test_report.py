@@ -12,7 +12,7 @@ import pytest
 import lora_trainer.report.html
 from lora_trainer.report.charts import MOST_POINTS, _label, short, smoothed, thinned
 from lora_trainer.report.html import write_report
-from lora_trainer.run import events as said
+from lora_trainer.run import events as kinds
 
 VOID = {"meta", "polyline"}
 CONFIG = {
@@ -27,34 +27,34 @@ def step(number, **changes):
     figures = {"loss": 2.0 / number, "learning_rate": 1e-4, "grad_norm": 1.0, "step_seconds": 0.5}
     counts = {"tokens": 100, "trained_tokens": 30, "tokens_seen": 100 * number}
     values = {"time": 100.0 + number, "epoch": 0.1, "memory_bytes": 1 << 30, **figures, **counts}
-    return said.StepDone(step=number, **(values | changes))
+    return kinds.StepDone(step=number, **(values | changes))
 
 
 def evaluated(number, loss):
-    return said.Evaluated(
+    return kinds.Evaluated(
         time=100.0 + number, step=number, eval_loss=loss, eval_perplexity=2.0,
         eval_token_accuracy=0.5, eval_tokens=10, eval_seconds=1.0,
     )  # fmt: skip
 
 
 def sample(when, answer, prompt="Turn it on"):
-    return said.Sample(
+    return kinds.Sample(
         time=100.0, step=0 if when == "before" else 3, when=when, index=0,
         prompt=prompt, expected='{"on": true}', answer=answer,
     )  # fmt: skip
 
 
-STARTED = said.RunStarted(time=100.0, run_name="lights", config_digest="abc", output_dir="/out")
-FINISHED = said.Finished(
+STARTED = kinds.RunStarted(time=100.0, run_name="lights", config_digest="abc", output_dir="/out")
+FINISHED = kinds.Finished(
     time=110.0, step=3, train_seconds=75, tokens_seen=300, peak_memory_bytes=3 << 30, results=[]
 )
 RUN = [
     STARTED,
     evaluated(0, 3.5),
-    said.Generated(time=100.0, step=0, when="before", exact_match=0.0, rows=64, seconds=1.0),
+    kinds.Generated(time=100.0, step=0, when="before", exact_match=0.0, rows=64, seconds=1.0),
     *map(step, (1, 2, 3)),
     evaluated(3, 0.25),
-    said.Generated(time=103.0, step=3, when="after", exact_match=0.9375, rows=64, seconds=1.0),
+    kinds.Generated(time=103.0, step=3, when="after", exact_match=0.9375, rows=64, seconds=1.0),
     FINISHED,
 ]
 
@@ -147,13 +147,13 @@ def test_the_page_loads_nothing_and_runs_nothing(report):
 def test_texts_of_the_run_are_shown_and_never_become_tags(report, text):
     page = report(
         [
-            said.RunStarted(time=1.0, run_name=text, config_digest=text, output_dir=""),
-            said.PhaseChanged(time=1.0, phase="loading", detail=text),
-            said.Warned(time=1.0, message=text),
+            kinds.RunStarted(time=1.0, run_name=text, config_digest=text, output_dir=""),
+            kinds.PhaseChanged(time=1.0, phase="loading", detail=text),
+            kinds.Warned(time=1.0, message=text),
             sample("before", text, prompt=text),
             sample("after", text, prompt=text),
-            said.CheckpointSaved(time=2.0, step=1, path=text, bytes=1, seconds=1.0),
-            said.Failed(time=2.0, exit_code=65, problems=[{"what": text, "remedy": text}]),
+            kinds.CheckpointSaved(time=2.0, step=1, path=text, bytes=1, seconds=1.0),
+            kinds.Failed(time=2.0, exit_code=65, problems=[{"what": text, "remedy": text}]),
         ],
         config_resolved={"data": {"dataset": {"value": text, "origin": text}}},
         plan={text: text},
@@ -181,26 +181,26 @@ def test_a_torn_last_line_is_passed_over(report):
 
 
 def test_an_unfinished_run_says_how_far_it_came(report):
-    text = report([*RUN[:5], said.PhaseChanged(time=105.0, phase="training")]).text
+    text = report([*RUN[:5], kinds.PhaseChanged(time=105.0, phase="training")]).text
     assert "unfinished" in text
     assert "last phase: training" in text
 
 
 def test_a_failed_run_shows_problem_remedy_and_exit_code(report):
     problem = {"what": "the disk is full", "where": "/out", "why": "", "remedy": "df -h /out"}
-    failed = said.Failed(time=104.0, exit_code=74, problems=[problem])
-    text = report([*RUN[:5], failed, said.Ended(time=105.0, exit_code=74)]).text
+    failed = kinds.Failed(time=104.0, exit_code=74, problems=[problem])
+    text = report([*RUN[:5], failed, kinds.Ended(time=105.0, exit_code=74)]).text
     assert "failed · exit code 74, disk full or I/O" in text
     assert "the disk is full where /out remedy df -h /out" in text
 
 
 def test_a_worker_that_was_killed_without_a_word_has_failed(report):
-    text = report([STARTED, step(1), said.Ended(time=105.0, exit_code=137)]).text
+    text = report([STARTED, step(1), kinds.Ended(time=105.0, exit_code=137)]).text
     assert "failed · exit code 137, killed for memory" in text
 
 
 def test_work_that_was_redone_counts_once(report):
-    resumed = said.Resumed(time=120.0, step=1, path="checkpoints/step-000001")
+    resumed = kinds.Resumed(time=120.0, step=1, path="checkpoints/step-000001")
     text = report([STARTED, *map(step, (1, 2, 3)), evaluated(3, 0.1), resumed, step(2)]).text
     assert "Steps 2" in text
     assert "200 tokens/s 200 tokens" in text
@@ -208,7 +208,7 @@ def test_work_that_was_redone_counts_once(report):
 
 
 def test_a_timeline_that_is_too_long_says_what_it_leaves_out(report):
-    text = report([STARTED, *(said.Warned(time=101.0, message=f"w{i}") for i in range(250))]).text
+    text = report([STARTED, *(kinds.Warned(time=101.0, message=f"w{i}") for i in range(250))]).text
     assert "51 entries are left out here" in text
     assert "150 more warnings are left out here" in text
 
@@ -216,36 +216,36 @@ def test_a_timeline_that_is_too_long_says_what_it_leaves_out(report):
 def test_a_whole_run_fills_every_part_of_the_page(report):
     """Events, in their order, of a run with evaluations, samples and checkpoints."""
     steps = [step(n, loss=4.0 - n, learning_rate=0.0 if n == 1 else 1e-3) for n in (1, 2, 3)]
-    saved = said.CheckpointSaved(
+    saved = kinds.CheckpointSaved(
         time=103.5, step=3, path="checkpoints/step-000003", bytes=58_878_141, seconds=0.66,
         is_best=True,
     )  # fmt: skip
     page = report(
         [
             STARTED,
-            said.PhaseChanged(time=100.1, phase="loading", detail="embedded/model"),
-            said.PhaseChanged(time=100.2, phase="tokenizing"),
-            said.Progress(time=100.3, done=64, unit="rows"),
-            said.Planned(time=100.4, plan={"total_steps": 3, "reasons": []}),
-            said.PhaseChanged(time=100.5, phase="evaluating", detail="answers before training"),
+            kinds.PhaseChanged(time=100.1, phase="loading", detail="embedded/model"),
+            kinds.PhaseChanged(time=100.2, phase="tokenizing"),
+            kinds.Progress(time=100.3, done=64, unit="rows"),
+            kinds.Planned(time=100.4, plan={"total_steps": 3, "reasons": []}),
+            kinds.PhaseChanged(time=100.5, phase="evaluating", detail="answers before training"),
             RUN[2],
             sample("before", "The answer is 15."),
-            said.PhaseChanged(time=100.6, phase="training"),
-            said.PhaseChanged(time=100.7, phase="evaluating", detail="step 0"),
+            kinds.PhaseChanged(time=100.6, phase="training"),
+            kinds.PhaseChanged(time=100.7, phase="evaluating", detail="step 0"),
             evaluated(0, 3.75),
-            said.PhaseChanged(time=100.8, phase="training"),
+            kinds.PhaseChanged(time=100.8, phase="training"),
             *steps,
-            said.PhaseChanged(time=103.1, phase="evaluating", detail="step 3"),
+            kinds.PhaseChanged(time=103.1, phase="evaluating", detail="step 3"),
             replace(saved, time=103.0, step=2, path="checkpoints/step-000002"),
             replace(evaluated(3, 0.447), is_best=True),
-            said.PhaseChanged(time=103.4, phase="saving", detail="step 3"),
+            kinds.PhaseChanged(time=103.4, phase="saving", detail="step 3"),
             saved,
-            said.PhaseChanged(time=103.6, phase="evaluating", detail="answers after training"),
+            kinds.PhaseChanged(time=103.6, phase="evaluating", detail="answers after training"),
             RUN[7],
             sample("after", '{"on": true}'),
-            said.PhaseChanged(time=103.9, phase="exporting"),
+            kinds.PhaseChanged(time=103.9, phase="exporting"),
             FINISHED,
-            said.Ended(time=111.0, exit_code=0),
+            kinds.Ended(time=111.0, exit_code=0),
         ],
         config_resolved=CONFIG,
         plan={"total_steps": 3, "reasons": []},
@@ -268,7 +268,7 @@ def test_a_whole_run_fills_every_part_of_the_page(report):
 
 
 def test_a_restart_stands_in_the_timeline_with_its_cause(report):
-    restart = said.Restarted(time=130.0, attempt=1, cause="killed for memory", exit_code=137)
+    restart = kinds.Restarted(time=130.0, attempt=1, cause="killed for memory", exit_code=137)
     text = report([*RUN[:5], restart, *RUN[5:]]).text
     assert "0:30 Worker ended with exit code 137 (killed for memory); restart 1" in text
 

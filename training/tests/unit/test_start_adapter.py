@@ -56,7 +56,7 @@ def plain_losses(runs: Runs, adapter: Path, *arguments: str | None) -> list[floa
     found = []
     for step in range(STEPS):
         summed, targets = torch.zeros(()), 0
-        for row in session.order.step_rows(step):
+        for row in session.sampler.step_rows(step):
             ids, marks = session.splits.train[int(row)]
             tokens = torch.as_tensor(ids.astype("int64"))[None]
             wanted = torch.as_tensor(marks.astype(bool))[1:]

@@ -393,7 +393,7 @@ def test_finished_run_is_left_alone_and_reported(made: Made, tmp_path: Path) -> 
     made("").run()
     run = made("exit 70")
     lines: list[str] = []
-    run.note = lines.append
+    run.print_line = lines.append
     assert run.run() == 0
     assert workers(tmp_path) == 1
     assert any("this run is finished" in line for line in lines)

@@ -17,7 +17,7 @@ def test_lines_and_the_last_fault_are_kept_and_appended(tmp_path):
             pytest.raises(DataError),
             Transcript({VARIABLE: str(tmp_path)}, "mine", 1, Redaction()) as transcript,
         ):
-            transcript.note("status: here")
+            transcript.print_line("status: here")
             raise DataError.of("row 7 is empty", remedy="fill it")
     text = (tmp_path / "mine.log").read_text()
     assert text.count("status: here") == 2
@@ -28,7 +28,7 @@ def test_lines_and_the_last_fault_are_kept_and_appended(tmp_path):
 def test_without_a_folder_that_can_be_written_nothing_is_kept_and_nothing_fails(environ):
     warned = []
     with Transcript(environ, "mine", 1, Redaction(), warned.append) as transcript:
-        transcript.note("status: here")
+        transcript.print_line("status: here")
         transcript.show(*_first())
     assert len(warned) == bool(environ.get(VARIABLE))
 
@@ -41,7 +41,7 @@ def test_full_disk_costs_the_file_and_one_warning_and_leaves_the_fault(tmp_path)
         pytest.raises(DataError),
         Transcript(environ, "mine", 1, Redaction(), warned.append) as transcript,
     ):
-        transcript.note("status: here")
+        transcript.print_line("status: here")
         for _ in range(3):
             transcript.show(*_first())
         raise DataError.of("row 7 is empty", remedy="fill it")
@@ -55,7 +55,7 @@ def test_no_secret_is_in_the_file_nor_in_its_name(tmp_path):
         pytest.raises(DataError),
         Transcript(environ, "canary-7", 1, Redaction(["canary-7"])) as transcript,
     ):
-        transcript.note("a finished run is in /outputs/canary-7")
+        transcript.print_line("a finished run is in /outputs/canary-7")
         raise DataError.of("no row in canary-7", remedy="look at canary-7")
     text = (tmp_path / "***.log").read_text()
     assert "canary" not in text

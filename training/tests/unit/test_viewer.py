@@ -45,7 +45,7 @@ def test_finished_run_is_shown_whole_and_well(recording: EventFollower, tmp_path
     live = recording.live
     assert (live.status.phase, live.status.step, live.is_abandoned) == ("finished", 40, False)
     assert live.health().status == "healthy"
-    assert len(live.parts(1000)["points"]) == 40
+    assert len(live.series(1000)["points"]) == 40
 
 
 def test_run_that_goes_on_is_followed_line_by_line(recording: EventFollower, tmp_path: Path):

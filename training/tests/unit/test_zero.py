@@ -102,7 +102,7 @@ def test_only_modules_whose_weights_are_their_own_and_frozen_are_shared_out() ->
 def test_experts_that_are_modules_of_their_own_are_refused_for_several_processes() -> None:
     layer = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])})
     with pytest.raises(UnavailableError, match="cannot share this model out"):
-        zero.share(nn.ModuleList([layer]), layer, "cpu", Ranks(0, 2), is_offloaded=False)
+        zero.shard_layers(nn.ModuleList([layer]), layer, "cpu", Ranks(0, 2), is_offloaded=False)
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,9 @@ def train_run(root: Path, row: dict[str, Any], *keys: str, steps: int = 60) -> t
     write_json(run / RESOLVED, settings.redacted())
     events: list[Any] = []
     session = sessions.open_session(settings.config, run, events.append)
-    state = loop.train(session.parts(events.append, lambda: False), session.restore(None))
-    order = SimpleNamespace(config=settings.config, run_name="run", redaction=Redaction())
-    _answer(order, session, events.append, lambda: False, when="after", step=state.step)
+    state = loop.train(session.context(events.append, lambda: False), session.restore(None))
+    sampler = SimpleNamespace(config=settings.config, run_name="run", redaction=Redaction())
+    _answer(sampler, session, events.append, lambda: False, when="after", step=state.step)
     (run / "data.json").write_text(json.dumps(session.data_facts))
-    session.export(order, state)
+    session.export(sampler, state)
     return run, events

@@ -62,22 +62,22 @@ class Conversation:
     system: str | None
     turns: list[dict[str, str]] = field(default_factory=list)
 
-    def answer(self, text: str, show: Callable[[str], None]) -> str:
+    def answer(self, text: str, print_piece: Callable[[str], None]) -> str:
         """Answer a user's turn, each piece shown as it comes, and keep both turns.
 
         A turn whose answer is interrupted before its first word is forgotten.
         """
         prompt = self._prompt(text)
-        made: list[str] = []
+        pieces: list[str] = []
 
         def take(piece: str) -> None:
-            made.append(piece)
-            show(piece)
+            pieces.append(piece)
+            print_piece(piece)
 
         try:
             _generate(self.opened, prompt, self.asking, take, is_base=self.is_base)
         finally:
-            answered = "".join(made)
+            answered = "".join(pieces)
             if answered:
                 self.turns += [_turn("user", text), _turn("assistant", answered)]
         return answered
@@ -106,7 +106,7 @@ def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def talk(trained: FinetunedModel, asking: Asking, prompt: str | None) -> None:
+def talk(finetuned: FinetunedModel, asking: Asking, prompt: str | None) -> None:
     """Answer one prompt (given, or on standard input), or hold a conversation.
 
     Raises:
@@ -122,12 +122,12 @@ def talk(trained: FinetunedModel, asking: Asking, prompt: str | None) -> None:
             why="it is empty",
             remedy='lora-trainer chat RUN --prompt "..."',
         )
-    typer.echo(f"loading {trained.config.model.model_name_or_path} ...", err=True)
-    talked = Conversation(open_model(trained), asking, asking.is_base, asking.system)
+    typer.echo(f"loading {finetuned.config.model.model_name_or_path} ...", err=True)
+    talked = Conversation(open_model(finetuned), asking, asking.is_base, asking.system)
     if prompt is None:
         _converse(talked)
         return
-    talked.answer(prompt.rstrip("\n"), _show)
+    talked.answer(prompt.rstrip("\n"), _print_piece)
     typer.echo()
 
 
@@ -161,7 +161,7 @@ def _converse(talked: Conversation) -> None:
 
 def _answer_shown(talked: Conversation, text: str) -> None:
     try:
-        talked.answer(text, _show)
+        talked.answer(text, _print_piece)
         typer.echo("\n")
     except KeyboardInterrupt:
         typer.echo("\n(stopped)\n", err=True)
@@ -195,7 +195,7 @@ def _who(talked: Conversation) -> str:
     return (
         f"{name} without the adapter"
         if talked.is_base
-        else f"{name} with {talked.opened.trained.name}"
+        else f"{name} with {talked.opened.finetuned.name}"
     )
 
 
@@ -249,7 +249,7 @@ def _refuse_long(tokens: int, model: Any) -> None:
         )
 
 
-def _show(piece: str) -> None:
+def _print_piece(piece: str) -> None:
     """Print a piece of an answer; nothing in it may steer the terminal."""
     sys.stdout.write("".join(_harmless(character) for character in piece))
     sys.stdout.flush()

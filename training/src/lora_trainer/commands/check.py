@@ -123,7 +123,7 @@ def _check_packages(settings: Settings) -> None:
         faults.append(ConfigError(problems))
     faults += _faults_of(lambda _: quantize.check_bitsandbytes(config, has_gpu=has_gpu), settings)
     if settings.config.training.parallelism == "fsdp":
-        faults += _faults_of(lambda _: quantize.check_sharing(config), settings)
+        faults += _faults_of(lambda _: quantize.check_sharding(config), settings)
     if settings.config.training.parallelism == "deepspeed":
         faults += _faults_of(lambda _: zero.check(config), settings)
     faults += _faults_of(_check_flash_attention, settings)
@@ -141,7 +141,7 @@ def _check_flash_attention(settings: Settings) -> None:
     model, machine = settings.config.model, read_machine()
     # On a CPU, where the clock would have to say, there is no flash-attn whatever it says.
     used = precision.choose_precision(model, machine)[0] if machine.has_gpu else "float32"
-    where = settings.origins["use_flash_attention"].place
+    where = settings.origins["use_flash_attention"].location
     flash.choose(model.use_flash_attention, machine, used, where=where)
 
 
@@ -207,26 +207,26 @@ def _check_rows(settings: Settings, sample_rows: int) -> None:
     ends = ", ".join(tokenizer.convert_ids_to_tokens(list(prompt_format.end_token_ids)))
     typer.echo(f"answers      end with {ends or 'no special token'} ({prompt_format.kind} rows)")
     base = load.load_generation_config(source, config.model)
-    found = (*data_warnings(config, splits), *end_warning(prompt_format, tokenizer, base))
-    for warning in (*settings.warnings, *found, *plan.reasons):
+    warnings = (*data_warnings(config, splits), *end_warning(prompt_format, tokenizer, base))
+    for warning in (*settings.warnings, *warnings, *plan.reasons):
         typer.echo(f"warning      {warning}")
     if sample_rows:
         shown = "green" if sys.stdout.isatty() else "in [[ ]]"
         typer.echo(f"\nTrained tokens are {shown}; the rest is the prompt that the model sees.")
     for row in splits.train_rows[:sample_rows]:
-        ids, marks = splits.train[int(row)]
+        ids, mask = splits.train[int(row)]
         typer.echo(f"\nrow {int(row) + 1}:")
-        typer.echo(shown_row(tokenizer, [int(i) for i in ids], [bool(m) for m in marks]))
+        typer.echo(shown_row(tokenizer, [int(i) for i in ids], [bool(m) for m in mask]))
 
 
-def shown_row(tokenizer: object, ids: list[int], marks: list[bool]) -> str:
+def shown_row(tokenizer: object, ids: list[int], mask: list[bool]) -> str:
     """Return a row's text, trained tokens apart: green on a terminal, in [[ ]] elsewhere."""
     opened, closed = ("\x1b[1;32m", "\x1b[0m") if sys.stdout.isatty() else ("[[", "]]")
-    parts: list[str] = []
+    pieces: list[str] = []
     start = 0
     for end in range(1, len(ids) + 1):
-        if end == len(ids) or marks[end] != marks[start]:
+        if end == len(ids) or mask[end] != mask[start]:
             text = str(tokenizer.decode(ids[start:end]))  # type: ignore[attr-defined]
-            parts.append(f"{opened}{text}{closed}" if marks[start] else text)
+            pieces.append(f"{opened}{text}{closed}" if mask[start] else text)
             start = end
-    return "".join(parts)
+    return "".join(pieces)

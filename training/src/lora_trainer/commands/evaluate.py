@@ -61,14 +61,16 @@ class Comparison:
     after: Figures
 
 
-def compare(trained: FinetunedModel, wanted: Wanted, *, is_json: bool, output: Path | None) -> None:
+def compare(
+    finetuned: FinetunedModel, wanted: Wanted, *, is_json: bool, output: Path | None
+) -> None:
     """Evaluate, and print a table or JSON; write JSON to `output` where it is given.
 
     Raises:
         DataError, ConfigError: there are no such rows, or they cannot be read.
         UnavailableError, AccessError: the model cannot be had.
     """
-    result = _compare(trained, wanted)
+    result = _compare(finetuned, wanted)
     text = json.dumps(asdict(result), indent=1)
     if output is not None:
         from ..host.disk import write_text
@@ -104,18 +106,18 @@ def _cell(name: str, value: float | None) -> str:
     return percent(value) if name in ("exact_match", "token_accuracy") else number(value)
 
 
-def _compare(trained: FinetunedModel, wanted: Wanted) -> Comparison:
+def _compare(finetuned: FinetunedModel, wanted: Wanted) -> Comparison:
     from ..data.batches import RowView
     from ..model import load, probe
     from ..train.datasets import open_data
 
     start = time.monotonic()
-    data = trained.config.data
-    has_own = trained.run is not None and (data.eval_dataset or data.eval_fraction > 0)
+    data = finetuned.config.data
+    has_own = finetuned.run is not None and (data.eval_dataset or data.eval_fraction > 0)
     if not wanted.dataset and not has_own:
-        raise _no_rows(trained)
-    config = _data_config(trained.config, wanted)
-    source = tokenizer_source(trained, locate_base(trained))
+        raise _no_rows(finetuned)
+    config = _data_config(finetuned.config, wanted)
+    source = tokenizer_source(finetuned, locate_base(finetuned))
     tokenizer = load.load_tokenizer(source, config.model)
     typer.echo("reading the rows ...", err=True)
     splits = open_data(config, source, tokenizer)
@@ -123,8 +125,8 @@ def _compare(trained: FinetunedModel, wanted: Wanted) -> Comparison:
     if not wanted.dataset and splits.eval is not None:
         chosen, held = splits.eval_rows, splits.eval
     view = RowView(held, chosen[: wanted.rows] if wanted.rows else chosen)
-    typer.echo(f"loading {trained.config.model.model_name_or_path} ...", err=True)
-    opened = open_model(trained)
+    typer.echo(f"loading {finetuned.config.model.model_name_or_path} ...", err=True)
+    opened = open_model(finetuned)
     probe.verify(opened.causal)
     before = None
     if opened.has_adapter:
@@ -133,8 +135,8 @@ def _compare(trained: FinetunedModel, wanted: Wanted) -> Comparison:
     after = _figures(opened, view, config, wanted, "the adapter" if before else "the model")
     return Comparison(
         model=opened.source.name,
-        adapter=str(trained.adapter) if trained.adapter else None,
-        dataset=list(wanted.dataset) or _named(trained.config),
+        adapter=str(finetuned.adapter) if finetuned.adapter else None,
+        dataset=list(wanted.dataset) or _named(finetuned.config),
         rows=len(view),
         questions=after[1],
         trained_tokens=after[2],
@@ -191,12 +193,12 @@ def _named(config: Config) -> list[str]:
     return [entry if isinstance(entry, str) else entry.path for entry in entries]
 
 
-def _no_rows(trained: FinetunedModel) -> ConfigError:
+def _no_rows(finetuned: FinetunedModel) -> ConfigError:
     error: Any = ConfigError.of(
         "there are no rows to evaluate on",
         where="--dataset",
         why="none is given, and the run had no held-out rows of its own"
-        if trained.run
+        if finetuned.run
         else "none is given, and an adapter alone names no data",
         remedy="--dataset FILE_FOLDER_OR_HUB_ID",
     )

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class TakenCheckpoint:
     """A checkpoint that verified: its adapter's weights by name, and the step they are of."""
 
     run: Path
@@ -63,11 +63,11 @@ def export_adapter(named: str, target: Path) -> None:
         _copy(path / FINAL, target)
         typer.echo(f"the run is finished: its final adapter was copied to {target}")
         return
-    taken = _take(path, named)
-    config = config_of_run(taken.run)
-    refuse_full_disk(target, sum(w.nbytes for w in taken.adapter.values()))
-    _write(taken, FinetunedModel(taken.run.name, config, run=taken.run), target)
-    typer.echo(f"the adapter of step {taken.step} was written to {target}")
+    checkpoint = load_newest_checkpoint(path, named)
+    config = config_of_run(checkpoint.run)
+    refuse_full_disk(target, sum(w.nbytes for w in checkpoint.adapter.values()))
+    _write(checkpoint, FinetunedModel(checkpoint.run.name, config, run=checkpoint.run), target)
+    typer.echo(f"the adapter of step {checkpoint.step} was written to {target}")
 
 
 def _copy(final: Path, target: Path) -> None:
@@ -78,19 +78,19 @@ def _copy(final: Path, target: Path) -> None:
             shutil.copy2(one, folder / one.name)
 
 
-def _take(path: Path, named: str) -> Taken:
+def load_newest_checkpoint(path: Path, named: str) -> TakenCheckpoint:
     """Read the checkpoint at `path`, or the newest sound one of the run there."""
     candidates = [path] if is_checkpoint(path) else reversed(_listed(path / CHECKPOINTS))
     unsound = []
     for one in candidates:
         try:
-            taken = _read(one)
+            checkpoint = _read(one)
         except CorruptCheckpointError as error:
             unsound.append(Problem("this checkpoint is damaged", str(one), str(error)))
             continue
         for problem in unsound:
             typer.echo(f"warning: {problem.what}: {problem.where}: {problem.why}", err=True)
-        return taken
+        return checkpoint
     if unsound:
         raise UnavailableError(unsound)
     raise UnavailableError.of(
@@ -110,7 +110,7 @@ def _listed(folder: Path) -> list[Path]:
         raise disk_fault(error) or error from error
 
 
-def _read(checkpoint: Path) -> Taken:
+def _read(checkpoint: Path) -> TakenCheckpoint:
     """Read a checkpoint that verifies; one that has a step for its name must be of that step.
 
     Raises:
@@ -131,10 +131,12 @@ def _read(checkpoint: Path) -> Taken:
     except SafetensorError as error:
         raise CorruptCheckpointError("unreadable: SafetensorError") from error
     initial = str(raw.get("initial", ""))
-    return Taken(checkpoint.parent.parent, state.step, weights, state.train_seconds, initial)
+    return TakenCheckpoint(
+        checkpoint.parent.parent, state.step, weights, state.train_seconds, initial
+    )
 
 
-def _write(taken: Taken, trained: FinetunedModel, target: Path) -> None:
+def _write(checkpoint: TakenCheckpoint, finetuned: FinetunedModel, target: Path) -> None:
     """Have PEFT write the weights in its format, under its names."""
     from ..model import load
     from ..model.adapter import changes_base
@@ -142,21 +144,21 @@ def _write(taken: Taken, trained: FinetunedModel, target: Path) -> None:
     from ..train.export import save_adapter, save_prompt_format, with_prompt_format
     from ..train.initial import FOLDER, verified
 
-    config = trained.config
-    source = locate_base(trained)
+    config = finetuned.config
+    source = locate_base(finetuned)
     tokenizer = load.load_tokenizer(source, config.model)
     load.use_template(tokenizer, config.data.chat_template)
-    model = _model_of(taken, trained, source)
+    model = _model_of(checkpoint, finetuned, source)
     if source.hub_id:
         model.peft_config["default"].base_model_name_or_path = source.hub_id
     initial = None
     if changes_base(config.lora):
-        initial = verified(taken.run / FOLDER, taken.initial)
-    prompt_format = format_of_run(taken.run, tokenizer)
+        initial = verified(checkpoint.run / FOLDER, checkpoint.initial)
+    prompt_format = format_of_run(checkpoint.run, tokenizer)
     generation = load.load_generation_config(source, config.model)
     with atomic_directory(target) as folder:
-        save_adapter(model, folder, initial, taken.adapter if initial is None else None)
-        facts = _card_facts(taken, trained, source)
+        save_adapter(model, folder, initial, checkpoint.adapter if initial is None else None)
+        facts = _card_facts(checkpoint, finetuned, source)
         stops = prompt_format.stops(tokenizer, generation)
         facts = with_prompt_format(facts, prompt_format, tokenizer, stops)
         save_prompt_format(folder, prompt_format, tokenizer, generation)
@@ -164,7 +166,7 @@ def _write(taken: Taken, trained: FinetunedModel, target: Path) -> None:
         write_checksums(folder)
 
 
-def _model_of(taken: Taken, trained: FinetunedModel, source: Any) -> Any:
+def _model_of(checkpoint: TakenCheckpoint, finetuned: FinetunedModel, source: Any) -> Any:
     """Return the model that the adapter belongs to.
 
     Its weights are only needed to convert an adapter that changed them; else it is built
@@ -179,42 +181,44 @@ def _model_of(taken: Taken, trained: FinetunedModel, source: Any) -> Any:
     )
     from ..model.adapter import add_adapter, changes_base, load_adapter_state
 
-    section, seed = trained.config.model, trained.config.training.seed
+    section, seed = finetuned.config.model, finetuned.config.training.seed
     # The checkpoint has the weights: nothing need be decomposed to begin with.
-    lora = trained.config.lora.model_copy(update={"init_lora_weights": True})
-    if changes_base(trained.config.lora):
+    lora = finetuned.config.lora.model_copy(update={"init_lora_weights": True})
+    if changes_base(finetuned.config.lora):
         base = load.load_model(
             source, section, dtype=torch.float32, device="cpu", attention="eager"
         )
         model = add_adapter(base, lora, seed=seed)
-        load_adapter_state(model, taken.adapter)
+        load_adapter_state(model, checkpoint.adapter)
         return model
-    shape = load.load_config(source, section)
+    model_config = load.load_config(source, section)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(shape, trust_remote_code=section.trust_remote_code)
+        base = AutoModelForCausalLM.from_config(
+            model_config, trust_remote_code=section.trust_remote_code
+        )
         base.requires_grad_(False)
         model = add_adapter(base, lora, seed=seed)
     model.peft_config["default"].base_model_name_or_path = source.path
     return model
 
 
-def _card_facts(taken: Taken, trained: FinetunedModel, source: Any) -> CardFacts:
+def _card_facts(checkpoint: TakenCheckpoint, finetuned: FinetunedModel, source: Any) -> CardFacts:
     from ..model.load import find_license
     from ..report.model_card import CardFacts, shown_keys
 
-    config = trained.config
+    config = finetuned.config
     return CardFacts(
-        run_name=f"{trained.name}, step {taken.step}",
+        run_name=f"{finetuned.name}, step {checkpoint.step}",
         base_model=source.name,
         base_model_hub_id=source.hub_id or None,
         base_model_revision=source.revision,
         base_model_license=find_license(source) or None,
-        steps=taken.step,
-        train_seconds=taken.seconds,
-        trainable_parameters=sum(weights.numel() for weights in taken.adapter.values()),
+        steps=checkpoint.step,
+        train_seconds=checkpoint.seconds,
+        trainable_parameters=sum(weights.numel() for weights in checkpoint.adapter.values()),
         config_digest=config.digest(),
         hyperparameters=shown_keys(config),
-        metrics_after=_figures_at(taken),
+        metrics_after=_figures_at(checkpoint),
         use_dora=config.lora.use_dora,
         modules_to_save=tuple(config.lora.modules_to_save),
         target_parameters=tuple(config.lora.lora_target_parameters),
@@ -222,13 +226,13 @@ def _card_facts(taken: Taken, trained: FinetunedModel, source: Any) -> CardFacts
     )
 
 
-def _figures_at(taken: Taken) -> dict[str, float]:
+def _figures_at(checkpoint: TakenCheckpoint) -> dict[str, float]:
     """Return what the run's events say of this step."""
     figures: dict[str, float] = {}
-    for event in read_events(taken.run / EVENTS):
-        if isinstance(event, StepDone) and event.step == taken.step:
+    for event in read_events(checkpoint.run / EVENTS):
+        if isinstance(event, StepDone) and event.step == checkpoint.step:
             figures["train_loss"] = event.loss
-        elif isinstance(event, Evaluated) and event.step == taken.step:
+        elif isinstance(event, Evaluated) and event.step == checkpoint.step:
             names = ("eval_loss", "eval_perplexity", "eval_token_accuracy")
             figures |= {name: getattr(event, name) for name in names}
     return figures

@@ -179,7 +179,7 @@ class LoadedModel:
     backend: Any
     tokenizer: Any
     source: Any
-    trained: FinetunedModel
+    finetuned: FinetunedModel
     prompt_format: PromptFormat
 
     @property
@@ -190,10 +190,10 @@ class LoadedModel:
     @property
     def has_adapter(self) -> bool:
         """Tell whether an adapter stands on the base model."""
-        return self.trained.adapter is not None
+        return self.finetuned.adapter is not None
 
 
-def open_model(trained: FinetunedModel, *, is_exact: bool = False) -> LoadedModel:
+def open_model(finetuned: FinetunedModel, *, is_exact: bool = False) -> LoadedModel:
     """Load base model and adapter as training does here; or exactly: in float32, on the CPU.
 
     Raises:
@@ -206,25 +206,25 @@ def open_model(trained: FinetunedModel, *, is_exact: bool = False) -> LoadedMode
     from ..run.memory_limits import release
 
     machine = without_gpus(read_machine()) if is_exact else usable_machine(read_machine())
-    config, whole = quantize.as_possible(trained.config, has_gpu=machine.has_gpu)
+    config, whole = quantize.as_possible(finetuned.config, has_gpu=machine.has_gpu)
     section = config.model
     if whole:
         typer.echo(f"warning: {whole}", err=True)
-    source = locate_base(trained)
-    tokenizer = load.load_tokenizer(tokenizer_source(trained, source), section)
+    source = locate_base(finetuned)
+    tokenizer = load.load_tokenizer(tokenizer_source(finetuned, source), section)
     base_config = load.load_config(source, section)
     backend = resolve(EXACT if is_exact else section, machine, base_config)
-    causal = _on(backend, trained, source, section)
+    causal = _on(backend, finetuned, source, section)
     if probe.overflows_float16(causal):
         del causal
         release()
         backend = resolve(without_float16(section), machine, base_config)
-        causal = _on(backend, trained, source, section)
-    prompt_format = read_format(trained.adapter, tokenizer)
-    return LoadedModel(causal, backend, tokenizer, source, trained, prompt_format)
+        causal = _on(backend, finetuned, source, section)
+    prompt_format = read_format(finetuned.adapter, tokenizer)
+    return LoadedModel(causal, backend, tokenizer, source, finetuned, prompt_format)
 
 
-def _on(backend: Any, trained: FinetunedModel, source: Any, section: ModelSection) -> Any:
+def _on(backend: Any, finetuned: FinetunedModel, source: Any, section: ModelSection) -> Any:
     """Load base model and adapter to compute as `backend` says."""
     from ..model import load
     from ..model.forward import CausalLM
@@ -233,55 +233,55 @@ def _on(backend: Any, trained: FinetunedModel, source: Any, section: ModelSectio
         source,
         section,
         dtype=backend.dtype,
-        device=backend.place,
+        device=backend.device_name,
         attention=backend.attention,
     )
-    if trained.adapter is not None:
-        model = _with_adapter(model, trained)
+    if finetuned.adapter is not None:
+        model = _with_adapter(model, finetuned)
     return CausalLM(
         model.eval(),
-        device=backend.place,
+        device=backend.device_name,
         padding_free=False,
-        chunk=trained.config.training.loss_chunk_tokens,
+        chunk=finetuned.config.training.loss_chunk_tokens,
         precision=backend.precision,
     )
 
 
-def locate_base(trained: FinetunedModel) -> Any:
+def locate_base(finetuned: FinetunedModel) -> Any:
     """Find the base model, as `load.locate`; the remedy names the flag that names another one."""
     from ..model import load
 
     try:
-        return load.locate(trained.config.model)
+        return load.locate(finetuned.config.model)
     except UnavailableError as error:
         other = "if it is elsewhere by now: --model FOLDER_OR_HUB_ID"
-        told = [replace(p, remedy=f"{p.remedy}; {other}") for p in error.problems]
-        raise UnavailableError(told if trained.adapter else error.problems) from error
+        problems = [replace(p, remedy=f"{p.remedy}; {other}") for p in error.problems]
+        raise UnavailableError(problems if finetuned.adapter else error.problems) from error
 
 
-def tokenizer_source(trained: FinetunedModel, source: Any) -> Any:
+def tokenizer_source(finetuned: FinetunedModel, source: Any) -> Any:
     """Return where the tokenizer is: beside the adapter, with the template of its training."""
-    folder = trained.adapter
+    folder = finetuned.adapter
     if folder is None or not (folder / "tokenizer_config.json").is_file():
         return source
     return replace(source, path=str(folder))
 
 
-def _with_adapter(base: Any, trained: FinetunedModel) -> Any:
+def _with_adapter(base: Any, finetuned: FinetunedModel) -> Any:
     from peft import PeftModel
 
     try:
         with warnings.catch_warnings():
             # PEFT's advice on tied layers and old versions is for whoever trains.
             warnings.simplefilter("ignore")
-            return PeftModel.from_pretrained(base, str(trained.adapter))
+            return PeftModel.from_pretrained(base, str(finetuned.adapter))
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             Problem(
                 "the adapter does not fit this base model",
-                str(trained.adapter),
+                str(finetuned.adapter),
                 str(error).strip().splitlines()[0][:300],
                 f"name the model that it was trained on: --model (it names "
-                f"{_base_of(trained.adapter)[0] if trained.adapter else ''})",
+                f"{_base_of(finetuned.adapter)[0] if finetuned.adapter else ''})",
             )
         ) from error

@@ -75,7 +75,7 @@ class Container:
 class Report:
     """What was seen; the fields are those of `--json`."""
 
-    place: Literal["container", "machine", "nothing"] = "nothing"
+    runs_in: Literal["container", "machine", "nothing"] = "nothing"
     state: str = ""
     outcome: Outcome = ""
     exit_code: int | None = None
@@ -145,7 +145,7 @@ class Report:
                 self.problem(f"{path} answers {code}", "./training/run.sh logs")
 
     def _unanswered(self) -> None:
-        if self.place == "nothing":
+        if self.runs_in == "nothing":
             self.problem(
                 f"no run was found, and nothing answers at {self.url}",
                 "./training/run.sh starts one",
@@ -165,7 +165,7 @@ class Report:
     def lines(self) -> Iterator[str]:
         """Return what a person reads."""
         rows = {
-            "run": ", ".join(filter(None, (self.place, self.state))),
+            "run": ", ".join(filter(None, (self.runs_in, self.state))),
             "container": self.container,
         }
         if self.endpoints:
@@ -242,7 +242,7 @@ def _look_at_container(report: Report, containers: list[Container], log: str) ->
     refused = next(
         (one for one in containers if one.service == "preflight" and one.exit_code), None
     )
-    report.place, report.state = "container", trainer.status
+    report.runs_in, report.state = "container", trainer.status
     report.container = (
         f"{trainer.id[:12]} is {trainer.status}"
         f"{f' ({trainer.health})' if trainer.health else ''}, restarted {trainer.restarts} times"
@@ -278,7 +278,7 @@ def _look_at_folder(report: Report, outputs: Path) -> str:
     live = next((folder for folder in folders if own_address(folder)), None)
     folder = live or folders[0]
     log = _tail(folder / LOG)
-    report.place, report.results = "machine", str(folder)
+    report.runs_in, report.results = "machine", str(folder)
     if live is not None:
         report.state, report.url = "running", own_address(live)
         return log

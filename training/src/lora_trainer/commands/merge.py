@@ -42,7 +42,7 @@ class Stored:
         return self.bytes * (1 if self.dtype == "float32" else 2)
 
 
-def merge(trained: FinetunedModel, target: Path) -> None:
+def merge(finetuned: FinetunedModel, target: Path) -> None:
     """Write base model and adapter as one model, tokenizer and card included.
 
     Raises:
@@ -50,15 +50,15 @@ def merge(trained: FinetunedModel, target: Path) -> None:
         StorageError, MemoryKilledError: disk or memory have no room for it.
         InternalError: the merged model answers otherwise; nothing is left behind.
     """
-    if trained.adapter is None:
+    if finetuned.adapter is None:
         raise ConfigError.of(
             "there is no adapter to merge",
-            where=trained.name,
+            where=finetuned.name,
             why="it is a whole model already",
             remedy="name a run's folder, or an adapter's",
         )
     refuse_existing(target)
-    if trained.config.lora.init_lora_weights == "loftq":
+    if finetuned.config.lora.init_lora_weights == "loftq":
         raise ConfigError.of(
             "a LoftQ adapter cannot be merged",
             where="lora.init_lora_weights: loftq",
@@ -67,11 +67,11 @@ def merge(trained: FinetunedModel, target: Path) -> None:
             remedy="serve the adapter on the base model as it was quantized for training",
         )
     # Quantized weights cannot take a sum: the adapter goes into the model as it was before.
-    whole = trained.as_loaded(use_4bit=False, use_8bit=False)
+    whole = finetuned.as_loaded(use_4bit=False, use_8bit=False)
     source = locate_base(whole)
     stored = stored_weights(source, whole)
     stored = replace(
-        stored, bytes=stored.bytes + untied_bytes(trained.adapter, source, whole, stored)
+        stored, bytes=stored.bytes + untied_bytes(finetuned.adapter, source, whole, stored)
     )
     refuse_full_disk(target, stored.bytes)
     _refuse_small_memory(stored)
@@ -84,19 +84,19 @@ def merge(trained: FinetunedModel, target: Path) -> None:
     )
 
 
-def stored_weights(source: Any, trained: FinetunedModel) -> Stored:
+def stored_weights(source: Any, finetuned: FinetunedModel) -> Stored:
     """Return type and size of the base model's weights; the hub's files are not asked for size."""
     import torch
 
     from ..model import load
 
-    config = load.load_config(source, trained.config.model)
+    config = load.load_config(source, finetuned.config.model)
     dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
     name = str(dtype).removeprefix("torch.")
     name = name if name in TOLERANCES else "float32"
     if source.is_local:
-        found = sum(one.stat().st_size for one in Path(source.path).glob("*.safetensors"))
-        return Stored(name, found)
+        stored_bytes = sum(one.stat().st_size for one in Path(source.path).glob("*.safetensors"))
+        return Stored(name, stored_bytes)
     with torch.device("meta"):
         from transformers import AutoModelForCausalLM
 
@@ -105,7 +105,7 @@ def stored_weights(source: Any, trained: FinetunedModel) -> Stored:
     return Stored(name, parameters * (4 if name == "float32" else 2))
 
 
-def untied_bytes(adapter: Path, source: Any, trained: FinetunedModel, stored: Stored) -> int:
+def untied_bytes(adapter: Path, source: Any, finetuned: FinetunedModel, stored: Stored) -> int:
     """Return the bytes of the second matrix where merging parts a tied head and embeddings.
 
     That is where the adapter changes either of them: they are one no longer.
@@ -114,7 +114,7 @@ def untied_bytes(adapter: Path, source: Any, trained: FinetunedModel, stored: St
 
     from ..model import load
 
-    config = load.load_config(source, trained.config.model)
+    config = load.load_config(source, finetuned.config.model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocabulary, width = getattr(text, "vocab_size", 0), getattr(text, "hidden_size", 0)
     if not getattr(config, "tie_word_embeddings", False):
@@ -140,14 +140,14 @@ def _refuse_small_memory(stored: Stored) -> None:
         )
 
 
-def _merge(trained: FinetunedModel, stored: Stored, target: Path) -> float:
+def _merge(finetuned: FinetunedModel, stored: Stored, target: Path) -> float:
     """Merge and write; return the largest difference of the logits, checked."""
     import torch
 
     from ..model import load
     from ..model.forward import CausalLM
 
-    opened = open_model(trained, is_exact=True)
+    opened = open_model(finetuned, is_exact=True)
     backend = opened.backend
     asked = _tokens(opened.causal.inner)
     expected = _logits(opened.causal, asked)
@@ -160,23 +160,23 @@ def _merge(trained: FinetunedModel, stored: Stored, target: Path) -> float:
         kept.save_pretrained(str(folder), safe_serialization=True, max_shard_size=SHARD_BYTES)
         opened.tokenizer.save_pretrained(str(folder))
         opened.prompt_format.save(folder)
-        _write_card(folder / CARD, trained, opened.source)
+        _write_card(folder / CARD, finetuned, opened.source)
         del model, kept
         opened.causal = None
         typer.echo("checking ...", err=True)
-        section = trained.config.model.model_copy(update={"model_name_or_path": str(folder)})
+        section = finetuned.config.model.model_copy(update={"model_name_or_path": str(folder)})
         read_back = load.load_model(
             load.ModelSource(str(folder), target.name),
             section,
             dtype=backend.dtype,
-            device=backend.place,
+            device=backend.device_name,
             attention=backend.attention,
         )
         merged = CausalLM(
             read_back,
-            device=backend.place,
+            device=backend.device_name,
             padding_free=False,
-            chunk=opened.trained.config.training.loss_chunk_tokens,
+            chunk=opened.finetuned.config.training.loss_chunk_tokens,
             precision=backend.precision,
         )
         difference = float((_logits(merged, asked) - expected).abs().max() / expected.abs().max())
@@ -240,25 +240,25 @@ def _logits(causal: Any, asked: Any) -> Any:
         return causal.model(input_ids=asked, use_cache=False).logits.float()
 
 
-def _write_card(path: Path, trained: FinetunedModel, source: Any) -> None:
+def _write_card(path: Path, finetuned: FinetunedModel, source: Any) -> None:
     """Write a card for the whole model, with what the adapter's own card says of its training."""
     from ..model.load import find_license
 
-    assert trained.adapter is not None
+    assert finetuned.adapter is not None
     try:
-        told = (trained.adapter / CARD).read_text(encoding="utf-8")
+        card = (finetuned.adapter / CARD).read_text(encoding="utf-8")
     except OSError:
-        told = ""
+        card = ""
     base = source.hub_id or source.name
     front = ["library_name: transformers", "pipeline_tag: text-generation"]
     if source.hub_id:
         front.append(f"base_model: {json.dumps(source.hub_id)}")
-    front += re.findall(r"^license(?:_name)?: .*$", told.partition("\n---")[0], re.MULTILINE)
+    front += re.findall(r"^license(?:_name)?: .*$", card.partition("\n---")[0], re.MULTILINE)
     titles = "|".join(map(re.escape, KEPT_SECTIONS))
-    sections = re.findall(rf"^## (?:{titles})\n.*?(?=^## |\Z)", told, re.MULTILINE | re.DOTALL)
+    sections = re.findall(rf"^## (?:{titles})\n.*?(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)
     lines = [
         "---", *front, "---", "",
-        f"# {trained.name}, merged", "",
+        f"# {finetuned.name}, merged", "",
         f"`{base}` with a LoRA adapter merged into its weights.", "",
         f"Licence of the base model: {find_license(source) or 'not known'}", "",
         "## Use", "",

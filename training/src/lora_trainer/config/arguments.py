@@ -23,7 +23,7 @@ class _Flag:
     key: str
     section: str
     text: str | None
-    place: str
+    location: str
     is_negated: bool = False
 
 
@@ -37,7 +37,7 @@ def read_arguments(arguments: Sequence[str]) -> Layer:
         if word.startswith("--") and word != "--":
             flag = _split(word, rest)
             _take(layer, flag)
-            previous = flag.place
+            previous = flag.location
         else:  # not shown: it may be a secret that went astray
             what = f"argument {len(arguments) - len(rest)} belongs to no flag"
             layer.problems.append(Problem(what, f"after {previous}", remedy="write --key value"))
@@ -48,23 +48,23 @@ def _split(word: str, rest: list[str]) -> _Flag:
     """Return the flag that a word begins, its value taken off the rest where it needs one."""
     name, equals, text = word[2:].partition("=")
     value: str | None = text if equals else None
-    place = f"--{shown_key(name)}"
+    location = f"--{shown_key(name)}"
     if name == "set":
         pair = value if value is not None else _pop_value(rest)
         name, equals, text = (pair or "").partition("=")
-        place = f"--set {shown_key(name)}" if name else "--set"
+        location = f"--set {shown_key(name)}" if name else "--set"
         value = text if equals else None
     section, dot, key = name.rpartition(".")
     key = key.replace("-", "_")
-    if key.startswith("no_") and not _is_known(key) and not place.startswith("--set"):
-        return _Flag(key[3:], section if dot else "", value, place, is_negated=True)
-    if value is None and not place.startswith("--set"):
+    if key.startswith("no_") and not _is_known(key) and not location.startswith("--set"):
+        return _Flag(key[3:], section if dot else "", value, location, is_negated=True)
+    if value is None and not location.startswith("--set"):
         is_switch = _is_foreign(key) or (_is_known(key) and accepts(ALIASES.get(key, key), True))
         if not (is_switch and rest and rest[0].startswith("--")):
             value = _pop_value(rest)
         if value is None and is_switch:
             value = "true"
-    return _Flag(key, section if dot else "", value, place)
+    return _Flag(key, section if dot else "", value, location)
 
 
 def _pop_value(rest: list[str]) -> str | None:
@@ -84,37 +84,37 @@ def _take(layer: Layer, flag: _Flag) -> None:
         what = f"{flag.key} is a section"
         keys = ", ".join(list(sections()[flag.key].model_fields)[:3])
         layer.problems.append(
-            Problem(what, flag.place, remedy=f"name one of its keys: {keys}, ...")
+            Problem(what, flag.location, remedy=f"name one of its keys: {keys}, ...")
         )
     elif not _is_known(flag.key):
         layer.problems.append(_unknown(flag))
     elif flag.section and flag.section not in section_names():
         remedy = did_you_mean(flag.section, section_names())
         what = f"{shown_key(flag.section)} is an unknown section"
-        layer.problems.append(Problem(what, flag.place, remedy=remedy))
+        layer.problems.append(Problem(what, flag.location, remedy=remedy))
     elif flag.is_negated:
         _take_negated(layer, flag)
     elif flag.text is None:
         remedy = f"write --{flag.key} VALUE, or --set {flag.key}=VALUE"
-        layer.problems.append(Problem(f"{flag.key} lacks its value", flag.place, remedy=remedy))
+        layer.problems.append(Problem(f"{flag.key} lacks its value", flag.location, remedy=remedy))
     else:
         value: Any = from_text(flag.key, flag.text)
-        layer.add(flag.key, value, flag.place, section=flag.section)
+        layer.add(flag.key, value, flag.location, section=flag.section)
 
 
 def _take_negated(layer: Layer, flag: _Flag) -> None:
     if flag.text is not None:
         remedy = f"write --{flag.key} true or false"
-        layer.problems.append(Problem("a --no- flag takes no value", flag.place, remedy=remedy))
+        layer.problems.append(Problem("a --no- flag takes no value", flag.location, remedy=remedy))
     elif not (_is_foreign(flag.key) or accepts(ALIASES.get(flag.key, flag.key), False)):
         remedy = f"write --{flag.key} VALUE"
         what = f"{flag.key} is not switched on or off"
-        layer.problems.append(Problem(what, flag.place, remedy=remedy))
+        layer.problems.append(Problem(what, flag.location, remedy=remedy))
     else:
-        layer.add(flag.key, False, flag.place, section=flag.section)
+        layer.add(flag.key, False, flag.location, section=flag.section)
 
 
 def _unknown(flag: _Flag) -> Problem:
     known = [*leaf_sections(), *ALIASES, *NO_MEANING]
     remedy = did_you_mean(flag.key, known, lambda leaf: f"--{leaf}")
-    return Problem(f"{flag.place} is an unknown flag", flag.place, remedy=remedy)
+    return Problem(f"{flag.location} is an unknown flag", flag.location, remedy=remedy)

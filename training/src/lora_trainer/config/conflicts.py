@@ -268,22 +268,22 @@ CONFLICTS = (
 
 def find_conflicts(config: Config, given: Mapping[str, Given], misfits: set[str]) -> list[Problem]:
     """Return the problems of values that disagree; those of a misfit value are left out."""
-    found = [
-        Problem(conflict.what, _places(conflict.keys, given), conflict.why, conflict.remedy)
+    problems = [
+        Problem(conflict.what, _locations(conflict.keys, given), conflict.why, conflict.remedy)
         for conflict in CONFLICTS
         if not misfits.intersection(conflict.keys) and conflict.applies(config)
     ]
     steps, ratio = config.training.warmup_steps, given.get("warmup_ratio")
     if steps is not None and ratio and not misfits & {"warmup_steps", "warmup_ratio"}:
-        where = _places(("warmup_steps", "warmup_ratio"), given)
+        where = _locations(("warmup_steps", "warmup_ratio"), given)
         what = "warmup_steps and warmup_ratio are both set"
         why = "both say how long the learning rate rises"
-        found.append(Problem(what, where, why, "remove one of the two"))
-    return found
+        problems.append(Problem(what, where, why, "remove one of the two"))
+    return problems
 
 
-def _places(keys: tuple[str, ...], given: Mapping[str, Given]) -> str:
-    return ", ".join(given[key].origin.place for key in keys if key in given)
+def _locations(keys: tuple[str, ...], given: Mapping[str, Given]) -> str:
+    return ", ".join(given[key].origin.location for key in keys if key in given)
 
 
 # Keys that do nothing unless something else is set.
@@ -303,8 +303,8 @@ IDLE: tuple[tuple[str, Check, str], ...] = (
 
 def find_warnings(config: Config, given: Mapping[str, Given]) -> list[str]:
     """Return what the user should know that stops nothing."""
-    found = [
-        f"{given[key].origin.place}: {key} has no effect: {reason}"
+    warnings = [
+        f"{given[key].origin.location}: {key} has no effect: {reason}"
         for key, is_idle, reason in IDLE
         if key in given and is_idle(config)
     ]
@@ -313,6 +313,6 @@ def find_warnings(config: Config, given: Mapping[str, Given]) -> list[str]:
         ("modules_to_save", bool(config.lora.modules_to_save)),
     ):
         if is_set:
-            place = given[key].origin.place if key in given else "adapter_name_or_path"
-            found.append(f"{place}: vLLM cannot serve an adapter with {key}")
-    return found
+            location = given[key].origin.location if key in given else "adapter_name_or_path"
+            warnings.append(f"{location}: vLLM cannot serve an adapter with {key}")
+    return warnings

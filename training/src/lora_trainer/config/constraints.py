@@ -78,7 +78,7 @@ def limits_of(spec: Spec) -> str:
     for choice in spec.get("anyOf", []):
         if limits := limits_of(choice):
             return limits
-    parts = [
+    bounds = [
         f"{word} {int(spec[key]) if spec[key] == int(spec[key]) else spec[key]}"
         for key, word in (
             ("minimum", "at least"),
@@ -89,10 +89,10 @@ def limits_of(spec: Spec) -> str:
         if key in spec and spec[key] < 1e9
     ]
     if "pattern" in spec and "examples" not in spec:
-        parts.append(f"matching {spec['pattern']}")
+        bounds.append(f"matching {spec['pattern']}")
     if spec.get("minLength", 0) > 0 or spec.get("minItems", 0) > 0:
-        parts.append("not empty")
-    return ", ".join(parts)
+        bounds.append("not empty")
+    return ", ".join(bounds)
 
 
 def choices_of(spec: Spec) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import AccessError, ConfigError, Problem
 from .aliases import ALIASES
-from .layers import Layer, found, unknown_key
+from .layers import Layer, given_text, unknown_key
 from .schema import section_names
 from .text import MAX_BYTES, Document, read_json, read_yaml
 from .trainers import Trainer, complete, recognise
@@ -31,8 +31,8 @@ def read_file(path: Path) -> tuple[Layer, Trainer | None]:
     document = parse(_read_text(path), path)
     layer.problems += document.problems
     if document.value is not None and not isinstance(document.value, dict):
-        what = f"the configuration is {found(document.value)}, not an object of keys"
-        layer.problems.append(Problem(what, document.place(())))
+        what = f"the configuration is {given_text(document.value)}, not an object of keys"
+        layer.problems.append(Problem(what, document.location(())))
         return layer, None
     keys = document.value or {}
     for key, value in keys.items():
@@ -65,23 +65,23 @@ def _begins_with_key(text: str) -> bool:
 
 
 def _take(layer: Layer, document: Document, key: str, value: Any) -> None:
-    place = document.place((key,))
+    location = document.location((key,))
     if key == "$schema":
         return
     if key in section_names() and isinstance(value, dict):
         for inner, inner_value in value.items():
             pointer = (key, inner)
-            place = document.place(pointer)
-            layer.add(inner, inner_value, place, section=key, document=document, pointer=pointer)
+            location = document.location(pointer)
+            layer.add(inner, inner_value, location, section=key, document=document, pointer=pointer)
     elif key in section_names() and key not in ALIASES:
         if value is not None:
-            what = f"{key} is a section and cannot be {found(value)}"
+            what = f"{key} is a section and cannot be {given_text(value)}"
             remedy = "write its keys under it, or at the top level"
-            layer.problems.append(Problem(what, place, remedy=remedy))
+            layer.problems.append(Problem(what, location, remedy=remedy))
     elif isinstance(value, dict) and _nearest_section(key):
-        layer.problems.append(unknown_key(key, place))
+        layer.problems.append(unknown_key(key, location))
     else:
-        layer.add(key, value, place, document=document, pointer=(key,))
+        layer.add(key, value, location, document=document, pointer=(key,))
 
 
 def _nearest_section(key: str) -> bool:

@@ -24,15 +24,15 @@ OriginKind = Literal["default", "file", "environment", "command line", "adapter"
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a value came from; `place` is empty for a default."""
+    """Where a value came from; `location` is empty for a default."""
 
     kind: OriginKind = "default"
-    place: str = ""
+    location: str = ""
 
     def __str__(self) -> str:
         if self.kind in ("default", "file"):
-            return self.place or self.kind
-        return f"{self.kind} {self.place}"
+            return self.location or self.kind
+        return f"{self.kind} {self.location}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,11 @@ class Given:
     document: Document | None = None
     pointer: Pointer = ()
 
-    def place(self, inner: Pointer = ()) -> str:
+    def location(self, inner: Pointer = ()) -> str:
         """Return where the value, or a part of it, stands."""
         if self.document:
-            return self.document.place((*self.pointer, *inner))
-        return self.origin.place
+            return self.document.location((*self.pointer, *inner))
+        return self.origin.location
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class Layer:
         self,
         key: str,
         value: Any,
-        place: str,
+        location: str,
         *,
         section: str = "",
         document: Document | None = None,
@@ -81,19 +81,19 @@ class Layer:
         if meaning is None and key not in section_names() and value in (None, "", []):
             return  # a line that other trainers' templates leave blank
         if meaning is None:
-            self.problems.append(unknown_key(key, place, section))
+            self.problems.append(unknown_key(key, location, section))
         elif isinstance(meaning, Ignored):
             if meaning.reason:
-                self.warnings.append(f"{place}: {key} has no effect: {meaning.reason}")
+                self.warnings.append(f"{location}: {key} has no effect: {meaning.reason}")
         elif isinstance(meaning, Refused):
-            what = f"{key} cannot be {found(value, is_secret=meaning.leaf in SECRET_KEYS)}"
-            self.problems.append(Problem(what, place, meaning.why, meaning.remedy))
+            what = f"{key} cannot be {given_text(value, is_secret=meaning.leaf in SECRET_KEYS)}"
+            self.problems.append(Problem(what, location, meaning.why, meaning.remedy))
         elif section and leaf_sections()[meaning.leaf] != section:
             home = leaf_sections()[meaning.leaf]
             self.problems.append(
                 Problem(
                     f"{key} does not belong in {section}",
-                    place,
+                    location,
                     f"it is a key of {home}",
                     f"move it to {home}, or to the top level",
                 )
@@ -104,12 +104,14 @@ class Layer:
             return
         elif meaning.leaf in self.given:
             name = key if key == meaning.leaf else f"{key} ({meaning.leaf})"
-            other = self.given[meaning.leaf].origin.place
+            other = self.given[meaning.leaf].origin.location
             self.problems.append(
-                Problem(f"{name} is given twice", place, f"also by {other}", "keep one of the two")
+                Problem(
+                    f"{name} is given twice", location, f"also by {other}", "keep one of the two"
+                )
             )
         else:
-            origin = Origin(self.kind, place)
+            origin = Origin(self.kind, location)
             self.given[meaning.leaf] = Given(
                 meaning.leaf, meaning.value, origin, self.folder, document, pointer
             )
@@ -130,15 +132,15 @@ class Layer:
         return True
 
 
-def unknown_key(key: str, place: str, section: str = "") -> Problem:
+def unknown_key(key: str, location: str, section: str = "") -> Problem:
     """Return the problem of a key that means nothing here."""
     if key in section_names():
         why = f"{key} is a section of its own"
-        return Problem(f"{key} is no key of {section}", place, why, "move it to the top level")
+        return Problem(f"{key} is no key of {section}", location, why, "move it to the top level")
     remedy = did_you_mean(key, [*leaf_sections(), *ALIASES, *NO_MEANING, *section_names()])
     if key.startswith(("_", "//", "#")) and not remedy:
         remedy = "for comments write the configuration as YAML, which has them"
-    return Problem(f"{shown_key(key)} is an unknown key", place, remedy=remedy)
+    return Problem(f"{shown_key(key)} is an unknown key", location, remedy=remedy)
 
 
 def did_you_mean(word: str, choices: Iterable[str], form: Callable[[str], str] = str) -> str:
@@ -149,7 +151,7 @@ def did_you_mean(word: str, choices: Iterable[str], form: Callable[[str], str] =
     return f"did you mean {' or '.join(named)}?" if named else ""
 
 
-def found(value: Any, *, is_secret: bool = False) -> str:
+def given_text(value: Any, *, is_secret: bool = False) -> str:
     """Return a value and its type in words; a secret's type alone."""
     shown, kind = repr(value), "a number"
     if value is None:

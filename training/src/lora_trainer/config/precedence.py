@@ -57,7 +57,7 @@ def _drop_strange_held_out(given: dict[str, Given]) -> list[str]:
         for leaf in NEEDS_HELD_OUT:
             if leaf in given and given[leaf].origin.kind == "file":
                 del given[leaf]
-    file = Path(held_out.document.name).name if held_out.document else held_out.origin.place
+    file = Path(held_out.document.name).name if held_out.document else held_out.origin.location
     giver = "on the command line" if data.origin.kind == "command line" else "in the environment"
     return [
         f"eval_dataset of {file} is left out, since dataset is given {giver}: "

@@ -14,14 +14,14 @@ BEGIN, END = "<!-- keys:begin -->", "<!-- keys:end -->"
 
 def key_table() -> str:
     """Return all keys by section as Markdown tables."""
-    parts: list[str] = []
+    lines: list[str] = []
     for name, kind in sections().items():
-        parts.append(f"### `{name}`\n\n{(kind.__doc__ or '').splitlines()[0]}\n")
-        parts.append("| Key | Type | Default | Limits | Meaning | Also spelled |")
-        parts.append("|---|---|---|---|---|---|")
-        parts += [_row(leaf) for leaf in kind.model_fields]
-        parts.append("")
-    return "\n".join(parts)
+        lines.append(f"### `{name}`\n\n{(kind.__doc__ or '').splitlines()[0]}\n")
+        lines.append("| Key | Type | Default | Limits | Meaning | Also spelled |")
+        lines.append("|---|---|---|---|---|---|")
+        lines += [_row(leaf) for leaf in kind.model_fields]
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _row(leaf: str) -> str:

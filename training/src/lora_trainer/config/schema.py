@@ -22,7 +22,7 @@ ALL_LINEAR = "all-linear"
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
 Init = Annotated[
     str,
@@ -167,7 +167,7 @@ class DataSection(Section):
     on_bad_rows: Literal["error", "skip"] = Field(
         "error", description="What to do with rows that cannot be read"
     )
-    max_bad_rows_share: Share = Field(
+    max_bad_rows_share: Fraction = Field(
         0.05, description="Maximum fraction of invalid rows when on_bad_rows=skip"
     )
     dataset_cache_dir: str | None = Field(None, description="Folder for tokenized data")
@@ -194,7 +194,7 @@ class TrainingSection(Section):
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
         "cosine", description="Learning rate schedule after the warmup"
     )
-    warmup_ratio: Share = Field(0.03, description="Fraction of steps used for the warmup")
+    warmup_ratio: Fraction = Field(0.03, description="Fraction of steps used for the warmup")
     warmup_steps: CountOrZero | None = Field(None, description="Overrides warmup_ratio")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay")
@@ -353,12 +353,12 @@ def section_names() -> tuple[str, ...]:
 
 def sections() -> dict[str, type[Section]]:
     """Return each section's class by its name."""
-    found: dict[str, type[Section]] = {}
+    kinds: dict[str, type[Section]] = {}
     for name, field in Config.model_fields.items():
         assert isinstance(field.annotation, type)
         assert issubclass(field.annotation, Section)
-        found[name] = field.annotation
-    return found
+        kinds[name] = field.annotation
+    return kinds
 
 
 def leaf_sections() -> dict[str, str]:

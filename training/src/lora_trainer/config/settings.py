@@ -12,7 +12,7 @@ from .arguments import read_arguments
 from .conflicts import find_conflicts, find_warnings
 from .environment import read_environment
 from .file import read_file
-from .layers import Given, Origin, found
+from .layers import Given, Origin, given_text
 from .named_templates import NAMES
 from .paths import exists, locate_paths
 from .precedence import merge
@@ -103,8 +103,8 @@ def _find_template_problems(template: str | None, given: Mapping[str, Given]) ->
         return []
     return [
         Problem(
-            f"chat_template cannot be {found(template)}",
-            given["chat_template"].origin.place,
+            f"chat_template cannot be {given_text(template)}",
+            given["chat_template"].origin.location,
             "it is neither Jinja text, nor a file that exists, nor the name of a known template",
             f"set it to {', '.join(NAMES)} or a Jinja file, or remove it: the tokenizer's own "
             "template is used",

@@ -235,7 +235,7 @@ def _disagreement(
 ) -> Problem:
     return Problem(
         f"{leaf} {mine} is not that of the adapter, {theirs}",
-        given.origin.place,
+        given.origin.location,
         f"training starts from {adapter.folder}, which has {leaf} {theirs}",
         f"remove {leaf}, which is then taken from the adapter, or name another {KEY}",
     )

@@ -46,7 +46,7 @@ class Document:
     lines: dict[Pointer, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
-    def place(self, pointer: Pointer) -> str:
+    def location(self, pointer: Pointer) -> str:
         """Return `file:line /json/pointer`; the line is that of the nearest part known."""
         known = pointer
         while known and known not in self.lines:
@@ -90,8 +90,8 @@ def shown_key(key: str) -> str:
 
 def json_pointer(pointer: Pointer) -> str:
     """Return the RFC 6901 form of a path of keys and indices."""
-    parts = (shown_key(str(part)).replace("~", "~0").replace("/", "~1") for part in pointer)
-    return "".join(f"/{part}" for part in parts)
+    steps = (shown_key(str(part)).replace("~", "~0").replace("/", "~1") for part in pointer)
+    return "".join(f"/{part}" for part in steps)
 
 
 def read_json(text: str, name: str) -> Document:
@@ -160,7 +160,7 @@ class _JsonReader:
         return value, end
 
     def _read_object(self, at: int, pointer: Pointer) -> tuple[dict[str, Any], int]:
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         at = _blank(self.text, at + 1)
         while self.text[at] != "}":
             key, end = json.JSONDecoder().raw_decode(self.text, at)
@@ -168,18 +168,18 @@ class _JsonReader:
             self.document.add(inner, bisect_right(self.starts, at))
             at = _blank(self.text, _blank(self.text, end) + 1)  # over the colon
             value, at = self.read(at, inner)
-            found.setdefault(key, value)
+            values.setdefault(key, value)
             at = self._over_comma(at)
-        return found, at + 1
+        return values, at + 1
 
     def _read_array(self, at: int, pointer: Pointer) -> tuple[list[Any], int]:
-        found: list[Any] = []
+        values: list[Any] = []
         at = _blank(self.text, at + 1)
         while self.text[at] != "]":
-            value, at = self.read(at, (*pointer, len(found)))
-            found.append(value)
+            value, at = self.read(at, (*pointer, len(values)))
+            values.append(value)
             at = self._over_comma(at)
-        return found, at + 1
+        return values, at + 1
 
     def _over_comma(self, at: int) -> int:
         at = _blank(self.text, at)
@@ -240,14 +240,14 @@ def _yaml_value(
         while not isinstance(event := next(events), yaml.SequenceEndEvent):
             items.append(_yaml_value(event, events, (*pointer, len(items)), document))
         return items
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     while not isinstance(event := next(events), yaml.MappingEndEvent):
         if not isinstance(event, yaml.ScalarEvent):
             raise _TextError("a key must be a word", _line(event))
         inner = (*pointer, event.value)
         document.add(inner, _line(event))
-        found.setdefault(event.value, _yaml_value(next(events), events, inner, document))
-    return found
+        values.setdefault(event.value, _yaml_value(next(events), events, inner, document))
+    return values
 
 
 def _yaml_scalar(event: yaml.ScalarEvent, line: int, pointer: Pointer, document: Document) -> Any:

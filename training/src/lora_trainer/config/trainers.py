@@ -23,12 +23,12 @@ LORA_RATE = "a learning rate for LoRA, such as 2e-4"
 class Trainer:
     """Another trainer: how its files are known, and what they mean.
 
-    `marks`: any of these keys, or all keys of one of the sets, is in no other trainer's file.
+    `telltales`: any of these keys, or all keys of one of the sets, is in no other trainer's file.
     `is_full` tells from the file's keys whether all weights are to be trained.
     """
 
     name: str
-    marks: tuple[frozenset[str], ...]
+    telltales: tuple[frozenset[str], ...]
     defaults: Callable[[Mapping[str, Any]], dict[str, Any]]
     is_full: Callable[[Mapping[str, Any]], bool]
     lora: str
@@ -118,7 +118,7 @@ TRAINERS = (
 def recognise(keys: Collection[str]) -> Trainer | None:
     """Return the trainer whose file has these keys at its top level; None for one of ours."""
     for trainer in TRAINERS:
-        if any(mark <= set(keys) for mark in trainer.marks):
+        if any(mark <= set(keys) for mark in trainer.telltales):
             return trainer
     return None
 

@@ -21,19 +21,19 @@ WHY = "plans, events and model cards are written in UTF-8"
 
 def find_undecodable(given: Mapping[str, Given]) -> dict[str, list[Problem]]:
     """Return the problems of each leaf that holds text which is not valid UTF-8."""
-    found: dict[str, list[Problem]] = {}
+    problems: dict[str, list[Problem]] = {}
     for leaf, one in given.items():
         for pointer, text in _texts(one.value):
             if not is_utf8(text):
                 shown = "" if leaf in SECRET_KEYS else f": {printable(text)}"
                 problem = Problem(
                     f"{leaf} is not valid UTF-8{shown}",
-                    one.place(pointer),
+                    one.location(pointer),
                     WHY,
                     "" if leaf in SECRET_KEYS else _remedy(text, one.folder),
                 )
-                found.setdefault(leaf, []).append(problem)
-    return found
+                problems.setdefault(leaf, []).append(problem)
+    return problems
 
 
 def find_undecodable_paths(located: Mapping[str, Any]) -> list[Problem]:

@@ -11,7 +11,7 @@ from ..errors import Problem
 from .compatibility import DATASETS
 from .constraints import choices_of, expectation, keys_at, spec_at
 from .dataset_entries import LIST_FORM
-from .layers import Given, did_you_mean, found
+from .layers import Given, did_you_mean, given_text
 from .literal import from_text
 from .schema import SECRET_KEYS, leaf_sections, sections
 from .text import Pointer, shown_key
@@ -62,7 +62,7 @@ def _problems(given: Given, errors: Errors) -> list[Problem]:
 
 
 def _problem(given: Given, path: Pointer, kinds: set[str]) -> Problem:
-    place = given.place(path)
+    location = given.location(path)
     name = given.leaf + "".join(
         f"[{part}]" if isinstance(part, int) else f".{shown_key(part)}" for part in path
     )
@@ -70,17 +70,17 @@ def _problem(given: Given, path: Pointer, kinds: set[str]) -> Problem:
         key = str(path[-1])
         keys = keys_at(given.leaf, path[:-1])
         remedy = did_you_mean(key, keys) or f"known keys: {', '.join(keys)}"
-        return Problem(f"{name} is an unknown key", place, remedy=remedy)
+        return Problem(f"{name} is an unknown key", location, remedy=remedy)
     value = given.value
     for part in path:
         value = value[part]
     if "missing" in kinds:
         keys = [key for key in _required_keys(given.leaf, path) if key not in value]
-        return Problem(f"{name} lacks {', '.join(keys)}", place, expectation(given.leaf, path))
+        return Problem(f"{name} lacks {', '.join(keys)}", location, expectation(given.leaf, path))
     is_secret = given.leaf in SECRET_KEYS
-    what = f"{name} cannot be {found(value, is_secret=is_secret)}"
+    what = f"{name} cannot be {given_text(value, is_secret=is_secret)}"
     why = expectation(given.leaf, path)
-    return Problem(what, place, why, "" if is_secret else _remedy(given, path, value))
+    return Problem(what, location, why, "" if is_secret else _remedy(given, path, value))
 
 
 def _required_keys(leaf: str, path: Pointer) -> list[str]:

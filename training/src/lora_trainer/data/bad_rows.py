@@ -78,8 +78,8 @@ def measure(value: RowValue) -> tuple[int, str | None]:
                         size,
                         f"field {shown_name(name)} is nested deeper than {MAX_DEPTH} levels",
                     )
-                parts = [*item.keys(), *item.values()] if isinstance(item, dict) else item
-                stack.extend((part, depth + 1) for part in parts)
+                values = [*item.keys(), *item.values()] if isinstance(item, dict) else item
+                stack.extend((part, depth + 1) for part in values)
                 size += 2
             if size >= MAX_ROW_BYTES:
                 return size, oversize_reason()
@@ -106,9 +106,9 @@ def oversize_reason() -> str:
 class BadRowLog:
     """Counts the rows that were read and the bad ones, and refuses a dataset by its policy."""
 
-    def __init__(self, policy: BadRowPolicy = "error", max_share: float = 0.05) -> None:
+    def __init__(self, policy: BadRowPolicy = "error", max_fraction: float = 0.05) -> None:
         self.policy = policy
-        self.max_share = max_share
+        self.max_fraction = max_fraction
         self.rows_read = 0
         self.total = 0
         self.first: list[BadRow] = []
@@ -139,13 +139,14 @@ class BadRowLog:
         """Return why the dataset is refused, the first bad rows listed; empty if it is not."""
         if self.total == 0:
             return []
-        share = self.total / max(self.rows_read, self.total)
-        if self.policy == "skip" and share <= self.max_share:
+        fraction = self.total / max(self.rows_read, self.total)
+        if self.policy == "skip" and fraction <= self.max_fraction:
             return []
         counted = f"{self.total:,} of {self.rows_read:,} rows cannot be used"
         if self.policy == "skip":
             head = Problem(
-                what=f"{counted}: {share:.1%}, more than max_bad_rows_share ({self.max_share:.1%})",
+                what=f"{counted}: {fraction:.1%}, "
+                f"more than max_bad_rows_share ({self.max_fraction:.1%})",
                 remedy="fix the rows listed, or raise max_bad_rows_share",
             )
         else:

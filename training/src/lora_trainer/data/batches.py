@@ -46,8 +46,12 @@ class Sampler:
         """Return all row indices in the order of an epoch (0 is the first)."""
         if epoch not in self._drawn:
             bits = np.random.PCG64(np.random.SeedSequence([self.seed, epoch]))
-            order = np.random.Generator(bits).permutation(self.rows)
-            chosen = order if self.rows_of_epoch is None else self.rows_of_epoch(epoch)[order]
+            permutation = np.random.Generator(bits).permutation(self.rows)
+            chosen = (
+                permutation
+                if self.rows_of_epoch is None
+                else self.rows_of_epoch(epoch)[permutation]
+            )
             self._drawn.clear()
             self._drawn[epoch] = chosen
         return self._drawn[epoch]

@@ -69,7 +69,7 @@ class TokenizedDataset:
         self._offsets = np.asarray(arrays["offsets"])
         _verify_shapes(arrays)
         self.lengths: NDArray[np.int64] = np.diff(self._offsets)
-        self.trained_counts: NDArray[np.int32] = arrays["trained_counts"]
+        self.supervised_counts: NDArray[np.int32] = arrays["trained_counts"]
         self.row_hashes: NDArray[np.uint64] = arrays["row_hashes"]
         self.sources: NDArray[np.uint16] = arrays["sources"]
 
@@ -191,9 +191,9 @@ class CacheWriter:
         self._counts[name] += len(values)
 
 
-def cache_key(parts: Mapping[str, Any]) -> str:
+def cache_key(inputs: Mapping[str, Any]) -> str:
     """Return the name of the entry for all that its content depends on."""
-    text = json.dumps({"format_version": FORMAT_VERSION, **parts}, sort_keys=True)
+    text = json.dumps({"format_version": FORMAT_VERSION, **inputs}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

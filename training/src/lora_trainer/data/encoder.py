@@ -95,7 +95,7 @@ class EncodedChunk:
     """The tokens of N rows one after the other, and what happened to the rows without any."""
 
     ids: NDArray[np.uint32]
-    is_trained: NDArray[np.bool_]
+    loss_mask: NDArray[np.bool_]
     lengths: NDArray[np.int64]
     row_hashes: NDArray[np.uint64]
     rows: int
@@ -206,9 +206,9 @@ def encode_chunk(
 
     Rows that were bad already on reading pass through, so that all findings stay in order.
     """
-    parts: list[Encoded] = []
+    pieces: list[Encoded] = []
     hashes: list[int] = []
-    chunk = EncodedChunk(*_arrays(parts, hashes), rows=len(rows))
+    chunk = EncodedChunk(*_arrays(pieces, hashes), rows=len(rows))
     for row in rows:
         if isinstance(row, BadRow):
             chunk.bad.append(row)
@@ -226,7 +226,7 @@ def encode_chunk(
             raise
         except Exception as error:  # its message and its frames may quote the row
             raise InternalError.of(
-                "a row cannot be tokenized", where=row.where, why=_place(error)
+                "a row cannot be tokenized", where=row.where, why=_cause(error)
             ) from None
         if flaws:
             chunk.flawed.append(BadRow(row.where, "; ".join(flaws)))
@@ -234,9 +234,9 @@ def encode_chunk(
         fitting = _fit(encoded, row.where, settings, chunk)
         if fitting is not None:
             chunk.changes.update(change.value for change in encoded.changes)
-            parts.append(fitting)
+            pieces.append(fitting)
             hashes.append(example_hash(example))
-    chunk.ids, chunk.is_trained, chunk.lengths, chunk.row_hashes = _arrays(parts, hashes)
+    chunk.ids, chunk.loss_mask, chunk.lengths, chunk.row_hashes = _arrays(pieces, hashes)
     return chunk
 
 
@@ -254,15 +254,15 @@ def _fit(
     if settings.too_long == "drop":
         chunk.dropped[TOO_LONG] += 1
         return None
-    if not any(encoded.is_trained[1:limit]):
+    if not any(encoded.loss_mask[1:limit]):
         # The first token is never predicted, so to train it alone is to train nothing.
         chunk.dropped[NOTHING_LEFT] += 1
         return None
     chunk.truncated += 1
-    return Encoded(encoded.input_ids[:limit], encoded.is_trained[:limit])
+    return Encoded(encoded.input_ids[:limit], encoded.loss_mask[:limit])
 
 
-def _place(error: Exception) -> str:
+def _cause(error: Exception) -> str:
     """Return an error's type and the line of code that raised it, without its message."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
@@ -272,10 +272,10 @@ def _place(error: Exception) -> str:
 
 
 def _arrays(
-    parts: Sequence[Encoded], hashes: Sequence[int]
+    pieces: Sequence[Encoded], hashes: Sequence[int]
 ) -> tuple[NDArray[np.uint32], NDArray[np.bool_], NDArray[np.int64], NDArray[np.uint64]]:
-    lengths = np.array([len(part.input_ids) for part in parts], dtype=np.int64)
+    lengths = np.array([len(part.input_ids) for part in pieces], dtype=np.int64)
     total = int(lengths.sum())
-    ids = np.fromiter((i for part in parts for i in part.input_ids), np.uint32, total)
-    trained = np.fromiter((bit for part in parts for bit in part.is_trained), np.bool_, total)
-    return ids, trained, lengths, np.array(hashes, dtype=np.uint64)
+    ids = np.fromiter((i for part in pieces for i in part.input_ids), np.uint32, total)
+    loss_masks = np.fromiter((bit for part in pieces for bit in part.loss_mask), np.bool_, total)
+    return ids, loss_masks, lengths, np.array(hashes, dtype=np.uint64)

@@ -68,12 +68,12 @@ def _decoded(sample: bytes, codec: str) -> str:
     return ""
 
 
-def _of_set(letters: set[str], share: float) -> Callable[[str], bool]:
-    return lambda text: sum(c in letters for c in text) >= share * len(text)
+def _of_set(letters: set[str], fraction: float) -> Callable[[str], bool]:
+    return lambda text: sum(c in letters for c in text) >= fraction * len(text)
 
 
-def _of(pattern: re.Pattern[str], share: float) -> Callable[[str], bool]:
-    return lambda text: len(pattern.findall(text)) >= share * len(text)
+def _of(pattern: re.Pattern[str], fraction: float) -> Callable[[str], bool]:
+    return lambda text: len(pattern.findall(text)) >= fraction * len(text)
 
 
 def _cyrillic(text: str) -> bool:

@@ -64,5 +64,5 @@ class Encoded:
     """A tokenized example: T token ids and, for each, whether it is a target of the loss."""
 
     input_ids: list[int]
-    is_trained: list[bool]
+    loss_mask: list[bool]
     changes: tuple[Change, ...] = ()

@@ -175,8 +175,8 @@ def check_tools(chat: Chat, whole: Rendering, template: ChatTemplate) -> None:
     """Refuse a text that names none of the tools, calls of them left aside."""
     names = {name for tool in chat.tools if (name := _function_name(tool))}
     callers = {n for n, m in enumerate(chat.messages) if m.get("role") in ("assistant", "tool")}
-    told = [whole.text[p.start : p.end] for p in whole.pieces if p.owner not in callers]
-    if names and not any(name in text for name in names for text in told):
+    texts = [whole.text[p.start : p.end] for p in whole.pieces if p.owner not in callers]
+    if names and not any(name in text for name in names for text in texts):
         raise TemplateFault(
             f"the chat template does not write the tools: {_remedy(template.tokenizer)}"
         )
@@ -191,9 +191,9 @@ def check_answer(
     calls = Counter(map(_function_name, answer.get("tool_calls") or ()))
     # What the turn says may name a function too.
     texts = [value for key, value in answer.items() if key != "role" and isinstance(value, str)]
-    said = [value for value in texts if value.strip() in own]
+    answers = [value for value in texts if value.strip() in own]
     for name, count in calls.items():
-        written = own.count(name) - sum(value.count(name) for value in said)
+        written = own.count(name) - sum(value.count(name) for value in answers)
         if written < count:
             calls_lost = "every tool call of a turn" if written > 0 else "tool calls"
             raise TemplateFault(

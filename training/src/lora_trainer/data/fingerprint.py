@@ -83,12 +83,12 @@ def example_hash(example: Example) -> int:
     Case and white space do not count, nor does the format that a row came in.
     """
     if isinstance(example, Chat):
-        parts: Any = ["chat", *map(_turn, example.messages), list(example.tools)]
+        fields: Any = ["chat", *map(_turn, example.messages), list(example.tools)]
     elif isinstance(example, Completion):
-        parts = ["completion", _plain(example.prompt), _plain(example.completion)]
+        fields = ["completion", _plain(example.prompt), _plain(example.completion)]
     else:
-        parts = ["text", _plain(example.text)]
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+        fields = ["text", _plain(example.text)]
+    text = json.dumps(fields, sort_keys=True, ensure_ascii=False, default=str)
     digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 

@@ -177,7 +177,7 @@ def _conversation(row: dict[str, Any]) -> Chat:
         raise RowError("field 'messages' is missing")
     turns = turns_of(row[field], field)
     masked = masked_turns(row, len(turns))
-    turns = [replace(t, is_trained=False) if n in masked else t for n, t in enumerate(turns)]
+    turns = [replace(t, is_supervised=False) if n in masked else t for n, t in enumerate(turns)]
     system = _system(row)
     first = turns[0].message
     if first["role"] not in ("system", "developer"):
@@ -189,11 +189,11 @@ def _conversation(row: dict[str, Any]) -> Chat:
 
 def _chat(turns: list[Turn], row: dict[str, Any], field: str, prompt_turns: int = 0) -> Chat:
     messages = [turn.message for turn in turns]
-    muted = frozenset(n for n, turn in enumerate(turns) if turn.is_trained is False)
+    muted = frozenset(n for n, turn in enumerate(turns) if turn.is_supervised is False)
     answers = [turn for turn in turns[prompt_turns:] if turn.message["role"] == "assistant"]
     if not answers:
         raise RowError(f"field '{field}' has no assistant turn")
-    if all(turn.is_trained is False for turn in answers):
+    if all(turn.is_supervised is False for turn in answers):
         raise RowError(f"field '{field}' says of every assistant turn that it is not trained")
     has_asked_tool = False
     for index, message in enumerate(messages):

@@ -55,7 +55,7 @@ class RowError(ValueError):
         self.reason = reason
 
 
-def is_trained(turn: Mapping[Any, Any], field: str, *, is_assistant: bool) -> bool | None:
+def is_supervised(turn: Mapping[Any, Any], field: str, *, is_assistant: bool) -> bool | None:
     """Return what a turn says of its own training, or None where it says nothing.
 
     Raises:

@@ -77,13 +77,13 @@ def encode(
 
 def audit(example: Example, encoded: Encoded, tokenizer: Any) -> tuple[Flaw, ...]:
     """Find what is wrong with the mask of an example that is not truncated yet."""
-    if not any(encoded.is_trained):
+    if not any(encoded.loss_mask):
         return (Flaw.TRAINS_NOTHING,)
     if not isinstance(example, Chat):
         return ()
     ends = end_tokens(tokenizer)
     ids = encoded.input_ids
-    runs = _run_ends(encoded.is_trained)
+    runs = _run_ends(encoded.loss_mask)
     if all(ids[_skip_blank(ids, end, tokenizer, step=-1)] in ends for end in runs):
         return ()
     # Whether an end is written at all shows behind the last turn: no prompt follows it.
@@ -106,7 +106,7 @@ def mark(chat: Chat, template: ChatTemplate, train_on: TrainOn) -> Marked:
     spans: Iterable[Span]
     if train_on == "all":
         spans = _all_but(chat.muted, whole)
-    elif template.has_marks:
+    elif template.has_generation_spans:
         spans = _marks_of(whole, turns, chat)
     elif whole.is_traced:
         spans = _Turns(template, messages, tools, whole).spans(turns)
@@ -150,11 +150,13 @@ def _marks_of(whole: Rendering, turns: Sequence[int], chat: Chat) -> Iterable[Sp
     """Return the template's own marks, of the trained turns only."""
     assistants = [n for n, m in enumerate(chat.messages) if m.get("role") == "assistant"]
     if turns == assistants:
-        return whole.marks
+        return whole.generation_spans
     if not whole.is_traced and turns == assistants[-1:]:
-        return whole.marks[-1:]
+        return whole.generation_spans[-1:]
     _refuse_hidden_turns(whole)
-    return [mark for turn in turns for mark in whole.marks if _is_within(mark, turn, whole)]
+    return [
+        mark for turn in turns for mark in whole.generation_spans if _is_within(mark, turn, whole)
+    ]
 
 
 def _is_within(mark: Span, turn: int, whole: Rendering) -> bool:
@@ -187,7 +189,7 @@ class _Turns:
         self._cues: dict[str, str] = {}
 
     def spans(self, turns: Sequence[int]) -> list[Span]:
-        found: list[Span] = []
+        spans: list[Span] = []
         for turn in turns:
             pieces = [(piece.start, piece.end) for piece in self._whole.pieces_of(turn)]
             if not pieces:
@@ -196,8 +198,8 @@ class _Turns:
             pieces[-1] = (pieces[-1][0], last)
             start = first + self._prompted(turn, first, last)
             end = _strip(self._whole.text, start, last)
-            found += [(max(a, start), min(b, end)) for a, b in pieces]
-        return found
+            spans += [(max(a, start), min(b, end)) for a, b in pieces]
+        return spans
 
     def _prompted(self, turn: int, first: int, last: int) -> int:
         """Return how many characters at the start of a turn the generation prompt writes."""
@@ -244,8 +246,8 @@ class _Turns:
         # The last message before a prompt may be written otherwise (tools put in front of
         # it, say), but it ends as it does in the whole.
         tail = leading[-32:]
-        found = prompt.text.rfind(tail, there) if tail else -1
-        return prompt.text[found + len(tail) :] if found >= 0 else ""
+        position = prompt.text.rfind(tail, there) if tail else -1
+        return prompt.text[position + len(tail) :] if position >= 0 else ""
 
     def _cue_after_user(self) -> str:
         """Return the generation prompt that answers a conversation's first question."""
@@ -266,15 +268,15 @@ def _spans_by_prefix(
     turns: Sequence[int],
 ) -> list[Span]:
     """Find turns from renderings of shorter conversations alone, if these are prefixes."""
-    found: list[Span] = []
+    spans: list[Span] = []
     for turn in turns:
         prompt = template.trace(messages[:turn], tools, True).text
         if not whole.text.startswith(prompt):
             raise TemplateFault("the chat template does not show where the assistant's turns begin")
         through = template.trace(messages[: turn + 1], tools).text
         end = _common_length(through, whole.text)
-        found.append((len(prompt), _strip(whole.text, len(prompt), end)))
-    return found
+        spans.append((len(prompt), _strip(whole.text, len(prompt), end)))
+    return spans
 
 
 def _follow(cue: str, turn: str) -> int:
@@ -321,7 +323,7 @@ def _join(spans: Iterable[Span]) -> tuple[Span, ...]:
 
 def _cover(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     """Tell of each token whether it shares a character with a span; all are in order."""
-    is_trained = [False] * len(offsets)
+    loss_mask = [False] * len(offsets)
     remaining = iter(spans)
     span = next(remaining, None)
     for position, (start, end) in enumerate(offsets):
@@ -329,8 +331,8 @@ def _cover(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
             span = next(remaining, None)
         if span is None:
             break
-        is_trained[position] = end > span[0]
-    return is_trained
+        loss_mask[position] = end > span[0]
+    return loss_mask
 
 
 def end_tokens(tokenizer: Any) -> frozenset[int]:
@@ -343,9 +345,9 @@ def end_tokens(tokenizer: Any) -> frozenset[int]:
     return frozenset(special | {tokenizer.eos_token_id} - {None})
 
 
-def _run_ends(is_trained: Sequence[bool]) -> list[int]:
-    ends = [n for n, (now, then) in enumerate(pairwise(is_trained)) if now and not then]
-    return [*ends, len(is_trained) - 1] if is_trained and is_trained[-1] else ends
+def _run_ends(loss_mask: Sequence[bool]) -> list[int]:
+    ends = [n for n, (now, then) in enumerate(pairwise(loss_mask)) if now and not then]
+    return [*ends, len(loss_mask) - 1] if loss_mask and loss_mask[-1] else ends
 
 
 def _skip_blank(ids: Sequence[int], position: int, tokenizer: Any, step: int) -> int:

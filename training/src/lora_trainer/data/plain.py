@@ -56,17 +56,17 @@ def encode_plain(tokenizer: Any, text: str, start: int) -> Encoded:
         changes.append(Change.START_SPELLED)
     if len(ids) > 1 and ids[-1] == end and _is_added(offsets[-1]):
         del ids[-1], offsets[-1]
-    is_trained = [start == 0 or last > start for _, last in offsets]
+    loss_mask = [start == 0 or last > start for _, last in offsets]
     spelled = _last_word(offsets, text)
     if spelled is not None and ids[spelled] == end:
         changes.append(Change.END_SPELLED)
-        is_trained[spelled] = True
+        loss_mask[spelled] = True
     else:
         ids.append(end)
-        is_trained.append(True)
+        loss_mask.append(True)
     if any(not _is_token(tokenizer, marker[0]) for marker in _MARKER.finditer(text)):
         changes.append(Change.MARKER_UNKNOWN)
-    return Encoded(ids, is_trained, tuple(changes))
+    return Encoded(ids, loss_mask, tuple(changes))
 
 
 def _is_added(offset: Span) -> bool:

@@ -22,7 +22,7 @@ def find_rows(specs: Sequence[SourceSpec], hashes: Collection[int]) -> dict[int,
     Raises:
         TrainerError: a source cannot be read any more.
     """
-    found: dict[int, list[str]] = {}
+    positions: dict[int, list[str]] = {}
     for spec, (format, rows) in zip(specs, formatted_rows(specs), strict=True):
         for row in rows:
             if isinstance(row, BadRow):
@@ -32,5 +32,5 @@ def find_rows(specs: Sequence[SourceSpec], hashes: Collection[int]) -> dict[int,
             except RowError:
                 continue
             if key in hashes:
-                found.setdefault(key, []).append(row.where)
-    return found
+                positions.setdefault(key, []).append(row.where)
+    return positions

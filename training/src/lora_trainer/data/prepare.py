@@ -276,7 +276,7 @@ def _tokenize(
             tally.add(chunk)
             source = numbers.popleft()
             if not tally.log.is_refused:
-                writer.append(chunk.ids, chunk.is_trained, chunk.lengths, chunk.row_hashes, source)
+                writer.append(chunk.ids, chunk.loss_mask, chunk.lengths, chunk.row_hashes, source)
             if progress is not None:
                 progress(tally.log.rows_read)
             if tally.is_hopeless:

@@ -23,7 +23,7 @@ FILE = "prompt_format.json"
 CHAT_FORMATS = frozenset({"messages", "sharegpt", "alpaca"})
 MOST_ROWS = 4096
 """Rows that are looked at for the tokens that end answers, spread evenly over the data."""
-LEAST_SHARE = 0.01
+LEAST_FRACTION = 0.01
 """A special token ends answers if at least this share of them ends with it: a row that was cut
 at max_seq_length may stop at any token."""
 
@@ -127,7 +127,7 @@ def _trained_ends(rows: Rows, tokenizer: Any) -> tuple[int, ...]:
             end = _last_visible(ids, trained, int(position), tokenizer, special)
             if end in special:
                 counts[end] += 1
-    return tuple(t for t, count in counts.most_common() if count >= LEAST_SHARE * answers)
+    return tuple(t for t, count in counts.most_common() if count >= LEAST_FRACTION * answers)
 
 
 def _last_visible(
@@ -154,7 +154,7 @@ def _end_of_template(tokenizer: Any) -> tuple[int, ...]:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except Exception:  # a template is a program of the model's: it may fail in any way
         return ()
-    _, found, behind = text.rpartition(answer)
-    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []
+    _, match, behind = text.rpartition(answer)
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if match else []
     special = end_tokens(tokenizer)
     return tuple(int(one) for one in ids if one in special)[:1]

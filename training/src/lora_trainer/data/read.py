@@ -61,10 +61,10 @@ def rows_of_hub(dataset: Any, spec: SourceSpec) -> Iterator[Row | BadRow]:
     return _judged(_arrow_rows(hub_batches(dataset), spec.path_or_id), spec)
 
 
-def _judged(parts: Iterable[Row | BadRow], spec: SourceSpec) -> Iterator[Row | BadRow]:
+def _judged(rows: Iterable[Row | BadRow], spec: SourceSpec) -> Iterator[Row | BadRow]:
     """Measure each row and find what no format can use."""
     has_rows = False
-    for part in parts:
+    for part in rows:
         has_rows = True
         if isinstance(part, BadRow):
             yield part

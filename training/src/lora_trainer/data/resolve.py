@@ -179,7 +179,7 @@ def _files_in(folder: Path, spec: SourceSpec) -> tuple[DataFile, ...]:
             remedy=f"chmod a+rx {shell_word(error.filename)}",
         ) from error
 
-    found: list[DataFile] = []
+    candidates: list[DataFile] = []
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
@@ -189,9 +189,9 @@ def _files_in(folder: Path, spec: SourceSpec) -> tuple[DataFile, ...]:
             path = Path(parent) / name
             file = _data_file(path, str(path))
             if file is not None and path.is_file():
-                found.append(file)
+                candidates.append(file)
     # A README.txt or LICENSE.txt beside real data is not data.
-    files = [file for file in found if file.kind != "txt"] or found
+    files = [file for file in candidates if file.kind != "txt"] or candidates
     if not files:
         raise DataError.of(
             "the dataset folder holds no data file",

@@ -126,7 +126,7 @@ def report_on(dataset: TokenizedDataset, cache: str, processes_restarted: int = 
         rows_used=len(dataset),
         rows_repeated=len(dataset) - len(np.unique(dataset.row_hashes)),
         tokens=dataset.token_count,
-        trained_tokens=int(dataset.trained_counts.sum(dtype=np.int64)),
+        trained_tokens=int(dataset.supervised_counts.sum(dtype=np.int64)),
         mean_tokens=round(dataset.token_count / len(dataset), 1),
         p50_tokens=p50,
         p90_tokens=p90,

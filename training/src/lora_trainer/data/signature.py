@@ -62,10 +62,12 @@ def refuse_other_content(head: bytes, file: DataFile) -> None:
     """
     if not head or head.startswith(_COLUMNAR.get(file.kind, ())):
         return
-    found = _binary(head, file) or _text(head, file) or _other_kind(head, file)
-    if found:
+    content = _binary(head, file) or _text(head, file) or _other_kind(head, file)
+    if content:
         raise DataError.of(
-            f"the file is {found[0]}, not {_NAMES[file.kind]}", where=file.shown, remedy=found[1]
+            f"the file is {content[0]}, not {_NAMES[file.kind]}",
+            where=file.shown,
+            remedy=content[1],
         )
 
 

@@ -34,11 +34,11 @@ def split_rows(
             why=f"the dataset has {len(row_hashes)} rows, all of them saying the same",
             remedy="set eval_fraction to 0, or name an eval_dataset",
         )
-    order = np.argsort(_mixed(distinct, seed), kind="stable")
-    taken = np.cumsum(counts[order])
+    ranking = np.argsort(_mixed(distinct, seed), kind="stable")
+    taken = np.cumsum(counts[ranking])
     wanted = max(1, round(len(row_hashes) * eval_fraction))
     groups = min(int(np.searchsorted(taken, wanted)) + 1, len(distinct) - 1)
-    is_eval = np.isin(row_hashes, distinct[order[:groups]])
+    is_eval = np.isin(row_hashes, distinct[ranking[:groups]])
     return np.flatnonzero(~is_eval), np.flatnonzero(is_eval)
 
 
@@ -64,18 +64,18 @@ def epoch_rows(
     """
     if all(weight == 1 for weight in weights):
         return index
-    parts: list[Index] = []
+    drawn: list[Index] = []
     for source, weight in enumerate(weights):
         rows = index[sources[index] == source]
         whole = int(weight)
-        parts.extend([rows] * whole)
+        drawn.extend([rows] * whole)
         count = round((weight - whole) * len(rows))
         if count:
             # The row number keeps rows apart that say the same.
             keys = row_hashes[rows] ^ _mixed(rows.astype(np.uint64), 0)
             chosen = np.argsort(_mixed(keys, seed * 1_000_003 + epoch + 1), kind="stable")[:count]
-            parts.append(rows[chosen])
-    return np.sort(np.concatenate(parts)) if parts else index[:0]
+            drawn.append(rows[chosen])
+    return np.sort(np.concatenate(drawn)) if drawn else index[:0]
 
 
 def _mixed(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:

@@ -67,7 +67,7 @@ class Rendering:
 
     text: str
     pieces: tuple[Piece, ...]
-    marks: tuple[Span, ...]
+    generation_spans: tuple[Span, ...]
 
     @property
     def is_traced(self) -> bool:
@@ -99,7 +99,7 @@ class ChatTemplate:
     tokenizer: Any = field(repr=False)
     text: str = field(repr=False)
     tools_text: str = field(repr=False)
-    takes_parts: bool = False
+    takes_typed_content: bool = False
     control_tokens: tuple[str, ...] = ()
 
     @classmethod
@@ -130,7 +130,7 @@ class ChatTemplate:
                 where=f"chat_template, line {getattr(error, 'lineno', '?')}",
                 why=str(error),
             ) from error
-        template = replace(template, takes_parts=template._writes_only_parts())
+        template = replace(template, takes_typed_content=template._needs_typed_content())
         return replace(template, control_tokens=template._find_control_tokens())
 
     @property
@@ -139,7 +139,7 @@ class ChatTemplate:
         return hashlib.sha256(f"{self.text}\0{self.tools_text}".encode()).hexdigest()
 
     @property
-    def has_marks(self) -> bool:
+    def has_generation_spans(self) -> bool:
         """Tell whether the template itself marks what the assistant generates."""
         return bool(_GENERATION_MARK.search(self.text))
 
@@ -201,13 +201,13 @@ class ChatTemplate:
         program = _compile_traced(source)
         tracer = _Tracer(messages)
         chunks = [""]  # transformers 4.50 takes an empty list for "not tracking"
-        marks: list[Span] = []
+        generation_spans: list[Span] = []
         pieces: list[Piece] = []
         position = 0
         environment: Any = program.environment
         # transformers' tracker re-joins `chunks` at every mark: only where there are marks.
         tracker = (
-            environment.activate_tracker(chunks, marks)
+            environment.activate_tracker(chunks, generation_spans)
             if _GENERATION_MARK.search(source)
             else nullcontext()
         )
@@ -227,7 +227,7 @@ class ChatTemplate:
                 elif chunk:
                     pieces.append(Piece(position, end, tracer.owner))
                 position = end
-        return Rendering("".join(chunks), tuple(pieces), tuple(marks))
+        return Rendering("".join(chunks), tuple(pieces), tuple(generation_spans))
 
     def _apply(
         self,
@@ -236,8 +236,8 @@ class ChatTemplate:
         tools: Sequence[Message],
         add_generation_prompt: bool,
     ) -> str:
-        if self.takes_parts:
-            messages = [_with_parts(message) for message in messages]
+        if self.takes_typed_content:
+            messages = [_with_typed_content(message) for message in messages]
         with _own_faults(source):
             text: str = self.tokenizer.apply_chat_template(
                 list(messages),
@@ -260,13 +260,13 @@ class ChatTemplate:
         added = self.tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special}
         # A default system prompt may show how to think; answers do spell those tokens out.
-        found = [t for t in special if len(t) > 2 and t in text and "think" not in t.lower()]
-        return tuple(sorted(found))
+        tokens = [t for t in special if len(t) > 2 and t in text and "think" not in t.lower()]
+        return tuple(sorted(tokens))
 
-    def _writes_only_parts(self) -> bool:
+    def _needs_typed_content(self) -> bool:
         probe = [{"role": "user", "content": _PROBE}]
-        parts = [_with_parts(message) for message in probe]
-        return not self._writes_probe(probe) and self._writes_probe(parts)
+        messages = [_with_typed_content(message) for message in probe]
+        return not self._writes_probe(probe) and self._writes_probe(messages)
 
     def _writes_probe(self, messages: Sequence[Message]) -> bool:
         try:
@@ -281,7 +281,7 @@ def _fitting(tokenizer: Any) -> list[str]:
     return fitting(added) or list(NAMES)
 
 
-def _with_parts(message: Message) -> Message:
+def _with_typed_content(message: Message) -> Message:
     content = message.get("content")
     if not isinstance(content, str):
         return message

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .bad_rows import fault_in
-from .instructions import RowError, is_instruction, is_trained
+from .instructions import RowError, is_instruction, is_supervised
 
 ROLES = {
     "system": "system",
@@ -35,7 +35,7 @@ class Turn:
     """A message, and what it says of its own training: None where it says nothing."""
 
     message: dict[str, Any]
-    is_trained: bool | None = None
+    is_supervised: bool | None = None
 
 
 def turns_of(value: Any, field: str) -> list[Turn]:
@@ -65,7 +65,7 @@ def _turn(turn: Any, field: str) -> Turn:
     known = ROLES.get(role.strip().lower())
     if known is None:
         raise RowError(f"field '{field}.{role_key}' is none of {', '.join(ROLES)}")
-    wanted = is_trained(turn, field, is_assistant=known in ("assistant", "function_call"))
+    wanted = is_supervised(turn, field, is_assistant=known in ("assistant", "function_call"))
     if known == "function_call":
         calls = _tool_calls(turn.get(content_key), f"{field}.{content_key}")
         return Turn({"role": "assistant", "content": "", "tool_calls": calls}, wanted)
@@ -116,16 +116,16 @@ def _tool_calls(value: Any, field: str) -> list[dict[str, Any]]:
         raise RowError(f"field '{field}' is empty")
     result = []
     for index, call in enumerate(calls):
-        place = f"{field}[{index}]"
+        field_name = f"{field}[{index}]"
         function = call.get("function", call) if isinstance(call, dict) else call
         if not isinstance(call, dict) or not isinstance(function, dict):
-            raise RowError(f"field '{place}' is {type(call).__name__}, expected a tool call")
-        name = text_of(function.get("name"), f"{place}.name")
+            raise RowError(f"field '{field_name}' is {type(call).__name__}, expected a tool call")
+        name = text_of(function.get("name"), f"{field_name}.name")
         arguments = function.get("arguments", function.get("parameters"))
-        arguments = _parsed(arguments, f"{place}.arguments") if arguments else {}
+        arguments = _parsed(arguments, f"{field_name}.arguments") if arguments else {}
         if not isinstance(arguments, dict):
             raise RowError(
-                f"field '{place}.arguments' is {type(arguments).__name__}, expected an object"
+                f"field '{field_name}.arguments' is {type(arguments).__name__}, expected an object"
             )
         rest = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         described = {"name": name, "arguments": arguments}

@@ -91,13 +91,13 @@ def abandoned_temporary() -> list[Path]:
 
 def abandoned(parent: Path, pattern: str, *, is_own: bool) -> list[Path]:
     """Return what `remove_abandoned` would remove."""
-    found = []
+    leftovers = []
     for left in sorted(parent.glob(pattern)):
         with contextlib.suppress(OSError):
             status = left.lstat()
             if status.st_uid == os.getuid() and _is_abandoned(left, status.st_mtime, is_own):
-                found.append(left)
-    return found
+                leftovers.append(left)
+    return leftovers
 
 
 def remove(left: Path) -> None:

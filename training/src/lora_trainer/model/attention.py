@@ -81,13 +81,13 @@ class PackedAttention:
         if groups > 1 and not (is_grouped and _shares_heads(query_BHTD, dropout)):
             key_BHTD = key_BHTD.repeat_interleave(groups, dim=1)
             value_BHTD = value_BHTD.repeat_interleave(groups, dim=1)
-        parts = zip(
+        examples = zip(
             query_BHTD.split(list(self.lengths), dim=2),
             key_BHTD.split(list(self.lengths), dim=2),
             value_BHTD.split(list(self.lengths), dim=2),
             strict=True,
         )
-        done = [_attend(q, k, v, scaling, dropout, window, softcap) for q, k, v in parts]
+        done = [_attend(q, k, v, scaling, dropout, window, softcap) for q, k, v in examples]
         return torch.cat(done, dim=2).transpose(1, 2).contiguous(), None
 
 

@@ -50,7 +50,7 @@ class Backend:
         return self.machine.device
 
     @property
-    def place(self) -> str:
+    def device_name(self) -> str:
         """Return this process's device, as torch names it: cpu, or cuda with its number."""
         return f"cuda:{self.index}" if self.machine.has_gpu else "cpu"
 
@@ -79,11 +79,11 @@ def usable_machine(machine: Machine, processes: int = 1) -> Machine:
     """
     if is_hidden():
         return without_gpus(machine)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if machine.has_gpu and usable < min(processes, len(machine.gpus)):
-        why = str(said[-1].message).splitlines()[0] if said else ""
+        why = str(warned[-1].message).splitlines()[0] if warned else ""
         raise stacks.unusable(machine, usable, why)
     if usable and not machine.has_gpu:
         raise stacks.unlisted(torch.cuda.get_device_name(0))

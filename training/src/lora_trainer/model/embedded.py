@@ -63,14 +63,14 @@ def prepare(cache: Path) -> Path:
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(cache, MAKING, f"{MAKING}*") as made:
-            _dequantize(source, made)
-            release(made)
-            manifest = {path.name: _entry(path) for path in sorted(made.iterdir())}
-            (made / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            follow_umask(made)
+        with scratch_folder(cache, MAKING, f"{MAKING}*") as folder_made:
+            _dequantize(source, folder_made)
+            release(folder_made)
+            manifest = {path.name: _entry(path) for path in sorted(folder_made.iterdir())}
+            (folder_made / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            follow_umask(folder_made)
             shutil.rmtree(folder, ignore_errors=True)
-            made.replace(folder)
+            folder_made.replace(folder)
     except Exception as error:
         # Another process may have made it at the same moment.
         if isinstance(error, OSError) and is_sound(folder):

@@ -273,12 +273,12 @@ class VariableLength:
             query_THD, key_THD, value_THD = (
                 part.to(half) for part in (query_THD, key_THD, value_THD)
             )
-        made = varlen.attend(
+        output_THD = varlen.attend(
             self.kernel.module, query_THD, key_THD, value_THD,
             self._spans_of(lengths, query_THD.device),
             scaling=scaling, window=window, softcap=softcap,
         )  # fmt: skip
-        return made.to(dtype)
+        return output_THD.to(dtype)
 
     def _spans_of(self, lengths: Sequence[int], device: Any) -> Any:
         """Return where the examples are: sent to the device once a micro-batch, for all layers."""

@@ -95,31 +95,31 @@ class Footprint:
 
     def _phases(self, layers: int, work: Work) -> tuple[int, ...]:
         """Return the peaks of forward and backward pass of the model's first layers."""
-        causal = self._model(layers, work.bits, work.is_trained and work.gradient_checkpointing)
+        causal = self._model(layers, work.bits, work.is_training and work.gradient_checkpointing)
         mode, live = AsOnDevice(self._device, self._has_kernel), LiveBytes()
-        if work.is_trained and work.gradient_checkpointing:
+        if work.is_training and work.gradient_checkpointing:
             _resume_casts(causal, mode)
         live.ignore(iter((*causal.model.parameters(), *causal.model.buffers())))
-        trained = list(trainable_parameters(causal.model).values())
-        causal.model.train(work.is_trained)
+        trainable = list(trainable_parameters(causal.model).values())
+        causal.model.train(work.is_training)
         # A sweep of Python's collector would free what the model keeps in cycles sooner or later.
         gc.collect()
         if causal.packed is not None:
             _register(causal.packed)
         with mode.running(), live:
-            if not work.is_trained:
+            if not work.is_training:
                 with torch.no_grad(), causal.autocast():
                     _score(causal, batch_of(work))
                 return (live.peak,)
             if work.accumulates:
-                for parameter in trained:
+                for parameter in trainable:
                     parameter.grad = torch.zeros_like(parameter)
             loss = causal.loss(batch_of(work))
             forward, live.peak = live.peak, live.now
             loss.backward()
             del loss
             live.sweep()
-        for parameter in trained:
+        for parameter in trainable:
             parameter.grad = None
         return forward, live.peak, live.now
 
@@ -218,12 +218,12 @@ def _is_each(value: Any, layers: int) -> bool:
 
 def batch_of(work: Work) -> MicroBatch:
     """Return the examples of a micro-batch, the last tokens of each supervised."""
-    marks = []
+    masks = []
     for length in work.lengths:
-        is_trained = np.zeros(length, dtype=bool)
-        is_trained[max(0, length - work.trained_tokens) :] = True
-        marks.append(is_trained)
-    return MicroBatch([np.zeros(length, dtype=np.int64) for length in work.lengths], marks)
+        is_training = np.zeros(length, dtype=bool)
+        is_training[max(0, length - work.supervised_tokens) :] = True
+        masks.append(is_training)
+    return MicroBatch([np.zeros(length, dtype=np.int64) for length in work.lengths], masks)
 
 
 def _score(causal: CausalLM, batch: MicroBatch) -> None:

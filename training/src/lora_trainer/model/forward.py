@@ -38,7 +38,7 @@ class MicroBatch:
     """Examples that go through the model together: for each, token ids and trained marks."""
 
     ids: Sequence[NDArray[np.int64]]
-    is_trained: Sequence[NDArray[np.bool_]]
+    loss_mask: Sequence[NDArray[np.bool_]]
 
     @property
     def tokens(self) -> int:
@@ -48,7 +48,7 @@ class MicroBatch:
     @property
     def targets(self) -> int:
         """Return the supervised positions: a first token has none before it to predict it."""
-        return int(sum(int(marks[1:].sum()) for marks in self.is_trained))
+        return int(sum(int(loss_mask[1:].sum()) for loss_mask in self.loss_mask))
 
 
 class CausalLM:
@@ -122,8 +122,8 @@ class CausalLM:
             hidden_NW, labels_N = self._hidden(batch)
             return summed_loss_and_hits(self.head, hidden_NW, labels_N, self.chunk)
 
-    def shard(self, share: Any) -> None:
-        """Share the frozen layers out over the ranks, as `shard.choose_sharing` chose."""
+    def shard(self, sharder: Any) -> None:
+        """Share the frozen layers out over the ranks, as `shard.choose_sharder` chose."""
         from .shard import shard
 
         if self.whole_why:
@@ -134,7 +134,7 @@ class CausalLM:
                 why=self.whole_why,
                 remedy="--parallelism ddp, and nothing offloaded",
             )
-        shard(self.inner, self.decoder, self.device, share)
+        shard(self.inner, self.decoder, self.device, sharder)
         self.is_sharded = True
 
     def pad(self) -> None:
@@ -182,7 +182,7 @@ class CausalLM:
         packed.lengths = lengths
         ids_T = np.concatenate(batch.ids)
         positions_T = np.concatenate([np.arange(length) for length in lengths])
-        is_target_T = np.concatenate(batch.is_trained)
+        is_target_T = np.concatenate(batch.loss_mask)
         is_target_T[np.cumsum([0, *lengths[:-1]])] = False
         (target_N,) = np.nonzero(is_target_T)
         ids, positions, before_N, labels_N = self._uploaded(
@@ -202,8 +202,8 @@ class CausalLM:
         """Return logits that predict the targets (N, V), and the targets (N,)."""
         if self.is_one_by_one and len(batch.ids) > 1:
             singles = [
-                self._whole_logits(MicroBatch([ids], [marks]))
-                for ids, marks in zip(batch.ids, batch.is_trained, strict=True)
+                self._whole_logits(MicroBatch([ids], [loss_mask]))
+                for ids, loss_mask in zip(batch.ids, batch.loss_mask, strict=True)
             ]
             logits, labels = zip(*singles, strict=True)
             return torch.cat(logits), torch.cat(labels)
@@ -228,10 +228,10 @@ def _padded(batch: MicroBatch) -> list[NDArray[np.int64]]:
     ids_BL = np.zeros((len(batch.ids), longest), dtype=np.int64)
     mask_BL = np.zeros_like(ids_BL)
     is_target_BL = np.zeros(ids_BL.shape, dtype=bool)
-    for row, (ids, marks) in enumerate(zip(batch.ids, batch.is_trained, strict=True)):
+    for row, (ids, loss_mask) in enumerate(zip(batch.ids, batch.loss_mask, strict=True)):
         ids_BL[row, : len(ids)] = ids
         mask_BL[row, : len(ids)] = 1
-        is_target_BL[row, 1 : len(ids)] = marks[1:]
+        is_target_BL[row, 1 : len(ids)] = loss_mask[1:]
     rows_N, columns_N = np.nonzero(is_target_BL)
     return [ids_BL, mask_BL, rows_N, columns_N - 1, ids_BL[rows_N, columns_N]]
 

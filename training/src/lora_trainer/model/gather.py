@@ -68,16 +68,16 @@ class _Layer:
     def __init__(self, layer: nn.Module, device: str, ranks: Ranks) -> None:
         self._ranks = ranks
         self._frozen = [p for p in layer.parameters() if not p.requires_grad]
-        self._places: list[tuple[slice, torch.dtype, torch.Size]] = []
+        self._extents: list[tuple[slice, torch.dtype, torch.Size]] = []
         end = 0
         for parameter in self._frozen:
-            place = slice(end, end + parameter.nbytes)
-            self._places.append((place, parameter.dtype, parameter.shape))
-            end = _aligned(place.stop, ALIGNMENT_BYTES)
+            extent = slice(end, end + parameter.nbytes)
+            self._extents.append((extent, parameter.dtype, parameter.shape))
+            end = _aligned(extent.stop, ALIGNMENT_BYTES)
         self._bytes = _aligned(end, ALIGNMENT_BYTES * ranks.count)
         whole = torch.zeros(self._bytes, dtype=torch.uint8)
-        for parameter, (place, _, _) in zip(self._frozen, self._places, strict=True):
-            whole[place] = parameter.data.cpu().contiguous().view(-1).view(torch.uint8)
+        for parameter, (extent, _, _) in zip(self._frozen, self._extents, strict=True):
+            whole[extent] = parameter.data.cpu().contiguous().view(-1).view(torch.uint8)
             _move_scales(parameter, device)
         self.part = whole.chunk(ranks.count)[ranks.rank].to(device, copy=True)
         self._storage = torch.empty(0, dtype=torch.uint8, device=device).untyped_storage()
@@ -88,12 +88,12 @@ class _Layer:
         self._storage.resize_(self._bytes)
         whole = self.part.new_empty(0).set_(self._storage)
         self._ranks.gather(self.part, whole)
-        for parameter, (place, dtype, shape) in zip(self._frozen, self._places, strict=True):
-            _point(parameter, whole[place].view(dtype).view(shape))
+        for parameter, (extent, dtype, shape) in zip(self._frozen, self._extents, strict=True):
+            _point(parameter, whole[extent].view(dtype).view(shape))
 
     def let_go(self) -> None:
         """Give the memory back; whoever reads a weight now finds none, not another's bytes."""
-        for parameter, (_, dtype, _) in zip(self._frozen, self._places, strict=True):
+        for parameter, (_, dtype, _) in zip(self._frozen, self._extents, strict=True):
             _point(parameter, torch.empty(0, dtype=dtype, device=self.part.device))
         self._storage.resize_(0)
 

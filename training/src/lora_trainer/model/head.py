@@ -89,9 +89,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 loss = F.cross_entropy(head(part), labels, reduction="sum") * factor
             total += loss.detach()
             if hidden_gradient is not None:
-                made = torch.autograd.grad(loss, [part, *parameters])
-                hidden_gradient[start : start + chunk] = made[0]
-                for index, gradient in enumerate(made[1:]):
+                gradients = torch.autograd.grad(loss, [part, *parameters])
+                hidden_gradient[start : start + chunk] = gradients[0]
+                for index, gradient in enumerate(gradients[1:]):
                     sums[index] += gradient
         ctx.save_for_backward(hidden_gradient, *sums)
         return total

@@ -54,11 +54,11 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation; its inputs are still there when its outputs are made."""
         self.sweep()
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_flatten(made)[0]:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_flatten(result)[0]:
             if isinstance(tensor, Tensor) and tensor.device.type == "meta":
                 self.add(tensor)
-        return made
+        return result
 
     def add(self, tensor: Tensor) -> None:
         """Count a tensor's storage, unless it is counted already."""
@@ -193,11 +193,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, device: str) -> Tensor:
-        made = torch.empty_like(query)
+        output = torch.empty_like(query)
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, made, sums)
+        ctx.save_for_backward(query, key, value, output, sums)
         ctx.device = device
-        return made
+        return output
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -209,15 +209,15 @@ class _Attention(torch.autograd.Function):
             if ctx.device == "cuda"
             else []
         )
-        made = tuple(torch.empty_like(one) for one in (query, key, value))
+        gradients = tuple(torch.empty_like(one) for one in (query, key, value))
         del scratch
-        return *made, None
+        return *gradients, None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, device: str) -> Tensor:
     """Return attention as a fused kernel leaves it, for tensors of any layout."""
-    made: Tensor = _Attention.apply(query, key, value, device)
-    return made
+    output: Tensor = _Attention.apply(query, key, value, device)
+    return output
 
 
 def _cuda_dropout(

@@ -25,8 +25,8 @@ class PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return the product, in the input's precision."""
         if self.bits == 4:
-            made: Tensor = _Widened.apply(input.to(self.compute_dtype), self.weight, False, False)
-            return made.to(input.dtype)
+            output: Tensor = _Widened.apply(input.to(self.compute_dtype), self.weight, False, False)
+            return output.to(input.dtype)
         eighth: Tensor = _Widened.apply(input, self.weight, True, self.device_type == "cuda")
         return eighth
 

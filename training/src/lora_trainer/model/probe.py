@@ -145,7 +145,7 @@ def check_unloaded(model: Any) -> None:
             call(model, ids_1T, torch.ones_like(ids_1T))
     except (ValueError, TypeError) as error:
         if "meta" not in str(error).lower():
-            raise refusal(model.config, f"{TEXT_ALONE}: {said(error)}") from error
+            raise refusal(model.config, f"{TEXT_ALONE}: {first_line(error)}") from error
     except Exception:  # what cannot be computed without weights says nothing of the model
         return
 
@@ -183,10 +183,10 @@ def _attempted(compute: Callable[[], float]) -> tuple[float, str]:
     except Exception as error:  # a model's code raises what it likes
         if is_out_of_memory(error):
             raise
-        return 0.0, said(error)
+        return 0.0, first_line(error)
 
 
-def said(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """Return the first line of what a model's code raised, cut where it is long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
@@ -230,8 +230,8 @@ def _sample(model: Any) -> MicroBatch:
     config = sizes.text_config(model.config)
     window = getattr(config, "sliding_window", None) or 0
     extra = (window + 7,) if 0 < window <= LONGEST_WINDOW else ()
-    order = np.random.Generator(np.random.PCG64(0))
-    ids = [order.integers(0, sizes.vocabulary(config), length) for length in (*LENGTHS, *extra)]
+    random = np.random.Generator(np.random.PCG64(0))
+    ids = [random.integers(0, sizes.vocabulary(config), length) for length in (*LENGTHS, *extra)]
     return MicroBatch(ids, [np.ones(len(one), dtype=bool) for one in ids])
 
 

@@ -125,7 +125,7 @@ def check_bitsandbytes(config: Config, *, has_gpu: bool) -> None:
         raise ConfigError(problems)
 
 
-def check_sharing(config: Config) -> None:
+def check_sharding(config: Config) -> None:
     """Refuse to share out a base that would first have to be packed, whole, on each device.
 
     Raises:
@@ -183,14 +183,14 @@ def apply_stored_quantization(
 
 def _asked(config: Config) -> list[tuple[str, str]]:
     """Return each key that needs bitsandbytes, and how to do without."""
-    found = []
+    keys = []
     if config.model.use_4bit:
-        found.append(("use_4bit: true", "--use_4bit false"))
+        keys.append(("use_4bit: true", "--use_4bit false"))
     if config.model.use_8bit:
-        found.append(("use_8bit: true", "--use_8bit false"))
+        keys.append(("use_8bit: true", "--use_8bit false"))
     if config.training.optim != "adamw":
-        found.append((f"optim: {config.training.optim}", "--optim adamw"))
-    return found
+        keys.append((f"optim: {config.training.optim}", "--optim adamw"))
+    return keys
 
 
 def _problem(asked: str, without: str, has_gpu: bool) -> Problem | None:
@@ -354,11 +354,11 @@ def _numbers(parameter: Any) -> int:
 
 def held_bytes(model: Any) -> int:
     """Return the bytes of a base model's weights with their scales, shared ones counted once."""
-    found: dict[int, int] = {}
+    bytes_of: dict[int, int] = {}
 
     def add(tensor: Any) -> None:
         if tensor is not None:
-            found[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            bytes_of[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
 
     for parameter in model.parameters():
         add(parameter)
@@ -369,4 +369,4 @@ def held_bytes(model: Any) -> int:
             add(state.state2.absmax if state.state2 is not None else None)
     for module in model.modules():
         add(getattr(getattr(module, "state", None), "SCB", None))
-    return sum(found.values())
+    return sum(bytes_of.values())

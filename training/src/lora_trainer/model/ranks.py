@@ -56,11 +56,11 @@ class Ranks:
         """Tell whether this rank speaks and writes for all."""
         return self.rank == 0
 
-    def is_any(self, said: bool) -> bool:
+    def is_any(self, condition: bool) -> bool:
         """Tell whether any rank says so; every rank must ask."""
         if self.count == 1:
-            return said
-        return bool(self.summed(torch.tensor([float(said)])).item())
+            return condition
+        return bool(self.summed(torch.tensor([float(condition)])).item())
 
     def agreed(self, asked: Callable[[], bool]) -> Callable[[], bool]:
         """Return a question that all ranks answer alike, however late a signal reached one."""
@@ -175,21 +175,21 @@ def _peers() -> Iterator[None]:
         raise PeerLostError(str(error)) from error
 
 
-def share_out(sizes: Sequence[int], count: int) -> list[list[int]]:
+def deal_pieces(sizes: Sequence[int], count: int) -> list[list[int]]:
     """Share pieces of these sizes among `count` ranks: as many pieces each, and as even.
 
     The largest goes first, to whoever has least; every rank computes the same. Within a
     rank the pieces keep their order.
     """
     most = -(-len(sizes) // count)
-    shares: list[list[int]] = [[] for _ in range(count)]
+    dealt: list[list[int]] = [[] for _ in range(count)]
     loads = [0] * count
     for piece in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
-        open_ranks = [rank for rank in range(count) if len(shares[rank]) < most]
+        open_ranks = [rank for rank in range(count) if len(dealt[rank]) < most]
         rank = min(open_ranks, key=lambda one: (loads[one], one))
-        shares[rank].append(piece)
+        dealt[rank].append(piece)
         loads[rank] += sizes[piece]
-    return [sorted(share) for share in shares]
+    return [sorted(pieces) for pieces in dealt]
 
 
 def own_batches(tokens: Sequence[int], ranks: Ranks, is_sharded: bool) -> list[tuple[int, float]]:
@@ -198,9 +198,9 @@ def own_batches(tokens: Sequence[int], ranks: Ranks, is_sharded: bool) -> list[t
     Ranks that share a model gather its layers together, so one that has fewer goes through
     the step's first micro-batch again, with weight zero.
     """
-    shares = share_out(tokens, ranks.count)
-    own = [(index, 1.0) for index in shares[ranks.rank]]
-    missing = max(map(len, shares)) - len(own) if is_sharded else 0
+    dealt = deal_pieces(tokens, ranks.count)
+    own = [(index, 1.0) for index in dealt[ranks.rank]]
+    missing = max(map(len, dealt)) - len(own) if is_sharded else 0
     return own + [(0, 0.0)] * missing
 
 
@@ -226,19 +226,19 @@ def sum_step(
     exist = [float(gradient is not None) for gradient in gradients]
     figures = [0.0] * (FIGURES * ranks.count)
     figures[FIGURES * ranks.rank : FIGURES * (ranks.rank + 1)] = _packed(own)
-    told = torch.tensor([*exist, *figures], dtype=torch.float32, device=loss.device)
+    row = torch.tensor([*exist, *figures], dtype=torch.float32, device=loss.device)
     flat = [
         (torch.zeros_like(p) if g is None else g).detach().reshape(-1).float()
         for p, g in zip(parameters, gradients, strict=True)
     ]
-    bucket = ranks.summed(torch.cat([*flat, loss.detach().reshape(1).float(), told]))
+    bucket = ranks.summed(torch.cat([*flat, loss.detach().reshape(1).float(), row]))
     sizes = [p.numel() for p in parameters]
-    parts = bucket.split([*sizes, 1, len(exist), len(figures)])
-    for parameter, part, has in zip(parameters, parts, parts[-2].tolist(), strict=False):
+    pieces = bucket.split([*sizes, 1, len(exist), len(figures)])
+    for parameter, part, has in zip(parameters, pieces, pieces[-2].tolist(), strict=False):
         if has:
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
-    rows = parts[-1].tolist()
-    return float(parts[-3]), [
+    rows = pieces[-1].tolist()
+    return float(pieces[-3]), [
         _unpacked(rank, rows[FIGURES * rank : FIGURES * (rank + 1)]) for rank in range(ranks.count)
     ]
 

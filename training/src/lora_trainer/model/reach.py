@@ -106,13 +106,13 @@ def _is_product(linear: nn.Linear) -> bool:
 def _is_router(
     name: str, module: nn.Module, modules: dict[str, nn.Module], counts: set[int]
 ) -> bool:
-    parts = name.split(".")
-    within = [modules[".".join(parts[:end])] for end in range(1, len(parts) + 1)]
-    if any(ROUTER.search(part) for part in parts):
+    names = name.split(".")
+    within = [modules[".".join(names[:end])] for end in range(1, len(names) + 1)]
+    if any(ROUTER.search(part) for part in names):
         return True
     if any(re.search("Router|Gating", type(each).__name__) for each in within):
         return True
-    return any(GATE.match(part) for part in parts[-2:]) and _outputs(module) in counts
+    return any(GATE.match(part) for part in names[-2:]) and _outputs(module) in counts
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -137,8 +137,8 @@ def shortest(names: Iterable[str], others: Iterable[str]) -> list[str]:
 
 def suffixes(name: str) -> list[str]:
     """Return the name and its endings at each dot, the longest first."""
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
+    names = name.split(".")
+    return [".".join(names[start:]) for start in range(len(names))]
 
 
 def notes(model: Any, total: int, section: LoraSection) -> tuple[str, ...]:
@@ -172,36 +172,38 @@ def notes(model: Any, total: int, section: LoraSection) -> tuple[str, ...]:
     )
     # One module may be adapted twice: PEFT nests what it puts around its parameters.
     reached = sum(_numbers(module) for module in adapters.values())
-    said = [_share(100 * reached / total, left, fused, section)] if any(n for _, n in left) else []
+    lines = (
+        [_left_out(100 * reached / total, left, fused, section)] if any(n for _, n in left) else []
+    )
     if asked := [name for name in gates if name in adapted]:
-        said.append(
+        lines.append(
             f"the adapter changes routers ({listed(asked)}): other experts are chosen, without "
             "a loss that balances them"
         )
     if copied := {name: tensor for name, tensor in experts.items() if name in wrapped}:
-        said.append(_copied(copied, sizes.layers(base.config) or 1))
+        lines.append(_copied(copied, sizes.layers(base.config) or 1))
     if getattr(sizes.text_config(base.config), "output_router_logits", False):
-        said.append(
+        lines.append(
             "the loss that balances the experts (output_router_logits) is not added: the routers, "
             "which it trains, stay frozen"
         )
-    return tuple(said)
+    return tuple(lines)
 
 
-def _share(
-    share: float,
+def _left_out(
+    percent: float,
     left: Iterable[tuple[str, list[str]]],
     fused: list[str],
     section: LoraSection,
 ) -> str:
     """Say which share of the parameters is reached, what is left out and how it could be had."""
     out = ", ".join(f"{kind} ({listed(names)})" for kind, names in left if names)
-    note = f"the adapter reaches {share:.0f}% of the parameters, and leaves out {out}"
+    text = f"the adapter reaches {percent:.0f}% of the parameters, and leaves out {out}"
     if not fused:
-        return note
+        return text
     without = [key for key in ("lora_dropout", "use_dora") if getattr(section, key)]
     only = f", without {' and '.join(without)}" * bool(without)
-    return f"{note}; to train the experts: --lora_target_parameters {','.join(_last(fused))}{only}"
+    return f"{text}; to train the experts: --lora_target_parameters {','.join(_last(fused))}{only}"
 
 
 def _copied(experts: dict[str, nn.Parameter], layers: int) -> str:

@@ -24,21 +24,21 @@ from . import sizes, zero
 from .gather import GatheredLayers, move
 from .ranks import Ranks
 
-Sharing = Callable[[nn.ModuleList, nn.Module, set[nn.Parameter]], None]
+Sharder = Callable[[nn.ModuleList, nn.Module, set[nn.Parameter]], None]
 
 
-def choose_sharing(
+def choose_sharder(
     parallelism: Parallelism,
     training: TrainingSection,
     device: str,
     ranks: Ranks,
     *,
     is_packed: bool,
-) -> Sharing:
+) -> Sharder:
     """Return how layers are shared out here; all ranks must ask at the same time."""
     if parallelism == "deepspeed":
         is_offloaded = training.offload_param_device == "cpu"
-        return lambda layers, decoder, _: zero.share(
+        return lambda layers, decoder, _: zero.shard_layers(
             layers, decoder, device, ranks, is_offloaded=is_offloaded
         )
     fully_shard = getattr(torch.distributed.fsdp, "fully_shard", None)
@@ -53,14 +53,14 @@ def choose_sharing(
 
     mesh = init_device_mesh(device, (ranks.count,))
 
-    def share(layers: nn.ModuleList, decoder: nn.Module, whole: set[nn.Parameter]) -> None:
+    def sharder(layers: nn.ModuleList, decoder: nn.Module, whole: set[nn.Parameter]) -> None:
         for module in (*layers, decoder):
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
 
-    return share
+    return sharder
 
 
-def shard(model: Any, decoder: nn.Module, device: str, share: Sharing) -> None:
+def shard(model: Any, decoder: nn.Module, device: str, sharder: Sharder) -> None:
     """Share out the decoder's layers, and move what is left whole to the device.
 
     Raises:
@@ -76,7 +76,7 @@ def shard(model: Any, decoder: nn.Module, device: str, share: Sharing) -> None:
         )
     own = {p for layer in layers for p in layer.parameters() if not p.requires_grad}
     whole = {p for p in model.parameters() if p not in own}
-    share(layers, decoder, whole)
+    sharder(layers, decoder, whole)
     for parameter in whole:
         move(parameter, device)
     for module in model.modules():

@@ -231,14 +231,14 @@ def fused_names(model: Any) -> list[str]:
     fused = [name.replace(".base_layer", "") for name in reach.fused_experts(model)]
     names = (name.replace(".base_layer", "") for name, _ in model.named_parameters())
     others = set(names) - set(fused)
-    return list(dict.fromkeys(_two_parts(name, others) for name in fused))
+    return list(dict.fromkeys(_last_two_names(name, others) for name in fused))
 
 
-def _two_parts(name: str, others: Iterable[str]) -> str:
+def _last_two_names(name: str, others: Iterable[str]) -> str:
     """Return a parameter's name with that of its module, or more where others end so too."""
-    parts = name.split(".")
-    for start in reversed(range(max(1, len(parts) - 1))):
-        ending = ".".join(parts[start:])
+    names = name.split(".")
+    for start in reversed(range(max(1, len(names) - 1))):
+        ending = ".".join(names[start:])
         if not any(_ends(other, ending) for other in others):
             return ending
     return name

@@ -57,20 +57,20 @@ def attend(
             key_THD, value_THD = (
                 part.repeat_interleave(groups, dim=1) for part in (key_THD, value_THD)
             )
-        made = torch.ops.aten._flash_attention_forward(
+        result = torch.ops.aten._flash_attention_forward(
             query_THD.contiguous(), key_THD, value_THD, starts, starts, longest, longest,
             0.0, True, False, scale=scaling,
         )  # fmt: skip
     elif module == PYTORCH:
         assert softcap is None
-        made = _function(module, "varlen_attn")(
+        result = _function(module, "varlen_attn")(
             query_THD, key_THD, value_THD, starts, starts, longest, longest,
             scale=scaling,
             window_size=(before, 0),
             enable_gqa=query_THD.shape[1] != key_THD.shape[1],
         )  # fmt: skip
     else:
-        made = _function(module, "flash_attn_varlen_func")(
+        result = _function(module, "flash_attn_varlen_func")(
             query_THD, key_THD, value_THD,
             cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=longest, max_seqlen_k=longest,
             softmax_scale=scaling,
@@ -80,7 +80,7 @@ def attend(
             **({"softcap": softcap} if softcap is not None else {}),
         )  # fmt: skip
     # The log-sum-exp is beside the output in some releases of flash-attn 3 too.
-    output: Tensor = made[0] if isinstance(made, tuple) else made
+    output: Tensor = result[0] if isinstance(result, tuple) else result
     return output
 
 

@@ -66,7 +66,7 @@ def _refuse(what: str, why: str, remedy: str) -> None:
     )
 
 
-def share(
+def shard_layers(
     layers: nn.ModuleList, decoder: nn.Module, device: str, ranks: Ranks, *, is_offloaded: bool
 ) -> None:
     """Share the layers' frozen weights out; all ranks must, at the same time.
@@ -157,9 +157,9 @@ def _imported(device: str, ranks: Ranks) -> Any:
     """Import DeepSpeed, and tell it and Accelerate in which process they are."""
     import torch
 
-    place = {"RANK": ranks.rank, "LOCAL_RANK": ranks.rank, "WORLD_SIZE": ranks.count}
-    place["LOCAL_WORLD_SIZE"] = ranks.count
-    os.environ |= {key: str(value) for key, value in place.items()}
+    variables = {"RANK": ranks.rank, "LOCAL_RANK": ranks.rank, "WORLD_SIZE": ranks.count}
+    variables["LOCAL_WORLD_SIZE"] = ranks.count
+    os.environ |= {key: str(value) for key, value in variables.items()}
     os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": device}
     # Without it Accelerate would choose the number of threads again.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))

@@ -26,11 +26,15 @@ Vertex = tuple[float, float]
 
 
 def chart(
-    title: str, raw: list[Vertex], smooth: list[Vertex], dots: list[Vertex], marks: list[int]
+    title: str,
+    raw: list[Vertex],
+    smooth: list[Vertex],
+    dots: list[Vertex],
+    resumed_steps: list[int],
 ) -> dict[str, Any]:
     """Return a chart's geometry: lines in thousandths, all else in shares of the plot.
 
-    `marks` are steps at which the run was resumed. There is a point in `raw` or `dots`.
+    `resumed_steps` are steps at which the run was resumed. There is a point in `raw` or `dots`.
     """
     raw, smooth = thinned(raw), thinned(smooth)
     axes = _Axes([*raw, *dots])
@@ -44,7 +48,9 @@ def chart(
         "smooth": axes.line(smooth),
         "dots_line": axes.line(dots),
         "dots": [(*axes.place(dot), f"step {dot[0]:,.0f}: {short(dot[1])}") for dot in dots],
-        "marks": [axes.x(step) for step in sorted(set(marks)) if axes.left <= step <= axes.right],
+        "marks": [
+            axes.x(step) for step in sorted(set(resumed_steps)) if axes.left <= step <= axes.right
+        ],
         "tips": [
             (round(start, 4), round(end - start, 4), *centre, f"{x:,.0f}", short(y))
             for (x, y), centre, start, end in zip(tips, centres, edges, edges[1:], strict=False)
@@ -174,7 +180,12 @@ def short(value: float) -> str:
 
 
 def draw_png(
-    title: str, *, loss: list[Vertex], held_out: list[Vertex], rate: list[Vertex], marks: list[int]
+    title: str,
+    *,
+    loss: list[Vertex],
+    held_out: list[Vertex],
+    rate: list[Vertex],
+    resumed_steps: list[int],
 ) -> bytes:
     """Return the picture of loss, above, and learning rate, below."""
     with _matplotlib_folder():
@@ -196,9 +207,9 @@ def draw_png(
             axes.grid(color=PALE, lw=0.8)
             axes.spines[["top", "right"]].set_visible(False)
             axes.spines[["left", "bottom"]].set_color(GREY)
-            for step in marks:
+            for step in resumed_steps:
                 axes.axvline(step, color=GREY, lw=1.2, ls=":")
-        lower.set_xlabel("step" + (" (dotted: resumed)" if marks else ""))
+        lower.set_xlabel("step" + (" (dotted: resumed)" if resumed_steps else ""))
         lower.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
         upper.legend(frameon=False)
         upper.set_title(title, loc="left", fontweight="bold", parse_math=False)

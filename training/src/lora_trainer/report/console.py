@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from ..run import events as said
+from ..run import events
 from ..run.events import Event
 from ..run.status import RunStatus
 from ..units import duration, number
@@ -68,7 +68,7 @@ class Display:
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait((event, status))
 
-    def note(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Add a lasting line, such as the address of the status page."""
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait((text, self._status))
@@ -133,22 +133,22 @@ class _PlainScreen:
     def __init__(self, sink: Sink, logging_steps: int) -> None:
         self._sink = sink
         self._logging_steps = max(1, logging_steps)
-        self._said_time = float("-inf")
+        self._logged_at = float("-inf")
 
     def line(self, text: str, style: str) -> None:  # noqa: ARG002 - no colour here
         self._sink.write(text.rstrip() + "\n")
 
     def update(self, event: Event, status: RunStatus) -> None:
         text = ""
-        if isinstance(event, said.StepDone):
+        if isinstance(event, events.StepDone):
             is_logged = event.step % self._logging_steps == 0 and self._is_due(event)
             if is_logged or event.step in (1, status.total_steps):
                 text = ", ".join([f"step {steps_done(status)}", *figures(status)])
-        elif isinstance(event, said.Progress) and event.done > 0:
-            is_told = self._is_due(event) or event.done == event.total
-            text = f"{status.phase} {work_done(event)}" if is_told else ""
+        elif isinstance(event, events.Progress) and event.done > 0:
+            is_printed = self._is_due(event) or event.done == event.total
+            text = f"{status.phase} {work_done(event)}" if is_printed else ""
         if text:
-            self._said_time = event.time
+            self._logged_at = event.time
             self.line(f"{_clock(status)}  {text}", "")
 
     def close(self) -> None:
@@ -156,7 +156,7 @@ class _PlainScreen:
 
     def _is_due(self, event: Event) -> bool:
         # Also after the clock was set back.
-        return not 0 <= event.time - self._said_time < LINE_SECONDS
+        return not 0 <= event.time - self._logged_at < LINE_SECONDS
 
 
 class _LiveScreen:
@@ -207,9 +207,9 @@ class _LiveScreen:
         if type(event) is not Event:
             self._event_at = now
         self._status = status
-        if isinstance(event, said.StepDone):
+        if isinstance(event, events.StepDone):
             self._losses.append(event.loss)
-        elif isinstance(event, said.Resumed):
+        elif isinstance(event, events.Resumed):
             self._losses.clear()
         if not self._live.is_started:
             self._live.start()
@@ -301,12 +301,12 @@ def _headline(status: RunStatus, width: int, waited: float, is_unicode: bool) ->
         progress = status.progress
         done, total = (progress.done, progress.total) if progress else (0, 0)
         tail = work_done(progress) if progress else ""
-    share = min(1.0, max(0.0, done / total)) if total > 0 else 0.0
-    tail = SEPARATOR.join(part for part in (f"{share:.0%}" if total > 0 else "", tail) if part)
+    fraction = min(1.0, max(0.0, done / total)) if total > 0 else 0.0
+    tail = SEPARATOR.join(part for part in (f"{fraction:.0%}" if total > 0 else "", tail) if part)
     tail = tail if is_unicode else tail.replace(SEPARATOR, ", ")
     columns = width - text.cell_len - len(tail) - 4
     if total > 0 and columns >= 8:
-        full = round(min(columns, 60) * share)
+        full = round(min(columns, 60) * fraction)
         text.append("  " + ("━" if is_unicode else "#") * full, "green")
         text.append(("─" if is_unicode else "-") * (min(columns, 60) - full), "dim")
     elif not status.is_over:

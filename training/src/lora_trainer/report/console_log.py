@@ -78,10 +78,10 @@ class Transcript:
             if self._display.error is not None:
                 self._lose(self._display.error)
 
-    def note(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Add a line."""
         if self._display is not None:
-            self._display.note(text)
+            self._display.print_line(text)
 
     def _lose(self, error: Exception) -> None:
         if not self._is_lost:

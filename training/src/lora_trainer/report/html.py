@@ -171,23 +171,23 @@ def _comparison(status: RunStatus) -> list[tuple[str, str, str, str, bool]]:
         ("Token accuracy", first, last, "eval_token_accuracy", True),
     )
     return [
-        _compared(name, getattr(old, key, None), getattr(new, key, None), is_share=is_share)
-        for name, old, new, key, is_share in figures
+        _compared(name, getattr(old, key, None), getattr(new, key, None), is_fraction=is_fraction)
+        for name, old, new, key, is_fraction in figures
         if old or new
     ]
 
 
 def _compared(
-    name: str, old: float | None, new: float | None, *, is_share: bool
+    name: str, old: float | None, new: float | None, *, is_fraction: bool
 ) -> tuple[str, str, str, str, bool]:
     """Return a row of the table; of a share more is better, of a loss less."""
-    shown = percent if is_share else short
+    shown = percent if is_fraction else short
     texts = ["not measured" if value is None else shown(value) for value in (old, new)]
     if old is None or new is None or not math.isfinite(new - old):
         return name, texts[0], texts[1], "", False
-    change = f"{100 * abs(new - old):.1f} points" if is_share else short(abs(new - old))
+    change = f"{100 * abs(new - old):.1f} points" if is_fraction else short(abs(new - old))
     sign = "+" if new >= old else "\u2212"
-    return name, texts[0], texts[1], sign + change, new > old if is_share else new < old
+    return name, texts[0], texts[1], sign + change, new > old if is_fraction else new < old
 
 
 def _samples(history: History) -> list[dict[str, Any]]:
@@ -242,7 +242,7 @@ def _picture(status: RunStatus, history: History) -> bytes:
         loss=series(history, lambda point: point.loss),
         held_out=held_out_loss(history),
         rate=series(history, lambda point: point.learning_rate),
-        marks=history.resumes,
+        resumed_steps=history.resumes,
     )
 
 

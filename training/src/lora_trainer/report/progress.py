@@ -13,7 +13,7 @@ from ..units import duration, percent
 
 LINE_SECONDS = 10.0
 REFRESH_SECONDS = 0.25
-LEAST_SHARE = 0.01  # what is done before less of the work says nothing about the time left
+LEAST_FRACTION = 0.01  # what is done before less of the work says nothing about the time left
 CLEAR_LINE = "\r\x1b[K"
 
 
@@ -28,7 +28,7 @@ class Meter:
         self._is_terminal = self._stream.isatty()
         self._every_seconds = REFRESH_SECONDS if self._is_terminal else LINE_SECONDS
         self._start = self._shown = time.monotonic()
-        self._done, self._share = 0, 0.0
+        self._done, self._fraction = 0, 0.0
 
     def __enter__(self) -> Meter:
         self._write(f"{self._doing} {self._total:,} {self._unit} ...", is_lasting=True)
@@ -43,17 +43,17 @@ class Meter:
         self._done = max(self._done, done)
         self.advance(self._done / max(1, self._total))
 
-    def advance(self, share: float) -> None:
+    def advance(self, fraction: float) -> None:
         """Take up the share of the work that is done, where that is known in between units."""
-        self._share = share = max(share, self._share)
+        self._fraction = fraction = max(fraction, self._fraction)
         now = time.monotonic()
         if now - self._shown < self._every_seconds:
             return
         self._shown = now
         text = f"{self._doing}: {self._done:,} of {self._total:,} {self._unit}"
-        if LEAST_SHARE <= share < 1:
-            left = (now - self._start) * (1 - share) / share
-            text += f", {percent(share)}, {duration(left)} left"
+        if LEAST_FRACTION <= fraction < 1:
+            left = (now - self._start) * (1 - fraction) / fraction
+            text += f", {percent(fraction)}, {duration(left)} left"
         self._write(text, is_lasting=not self._is_terminal)
 
     def _write(self, text: str, *, is_lasting: bool) -> None:

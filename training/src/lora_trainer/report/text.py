@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..run import events as said
+from ..run import events
 from ..run.events import Event
 from ..run.status import ENDINGS, KEPT_CHARACTERS, RunStatus
 from ..units import duration, number, percent, size
@@ -19,52 +19,52 @@ Line = tuple[str, str]  # text, rich style
 def lasting_line(event: Event, status: RunStatus) -> Line | None:
     """Return the line, with its style, that stays in the log for the event, or None."""
     match event:
-        case said.RunStarted():
+        case events.RunStarted():
             again = f" (attempt {event.attempt})" if event.attempt else ""
             return f"run {one_line(event.run_name)} in {_absolute(event.output_dir)}{again}", "bold"
-        case said.PhaseChanged(phase=phase, detail=detail):
+        case events.PhaseChanged(phase=phase, detail=detail):
             # Between the steps these have lines of their own: the evaluation's, the checkpoint's.
             if phase in ENDINGS or (status.is_training and status.step > 0):
                 return None
             return phase + (f": {one_line(detail)}" if detail else ""), "cyan"
-        case said.Planned():
+        case events.Planned():
             return _plan_line(status), ""
-        case said.Evaluated():
+        case events.Evaluated():
             best = ", the best" if status.best_eval is event and len(status.bests) > 1 else ""
             return (
                 f"eval at step {event.step}: loss {number(event.eval_loss)}, perplexity "
                 f"{number(event.eval_perplexity)}, token accuracy "
                 f"{percent(event.eval_token_accuracy)}, {event.eval_seconds:.1f} s{best}"
             ), "blue"
-        case said.Generated():
+        case events.Generated():
             return (
                 f"held-out answers {event.when} training: {_exact(event)} exact, "
                 f"{event.seconds:.1f} s"
             ), "blue"
-        case said.CheckpointSaved():
+        case events.CheckpointSaved():
             best = ", the best" if event.is_best else ""
             return (
                 f"checkpoint at step {event.step}: {one_line(event.path)}, {size(event.bytes)}, "
                 f"{event.seconds:.1f} s{best}"
             ), "green"
-        case said.Resumed():
+        case events.Resumed():
             skipped = ", ".join(map(one_line, event.skipped))
             unsound = f"; not sound, passed over: {skipped}" if skipped else ""
             return f"resumed at step {event.step} from {one_line(event.path)}{unsound}", "green"
-        case said.Warned():
+        case events.Warned():
             # Only the first of its kind, and none beyond those that the status keeps.
             kept = event.message[:KEPT_CHARACTERS]
             is_new = any(known.message == kept and known.count == 1 for known in status.warnings)
             return (f"warning: {one_line(event.message)}", "yellow") if is_new else None
-        case said.Restarted():
+        case events.Restarted():
             code = f"exit code {event.exit_code}"
             return f"restart {event.attempt}: {one_line(event.cause)} ({code})", "yellow"
-        case said.Failed():
+        case events.Failed():
             what = "; ".join(one_line(problem.get("what", "")) for problem in event.problems)
             return f"failed: {what}", "bold red"
-        case said.Finished():
+        case events.Finished():
             return f"finished {event.step} steps in {duration(event.train_seconds)}", "bold green"
-        case said.Stopped():
+        case events.Stopped():
             saved = f", saved at step {event.step}" if event.step else ""
             return f"stopped by {one_line(event.signal)}{saved}", "yellow"
         case _:
@@ -165,7 +165,7 @@ def steps_done(status: RunStatus) -> str:
     return f"{status.step}/{status.total_steps}" if status.total_steps else str(status.step)
 
 
-def work_done(progress: said.Progress) -> str:
+def work_done(progress: events.Progress) -> str:
     """Return how far the work has come, in its unit."""
     unit = one_line(progress.unit)
     counts = [progress.done, progress.total] if progress.total > 0 else [progress.done]
@@ -185,19 +185,19 @@ def sparkline(values: list[float], is_unicode: bool = True) -> str:
     )
 
 
-def flowed(parts: list[str], width: int, separator: str) -> Iterator[str]:
+def flowed(phrases: list[str], width: int, separator: str) -> Iterator[str]:
     """Yield the parts joined into rows that fit the width."""
     row = ""
-    for part in parts:
-        if row and len(row) + len(separator) + len(part) > width:
+    for phrase in phrases:
+        if row and len(row) + len(separator) + len(phrase) > width:
             yield row
             row = ""
-        row += (separator if row else "") + part
+        row += (separator if row else "") + phrase
     if row:
         yield row
 
 
-def _exact(generated: said.Generated) -> str:
+def _exact(generated: events.Generated) -> str:
     return (
         f"{round(generated.exact_match * generated.rows)}/{generated.rows} = "
         f"{percent(generated.exact_match)}"
@@ -206,14 +206,14 @@ def _exact(generated: said.Generated) -> str:
 
 def _plan_line(status: RunStatus) -> str:
     plan = status.plan
-    parts = [f"{status.total_steps:,} steps"]
+    phrases = [f"{status.total_steps:,} steps"]
     if examples := status.planned("step_examples"):
-        parts[0] += f" of {examples:,} examples"
+        phrases[0] += f" of {examples:,} examples"
     if trainable := status.planned("trainable_parameters"):
-        parts.append(f"{trainable:,} trainable parameters")
+        phrases.append(f"{trainable:,} trainable parameters")
     if plan.get("device"):
-        parts.append(one_line(f"{plan.get('precision', '')} on {plan['device']}"))
-    return "plan: " + ", ".join(parts)
+        phrases.append(one_line(f"{plan.get('precision', '')} on {plan['device']}"))
+    return "plan: " + ", ".join(phrases)
 
 
 def _absolute(path: str) -> str:

@@ -351,12 +351,12 @@ def progress_of(
     every_seconds: float = PROGRESS_SECONDS,
 ) -> Callable[[int], None]:
     """Return what work calls with the units done; it says so twice a second at most."""
-    told = time.monotonic() - PROGRESS_SECONDS
+    reported = time.monotonic() - PROGRESS_SECONDS
 
-    def tell(done: int) -> None:
-        nonlocal told
-        if time.monotonic() - told >= every_seconds:
-            told = time.monotonic()
+    def report(done: int) -> None:
+        nonlocal reported
+        if time.monotonic() - reported >= every_seconds:
+            reported = time.monotonic()
             emit(Progress(done=done, total=total, unit=unit))
 
-    return tell
+    return report

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 from ..errors import MEANINGS
-from . import events as said
+from . import events
 
 KEPT_POINTS = 8192
 KEPT_MOMENTS = 200
@@ -61,7 +61,7 @@ class History:
 
     def __init__(self, capacity: int = KEPT_POINTS) -> None:
         assert capacity >= 2
-        self.samples: dict[tuple[int, str], said.Sample] = {}  # by index and "before" or "after"
+        self.samples: dict[tuple[int, str], events.Sample] = {}  # by index and "before" or "after"
         self.resumes: list[int] = []  # the steps from which the run went on
         self.timeline: list[Moment] = []
         self.moments_left_out = 0  # in the middle of the timeline
@@ -70,25 +70,25 @@ class History:
         self._pending: list[Point] = []  # the steps of the next, not yet full, point
         self._stride = 1  # steps in a point
         self._step = 0
-        self._evals: dict[int, said.Evaluated] = {}
-        self._checkpoints: dict[int, said.CheckpointSaved] = {}
+        self._evals: dict[int, events.Evaluated] = {}
+        self._checkpoints: dict[int, events.CheckpointSaved] = {}
         self._phases: set[str] = set()  # those of this attempt that the timeline has
 
-    def add(self, event: said.Event) -> None:
+    def add(self, event: events.Event) -> None:
         """Take up what the event tells."""
         match event:
-            case said.StepDone(step=step):
+            case events.StepDone(step=step):
                 if step <= self._step:  # a new start from the base model says no `resumed`
                     self._rewind(step - 1)
                 self._step = step
                 self._append(_point(event))
-            case said.Evaluated(step=step):
+            case events.Evaluated(step=step):
                 self._keep(self._evals, step, event)
-            case said.CheckpointSaved(step=step):
+            case events.CheckpointSaved(step=step):
                 self._keep(self._checkpoints, step, event)
-            case said.Sample(index=index, when=when):
+            case events.Sample(index=index, when=when):
                 self._keep(self.samples, (index, when), event)
-            case said.Resumed(step=step):
+            case events.Resumed(step=step):
                 self._rewind(step)
                 self.resumes.append(step)
         self._remember(event)
@@ -97,11 +97,11 @@ class History:
         """Return at most so many points, oldest first; the last one ends with the last step."""
         return _merged([*self._points, *self._pending], max_points)
 
-    def evals(self) -> list[said.Evaluated]:
+    def evals(self) -> list[events.Evaluated]:
         """Return the evaluations, oldest first."""
         return [self._evals[step] for step in sorted(self._evals)]
 
-    def checkpoints(self) -> list[said.CheckpointSaved]:
+    def checkpoints(self) -> list[events.CheckpointSaved]:
         """Return the checkpoints that were saved, oldest first, removed ones too."""
         return [self._checkpoints[step] for step in sorted(self._checkpoints)]
 
@@ -115,7 +115,7 @@ class History:
             self._points = _merged(self._points, self._capacity // 2)
             self._stride *= 2
 
-    def _keep(self, table: dict[Any, Any], key: object, event: said.Event) -> None:
+    def _keep(self, table: dict[Any, Any], key: object, event: events.Event) -> None:
         table[key] = event
         if len(table) > self._capacity:
             del table[next(iter(table))]
@@ -132,14 +132,14 @@ class History:
                 del table[late]
         self._step = step
 
-    def _remember(self, event: said.Event) -> None:
+    def _remember(self, event: events.Event) -> None:
         """Put the event into the timeline; of phases that alternate, the first of an attempt."""
         entry = _timeline_entry(event)
         if entry is None or entry[1] in self._phases:
             return
-        if isinstance(event, said.RunStarted | said.Restarted | said.Resumed):
+        if isinstance(event, events.RunStarted | events.Restarted | events.Resumed):
             self._phases.clear()
-        if isinstance(event, said.PhaseChanged):
+        if isinstance(event, events.PhaseChanged):
             self._phases.add(entry[1])
         self.timeline.append(Moment(event.time, *entry))
         if len(self.timeline) > KEPT_MOMENTS:
@@ -161,7 +161,7 @@ def _merged(points: list[Point], max_points: int) -> list[Point]:
     return [_mean(stretch) for stretch in stretches(points, count)]
 
 
-def _point(step: said.StepDone) -> Point:
+def _point(step: events.StepDone) -> Point:
     return Point(
         step=step.step,
         first_step=step.step,
@@ -203,27 +203,27 @@ def _mean(points: Sequence[Point]) -> Point:
     )
 
 
-def _timeline_entry(event: said.Event) -> tuple[str, str] | None:
+def _timeline_entry(event: events.Event) -> tuple[str, str] | None:
     """Return the kind and the text of an event that belongs into the timeline."""
     match event:
-        case said.RunStarted(attempt=attempt):
+        case events.RunStarted(attempt=attempt):
             return "start", f"Run started, attempt {attempt + 1}" if attempt else "Run started"
-        case said.PhaseChanged(phase=phase, detail=detail):
+        case events.PhaseChanged(phase=phase, detail=detail):
             return "phase", phase.capitalize() + (f": {detail}" if detail else "")
-        case said.Resumed(step=step, skipped=skipped):
-            note = f"; {len(skipped)} newer checkpoints did not verify" if skipped else ""
-            return "resume", f"Resumed from the checkpoint of step {step}{note}"
-        case said.Restarted(attempt=attempt, cause=cause, exit_code=code):
+        case events.Resumed(step=step, skipped=skipped):
+            ending = f"; {len(skipped)} newer checkpoints did not verify" if skipped else ""
+            return "resume", f"Resumed from the checkpoint of step {step}{ending}"
+        case events.Restarted(attempt=attempt, cause=cause, exit_code=code):
             return "bad", f"Worker ended with exit code {code} ({cause}); restart {attempt}"
-        case said.Warned(message=message):
+        case events.Warned(message=message):
             return "warning", message
-        case said.Failed(exit_code=code):
+        case events.Failed(exit_code=code):
             return "bad", f"Failed with exit code {code} ({MEANINGS.get(code, 'unknown')})"
-        case said.Stopped(step=step, signal=signal):
+        case events.Stopped(step=step, signal=signal):
             return (
                 "bad",
                 f"Stopped by {signal}, saved at step {step}" if step else f"Stopped by {signal}",
             )
-        case said.Finished(step=step):
+        case events.Finished(step=step):
             return "good", f"Finished at step {step}"
     return None

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import events as said
+from . import events
 from .events import Event, Phase, parse_line
 
 RECENT_STEPS = 20  # steps behind the speed and the time left
@@ -34,7 +34,7 @@ class Checkpoint:
     bytes: int
     seconds: float
     is_best: bool
-    after: said.StepDone | None
+    after: events.StepDone | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +60,12 @@ class RunStatus:
     pid: int = 0
     phase: Phase = "starting"
     detail: str = ""
-    progress: said.Progress | None = None
+    progress: events.Progress | None = None
     plan: Mapping[str, Any] = field(default_factory=dict)
     step: int = 0
     first_loss: float | None = None
-    latest: said.StepDone | None = None
-    recent: tuple[said.StepDone, ...] = ()
+    latest: events.StepDone | None = None
+    recent: tuple[events.StepDone, ...] = ()
     ranks: tuple[Mapping[str, float], ...] = ()  # of several processes, what each last did
     slowest_rank: int | None = None
     steps_in_attempt: int = 0
@@ -73,20 +73,20 @@ class RunStatus:
     stepped_tokens: int = 0
     peak_memory_bytes: int = 0
     peak_gpu_memory_bytes: int = 0
-    eval_before: said.Evaluated | None = None  # the one at step 0
-    evals: tuple[said.Evaluated, ...] = ()  # the newest
-    bests: tuple[said.Evaluated, ...] = ()  # each lower than the one before
-    generated_before: said.Generated | None = None
-    generated_after: said.Generated | None = None
-    samples: tuple[said.Sample, ...] = ()
+    eval_before: events.Evaluated | None = None  # the one at step 0
+    evals: tuple[events.Evaluated, ...] = ()  # the newest
+    bests: tuple[events.Evaluated, ...] = ()  # each lower than the one before
+    generated_before: events.Generated | None = None
+    generated_after: events.Generated | None = None
+    samples: tuple[events.Sample, ...] = ()
     checkpoints: tuple[Checkpoint, ...] = ()
-    resumed: said.Resumed | None = None
-    restarts: tuple[said.Restarted, ...] = ()
+    resumed: events.Resumed | None = None
+    restarts: tuple[events.Restarted, ...] = ()
     warnings: tuple[RunWarning, ...] = ()
     warnings_left_out: int = 0
-    failure: said.Failed | None = None
-    finished: said.Finished | None = None
-    stopped: said.Stopped | None = None
+    failure: events.Failed | None = None
+    finished: events.Finished | None = None
+    stopped: events.Stopped | None = None
     exit_code: int | None = None
     is_worker_down: bool = False
     started_time: float | None = None
@@ -133,12 +133,12 @@ class RunStatus:
         return seconds
 
     @property
-    def last_eval(self) -> said.Evaluated | None:
+    def last_eval(self) -> events.Evaluated | None:
         """Return the newest evaluation."""
         return self.evals[-1] if self.evals else None
 
     @property
-    def best_eval(self) -> said.Evaluated | None:
+    def best_eval(self) -> events.Evaluated | None:
         """Return the evaluation with the lowest loss."""
         return self.bests[-1] if self.bests else None
 
@@ -174,9 +174,12 @@ class RunStatus:
 
 def fold(status: RunStatus, event: Event) -> RunStatus:
     """Return what is known after the event."""
-    if isinstance(event, said.RunStarted) and status.config_digest not in ("", event.config_digest):
+    if isinstance(event, events.RunStarted) and status.config_digest not in (
+        "",
+        event.config_digest,
+    ):
         status = RunStatus()  # another run in the same folder: nothing carries over
-    is_downtime = isinstance(event, said.RunStarted) and event.attempt == 0
+    is_downtime = isinstance(event, events.RunStarted) and event.attempt == 0
     passed = 0.0 if status.last_time is None or is_downtime else event.time - status.last_time
     is_progress = _is_progress(status, event)
     return replace(
@@ -200,51 +203,51 @@ def replay(lines: Iterable[str]) -> RunStatus:
 
 def _apply(status: RunStatus, event: Event) -> RunStatus:
     match event:
-        case said.RunStarted():
+        case events.RunStarted():
             return _started(status, event)
-        case said.PhaseChanged(phase=phase, detail=detail):
+        case events.PhaseChanged(phase=phase, detail=detail):
             return replace(status, phase=phase, detail=detail, progress=None, is_worker_down=False)
-        case said.Planned(plan=plan):
+        case events.Planned(plan=plan):
             return replace(status, plan=plan)
-        case said.Progress():
+        case events.Progress():
             return replace(status, progress=event)
-        case said.StepDone():
+        case events.StepDone():
             return _stepped(status, event)
-        case said.RanksMeasured(ranks=ranks, slowest=slowest):
+        case events.RanksMeasured(ranks=ranks, slowest=slowest):
             return replace(status, ranks=tuple(ranks), slowest_rank=slowest)
-        case said.Evaluated():
+        case events.Evaluated():
             return _evaluated(status, event)
-        case said.Generated(when=when):
+        case events.Generated(when=when):
             is_before = when == "before"
             return replace(
                 status,
                 generated_before=event if is_before else status.generated_before,
                 generated_after=status.generated_after if is_before else event,
             )
-        case said.Sample():
+        case events.Sample():
             return replace(status, samples=_with_sample(status.samples, event))
-        case said.CheckpointSaved():
+        case events.CheckpointSaved():
             return _saved(status, event)
-        case said.Resumed(step=step):
+        case events.Resumed(step=step):
             # Steps that were repeated for the recording say nothing of this process's speed.
             rewound = replace(_rewound(status, step), steps_in_attempt=0)
             return replace(rewound, resumed=event, is_worker_down=False)
-        case said.Warned(message=message):
+        case events.Warned(message=message):
             return _warned(status, message[:KEPT_CHARACTERS])
-        case said.MemoryReduced():
+        case events.MemoryReduced():
             return replace(status, plan=_with_sizes(status.plan, event))
-        case said.Restarted():
+        case events.Restarted():
             status = replace(status, restarts=_kept((*status.restarts, event)), failure=None)
             return replace(_fresh(status), is_worker_down=True)
-        case said.Failed():
+        case events.Failed():
             return replace(status, phase="failed", failure=event, is_worker_down=True)
-        case said.Finished():
+        case events.Finished():
             peak = max(status.peak_memory_bytes, event.peak_memory_bytes)
             status = replace(status, phase="finished", detail="", progress=None)
             return replace(status, finished=event, peak_memory_bytes=peak)
-        case said.Stopped():
+        case events.Stopped():
             return replace(status, phase="stopped", progress=None, stopped=event)
-        case said.Ended(exit_code=exit_code):
+        case events.Ended(exit_code=exit_code):
             return _ended(status, exit_code)
         case _:
             return status
@@ -252,9 +255,9 @@ def _apply(status: RunStatus, event: Event) -> RunStatus:
 
 def _is_progress(status: RunStatus, event: Event) -> bool:
     # A worker that only warns, or says the same count again, does not get on.
-    if isinstance(event, said.Progress) and status.progress is not None:
+    if isinstance(event, events.Progress) and status.progress is not None:
         return event.done != status.progress.done
-    return not isinstance(event, (said.Warned, said.Failed, said.Ended))
+    return not isinstance(event, (events.Warned, events.Failed, events.Ended))
 
 
 def _fresh(status: RunStatus) -> RunStatus:
@@ -271,7 +274,7 @@ def _fresh(status: RunStatus) -> RunStatus:
     )
 
 
-def _started(status: RunStatus, event: said.RunStarted) -> RunStatus:
+def _started(status: RunStatus, event: events.RunStarted) -> RunStatus:
     return replace(
         _fresh(status),
         run_name=event.run_name,
@@ -288,7 +291,7 @@ def _started(status: RunStatus, event: said.RunStarted) -> RunStatus:
     )
 
 
-def _stepped(status: RunStatus, event: said.StepDone) -> RunStatus:
+def _stepped(status: RunStatus, event: events.StepDone) -> RunStatus:
     if event.step <= status.step:  # started over without a checkpoint
         status = _rewound(status, event.step - 1)
     # The first step of a process also warms up: left out as soon as there is another.
@@ -311,7 +314,7 @@ def _stepped(status: RunStatus, event: said.StepDone) -> RunStatus:
     )
 
 
-def _evaluated(status: RunStatus, event: said.Evaluated) -> RunStatus:
+def _evaluated(status: RunStatus, event: events.Evaluated) -> RunStatus:
     best = status.best_eval
     is_better = math.isfinite(event.eval_loss) and (
         best is None or event.eval_loss < best.eval_loss
@@ -324,7 +327,7 @@ def _evaluated(status: RunStatus, event: said.Evaluated) -> RunStatus:
     )
 
 
-def _saved(status: RunStatus, event: said.CheckpointSaved) -> RunStatus:
+def _saved(status: RunStatus, event: events.CheckpointSaved) -> RunStatus:
     latest = status.latest
     after = latest if latest is not None and latest.step == event.step else None
     saved = Checkpoint(event.step, event.path, event.bytes, event.seconds, event.is_best, after)
@@ -362,7 +365,7 @@ def _warned(status: RunStatus, message: str) -> RunStatus:
     return replace(status, warnings=(*status.warnings, RunWarning(message)))
 
 
-def _with_sizes(plan: Mapping[str, Any], event: said.MemoryReduced) -> Mapping[str, Any]:
+def _with_sizes(plan: Mapping[str, Any], event: events.MemoryReduced) -> Mapping[str, Any]:
     """Return the plan with the sizes that a run goes on with after memory ran out."""
     processes = max(1, int(plan.get("processes", 1)))
     examples = int(plan.get("step_examples", 0))
@@ -375,7 +378,9 @@ def _with_sizes(plan: Mapping[str, Any], event: said.MemoryReduced) -> Mapping[s
     }
 
 
-def _with_sample(samples: tuple[said.Sample, ...], event: said.Sample) -> tuple[said.Sample, ...]:
+def _with_sample(
+    samples: tuple[events.Sample, ...], event: events.Sample
+) -> tuple[events.Sample, ...]:
     text = {
         name: getattr(event, name)[:KEPT_CHARACTERS] for name in ("prompt", "expected", "answer")
     }
@@ -388,8 +393,8 @@ def _ended(status: RunStatus, exit_code: int) -> RunStatus:
     return replace(status, phase=phase, exit_code=exit_code)
 
 
-def _kept(events: tuple[Any, ...]) -> tuple[Any, ...]:
-    return events[-KEPT_EVENTS:]
+def _kept(newest: tuple[Any, ...]) -> tuple[Any, ...]:
+    return newest[-KEPT_EVENTS:]
 
 
 def _rate(amount: float, seconds: float) -> float | None:

@@ -96,21 +96,21 @@ def recall(recording: Path, carried: Sequence[str], step: int) -> tuple[list[Fig
 
 def _standing(recording: Path) -> dict[Key, Figure]:
     """Return the figures that readers of the recording have in the end; the way of `History`."""
-    found: dict[Key, Figure] = {}
+    standing: dict[Key, Figure] = {}
     last, digest = 0, ""
     for event in read_events(recording):
         if isinstance(event, RunStarted):
             if digest not in ("", event.config_digest):  # another run in the same folder
-                found, last = {}, 0
+                standing, last = {}, 0
             digest = event.config_digest
         elif isinstance(event, Resumed):
-            found, last = _until(found, event.step), event.step
+            standing, last = _until(standing, event.step), event.step
         elif isinstance(event, FIGURES):
             if isinstance(event, StepDone):
-                found = _until(found, event.step - 1) if event.step <= last else found
+                standing = _until(standing, event.step - 1) if event.step <= last else standing
                 last = event.step
-            found[_key(event)] = event
-    return found
+            standing[_key(event)] = event
+    return standing
 
 
 def _until(figures: dict[Key, Figure], step: int) -> dict[Key, Figure]:

@@ -82,26 +82,26 @@ class Broadcaster:
         tick_had, silent = -1, 0
         yield b"retry: 2000\n\n"
         while True:
-            parts: list[bytes] = []
+            frames_due: list[bytes] = []
             frames, is_whole = live.frames_after(had)
             if not is_whole or len(frames) > MOST_AT_ONCE:
                 had = live.sequence
-                parts.append(frame("reset", {}, f"{live.boot}.{had}"))
+                frames_due.append(frame("reset", {}, f"{live.boot}.{had}"))
             elif frames:
                 had = frames[-1].sequence
-                parts += [one.data for one in frames]
+                frames_due += [one.data for one in frames]
             lines, log_had = live.log_after(log_had)
             if lines:
-                parts.append(frame("log", {"lines": lines}))
+                frames_due.append(frame("log", {"lines": lines}))
             if self.tick != tick_had and self.tick_frame:
                 tick_had = self.tick
-                parts.append(self.tick_frame)
-            silent = 0 if parts else silent + 1
+                frames_due.append(self.tick_frame)
+            silent = 0 if frames_due else silent + 1
             if silent >= SILENT_PULSES:
                 silent = 0
-                parts.append(b": still here\n\n")
-            if parts:
-                yield b"".join(parts)
+                frames_due.append(b": still here\n\n")
+            if frames_due:
+                yield b"".join(frames_due)
             await self.woken.wait()
 
 
@@ -141,12 +141,12 @@ class Pages:
 
         kind = prometheus.negotiate(",".join(request.headers.getlist("accept")))
         if kind == prometheus.JSON_TYPE:
-            found = answer(responses.metrics_view(self.live, self.gauges))
+            response = answer(responses.metrics_view(self.live, self.gauges))
         else:
             exposed = prometheus.expose(self.live, self.gauges, kind)
-            found = Response(exposed, headers={"content-type": kind})
-        found.headers["vary"] = "Accept"
-        return found
+            response = Response(exposed, headers={"content-type": kind})
+        response.headers["vary"] = "Accept"
+        return response
 
     async def status(self, _request: Request) -> Response:
         """Return all that is known."""
@@ -158,10 +158,10 @@ class Pages:
         reading = self.gauges.latest
         key = (self.live.sequence, wanted, reading.time if reading else 0.0)
         if self._series[0] != key:
-            made = await run_in_threadpool(
+            series = await run_in_threadpool(
                 lambda: to_json(responses.history_view(self.live, self.gauges, wanted)).encode()
             )
-            self._series = (key, made)
+            self._series = (key, series)
         return Response(self._series[1], media_type="application/json")
 
     async def log(self, request: Request) -> Response:
@@ -213,19 +213,19 @@ class Pages:
 
         Not again to who has it: the chart library alone is over a megabyte.
         """
-        found = self._file(request.path_params["name"])
-        tag = f'"{hashlib.sha256(found.body).hexdigest()[:32]}"'
+        response = self._file(request.path_params["name"])
+        tag = f'"{hashlib.sha256(response.body).hexdigest()[:32]}"'
         if tag in request.headers.get("if-none-match", ""):
-            found = Response(status_code=304)
-        found.headers.update({"etag": tag, "cache-control": "private, no-cache"})
-        return found
+            response = Response(status_code=304)
+        response.headers.update({"etag": tag, "cache-control": "private, no-cache"})
+        return response
 
     def _file(self, name: str) -> Response:
-        found = self._files.get(name)
-        if found is None:
+        file = self._files.get(name)
+        if file is None:
             raise HTTPException(404, "there is nothing here")
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        return Response(found(), media_type=kind)
+        return Response(file(), media_type=kind)
 
 
 @functools.cache
@@ -250,8 +250,8 @@ def library_files() -> list[Path]:
     """Return the chart library's files; none where it is not installed, which the page tells."""
     spec = importlib.util.find_spec(LIBRARY)
     folders = spec.submodule_search_locations if spec else None
-    found = [Path(folder, name) for folder in folders or () for name in LIBRARY_FILES]
-    return [path for path in found if path.is_file()]
+    files = [Path(folder, name) for folder in folders or () for name in LIBRARY_FILES]
+    return [path for path in files if path.is_file()]
 
 
 def make_app(pages: Pages, *, names: list[str], token: str, port: int) -> App:

@@ -162,7 +162,7 @@ def _gauges(figures: Iterable[Figure]) -> Iterator[Metric]:
 
 
 def _run(status: RunStatus, is_running: bool) -> list[Figure]:
-    share = status.step / status.total_steps if status.total_steps else None
+    fraction = status.step / status.total_steps if status.total_steps else None
     return [
         ("running", "Whether the run was started and is not over", is_running),
         ("start_time_seconds", "When the run began, since the epoch", status.started_time),
@@ -171,14 +171,14 @@ def _run(status: RunStatus, is_running: bool) -> list[Figure]:
         ("exit_code", "How the run ended", status.exit_code),
         ("step", "Optimizer steps that stand; fewer after a resume", status.step),
         ("planned_steps", "Optimizer steps of the whole run", status.total_steps or None),
-        ("progress_ratio", "Share of the steps that is done", share),
+        ("progress_ratio", "Share of the steps that is done", fraction),
     ]
 
 
 def _training(status: RunStatus) -> list[Figure]:
-    found: list[Figure] = []
+    figures: list[Figure] = []
     if (step := status.latest) is not None:
-        found += [
+        figures += [
             ("epoch", "Passes over the data", step.epoch),
             ("loss", "Loss of the last step, per trained token", step.loss),
             ("learning_rate", "Learning rate of the last step", step.learning_rate),
@@ -191,23 +191,23 @@ def _training(status: RunStatus) -> list[Figure]:
             ("worker_gpu_memory_peak_bytes", "Most of it so far", status.peak_gpu_memory_bytes),
         ]
         if step.loss_scale:
-            found.append(("loss_scale", "Multiple of the loss in float16", step.loss_scale))
+            figures.append(("loss_scale", "Multiple of the loss in float16", step.loss_scale))
     if (held_out := status.last_eval) is not None:
-        found += [
+        figures += [
             ("eval_loss", "Held-out loss", held_out.eval_loss),
             ("eval_perplexity", "Held-out perplexity", held_out.eval_perplexity),
             ("eval_token_accuracy_ratio", "Held-out accuracy", held_out.eval_token_accuracy),
         ]
     if (best := status.best_eval) is not None:
-        found.append(("best_eval_loss", "Lowest held-out loss", best.eval_loss))
+        figures.append(("best_eval_loss", "Lowest held-out loss", best.eval_loss))
     if status.checkpoints:
         saved = status.checkpoints[-1]
-        found += [
+        figures += [
             ("checkpoint_step", "Step of the newest checkpoint", saved.step),
             ("checkpoint_size_bytes", "Size of the newest checkpoint", saved.bytes),
             ("checkpoint_duration_seconds", "Time that saving it took", saved.seconds),
         ]
-    return found
+    return figures
 
 
 def _ranks(status: RunStatus) -> Iterator[Metric]:

@@ -42,13 +42,13 @@ class EventFollower:
         """Read what is new; start over when another run has taken the folder."""
         self.live.silence.look()
         try:
-            found = self._path.stat()
+            info = self._path.stat()
         except OSError:
             return
-        if found.st_ino != self._file_number or found.st_size < self._at:
-            self._file_number = found.st_ino
+        if info.st_ino != self._file_number or info.st_size < self._at:
+            self._file_number = info.st_ino
             self._at = self.live.replay(self._path)
-        elif found.st_size > self._at:
+        elif info.st_size > self._at:
             self._follow()
         self.live.is_abandoned = not self.live.status.is_over and not is_held(self.folder)
 
@@ -114,8 +114,8 @@ def view(
 def stall_timeout_seconds(folder: Path) -> float:
     """Return the limit that the run was configured with, 0 where that cannot be read."""
     try:
-        told = json.loads((folder / RESOLVED).read_text())
-        return float(told["monitoring"]["stall_timeout_seconds"]["value"])
+        resolved = json.loads((folder / RESOLVED).read_text())
+        return float(resolved["monitoring"]["stall_timeout_seconds"]["value"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0.0
 

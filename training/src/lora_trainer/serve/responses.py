@@ -133,11 +133,11 @@ def status_view(live: RunState, gauges: Gauges) -> Answer:
 
 def history_view(live: RunState, gauges: Gauges, max_points: int) -> Answer:
     """Return the series behind the charts, each of at most so many points."""
-    parts = live.parts(max_points)
+    series = live.series(max_points)
     return {
-        "points": _columns(parts["points"], POINT_COLUMNS),
-        "evals": _columns(_thinned(parts["evals"], max_points), EVAL_COLUMNS),
-        "resumes": parts["resumes"][-max_points:],
+        "points": _columns(series["points"], POINT_COLUMNS),
+        "evals": _columns(_thinned(series["evals"], max_points), EVAL_COLUMNS),
+        "resumes": series["resumes"][-max_points:],
         "hardware": hardware_view(gauges, max_points),
     }
 

@@ -134,7 +134,7 @@ class RunState:
             new = min(self.log_lines_seen - count, len(self.log))
             return (list(self.log)[-new:] if new > 0 else []), self.log_lines_seen
 
-    def parts(self, max_points: int) -> dict[str, Any]:
+    def series(self, max_points: int) -> dict[str, Any]:
         """Return copies of the history's series, taken at one moment."""
         with self._lock:
             history = self.history

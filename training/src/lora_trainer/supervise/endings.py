@@ -53,7 +53,7 @@ def saved_step(output_dir: Path) -> int:
     return (step_of(folders[-1].name) or 0) if folders else 0
 
 
-def is_told_at_once(failure: Failed) -> bool:
+def is_recorded_at_once(failure: Failed) -> bool:
     """Tell whether a failure is final as it is: no second try, no numbers of a plan to add."""
     return not failure.retry and failure.exit_code != MemoryKilledError.exit_code
 

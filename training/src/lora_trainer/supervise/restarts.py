@@ -19,13 +19,13 @@ class Restarts:
         self.limit = limit
         self.attempt = 0  # the number of the worker that runs, from 0
         self._used = 0
-        self._place: tuple[int, bool] | None = None  # where the last worker ended
+        self._position: tuple[int, bool] | None = None  # where the last worker ended
         self._furthest = 0
 
     def refusal(self, status: RunStatus) -> str:
         """Return why a worker that ended at this status is not started again, or nothing."""
-        place = (status.step, status.steps_in_attempt > 0)
-        if place == self._place:
+        position = (status.step, status.steps_in_attempt > 0)
+        if position == self._position:
             return f"it ended at step {status.step} twice in a row"
         if self._used_at(status) >= self.limit:
             return f"restarting did not help ({self.limit} allowed without progress)"
@@ -34,7 +34,7 @@ class Restarts:
     def take(self, status: RunStatus) -> int:
         """Count a restart after a worker that ended at this status; return its number."""
         self._used = self._used_at(status) + 1
-        self._place = (status.step, status.steps_in_attempt > 0)
+        self._position = (status.step, status.steps_in_attempt > 0)
         self._furthest = max(self._furthest, status.step)
         self.attempt += 1
         return self.attempt

@@ -68,22 +68,22 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Supervisor:
-    """One run, from lock to exit code. `show` receives every event with the status after it.
+    """One run, from lock to exit code. `display` receives every event with the status after it.
 
-    `note` receives text that is worth a line but is no event.
+    `print_line` receives text that is worth a line but is no event.
     """
 
     def __init__(
         self,
         settings: Settings,
-        show: Any,
+        display: Any,
         *,
-        note: Callable[[str], None] = lambda _: None,
+        print_line: Callable[[str], None] = lambda _: None,
         is_debug: bool = False,
     ) -> None:
         self.settings = settings
-        self.show = show
-        self.note = note
+        self.display = display
+        self.print_line = print_line
         self.is_debug = is_debug
         self.config = settings.config
         self.output_dir = output_folder(settings)
@@ -128,7 +128,7 @@ class Supervisor:
                 verdict = earlier_run.judge(self.output_dir, self.settings)
                 if verdict.does == "nothing":
                     for line in verdict.notes:
-                        self.note(line)
+                        self.print_line(line)
                     return 0
                 self._notes = [*verdict.notes]
                 if verdict.does == "move aside":
@@ -139,17 +139,17 @@ class Supervisor:
                 redacted = self.redaction.value(self.settings.redacted())
                 write_json(self.output_dir / RESOLVED, redacted)
                 earlier_run.mark_of(self.config).write(self.output_dir)
-                return self._run_served(server)
+                return self._record_run(server)
 
-    def _run_served(self, server: StatusServer) -> int:
-        place = self.output_dir / SERVER
-        write_json(place, {"url": server.url, "pid": os.getpid()})
+    def _record_run(self, server: StatusServer) -> int:
+        server_file = self.output_dir / SERVER
+        write_json(server_file, {"url": server.url, "pid": os.getpid()})
         try:
             self.live.replay(self.output_dir / EVENTS)
             self.live.detail = ""
             with EventFile(self.output_dir / EVENTS) as self._events:
                 try:
-                    code = self._run_worker()
+                    code = self._restart_loop()
                 finally:
                     self._leave_results()
             # Last of all: without it, the next start resumes and completes what is missing.
@@ -158,16 +158,16 @@ class Supervisor:
         finally:
             self._linger()
             with contextlib.suppress(OSError):
-                place.unlink()
+                server_file.unlink()
 
-    def tell(self, event: Event) -> None:
+    def record(self, event: Event) -> None:
         """Record an event, take it up, show it; without secrets."""
         assert self._events is not None
         if isinstance(event, Finished):
             event = endings.with_outcome(event, self.status, self.output_dir)
         event = self.redaction.event(event)
         self._events.append(event)
-        self.show(event, self.live.add(event))
+        self.display(event, self.live.add(event))
 
     @contextlib.contextmanager
     def _serving(self) -> Iterator[StatusServer]:
@@ -181,7 +181,7 @@ class Supervisor:
             allowed_hosts=monitoring.health_allowed_hosts,
             folder=self.output_dir,
             log=LogFollower(self.live, self.output_dir / LOG),
-            on_fault=self.note,
+            on_fault=self.print_line,
         )
         try:
             server.start()
@@ -189,7 +189,7 @@ class Supervisor:
             make_folder(self.output_dir)
             with lock.hold(self.output_dir):  # a run of this very folder says more than its port
                 raise
-        self.note(f"status: {server.url}")
+        self.print_line(f"status: {server.url}")
         try:
             yield server
         finally:
@@ -201,12 +201,12 @@ class Supervisor:
         while time.monotonic() < until and not self._signals:
             time.sleep(0.1)
 
-    def _run_worker(self) -> int:
+    def _restart_loop(self) -> int:
         """Start the worker until it finishes, fails for good, or uses up its restarts."""
         restarts = Restarts(self.config.monitoring.max_restarts)
         recovery = Recovery(self.output_dir)
         while True:
-            self.tell(
+            self.record(
                 RunStarted(
                     run_name=self.run_name,
                     config_digest=self.config.digest(),
@@ -216,29 +216,33 @@ class Supervisor:
                 )
             )
             for warning in self._warnings() if restarts.attempt == 0 else ():
-                self.tell(Warned(message=warning))
-            end = self._run_once()
+                self.record(Warned(message=warning))
+            end = self._one_attempt()
             if end.code == 0:
-                self.tell(Ended(exit_code=0))
+                self.record(Ended(exit_code=0))
                 return 0
             if not self._signals and (retry := recovery.after(end, self.status)):
                 attempt = restarts.spare()
                 for event in retry.events:
-                    self.tell(event)
-                self.tell(Restarted(attempt=attempt, cause=retry.cause, exit_code=end.code))
+                    self.record(event)
+                self.record(Restarted(attempt=attempt, cause=retry.cause, exit_code=end.code))
                 continue
             if end.failure:
                 error = endings.failed(end.failure, self.status)
-                raise self._final(error, is_recorded=endings.is_told_at_once(end.failure))
+                raise self._recorded_end(
+                    error, is_recorded=endings.is_recorded_at_once(end.failure)
+                )
             if end.code == 143 or self._signals:
                 raise self._stopped()
             refusal = restarts.refusal(self.status)
             if refusal or end.code in endings.FINAL_CODES:
-                raise self._final(endings.given_up(end, self.status, self.output_dir, refusal))
+                raise self._recorded_end(
+                    endings.given_up(end, self.status, self.output_dir, refusal)
+                )
             attempt = restarts.take(self.status)
-            self.tell(Restarted(attempt=attempt, cause=end.cause, exit_code=end.code))
+            self.record(Restarted(attempt=attempt, cause=end.cause, exit_code=end.code))
 
-    def _run_once(self) -> WorkerEnd:
+    def _one_attempt(self) -> WorkerEnd:
         """Run one worker to its end; return how it ended.
 
         The worker inherits the lock: should this process be killed alone, no other run
@@ -246,18 +250,18 @@ class Supervisor:
         """
         assert self._lock_file is not None
         reading, writing = os.pipe()
-        order = {
+        spec = {
             "config": self.config.model_dump(mode="json"),
             "output_dir": str(self.output_dir),
             "run_name": self.run_name,
             "redacted": self.redaction.value(self.settings.redacted()),
             "secrets": sorted(self.redaction.secrets),
         }
-        place = self.output_dir / LOG
-        log_bytes = place.stat().st_size if place.exists() else 0
-        with open_log(place, self.redaction, self._warn) as log, os.fdopen(reading):
+        log_file = self.output_dir / LOG
+        log_bytes = log_file.stat().st_size if log_file.exists() else 0
+        with open_log(log_file, self.redaction, self._warn) as log, os.fdopen(reading):
             self._worker = worker = WorkerGroup(
-                order,
+                spec,
                 self._processes,
                 log=log,
                 pass_fds=(writing, self._lock_file.fileno()),
@@ -271,14 +275,14 @@ class Supervisor:
                 self.output_dir / LOG,
                 self.config.monitoring.stall_timeout_seconds,
             )
-            failure, stall = self._follow(reading, watch)
+            failure, stall = self._read_events(reading, watch)
         code = worker.wait()
         if (
             failure is None
             and not stall
-            and (failure := endings.failure_in_log(code, place, log_bytes))
+            and (failure := endings.failure_in_log(code, log_file, log_bytes))
         ):
-            self.tell(failure) if endings.is_told_at_once(failure) else None
+            self.record(failure) if endings.is_recorded_at_once(failure) else None
         # Once it has said why it gives up, a second fault while it ends changes nothing.
         if failure is not None:
             is_memory = failure.retry == MemoryKilledError.KIND
@@ -288,7 +292,7 @@ class Supervisor:
             return WorkerEnd(code, cause, is_out_of_memory=True)
         return WorkerEnd(STALLED if stall else code, stall or f"{worker.fallen}{cause_of(code)}")
 
-    def _follow(self, reading: int, watch: Watchdog) -> tuple[Failed | None, str]:
+    def _read_events(self, reading: int, watch: Watchdog) -> tuple[Failed | None, str]:
         """Take up what the worker says until it has ended; look after it in between.
 
         Returns how it failed, if it said so, and its stall, if it was ended for one.
@@ -308,11 +312,11 @@ class Supervisor:
                     for event in map(self.redaction.event, events):
                         # Ranks that fail alike all say so: once is enough.
                         if not isinstance(event, Failed):
-                            self.tell(event)
+                            self.record(event)
                         elif not failure:
                             failure = event
-                            if endings.is_told_at_once(failure):
-                                self.tell(event)
+                            if endings.is_recorded_at_once(failure):
+                                self.record(event)
                 if time.monotonic() - checked >= WATCH_SECONDS:
                     checked = time.monotonic()
                     stall = stall or self._check(watch)
@@ -320,29 +324,29 @@ class Supervisor:
     def _check(self, watch: Watchdog) -> str:
         """Tell of what is wrong with a worker that lives; end it if it is stalled, and say so."""
         for warning in watch.warnings(self.status):
-            self.tell(Warned(message=warning))
+            self.record(Warned(message=warning))
         stall = watch.stall(self.status, self.live.silence.look())
         if stall:
-            self.tell(
+            self.record(
                 Warned(message=f"the worker {stall}; its stacks go to {LOG}, then it is ended")
             )
             if not watch.record_stacks():
-                self.tell(Warned(message="the stalled worker wrote no stacks"))
+                self.record(Warned(message="the stalled worker wrote no stacks"))
             watch.end()
         return stall
 
     def _stopped(self) -> TrainerError:
         """Return the error of a run that was stopped, and record it as the last events."""
         if self.status.phase != "stopped":
-            self.tell(Stopped(step=endings.saved_step(self.output_dir), signal="SIGTERM"))
-        return self._final(endings.stopped(self.status, self.output_dir), is_recorded=True)
+            self.record(Stopped(step=endings.saved_step(self.output_dir), signal="SIGTERM"))
+        return self._recorded_end(endings.stopped(self.status, self.output_dir), is_recorded=True)
 
-    def _final(self, error: TrainerError, *, is_recorded: bool = False) -> TrainerError:
+    def _recorded_end(self, error: TrainerError, *, is_recorded: bool = False) -> TrainerError:
         """Record the error that ends the run as the last events; return it."""
         if not is_recorded:
             problems = [asdict(problem) for problem in error.problems]
-            self.tell(Failed(exit_code=error.exit_code, problems=problems))
-        self.tell(Ended(exit_code=error.exit_code))
+            self.record(Failed(exit_code=error.exit_code, problems=problems))
+        self.record(Ended(exit_code=error.exit_code))
         self._problems = error.problems
         return error
 
@@ -350,7 +354,7 @@ class Supervisor:
         """Record a warning, once whatever the attempt."""
         if message not in self._warned:
             self._warned.add(message)
-            self.tell(Warned(message=message))
+            self.record(Warned(message=message))
 
     def _forward(self, number: int, _frame: object) -> None:
         """Pass the first stop signal to the worker; a third one ends it at once."""
@@ -365,13 +369,13 @@ class Supervisor:
 
     def _warnings(self) -> list[str]:
         """Return what the user should know before the worker begins."""
-        found = [*self._notes]
+        warnings = [*self._notes]
         if self.redaction.text(str(self.output_dir)) != str(self.output_dir):
-            found.append("the output folder's name holds a secret, shown as ***: choose another")
+            warnings.append("the output folder's name holds a secret, shown as ***: choose another")
         if skipped := self.live.lines_skipped:
             lines = "1 line" if skipped == 1 else f"{skipped} lines"
-            found.append(f"{lines} of {EVENTS} skipped: no event, or a field of another type")
-        return [*found, *self.settings.warnings]
+            warnings.append(f"{lines} of {EVENTS} skipped: no event, or a field of another type")
+        return [*warnings, *self.settings.warnings]
 
     def _leave_results(self) -> None:
         """Write results and report; a failure is reported, and does not fail the run."""
@@ -383,7 +387,9 @@ class Supervisor:
             try:
                 write()
             except Exception as error:
-                self.tell(Warned(message=f"no {name} was written: {type(error).__name__}: {error}"))
+                self.record(
+                    Warned(message=f"no {name} was written: {type(error).__name__}: {error}")
+                )
 
 
 def redaction_of(settings: Settings) -> Redaction:

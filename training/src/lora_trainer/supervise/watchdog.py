@@ -37,7 +37,7 @@ class Watchdog:
         self.log = log
         self._stall_timeout_seconds = stall_timeout_seconds
         self._oom_kills = oom_kills()
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         for pid in self.pids:
             with contextlib.suppress(OSError):
                 Path(f"/proc/{pid}/oom_score_adj").write_text(str(OOM_SCORE))
@@ -52,9 +52,9 @@ class Watchdog:
 
     def warnings(self, status: RunStatus) -> list[str]:
         """Return what of memory and disk should be known now, each once."""
-        found = {"memory": self._memory(), "disk": self._disk(status)}
-        new = {name: text for name, text in found.items() if text and name not in self._told}
-        self._told |= new.keys()
+        causes = {"memory": self._memory(), "disk": self._disk(status)}
+        new = {name: text for name, text in causes.items() if text and name not in self._warned}
+        self._warned |= new.keys()
         return list(new.values())
 
     def was_out_of_memory(self) -> bool:

@@ -44,7 +44,7 @@ class WorkerGroup:
 
     def __init__(
         self,
-        order: Mapping[str, Any],
+        spec: Mapping[str, Any],
         count: int,
         *,
         log: IO[bytes] | int,
@@ -73,11 +73,11 @@ class WorkerGroup:
         self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
         self._watcher.start()
         for rank, process in enumerate(self._ranks):
-            place = {"rank": rank, "ranks": count, "store": store}
+            position = {"rank": rank, "ranks": count, "store": store}
             assert process.stdin is not None
             # One that died already is found by the watcher.
             with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
-                stdin.write(json.dumps({**order, **place}).encode())
+                stdin.write(json.dumps({**spec, **position}).encode())
 
     @property
     def pid(self) -> int:

@@ -18,7 +18,7 @@ from .datasets import hub_ids, profile_of
 from .identity import adapter_note
 
 
-class _Session(Protocol):
+class _Setup(Protocol):
     """What of `setup.TrainingSetup` is looked at here."""
 
     config: Config
@@ -26,7 +26,7 @@ class _Session(Protocol):
     tokenizer: Any
     source: load.ModelSource
     splits: DataSplits
-    order: Sampler
+    sampler: Sampler
 
     @property
     def figures(self) -> Mapping[str, float]: ...
@@ -38,10 +38,10 @@ class _Session(Protocol):
     def versions(self) -> dict[str, str]: ...
 
 
-def card_facts(session: _Session, run_name: str, state: TrainState) -> model_card.CardFacts:
+def card_facts(setup: _Setup, run_name: str, state: TrainState) -> model_card.CardFacts:
     """Return what the card states of a run at `state`."""
-    config, figures = session.config, session.figures
-    profile = profile_of(session.splits, session.order.rows)
+    config, figures = setup.config, setup.figures
+    profile = profile_of(setup.splits, setup.sampler.rows)
     names = ("exact_match", "eval_loss", "eval_perplexity", "eval_token_accuracy")
     after = {n: figures[n] for n in (*names, "loss") if n in figures}
     if "exact_match_after" in figures:
@@ -50,31 +50,31 @@ def card_facts(session: _Session, run_name: str, state: TrainState) -> model_car
         after["train_loss"] = after.pop("loss")
     quantization = "4 bit" if config.model.use_4bit else "8 bit" if config.model.use_8bit else ""
     started = adapter_note(config)
-    notes = (session.source.note, loftq.note(config.lora, config.model), started)
+    notes = (setup.source.note, loftq.note(config.lora, config.model), started)
     facts = model_card.CardFacts(
         run_name=run_name,
-        base_model=session.source.name,
-        base_model_hub_id=session.source.hub_id or None,
-        base_model_revision=session.source.revision,
-        base_model_license=load.find_license(session.source) or None,
+        base_model=setup.source.name,
+        base_model_hub_id=setup.source.hub_id or None,
+        base_model_revision=setup.source.revision,
+        base_model_license=load.find_license(setup.source) or None,
         quantization=quantization,
         dataset_hub_ids=hub_ids(config),
-        data_digest=session.splits.train.digest,
-        train_rows=session.order.rows,
+        data_digest=setup.splits.train.digest,
+        train_rows=setup.sampler.rows,
         train_tokens=profile.tokens,
-        supervised_tokens=profile.trained_tokens,
+        supervised_tokens=profile.supervised_tokens,
         eval_rows=profile.eval_rows,
         steps=state.step,
         train_seconds=state.train_seconds,
-        trainable_parameters=session.plan.trainable_parameters,
+        trainable_parameters=setup.plan.trainable_parameters,
         config_digest=config.digest(),
         hyperparameters=model_card.shown_keys(config),
         metrics_before={n: figures[f"{n}_before"] for n in names if f"{n}_before" in figures},
         metrics_after=after,
-        versions=session.versions,
+        versions=setup.versions,
         use_dora=config.lora.use_dora,
         modules_to_save=tuple(config.lora.modules_to_save),
         target_parameters=tuple(config.lora.lora_target_parameters),
         notes=tuple(n for n in notes if n),
     )
-    return export.with_prompt_format(facts, session.prompt_format, session.tokenizer, session.stops)
+    return export.with_prompt_format(facts, setup.prompt_format, setup.tokenizer, setup.stops)

@@ -131,7 +131,7 @@ def restore_optimizer(
     parameters: Mapping[str, torch.nn.Parameter],
 ) -> None:
     """Put the moments back."""
-    places = {
+    groups = {
         id(parameter): (group, parameter, number, index)
         for number, group in enumerate(optimizer.param_groups)
         for index, parameter in enumerate(group["params"])
@@ -145,7 +145,7 @@ def restore_optimizer(
         }
         if own and hasattr(optimizer, "init_state"):
             # bitsandbytes' state has buffers of its own kinds, paged ones among them.
-            optimizer.init_state(*places[id(parameter)])
+            optimizer.init_state(*groups[id(parameter)])
             _fill(optimizer.state[parameter], own)
         elif own:
             # AdamW keeps `step` on the CPU and its moments beside the parameter.

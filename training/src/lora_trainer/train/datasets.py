@@ -88,23 +88,25 @@ def _refuse_unfit(name: str | None, tokenizer: Any) -> None:
 
 def data_warnings(config: Config, splits: DataSplits) -> list[str]:
     """Return, in words, what became of rows that are not trained as they stand in the data."""
-    told = list(splits.warnings)
+    warnings = list(splits.warnings)
     for name, report in (("dataset", splits.train_report), ("eval_dataset", splits.eval_report)):
         if report is None:
             continue
         if ended := report.processes_restarted:
             processes = "1 tokenizing process" if ended == 1 else f"{ended} tokenizing processes"
-            told.append(f"{name}: {processes} ended early; the rows were done again")
+            warnings.append(f"{name}: {processes} ended early; the rows were done again")
         if report.rows_truncated:
-            told.append(
+            warnings.append(
                 f"{name}: {report.rows_truncated:,} of {report.rows_read:,} rows are cut to "
                 f"max_seq_length {config.data.max_seq_length} (the longest has "
                 f"{report.longest_tokens:,} tokens)"
             )
         for verb, counts in (("left out", report.rows_dropped), ("skipped", report.rows_skipped)):
-            told += [f"{name}: {count:,} rows {verb}: {why}" for why, count in counts.items()]
-        told += [f"{name}: {text}" for text in warnings_of(report.rows_changed, report.rows_used)]
-    return told
+            warnings += [f"{name}: {count:,} rows {verb}: {why}" for why, count in counts.items()]
+        warnings += [
+            f"{name}: {text}" for text in warnings_of(report.rows_changed, report.rows_used)
+        ]
+    return warnings
 
 
 def format_of_splits(splits: DataSplits, tokenizer: Any) -> PromptFormat:
@@ -121,10 +123,10 @@ def end_warning(prompt_format: PromptFormat, tokenizer: Any, generation: Any) ->
     own = base_ends(tokenizer, generation)
     if not prompt_format.end_token_ids or prompt_format.end_token_ids[0] in own:
         return []
-    trained = tokenizer.convert_ids_to_tokens(prompt_format.end_token_ids[0])
+    token = tokenizer.convert_ids_to_tokens(prompt_format.end_token_ids[0])
     base = ", ".join(tokenizer.convert_ids_to_tokens(own)) or "none"
     return [
-        f"the trained answers end with {trained}, which is not an end token of the base model "
+        f"the trained answers end with {token}, which is not an end token of the base model "
         f"({base}): the exported generation config, tokenizer and model card name it"
     ]
 
@@ -135,11 +137,11 @@ def source_specs(
     """Return the datasets that a config names, each with the defaults of the data section."""
     data = config.data
     entries = [] if named is None else [named] if isinstance(named, str) else list(named)
-    found = []
+    specs = []
     for entry in entries:
         # Not validated: `evaluate` takes any name that the file system has, UTF-8 or not.
         one = DatasetSource.model_construct(path=entry) if isinstance(entry, str) else entry
-        found.append(
+        specs.append(
             SourceSpec(
                 path_or_id=one.path,
                 weight=one.weight,
@@ -150,29 +152,29 @@ def source_specs(
                 datasets_dir=data.datasets_dir,
             )
         )
-    return found
+    return specs
 
 
 def hub_ids(config: Config) -> tuple[str, ...]:
     """Return the hub's names of the training data; a local file has none, also when gone by now."""
-    found: dict[str, None] = {}
+    ids: dict[str, None] = {}
     for spec in source_specs(config, config.data.dataset):
         with contextlib.suppress(TrainerError):
             if locate(spec) is None:
-                found[hub_id(spec)] = None
-    return tuple(found)
+                ids[hub_id(spec)] = None
+    return tuple(ids)
 
 
 def name_rows(config: Config, data: TokenizedDataset, indices: Sequence[int]) -> list[str]:
     """Name tokenized rows by file and line; by number where their source cannot be read."""
     hashes = [int(data.row_hashes[index]) for index in indices]
-    found: dict[int, list[str]] = {}
+    names: dict[int, list[str]] = {}
     for named in (config.data.dataset, config.data.eval_dataset):
         with contextlib.suppress(TrainerError, OSError):
-            for key, places in find_rows(source_specs(config, named), set(hashes)).items():
-                found.setdefault(key, []).extend(places)
+            for key, lines in find_rows(source_specs(config, named), set(hashes)).items():
+                names.setdefault(key, []).extend(lines)
     return [
-        ", ".join(found.get(key, [f"row {index + 1} of the tokenized data"]))
+        ", ".join(names.get(key, [f"row {index + 1} of the tokenized data"]))
         for key, index in zip(hashes, indices, strict=True)
     ]
 
@@ -190,10 +192,10 @@ def _tokenizer_folder(source: load.ModelSource, tokenizer: Any, cache: Path) -> 
 
 def data_digest(splits: DataSplits, weights: list[float]) -> str:
     """Return a hash of the rows that are trained, with their weights, and of the held-out ones."""
-    parts = [splits.train.digest, repr(weights)]
-    parts += [_hash(rows) for rows in (splits.train.sources, splits.train_rows, splits.eval_rows)]
-    parts += [splits.eval.digest] if splits.eval is not None else []
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+    digests = [splits.train.digest, repr(weights)]
+    digests += [_hash(rows) for rows in (splits.train.sources, splits.train_rows, splits.eval_rows)]
+    digests += [splits.eval.digest] if splits.eval is not None else []
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
 
 
 def _hash(array: Any) -> str:
@@ -232,15 +234,15 @@ LONGEST_ROWS = 256
 def profile_of(splits: DataSplits, rows: int) -> DataProfile:
     """Return what the plan needs to know of the data."""
     lengths = splits.train.lengths[splits.train_rows]
-    trained = splits.train.trained_counts[splits.train_rows]
+    supervised = splits.train.supervised_counts[splits.train_rows]
     return DataProfile(
         rows=rows,
         tokens=int(lengths.sum()),
-        trained_tokens=int(trained.sum()),
+        supervised_tokens=int(supervised.sum()),
         longest=int(lengths.max()),
         eval_rows=len(splits.eval_rows),
         longest_rows=tuple(int(one) for one in np.sort(lengths)[::-1][:LONGEST_ROWS]),
-        most_trained=int(trained.max()),
+        most_supervised=int(supervised.max()),
     )
 
 

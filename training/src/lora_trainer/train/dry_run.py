@@ -12,7 +12,7 @@ from ..config.schema import Config
 from ..config.start_adapter import find_adapter
 from ..data.prepare import DataSplits
 from ..machine import read_machine
-from ..memory_estimate import ModelShape, Parallelism
+from ..memory_estimate import ModelSize, Parallelism
 from ..model import (
     compat,  # noqa: F401  it quiets libraries before they are imported
     load,
@@ -30,17 +30,17 @@ from .datasets import profile_of, refuse_long_rows, rows_of_epoch_in, rows_to_tr
 
 
 def parallelism_before_loading(
-    config: Config, backend: Backend, shape: Any, ranks: Ranks
+    config: Config, backend: Backend, model_config: Any, ranks: Ranks
 ) -> tuple[Parallelism, str]:
     """Return how ranks share the work, and why: where weights are loaded to depends on it."""
     if ranks.count == 1 and config.training.parallelism != "deepspeed":
         return "none", ""
-    base = _unloaded(config, shape)
-    sized = shape_of(base, quantize.count_parameters(base), {})
+    base = _unloaded(config, model_config)
+    sized = model_size_of(base, quantize.count_parameters(base), {})
     return choose_parallelism(config, backend.machine, sized, backend.precision, ranks.count)
 
 
-def _unloaded(config: Config, shape: Any) -> Any:
+def _unloaded(config: Config, model_config: Any) -> Any:
     """Return the base model without its weights, on the meta device.
 
     Raises:
@@ -51,21 +51,21 @@ def _unloaded(config: Config, shape: Any) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                shape, trust_remote_code=config.model.trust_remote_code
+                model_config, trust_remote_code=config.model.trust_remote_code
             )
     except Exception as error:  # each class checks its configuration in its own way
-        why = f"transformers cannot build it as a causal language model: {probe.said(error)}"
-        raise probe.refusal(shape, why) from error
+        why = f"transformers cannot build it as a causal language model: {probe.first_line(error)}"
+        raise probe.refusal(model_config, why) from error
 
 
-def refuse_unsupported(config: Config, shape: Any) -> None:
+def refuse_unsupported(config: Config, model_config: Any) -> None:
     """Refuse a model that cannot be trained on text, before its weights are read.
 
     Raises:
         ConfigError: it is no causal language model, asks for something else than tokens, or
             has experts that cannot be quantized as asked.
     """
-    base = _unloaded(config, shape)
+    base = _unloaded(config, model_config)
     quantize.refuse_fused_experts(config.model, base)
     probe.check_unloaded(base)
 
@@ -79,12 +79,14 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
     listed = read_machine()
     processes = process_count(config, listed)
     machine = usable_machine(listed, processes)
-    shape = load.load_config(source, config.model)
-    config, whole = quantize.apply_stored_quantization(config, shape, has_gpu=machine.has_gpu)
-    base = _unloaded(config, shape)
+    model_config = load.load_config(source, config.model)
+    config, whole = quantize.apply_stored_quantization(
+        config, model_config, has_gpu=machine.has_gpu
+    )
+    base = _unloaded(config, model_config)
     quantize.refuse_fused_experts(config.model, base)
     probe.check_unloaded(base)
-    backend = resolve(config.model, machine, shape)
+    backend = resolve(config.model, machine, model_config)
     with torch.device("meta"):
         base.requires_grad_(False)
         refuse_long_rows(config, base, splits)
@@ -92,15 +94,15 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
         # PiSSA and OLoRA decompose weights, which are not there.
         lora = config.lora.model_copy(update={"init_lora_weights": True})
         model = add_adapter(base, lora, seed=config.training.seed)
-        trained = trainable_parameters(model)
+        trainable = trainable_parameters(model)
         reached = reach.notes(model, parameters[0], config.lora)
     if config.lora.adapter_name_or_path is not None:
         read_start(model, find_adapter(config.lora.adapter_name_or_path))
     weights = [source.weight for source in source_specs(config, config.data.dataset)]
-    sized = shape_of(base, parameters, trained)
+    sized = model_size_of(base, parameters, trainable)
     parallelism, why = choose_parallelism(config, machine, sized, backend.precision, processes)
     is_packed = config.training.padding_free is not False
-    footprint = footprint_of(config, backend, shape, is_packed=is_packed)
+    footprint = footprint_of(config, backend, model_config, is_packed=is_packed)
     plan = make_plan(
         config,
         backend.machine,
@@ -133,18 +135,18 @@ def footprint_of(
     )
 
 
-def shape_of(
-    model: Any, parameters: tuple[int, int], trained: dict[str, torch.nn.Parameter]
-) -> ModelShape:
+def model_size_of(
+    model: Any, parameters: tuple[int, int], trainable: dict[str, torch.nn.Parameter]
+) -> ModelSize:
     """Return what the plan needs to know of a model: all its parameters, and those trained."""
     config = model.config
-    return ModelShape(
+    return ModelSize(
         model_type=config.model_type,
         layers=sizes.layers(config) or 1,
         hidden_size=sizes.width(config),
         vocab_size=sizes.vocabulary(config),
         parameters=parameters[0],
         unquantized_parameters=parameters[1],
-        trainable_parameters=sum(p.numel() for p in trained.values()),
+        trainable_parameters=sum(p.numel() for p in trainable.values()),
         max_positions=sizes.positions(config),
     )

@@ -45,7 +45,7 @@ def take(rows: Rows, indices: Sequence[int] | NDArray[np.int64]) -> MicroBatch:
     pairs = [rows[int(index)] for index in indices]
     return MicroBatch(
         [np.asarray(ids, dtype=np.int64) for ids, _ in pairs],
-        [np.asarray(marks, dtype=bool) for _, marks in pairs],
+        [np.asarray(mask, dtype=bool) for _, mask in pairs],
     )
 
 
@@ -77,9 +77,9 @@ def score(
             # Ranks that share a model must all go through it: at the end, once too often.
             own = first + ranks.rank
             if own < len(batches) or causal.is_sharded:
-                found, fitting = _score_pieces(causal, rows, batches[min(own, last)], fitting)
+                pieces, fitting = _score_pieces(causal, rows, batches[min(own, last)], fitting)
             if own < len(batches):
-                figures[own] = found
+                figures[own] = pieces
             progress(min(len(rows), (first + ranks.count) * batch_examples))
     finally:
         causal.model.train(was_training)
@@ -102,15 +102,15 @@ def _score_pieces(
         micro = take(rows, piece)
         return [*causal.score(micro), micro.targets]
 
-    parts, most = in_pieces(batch, most, scored, is_divisible=not causal.is_sharded)
-    return torch.tensor(parts, dtype=torch.float64).sum(0), most
+    pieces, most = in_pieces(batch, most, scored, is_divisible=not causal.is_sharded)
+    return torch.tensor(pieces, dtype=torch.float64).sum(0), most
 
 
 def _by_length(rows: Rows, batch_examples: int) -> Iterator[list[int]]:
     """Group rows of similar length, longest first: least padding, and no memory surprise late."""
-    order = sorted(range(len(rows)), key=lambda index: (-len(rows[index][0]), index))
-    for start in range(0, len(order), batch_examples):
-        yield order[start : start + batch_examples]
+    ranking = sorted(range(len(rows)), key=lambda index: (-len(rows[index][0]), index))
+    for start in range(0, len(ranking), batch_examples):
+        yield ranking[start : start + batch_examples]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,20 +124,20 @@ class Question:
 
 def questions(rows: Rows) -> list[Question]:
     """Cut each example before its last run of trained tokens; one without a prompt is left out."""
-    found = []
+    asked = []
     for index in range(len(rows)):
-        ids, marks = rows[index]
-        trained = np.asarray(marks, dtype=bool)
-        if not trained.any():
+        ids, mask = rows[index]
+        loss_mask = np.asarray(mask, dtype=bool)
+        if not loss_mask.any():
             continue
-        end = len(trained) - int(trained[::-1].argmax())
-        before = np.flatnonzero(~trained[:end])
+        end = len(loss_mask) - int(loss_mask[::-1].argmax())
+        before = np.flatnonzero(~loss_mask[:end])
         start = int(before[-1]) + 1 if len(before) else 0
         if start > 0:
-            found.append(
+            asked.append(
                 Question(index, [int(i) for i in ids[:start]], [int(i) for i in ids[start:end]])
             )
-    return found
+    return asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,33 +178,33 @@ def answer(
     An answer ends with the tokenizer's end token or with the token that ends the
     expected answers (a template's end of turn), or after `max_new_tokens`.
     """
-    order = sorted(asked, key=lambda q: (len(q.expected), len(q.prompt), q.index))
+    ranked = sorted(asked, key=lambda q: (len(q.expected), len(q.prompt), q.index))
     # Token ids plus one, so that zero means none, and ranks can add theirs up.
-    made = torch.zeros(len(order), max_new_tokens, dtype=torch.int64)
+    ids_plus_one = torch.zeros(len(ranked), max_new_tokens, dtype=torch.int64)
     sharing = ALONE if causal.is_sharded else ranks
     with causal.generating(), determinism.relaxed():
-        for first in range(0, len(order), batch_examples * sharing.count):
+        for first in range(0, len(ranked), batch_examples * sharing.count):
             if should_stop():
                 return None
             start = first + batch_examples * sharing.rank
-            batch = order[start : start + batch_examples]
+            batch = ranked[start : start + batch_examples]
 
             def hear(
                 finished: int, tokens: int, first: int = first, size: int = len(batch)
             ) -> None:
-                advance((first + size * tokens / max_new_tokens) / len(order))
-                progress(min(len(order), first + finished))
+                advance((first + size * tokens / max_new_tokens) / len(ranked))
+                progress(min(len(ranked), first + finished))
 
             if batch:
                 answers = _generate(causal, tokenizer, batch, list(ends), max_new_tokens, hear)
                 for row, ids in enumerate(answers, start):
-                    made[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
-            progress(min(len(order), first + batch_examples * sharing.count))
-    found = [
+                    ids_plus_one[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
+            progress(min(len(ranked), first + batch_examples * sharing.count))
+    decoded = [
         _decode(tokenizer, question, [int(i) - 1 for i in row if i])
-        for question, row in zip(order, sharing.summed(made).tolist(), strict=True)
+        for question, row in zip(ranked, sharing.summed(ids_plus_one).tolist(), strict=True)
     ]
-    return sorted(found, key=lambda one: one.index)
+    return sorted(decoded, key=lambda one: one.index)
 
 
 def _generate(
@@ -269,8 +269,8 @@ def _until_end(ids: list[int], ends: set[int]) -> list[int]:
     return ids
 
 
-def _decode(tokenizer: Any, question: Question, made: list[int]) -> Answer:
+def _decode(tokenizer: Any, question: Question, answer_ids: list[int]) -> Answer:
     def text(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-    return Answer(question.index, text(question.prompt), text(question.expected), text(made))
+    return Answer(question.index, text(question.prompt), text(question.expected), text(answer_ids))

@@ -109,8 +109,8 @@ def save_adapter(
     Raises:
         NotFiniteError: the adapter holds NaN or infinite weights.
     """
-    trained = weights if weights is not None else trainable_parameters(model)
-    finite.check_before_export(trained.values(), str(folder.parent))
+    trainable = weights if weights is not None else trainable_parameters(model)
+    finite.check_before_export(trainable.values(), str(folder.parent))
     for lora in model.peft_config.values():
         # PEFT keeps them as a set, whose order differs from run to run.
         if isinstance(lora.target_modules, set):

@@ -36,7 +36,7 @@ MODULE_TO_SAVE = (".modules_to_save.default.", ".original_module.")
 START_AGAIN = "--resume never (this run is moved aside, not removed)"
 
 
-class _Parts(Protocol):
+class _Context(Protocol):
     """What of `loop.TrainingContext` is looked at here."""
 
     @property
@@ -46,7 +46,7 @@ class _Parts(Protocol):
     @property
     def optimizer(self) -> torch.optim.Optimizer: ...
     @property
-    def order(self) -> Sampler: ...
+    def sampler(self) -> Sampler: ...
     @property
     def rows(self) -> Rows: ...
     @property
@@ -91,18 +91,18 @@ def training_tensors(
         yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
-def check_before_save(parts: _Parts, step: int) -> None:
+def check_before_save(context: _Context, step: int) -> None:
     """Refuse to save parameters or moments that are not finite; every rank must ask.
 
     Raises:
         NotFiniteError: some are not.
     """
-    tensors = training_tensors(parts.parameters.values(), parts.optimizer)
-    if not parts.ranks.is_any(not is_finite(tensors)):
+    tensors = training_tensors(context.parameters.values(), context.optimizer)
+    if not context.ranks.is_any(not is_finite(tensors)):
         return
-    bad = [name for name, p in parts.parameters.items() if not is_finite([p])]
+    bad = [name for name, p in context.parameters.items() if not is_finite([p])]
     raise _diverged(
-        parts,
+        context,
         f"the weights are not finite after step {step}",
         where=f"step {step}: {bad[0]}{_more(len(bad) - 1)}" if bad else f"step {step}: moments",
         why="the weights" if bad else "the optimizer's moments",
@@ -125,17 +125,19 @@ def check_before_export(parameters: Iterable[Tensor], where: str) -> None:
         )
 
 
-def step_error(parts: _Parts, step: int, loss: float, norm: float, rate: float) -> NotFiniteError:
+def step_error(
+    context: _Context, step: int, loss: float, norm: float, rate: float
+) -> NotFiniteError:
     """Return why optimizer step `step` (1 is the first), which was not taken, is not finite."""
-    parts.optimizer.zero_grad(set_to_none=True)
-    indices = [int(index) for index in parts.order.step_rows(step - 1)]
+    context.optimizer.zero_grad(set_to_none=True)
+    indices = [int(index) for index in context.sampler.step_rows(step - 1)]
     figures = f"step {step}: loss {loss}, gradient norm {norm}, learning rate {rate:.3g}"
-    bad = culprits(parts.causal, parts.rows, indices, has_gradients=math.isfinite(loss))
+    bad = culprits(context.causal, context.rows, indices, has_gradients=math.isfinite(loss))
     if not bad:
-        if math.isfinite(loss) and parts.plan.precision == "float16":
+        if math.isfinite(loss) and context.plan.precision == "float16":
             return _scale_collapsed(step, figures)
         return _diverged(
-            parts,
+            context,
             f"the loss is not finite at step {step}",
             where=figures,
             why="the weights",
@@ -143,36 +145,37 @@ def step_error(parts: _Parts, step: int, loss: float, norm: float, rate: float) 
         )
     return _of_rows(
         f"the loss is not finite at step {step}: {_counted(len(bad), len(indices))}",
-        named=parts.name_rows(bad[:LISTED_ROWS], False),
+        named=context.name_rows(bad[:LISTED_ROWS], False),
         count=len(bad),
         step=step,
-        remedy=f"remove or change {_them(bad)}{_in_float32(parts)}, then start with {START_AGAIN}",
+        remedy=f"remove or change {_them(bad)}{_in_float32(context)}, then start with "
+        f"{START_AGAIN}",
     )
 
 
-def evaluation_error(parts: _Parts, step: int, score: evaluate.Score) -> NotFiniteError:
+def evaluation_error(context: _Context, step: int, score: evaluate.Score) -> NotFiniteError:
     """Return why an evaluation is not finite."""
     what = f"the evaluation at step {step} is not finite"
-    bad = culprits(parts.causal, parts.eval_rows, score.suspects)
+    bad = culprits(context.causal, context.eval_rows, score.suspects)
     if not bad:
         return _diverged(
-            parts,
+            context,
             what,
             where=f"step {step}: eval_loss {score.loss}",
             why="the weights",
             step=step,
         )
     return _of_rows(
-        f"{what}: {_counted(len(bad), len(parts.eval_rows))}",
-        named=parts.name_rows(bad[:LISTED_ROWS], True),
+        f"{what}: {_counted(len(bad), len(context.eval_rows))}",
+        named=context.name_rows(bad[:LISTED_ROWS], True),
         count=len(bad),
         step=step,
         remedy="go on without that figure: add --on_nan warn; or remove or change "
-        f"{_them(bad)}{_in_float32(parts)} and start with {START_AGAIN}",
+        f"{_them(bad)}{_in_float32(context)} and start with {START_AGAIN}",
     )
 
 
-def judge_evaluation(parts: _Parts, step: int, score: evaluate.Score) -> None:
+def judge_evaluation(context: _Context, step: int, score: evaluate.Score) -> None:
     """End the run, or warn, where an evaluation is not finite, as `on_nan` says.
 
     Raises:
@@ -180,11 +183,11 @@ def judge_evaluation(parts: _Parts, step: int, score: evaluate.Score) -> None:
     """
     if math.isfinite(score.loss):
         return
-    error = evaluation_error(parts, step, score)
-    if parts.training.on_nan == "error":
+    error = evaluation_error(context, step, score)
+    if context.training.on_nan == "error":
         raise error
     problem = error.problems[0]
-    parts.emit(Warned(message=f"{problem.what} ({problem.where}): {problem.why}"))
+    context.emit(Warned(message=f"{problem.what} ({problem.where}): {problem.why}"))
 
 
 def culprits(
@@ -224,10 +227,10 @@ def culprits(
 def _as_base(model: Any) -> Iterator[None]:
     """Let the adapted model compute as its base does, with gradients for its adapter."""
     everything = dict(model.named_parameters())
-    trained = {name: p for name, p in everything.items() if p.requires_grad}
-    kept = {name: p.detach().clone() for name, p in trained.items()}
+    trainable = {name: p for name, p in everything.items() if p.requires_grad}
+    kept = {name: p.detach().clone() for name, p in trainable.items()}
     with torch.no_grad():
-        for name, p in trained.items():
+        for name, p in trainable.items():
             original = everything.get(name.replace(*MODULE_TO_SAVE))
             if any(part in name for part in B_NAMES):
                 p.zero_()
@@ -237,7 +240,7 @@ def _as_base(model: Any) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for name, p in trained.items():
+            for name, p in trainable.items():
                 p.copy_(kept[name])
 
 
@@ -277,8 +280,8 @@ def _scale_collapsed(step: int, figures: str) -> NotFiniteError:
     return error
 
 
-def _diverged(parts: _Parts, what: str, *, where: str, why: str, step: int) -> NotFiniteError:
-    training, store = parts.training, parts.store
+def _diverged(context: _Context, what: str, *, where: str, why: str, step: int) -> NotFiniteError:
+    training, store = context.training, context.store
     rate = f"--learning_rate {training.learning_rate / 10:.3g}"
     clipped = "" if 0 < training.max_grad_norm <= 1 else " --max_grad_norm 1"
     error = NotFiniteError.of(
@@ -286,7 +289,7 @@ def _diverged(parts: _Parts, what: str, *, where: str, why: str, step: int) -> N
         where=where,
         why=f"{why} have diverged, and nothing of it was saved; {last_sound(store)}",
         remedy=f"lower learning_rate: add {rate}{clipped} and {START_AGAIN}, or {rate}{clipped} "
-        f"and another --run_name{_in_float32(parts)}",
+        f"and another --run_name{_in_float32(context)}",
     )
     assert isinstance(error, NotFiniteError)
     error.step, error.retry = step, NotFiniteError.KIND
@@ -334,6 +337,6 @@ def _more(count: int) -> str:
     return f" and {count:,} more" if count > 0 else ""
 
 
-def _in_float32(parts: _Parts) -> str:
-    key = {"bfloat16": "bf16", "float16": "fp16"}.get(parts.plan.precision)
+def _in_float32(context: _Context) -> str:
+    key = {"bfloat16": "bf16", "float16": "fp16"}.get(context.plan.precision)
     return f", or set --{key} false" if key else ""

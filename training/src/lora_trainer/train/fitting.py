@@ -27,7 +27,7 @@ from ..run.memory_limits import BatchSizes, MemoryLimits, nothing_fits, reduced,
 from . import evaluate
 
 # Rows of a micro-batch, its number in the step, and its weight.
-Share = tuple[NDArray[np.int64], int, float]
+Piece = tuple[NDArray[np.int64], int, float]
 
 
 class Fitting:
@@ -52,7 +52,7 @@ class Fitting:
     def accumulate(
         self,
         rows: Rows,
-        shares: Sequence[Share],
+        micro_batches: Sequence[Piece],
         factor: float,
         optimizer: torch.optim.Optimizer,
         *,
@@ -67,7 +67,7 @@ class Fitting:
         size = self.sizes.micro_batch_examples
         while True:
             try:
-                return self._accumulate(rows, self._pieces(shares, size), factor, seed, step)
+                return self._accumulate(rows, self._pieces(micro_batches, size), factor, seed, step)
             except Exception as error:
                 # Ranks that share a model wait for this one in the middle of it.
                 if self._causal.is_sharded or not is_out_of_memory(error):
@@ -82,7 +82,7 @@ class Fitting:
             self._adopt(smaller, step, cause)
 
     def _accumulate(
-        self, rows: Rows, pieces: Iterator[Share], factor: float, seed: int, step: int
+        self, rows: Rows, pieces: Iterator[Piece], factor: float, seed: int, step: int
     ) -> Tensor:
         summed = torch.zeros((), device=self._causal.device)
         for indices, number, weight in pieces:
@@ -93,13 +93,13 @@ class Fitting:
             summed += loss.detach()
         return summed
 
-    def _pieces(self, shares: Sequence[Share], size: int) -> Iterator[Share]:
+    def _pieces(self, micro_batches: Sequence[Piece], size: int) -> Iterator[Piece]:
         """Cut micro-batches of at most `size` examples to the present size.
 
         They are numbered as if the whole step had been cut so from the beginning.
         """
         fitting = self.sizes.micro_batch_examples
-        for rows, number, weight in shares:
+        for rows, number, weight in micro_batches:
             for position, piece in enumerate(split_micro_batches(rows, fitting)):
                 yield piece, number * (size // fitting) + position, weight
 

@@ -53,7 +53,7 @@ class TrainingContext:
     causal: CausalLM
     parameters: dict[str, torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
-    order: Sampler
+    sampler: Sampler
     rows: Rows
     eval_rows: Rows
     store: CheckpointStore
@@ -73,48 +73,50 @@ class TrainingContext:
     keep_limits: Callable[[MemoryLimits], None] = lambda _: None
 
 
-def train(parts: TrainingContext, state: TrainState) -> TrainState:
+def train(context: TrainingContext, state: TrainState) -> TrainState:
     """Train from `state` to the plan's end, an early stop, or a stop request; saved on return."""
     saved_step = state.step if state.step else -1
-    fitting = Fitting(parts.plan, parts.causal, parts.ranks, parts.emit, parts.keep_limits)
-    parts.causal.model.train()
-    beat = progress_of(parts.emit, "steps", parts.plan.total_steps, BEAT_SECONDS)
+    fitting = Fitting(
+        context.plan, context.causal, context.ranks, context.emit, context.keep_limits
+    )
+    context.causal.model.train()
+    beat = progress_of(context.emit, "steps", context.plan.total_steps, BEAT_SECONDS)
     while True:
-        if saved_step != state.step and _ends_between_evaluations(parts, state):
+        if saved_step != state.step and _ends_between_evaluations(context, state):
             # Its evaluation is the end's alone: a longer run, which may continue from this
             # checkpoint, does not have it, and must not take this step for its best.
-            saved_step = _save_at(parts, state)
-        if _is_evaluation_due(parts, state):
-            state = _evaluate(parts, state, fitting)
-        is_done = state.step >= parts.plan.total_steps or _is_out_of_patience(parts, state)
-        must_end = is_done or parts.should_stop()
-        if saved_step != state.step and (must_end or _is_save_due(parts, state)):
-            saved_step = _save_at(parts, state)
+            saved_step = _save_at(context, state)
+        if _is_evaluation_due(context, state):
+            state = _evaluate(context, state, fitting)
+        is_done = state.step >= context.plan.total_steps or _is_out_of_patience(context, state)
+        must_end = is_done or context.should_stop()
+        if saved_step != state.step and (must_end or _is_save_due(context, state)):
+            saved_step = _save_at(context, state)
         if must_end:
             return state
-        state = _step(parts, state, fitting)
-        if not _is_logged(parts, state.step):
+        state = _step(context, state, fitting)
+        if not _is_logged(context, state.step):
             beat(state.step)
 
 
-def _save_at(parts: TrainingContext, state: TrainState) -> int:
+def _save_at(context: TrainingContext, state: TrainState) -> int:
     """Save on rank 0, but not before the first step; return the step."""
     if state.step:
-        finite.check_before_save(parts, state.step)
-    if state.step and parts.ranks.is_first:
-        _save(parts, state)
+        finite.check_before_save(context, state.step)
+    if state.step and context.ranks.is_first:
+        _save(context, state)
     return state.step
 
 
-def _ends_between_evaluations(parts: TrainingContext, state: TrainState) -> bool:
-    every = parts.plan.eval_every_steps
-    return state.step >= parts.plan.total_steps and (not every or state.step % every != 0)
+def _ends_between_evaluations(context: TrainingContext, state: TrainState) -> bool:
+    every = context.plan.eval_every_steps
+    return state.step >= context.plan.total_steps and (not every or state.step % every != 0)
 
 
-def _step(parts: TrainingContext, state: TrainState, fitting: Fitting) -> TrainState:
+def _step(context: TrainingContext, state: TrainState, fitting: Fitting) -> TrainState:
     """Do one optimizer step; in float16 repeat it at half the loss scale while it overflows."""
     start = time.monotonic()
-    training, plan = parts.training, parts.plan
+    training, plan = context.training, context.plan
     rate = learning_rate(
         state.step,
         peak=plan.peak_learning_rate,
@@ -122,29 +124,29 @@ def _step(parts: TrainingContext, state: TrainState, fitting: Fitting) -> TrainS
         warmup_steps=plan.warmup_steps,
         kind=training.lr_scheduler_type,
     )
-    set_learning_rate(parts.optimizer, rate)
+    set_learning_rate(context.optimizer, rate)
     scale = (state.loss_scale or LossScale()) if plan.precision == "float16" else None
     while True:
-        taken = _gradients(parts, state, fitting, scale)
+        taken = _gradients(context, state, fitting, scale)
         if math.isfinite(taken.loss) and math.isfinite(taken.norm):
             break
         if scale is None or scale.is_least or not math.isfinite(taken.loss):
-            raise finite.step_error(parts, state.step + 1, taken.loss, taken.norm, rate)
-        parts.optimizer.zero_grad(set_to_none=True)
+            raise finite.step_error(context, state.step + 1, taken.loss, taken.norm, rate)
+        context.optimizer.zero_grad(set_to_none=True)
         scale = scale.after_overflow()
-        parts.emit(Progress(done=state.step, total=plan.total_steps, unit="steps"))
-    parts.optimizer.step()
-    parts.optimizer.zero_grad(set_to_none=True)
+        context.emit(Progress(done=state.step, total=plan.total_steps, unit="steps"))
+    context.optimizer.step()
+    context.optimizer.zero_grad(set_to_none=True)
     after = state.after_step(
         taken.tokens,
         taken.targets,
         time.monotonic() - start,
         None if scale is None else scale.after_step(),
     )
-    if _is_logged(parts, after.step):
-        parts.emit(_step_event(parts, state, after, rate=rate, taken=taken))
+    if _is_logged(context, after.step):
+        context.emit(_step_event(context, state, after, rate=rate, taken=taken))
         if len(taken.measured) > 1:
-            parts.emit(ranks_event(after.step, taken.measured))
+            context.emit(ranks_event(after.step, taken.measured))
     return after
 
 
@@ -160,23 +162,23 @@ class _Gradients:
 
 
 def _gradients(
-    parts: TrainingContext, state: TrainState, fitting: Fitting, scale: LossScale | None
+    context: TrainingContext, state: TrainState, fitting: Fitting, scale: LossScale | None
 ) -> _Gradients:
     """Compute a step's gradients and clip them: of its micro-batches those that are this rank's."""
     start = time.monotonic()
-    ranks, parameters = parts.ranks, list(parts.parameters.values())
+    ranks, parameters = context.ranks, list(context.parameters.values())
     size = fitting.sizes.micro_batch_examples
-    pieces = list(split_micro_batches(parts.order.step_rows(state.step), size))
-    batches = [evaluate.take(parts.rows, rows) for rows in pieces]
+    pieces = list(split_micro_batches(context.sampler.step_rows(state.step), size))
+    batches = [evaluate.take(context.rows, rows) for rows in pieces]
     targets = sum(batch.targets for batch in batches)
-    own = own_batches([batch.tokens for batch in batches], ranks, parts.causal.is_sharded)
+    own = own_batches([batch.tokens for batch in batches], ranks, context.causal.is_sharded)
     multiple = 1.0 if scale is None else scale.value
     summed = fitting.accumulate(
-        parts.rows,
+        context.rows,
         [(pieces[index], index, weight) for index, weight in own],
         multiple / max(1, targets),
-        parts.optimizer,
-        seed=parts.training.seed,
+        context.optimizer,
+        seed=context.training.seed,
         step=state.step,
     )
     if ranks.count > 1:
@@ -194,7 +196,7 @@ def _gradients(
     if scale is not None:
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / multiple)
     # An infinite bound measures the norm and scales nothing.
-    bound = parts.training.max_grad_norm or math.inf
+    bound = context.training.max_grad_norm or math.inf
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, bound))
     tokens = sum(batch.tokens for batch in batches)
     return _Gradients(loss / multiple, norm, tokens, targets, measured)
@@ -212,12 +214,12 @@ def _wait_for_kernels() -> None:
         done.synchronize()
 
 
-def _is_logged(parts: TrainingContext, step: int) -> bool:
-    return step % parts.logging_steps == 0 or step in (1, parts.plan.total_steps)
+def _is_logged(context: TrainingContext, step: int) -> bool:
+    return step % context.logging_steps == 0 or step in (1, context.plan.total_steps)
 
 
 def _step_event(
-    parts: TrainingContext,
+    context: TrainingContext,
     before: TrainState,
     after: TrainState,
     *,
@@ -227,7 +229,7 @@ def _step_event(
     scale = after.loss_scale
     return StepDone(
         step=after.step,
-        epoch=parts.order.epoch_at(after.step),
+        epoch=context.sampler.epoch_at(after.step),
         loss=taken.loss,
         learning_rate=rate,
         grad_norm=taken.norm,
@@ -256,31 +258,31 @@ def _gpu_memory_bytes() -> int:
     return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_initialized() else 0
 
 
-def _is_evaluation_due(parts: TrainingContext, state: TrainState) -> bool:
-    if not len(parts.eval_rows) or state.evaluated_step == state.step:
+def _is_evaluation_due(context: TrainingContext, state: TrainState) -> bool:
+    if not len(context.eval_rows) or state.evaluated_step == state.step:
         return False
-    every = parts.plan.eval_every_steps
+    every = context.plan.eval_every_steps
     is_interval = every > 0 and state.step > 0 and state.step % every == 0
     # At step 0 for the table's "before", at the end for its "after".
-    return is_interval or state.step in (0, parts.plan.total_steps)
+    return is_interval or state.step in (0, context.plan.total_steps)
 
 
-def _evaluate(parts: TrainingContext, state: TrainState, fitting: Fitting) -> TrainState:
+def _evaluate(context: TrainingContext, state: TrainState, fitting: Fitting) -> TrainState:
     """Evaluate; a stop request in between leaves it to the resumed run."""
-    parts.emit(PhaseChanged(phase="evaluating", detail=f"step {state.step}"))
+    context.emit(PhaseChanged(phase="evaluating", detail=f"step {state.step}"))
     score = evaluate.score(
-        parts.causal,
-        parts.eval_rows,
+        context.causal,
+        context.eval_rows,
         batch_examples=fitting.sizes.eval_batch_examples,
-        should_stop=parts.should_stop,
-        progress=progress_of(parts.emit, "rows", len(parts.eval_rows)),
-        ranks=parts.ranks,
+        should_stop=context.should_stop,
+        progress=progress_of(context.emit, "rows", len(context.eval_rows)),
+        ranks=context.ranks,
     )
     if score is None:
         return state
     fitting.agree_on_evaluation(score.batch_examples, state.step)
-    after = state.after_evaluation(score.loss, parts.training.early_stopping_threshold)
-    parts.emit(
+    after = state.after_evaluation(score.loss, context.training.early_stopping_threshold)
+    context.emit(
         Evaluated(
             step=state.step,
             eval_loss=score.loss,
@@ -291,37 +293,39 @@ def _evaluate(parts: TrainingContext, state: TrainState, fitting: Fitting) -> Tr
             is_best=after.best_step == state.step,
         )
     )
-    finite.judge_evaluation(parts, state.step, score)
-    parts.emit(PhaseChanged(phase="training"))
+    finite.judge_evaluation(context, state.step, score)
+    context.emit(PhaseChanged(phase="training"))
     return after
 
 
-def _is_out_of_patience(parts: TrainingContext, state: TrainState) -> bool:
-    patience = parts.training.early_stopping_patience
+def _is_out_of_patience(context: TrainingContext, state: TrainState) -> bool:
+    patience = context.training.early_stopping_patience
     return patience > 0 and state.evaluations_without_better >= patience
 
 
-def _is_save_due(parts: TrainingContext, state: TrainState) -> bool:
-    every = parts.plan.save_every_steps
+def _is_save_due(context: TrainingContext, state: TrainState) -> bool:
+    every = context.plan.save_every_steps
     is_new_best = state.best_step == state.step
     return state.step > 0 and (is_new_best or (every > 0 and state.step % every == 0))
 
 
-def _save(parts: TrainingContext, state: TrainState) -> None:
+def _save(context: TrainingContext, state: TrainState) -> None:
     start = time.monotonic()
-    parts.emit(PhaseChanged(phase="saving", detail=f"step {state.step}"))
+    context.emit(PhaseChanged(phase="saving", detail=f"step {state.step}"))
     snapshot = take_snapshot(
         state,
-        adapter_state(parts.causal.model),
-        parts.optimizer,
-        parts.parameters,
-        parts.store.digest,
-        parts.unrecorded(),
+        adapter_state(context.causal.model),
+        context.optimizer,
+        context.parameters,
+        context.store.digest,
+        context.unrecorded(),
     )
-    path = parts.store.save(snapshot)
-    for aside in parts.store.set_aside:
-        parts.emit(Warned(message=f"{path.name} was no checkpoint of this run: it is now {aside}"))
-    parts.emit(
+    path = context.store.save(snapshot)
+    for aside in context.store.set_aside:
+        context.emit(
+            Warned(message=f"{path.name} was no checkpoint of this run: it is now {aside}")
+        )
+    context.emit(
         CheckpointSaved(
             step=state.step,
             path=f"checkpoints/{path.name}",
@@ -330,4 +334,4 @@ def _save(parts: TrainingContext, state: TrainState) -> None:
             is_best=state.best_step == state.step,
         )
     )
-    parts.emit(PhaseChanged(phase="training"))
+    context.emit(PhaseChanged(phase="training"))

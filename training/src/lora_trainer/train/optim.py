@@ -74,10 +74,10 @@ def learning_rate(
         return peak * step / max(1, warmup_steps)
     if kind == "constant":
         return peak
-    share = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     if kind == "linear":
-        return peak * max(0.0, 1.0 - share)
-    return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * share)))
+        return peak * max(0.0, 1.0 - done)
+    return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

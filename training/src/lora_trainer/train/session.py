@@ -20,7 +20,7 @@ from ..data.batches import Sampler
 from ..data.prepare import DataSplits
 from ..errors import ConfigError
 from ..machine import Machine, read_machine
-from ..memory_estimate import ModelShape, Parallelism
+from ..memory_estimate import ModelSize, Parallelism
 from ..model import determinism, flash, load, loftq, probe, quantize, reach, zero
 from ..model.adapter import (
     add_adapter,
@@ -33,7 +33,7 @@ from ..model.compat import enable_checkpointing
 from ..model.forward import CausalLM
 from ..model.precision import without_float16
 from ..model.ranks import ALONE, Ranks
-from ..model.shard import choose_sharing
+from ..model.shard import choose_sharder
 from ..plan import make_plan
 from ..run.events import Event, PhaseChanged, Warned
 from ..run.memory_limits import read_limits, release
@@ -49,7 +49,7 @@ from .datasets import (
     rows_to_train,
     source_specs,
 )
-from .dry_run import footprint_of, parallelism_before_loading, refuse_unsupported, shape_of
+from .dry_run import footprint_of, model_size_of, parallelism_before_loading, refuse_unsupported
 from .identity import BaseHash, check_adapter_base, digest_of
 from .initial import FOLDER, Initial, weights_digest
 from .optim import make_optimizer
@@ -144,10 +144,10 @@ def _open_model(
     base_hash = None
     if source.is_local and ranks.is_first:
         base_hash = BaseHash(Path(source.path), config.model)
-    causal, base_shape, initial = _load(
+    causal, base_size, initial = _load(
         config, backend, parallelism, source, splits, output_dir, ranks
     )
-    backend, proven = _prove(config, backend, parallelism, causal, base_shape, ranks)
+    backend, proven = _prove(config, backend, parallelism, causal, base_size, ranks)
     weights = [source.weight for source in source_specs(config, config.data.dataset)]
     rows_of_epoch = rows_of_epoch_in(splits, weights, config.training.seed)
     profile = profile_of(splits, rows_to_train(rows_of_epoch))
@@ -155,7 +155,7 @@ def _open_model(
     plan = make_plan(
         config,
         backend.machine,
-        base_shape,
+        base_size,
         profile,
         precision=backend.precision,
         attention=backend.attention if causal.packed is None else backend.packed,
@@ -166,7 +166,7 @@ def _open_model(
         reasons=(*backend.reasons, *filter(None, (chosen, *proven))),
         count=footprint,
     )
-    plan = with_smaller_plans(plan, config, base_shape, profile, footprint)
+    plan = with_smaller_plans(plan, config, base_size, profile, footprint)
     plan = replace(plan, reasons=(*plan.reasons, *footprint.faults))
     if plan.gradient_checkpointing:
         enable_checkpointing(causal.inner, lets_go=parallelism == "deepspeed")
@@ -186,7 +186,7 @@ def _open_model(
         tokenizer=tokenizer,
         source=source,
         splits=splits,
-        order=Sampler(plan.rows, plan.step_examples, config.training.seed, rows_of_epoch),
+        sampler=Sampler(plan.rows, plan.step_examples, config.training.seed, rows_of_epoch),
         optimizer=make_optimizer(parameters, config.training, config.lora.loraplus_lr_ratio),
         parameters=parameters,
         store=CheckpointStore(
@@ -208,13 +208,13 @@ def _load(
     splits: DataSplits,
     output_dir: Path,
     ranks: Ranks,
-) -> tuple[CausalLM, ModelShape, Initial | None]:
+) -> tuple[CausalLM, ModelSize, Initial | None]:
     """Load the base model, put the adapter on it, and share its layers out, if that is planned."""
-    share = None
+    sharder = None
     if parallelism in ("fsdp", "deepspeed"):
-        zero.check(config) if parallelism == "deepspeed" else quantize.check_sharing(config)
+        zero.check(config) if parallelism == "deepspeed" else quantize.check_sharding(config)
         is_packed = quantize.is_quantized(config.model)
-        share = choose_sharing(
+        sharder = choose_sharder(
             parallelism, config.training, backend.device, ranks, is_packed=is_packed
         )
     # Where the base does not fit on a device, a copy for each rank may not fit in memory; but
@@ -225,7 +225,7 @@ def _load(
             config.model,
             dtype=backend.dtype,
             # It goes to the device layer by layer, while these are shared out.
-            device=backend.place if share is None else "cpu",
+            device=backend.device_name if sharder is None else "cpu",
             attention=backend.attention,
         )
         refuse_long_rows(config, base, splits)
@@ -240,16 +240,16 @@ def _load(
             initial = Initial(output_dir / FOLDER, weights_digest(trainable_parameters(model)))
         causal = CausalLM(
             model,
-            device=backend.place,
+            device=backend.device_name,
             padding_free=config.training.padding_free is not False,
             chunk=config.training.loss_chunk_tokens,
             precision=backend.precision,
             kernel=backend.kernel,
         )
-        base_shape = shape_of(base, parameters, trainable_parameters(model))
-        if share is not None:
-            causal.shard(share)
-    return causal, base_shape, initial
+        base_size = model_size_of(base, parameters, trainable_parameters(model))
+        if sharder is not None:
+            causal.shard(sharder)
+    return causal, base_size, initial
 
 
 def _prove(
@@ -257,7 +257,7 @@ def _prove(
     backend: Backend,
     parallelism: Parallelism,
     causal: CausalLM,
-    base_shape: ModelShape,
+    base_size: ModelSize,
     ranks: Ranks,
 ) -> tuple[Backend, list[str]]:
     """Compare the fast ways with the model's own; return those in use, and reasons for the plan.
@@ -275,5 +275,5 @@ def _prove(
         if config.model.use_flash_attention == flash.STRICT:
             raise flash.refusal(fallback)
         backend = backend.without_kernel()
-    reached = reach.notes(causal.model, base_shape.parameters, config.lora)
+    reached = reach.notes(causal.model, base_size.parameters, config.lora)
     return backend, [fallback, varying, *reached]

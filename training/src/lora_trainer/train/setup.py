@@ -57,7 +57,7 @@ class TrainingSetup:
     tokenizer: Any
     source: load.ModelSource
     splits: DataSplits
-    order: Sampler
+    sampler: Sampler
     optimizer: torch.optim.Optimizer
     parameters: dict[str, torch.nn.Parameter]
     store: CheckpointStore
@@ -85,7 +85,7 @@ class TrainingSetup:
     @property
     def data_facts(self) -> dict[str, Any]:
         """Return what became of the data, for data.json."""
-        facts = {"train": asdict(self.splits.train_report) | {"rows_trained": self.order.rows}}
+        facts = {"train": asdict(self.splits.train_report) | {"rows_trained": self.sampler.rows}}
         if self.splits.eval_report is not None:
             facts["eval"] = asdict(self.splits.eval_report)
         return facts | {"answers": asdict(self.prompt_format)}
@@ -94,10 +94,10 @@ class TrainingSetup:
     def versions(self) -> dict[str, str]:
         """Return the versions and the machine that the result depends on."""
         extra = (zero.PACKAGE,) if self.plan.parallelism == "deepspeed" else ()
-        found = {name: importlib.metadata.version(name) for name in (*LIBRARIES, *extra)}
-        return found | {"machine": platform.machine(), "system": platform.system()}
+        versions = {name: importlib.metadata.version(name) for name in (*LIBRARIES, *extra)}
+        return versions | {"machine": platform.machine(), "system": platform.system()}
 
-    def note(self, figures: dict[str, float]) -> None:
+    def keep_figures(self, figures: dict[str, float]) -> None:
         """Keep the newest figures, for the model card."""
         self.figures |= figures
         if "eval_loss" in figures:
@@ -166,7 +166,7 @@ class TrainingSetup:
         assert state.best_step is not None
         return self.store.path_of(state.best_step)
 
-    def parts(
+    def context(
         self,
         emit: Callable[[Event], None],
         should_stop: Callable[[], bool],
@@ -177,7 +177,7 @@ class TrainingSetup:
             causal=self.causal,
             parameters=self.parameters,
             optimizer=self.optimizer,
-            order=self.order,
+            sampler=self.sampler,
             rows=self.splits.train,
             eval_rows=self.eval_rows,
             store=self.store,
@@ -204,7 +204,7 @@ class TrainingSetup:
         data = self.splits.eval if is_held_out and self.splits.eval else self.splits.train
         return name_rows(self.config, data, [int(index[one]) for one in indices])
 
-    def export(self, order: WorkerSpec, state: TrainState) -> Path:
+    def export(self, spec: WorkerSpec, state: TrainState) -> Path:
         """Write final_model/."""
         if self.source.hub_id:
             # The folder that it was loaded from is this machine's affair.
@@ -213,14 +213,14 @@ class TrainingSetup:
             self.causal.model,
             self.tokenizer,
             self.output_dir,
-            order.redaction.event(card_facts(self, order.run_name, state)),
+            spec.redaction.event(card_facts(self, spec.run_name, state)),
             self.prompt_format,
             verified(self.initial.folder, self.store.initial) if self.initial else None,
         )
 
-    def write_card(self, order: WorkerSpec, state: TrainState) -> None:
+    def write_card(self, spec: WorkerSpec, state: TrainState) -> None:
         """Write the model card again, with the figures that came after the export."""
         model_card.write_model_card(
             self.output_dir / FINAL / export.CARD,
-            order.redaction.event(card_facts(self, order.run_name, state)),
+            spec.redaction.event(card_facts(self, spec.run_name, state)),
         )

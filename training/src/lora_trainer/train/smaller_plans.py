@@ -11,8 +11,8 @@ from ..config.schema import Config
 from ..memory_estimate import (
     Count,
     DataProfile,
-    ModelShape,
-    Share,
+    ModelSize,
+    Partition,
     estimate_memory_bytes,
     uncounted,
 )
@@ -27,7 +27,7 @@ LEAST_LENGTH = 32  # no shorter max_seq_length is proposed
 def with_smaller_plans(
     plan: Plan,
     config: Config,
-    shape: ModelShape,
+    model_size: ModelSize,
     data: DataProfile,
     count: Count = uncounted,
 ) -> Plan:
@@ -36,7 +36,7 @@ def with_smaller_plans(
     When one example with gradient checkpointing runs out of memory, the estimate for it is too
     low or above the limit: a change has to stay below both.
     """
-    share = Share(plan.processes, plan.parallelism, micro_batch=1, eval_batch=1)
+    partition = Partition(plan.processes, plan.parallelism, micro_batch=1, eval_batch=1)
 
     def estimate(option: Mapping[str, Any]) -> int:
         longest = min(data.longest, option.get("max_seq_length", data.longest))
@@ -44,11 +44,11 @@ def with_smaller_plans(
         model = config.model.model_copy(update={"use_4bit": use_4bit})
         return estimate_memory_bytes(
             config.model_copy(update={"model": model}),
-            shape,
+            model_size,
             data.cut(longest),
             plan.precision,
             has_checkpointing=True,
-            share=share,
+            partition=partition,
             count=count,
         )
 

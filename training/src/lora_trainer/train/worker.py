@@ -109,11 +109,11 @@ def main() -> int:
     stop = StopFlag()
     emit: Callable[[Event], None] = pipe.emit
     try:
-        order = WorkerSpec.read(sys.stdin.read())
-        if order.rank > 0:
+        spec = WorkerSpec.read(sys.stdin.read())
+        if spec.rank > 0:
             emit = _only_failures(pipe.emit)
         emit(PhaseChanged(phase="starting"))
-        return run(order, emit, stop)
+        return run(spec, emit, stop)
     except StopRequested:
         emit(Stopped(step=stop.step, signal=stop.signal))
         return 143
@@ -145,60 +145,60 @@ def is_peer_lost(error: BaseException) -> bool:
     return ranks.is_peer_lost(error)
 
 
-def run(order: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag) -> int:
+def run(spec: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag) -> int:
     """Load, prepare, train, evaluate, export."""
     from ..model import quantize
 
-    quantize.skip_bitsandbytes_import(order.config)
+    quantize.skip_bitsandbytes_import(spec.config)
     from ..machine import peak_memory_bytes, read_machine
     from ..model.backend import usable_machine
 
     # Before ranks meet, and before transformers and peft are imported, which takes seconds.
-    machine = usable_machine(read_machine(), order.ranks)
+    machine = usable_machine(read_machine(), spec.ranks)
     from ..model.ranks import join
-    from . import session as sessions
+    from .session import open_session
 
-    emit(PhaseChanged(phase="loading", detail=order.config.model.model_name_or_path))
-    ranks = join(order.rank, order.ranks, order.store, machine.device)
-    session = sessions.open_session(order.config, order.output_dir, emit, ranks, machine)
+    emit(PhaseChanged(phase="loading", detail=spec.config.model.model_name_or_path))
+    ranks = join(spec.rank, spec.ranks, spec.store, machine.device)
+    setup = open_session(spec.config, spec.output_dir, emit, ranks, machine)
     must_stop = ranks.agreed(stop.is_set)
-    snapshot, skipped = _newest(order, session)
+    snapshot, skipped = _newest(spec, setup)
     for reason in skipped:
         emit(Warned(message=f"checkpoint skipped: {reason}"))
-    unrecorded = Unrecorded(order.output_dir / EVENTS)
+    unrecorded = Unrecorded(spec.output_dir / EVENTS)
     emit = unrecorded.beside(emit)
-    emit(Planned(plan=session.plan.to_dict()))
+    emit(Planned(plan=setup.plan.to_dict()))
     if ranks.is_first:
         # From here on the folder's run is this one; a finished one may be continued.
-        (order.output_dir / DONE).unlink(missing_ok=True)
-        sync(order.output_dir)
-        _write_facts(order, session)
-    state = session.restore(snapshot, emit)
+        (spec.output_dir / DONE).unlink(missing_ok=True)
+        sync(spec.output_dir)
+        _write_facts(spec, setup)
+    state = setup.restore(snapshot, emit)
     stop.step = state.step
     if snapshot is not None and state.step:
-        _recall(order, session, snapshot, emit)
-        path = session.store.path_of(state.step).name
+        _recall(spec, setup, snapshot, emit)
+        path = setup.store.path_of(state.step).name
         emit(Resumed(step=state.step, path=f"checkpoints/{path}", skipped=skipped))
-    elif session.initial is not None:
+    elif setup.initial is not None:
         # This init changes the base: later, no switched-off adapter gives it back.
-        _answer(order, session, emit, must_stop, when="before", step=0)
-    state = _train(order, session, emit, stop, must_stop, state, unrecorded)
+        _answer(spec, setup, emit, must_stop, when="before", step=0)
+    state = _train(spec, setup, emit, stop, must_stop, state, unrecorded)
     stop.step = state.step
     if must_stop():
         emit(Stopped(step=state.step, signal=stop.signal or "SIGTERM"))
         return 143
-    adapter_step = session.take_best(state)
+    adapter_step = setup.take_best(state)
     if ranks.is_first:
         # Before the answers: no fault while they are made may cost the adapter.
         emit(PhaseChanged(phase="exporting"))
-        session.export(order, state)
-    if session.initial is None:
-        with session.causal.model.disable_adapter():
-            _answer(order, session, emit, must_stop, when="before", step=0)
-    _answer(order, session, emit, must_stop, when="after", step=state.step)
+        setup.export(spec, state)
+    if setup.initial is None:
+        with setup.causal.model.disable_adapter():
+            _answer(spec, setup, emit, must_stop, when="before", step=0)
+    _answer(spec, setup, emit, must_stop, when="after", step=state.step)
     if not ranks.is_first:
         return 0
-    session.write_card(order, state)
+    setup.write_card(spec, state)
     emit(
         Finished(
             step=state.step,
@@ -212,20 +212,20 @@ def run(order: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag) -> int
     return 0
 
 
-def _newest(order: WorkerSpec, session: TrainingSetup) -> tuple[Snapshot | None, list[str]]:
+def _newest(spec: WorkerSpec, setup: TrainingSetup) -> tuple[Snapshot | None, list[str]]:
     from .checkpoint_store import OtherRunError
     from .identity import other_run
 
     try:
-        snapshot, skipped = session.store.newest(session.refuse)
+        snapshot, skipped = setup.store.newest(setup.refuse)
     except OtherRunError as error:
-        place = order.output_dir / "checkpoints" / str(error)
-        raise other_run(place, error.digest, session.store.digest) from None
-    if snapshot is not None and snapshot.state.step > session.plan.total_steps:
+        folder = spec.output_dir / "checkpoints" / str(error)
+        raise other_run(folder, error.digest, setup.store.digest) from None
+    if snapshot is not None and snapshot.state.step > setup.plan.total_steps:
         raise ConfigError.of(
             "the run has trained more steps than are asked for now",
-            where=str(session.store.path_of(snapshot.state.step)),
-            why=f"the plan has {session.plan.total_steps} steps",
+            where=str(setup.store.path_of(snapshot.state.step)),
+            why=f"the plan has {setup.plan.total_steps} steps",
             remedy="undo the change to resume, give another --run_name, or start again with "
             "--resume never (the old run is moved aside, not removed)",
         )
@@ -233,8 +233,8 @@ def _newest(order: WorkerSpec, session: TrainingSetup) -> tuple[Snapshot | None,
 
 
 def _train(
-    order: WorkerSpec,
-    session: TrainingSetup,
+    spec: WorkerSpec,
+    setup: TrainingSetup,
     emit: Callable[[Event], None],
     stop: StopFlag,
     must_stop: Callable[[], bool],
@@ -244,28 +244,26 @@ def _train(
     from .loop import train
     from .trackers import open_trackers
 
-    leaves = {
-        leaf: cell["value"] for part in order.redacted.values() for leaf, cell in part.items()
-    }
+    leaves = {leaf: cell["value"] for part in spec.redacted.values() for leaf, cell in part.items()}
     tracker = open_trackers(
-        order.config.monitoring.report_to if order.rank == 0 else [],
-        order.output_dir / "logs",
-        order.run_name,
+        spec.config.monitoring.report_to if spec.rank == 0 else [],
+        spec.output_dir / "logs",
+        spec.run_name,
         leaves,
         first_step=state.step + 1 if state.step else 0,
         on_warning=lambda message: emit(Warned(message=message)),
     )
 
-    def tell(event: Event) -> None:
+    def record(event: Event) -> None:
         emit(event)
         if figures := figures_of(event):
             tracker.log(figures, int(event.step))  # type: ignore[attr-defined]
-            session.note(figures)
+            setup.keep_figures(figures)
 
     stop.is_deferred = True
     try:
         emit(PhaseChanged(phase="training"))
-        return train(session.parts(tell, must_stop, unrecorded.lines), state)
+        return train(setup.context(record, must_stop, unrecorded.lines), state)
     finally:
         tracker.close()
         stop.is_deferred = False
@@ -281,8 +279,8 @@ def figures_of(event: Event) -> dict[str, float]:
 
 
 def _recall(
-    order: WorkerSpec,
-    session: TrainingSetup,
+    spec: WorkerSpec,
+    setup: TrainingSetup,
     snapshot: Snapshot,
     emit: Callable[[Event], None],
 ) -> None:
@@ -290,20 +288,20 @@ def _recall(
 
     Those that the recording lacks are repeated for it.
     """
-    recording = order.output_dir / EVENTS
+    recording = spec.output_dir / EVENTS
     figures, missing = recall(recording, snapshot.figures, snapshot.state.step)
     for event in missing:
         emit(replace(event, time=time.time()))
     for figure in figures:
         if isinstance(figure, Generated):
-            session.note({f"exact_match_{figure.when}": figure.exact_match})
+            setup.keep_figures({f"exact_match_{figure.when}": figure.exact_match})
         else:
-            session.note(figures_of(figure))
+            setup.keep_figures(figures_of(figure))
 
 
 def _answer(
-    order: WorkerSpec,
-    session: TrainingSetup,
+    spec: WorkerSpec,
+    setup: TrainingSetup,
     emit: Callable[[Event], None],
     must_stop: Callable[[], bool],
     *,
@@ -317,29 +315,29 @@ def _answer(
     """
     from . import evaluate
 
-    if not order.config.training.eval_generate or not len(session.eval_rows):
+    if not spec.config.training.eval_generate or not len(setup.eval_rows):
         return
     emit(PhaseChanged(phase="evaluating", detail=f"answers {when} training"))
     start = time.monotonic()
-    asked = evaluate.questions(session.eval_rows)
+    asked = evaluate.questions(setup.eval_rows)
     answers = evaluate.answer(
-        session.causal,
-        session.tokenizer,
+        setup.causal,
+        setup.tokenizer,
         asked,
-        ends=session.stops,
-        batch_examples=session.plan.eval_batch_examples,
-        max_new_tokens=order.config.training.eval_max_new_tokens,
+        ends=setup.stops,
+        batch_examples=setup.plan.eval_batch_examples,
+        max_new_tokens=spec.config.training.eval_max_new_tokens,
         should_stop=must_stop,
         progress=progress_of(emit, "answers", len(asked)),
-        ranks=session.ranks,
+        ranks=setup.ranks,
     )
     if not answers:
         return
     exact = sum(one.is_exact for one in answers) / len(answers)
-    session.note({f"exact_match_{when}": exact})
+    setup.keep_figures({f"exact_match_{when}": exact})
     seconds = time.monotonic() - start
     emit(Generated(step=step, when=when, exact_match=exact, rows=len(answers), seconds=seconds))
-    for one in answers[: order.config.monitoring.sample_count]:
+    for one in answers[: spec.config.monitoring.sample_count]:
         emit(
             Sample(
                 step=step,
@@ -352,15 +350,15 @@ def _answer(
         )
 
 
-def _write_facts(order: WorkerSpec, session: TrainingSetup) -> None:
+def _write_facts(spec: WorkerSpec, setup: TrainingSetup) -> None:
     """Write plan.json, data.json and environment.json."""
     contents = {
-        "plan.json": session.plan.to_dict(),
-        "data.json": session.data_facts,
-        "environment.json": session.versions | {"python": platform.python_version()},
+        "plan.json": setup.plan.to_dict(),
+        "data.json": setup.data_facts,
+        "environment.json": setup.versions | {"python": platform.python_version()},
     }
     for name, content in contents.items():
-        write_json(order.output_dir / name, order.redaction.value(content))
+        write_json(spec.output_dir / name, spec.redaction.value(content))
 
 
 if __name__ == "__main__":

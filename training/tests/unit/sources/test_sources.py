@@ -22,7 +22,7 @@ def test_later_sources_win_and_each_value_keeps_its_origin(folder):
     training = resolved.config.training
     assert (training.max_steps, training.learning_rate, training.seed) == (1, 0.2, 3)
     path = folder / "config.json"
-    assert {leaf: str(origin) for leaf, origin in resolved.origins.items() if origin.place} == {
+    assert {leaf: str(origin) for leaf, origin in resolved.origins.items() if origin.location} == {
         "lora_r": f"{path}:1 /lora_r",
         "max_steps": f"{path}:3 /training/max_steps",
         "learning_rate": "environment LORA_TRAINER_LEARNING_RATE",
@@ -99,7 +99,7 @@ def test_secret_is_read_from_a_file(folder, name):
     (folder / "token").write_text("hf_12345\n")
     resolved = resolve(None, {name: str(folder / "token")}, [])
     assert resolved.config.model.hf_token == "hf_12345"
-    assert resolved.origins["hf_token"].place == name
+    assert resolved.origins["hf_token"].location == name
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"x" * 70_000])

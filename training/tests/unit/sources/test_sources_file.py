@@ -139,7 +139,7 @@ def test_lines_of_json_and_yaml_agree(folder):
     as_json, as_yaml = parse(text, Path("c.json")), parse(text, Path("c.yaml"))
     assert as_json.value == as_yaml.value == json.loads(text)
     assert as_json.lines == as_yaml.lines | {(): 1}
-    assert as_json.place(("a", "b", 1, "c")) == "c.json:2 /a/b/1/c"
+    assert as_json.location(("a", "b", 1, "c")) == "c.json:2 /a/b/1/c"
 
 
 def test_missing_file_names_its_neighbour(folder):
