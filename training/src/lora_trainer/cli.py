@@ -157,6 +157,15 @@ def _check_container(config: Path | None) -> Path:
 
 Target = Annotated[Path, typer.Argument(help="Folder to create.")]
 Source = Annotated[str, typer.Argument(help="Folder of a run or an adapter, or a base model.")]
+Split = Annotated[str | None, typer.Option(help="Split of a folder or hub dataset.")]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset_columns",
+        "--dataset-columns",
+        help="Columns of the rows, as JSON: standard field -> column; default: the run's.",
+    ),
+]
 Base = Annotated[str | None, typer.Option("--model", help="Base model, if it has moved.")]
 
 
@@ -180,14 +189,27 @@ def chat(
     top_p: Annotated[
         float, typer.Option(help="Sample from the most likely tokens up to this probability.")
     ] = 1.0,
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Answer prompts of these rows, beside their answers.")
+    ] = None,
+    split: Split = None,
+    dataset_columns: Columns = None,
+    rows: Annotated[
+        int, typer.Option(min=0, help="With --dataset: so many rows, spread evenly; 0: all.")
+    ] = 5,
     model: Base = None,
     debug: Debug = False,
 ) -> None:
-    """Chat with a trained model, or answer one prompt."""
-    from .commands.chat import Asking, talk
+    """Chat with a trained model, or answer one prompt, or the prompts of a dataset."""
+    from .commands.chat import Asking, answer_rows, talk
+    from .commands.given_rows import GivenRows
 
     asking = Asking(system, base, max_new_tokens, temperature, top_p)
-    talk(_finetuned(source, model, debug), asking, None if prompt == "-" else prompt)
+    finetuned = _finetuned(source, model, debug)
+    if dataset:
+        answer_rows(finetuned, asking, GivenRows(tuple(dataset), split, dataset_columns), rows)
+    else:
+        talk(finetuned, asking, None if prompt == "-" else prompt)
 
 
 @app.command()
@@ -197,12 +219,17 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Rows to evaluate on; default: the run's held-out rows."),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Split of a folder or hub dataset.")] = None,
+    split: Split = None,
+    dataset_columns: Columns = None,
     rows: Annotated[int, typer.Option(min=0, help="Use only this many rows; 0: all.")] = 0,
     answers: Annotated[
         bool,
         typer.Option("--answers/--no-answers", help="Generate answers and report exact match."),
     ] = True,
+    answer_rows: Annotated[
+        int,
+        typer.Option(min=0, help="Generate answers for this many rows, spread evenly; 0: all."),
+    ] = 32,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Maximum length of an answer; default: the run's.")
     ] = None,
@@ -213,8 +240,10 @@ def evaluate(
 ) -> None:
     """Compare base model and adapter on held-out rows."""
     from .commands.evaluate import Wanted, compare
+    from .commands.given_rows import GivenRows
 
-    wanted = Wanted(tuple(dataset or ()), split, rows, answers, max_new_tokens)
+    given = GivenRows(tuple(dataset or ()), split, dataset_columns)
+    wanted = Wanted(given, rows, answers, answer_rows, max_new_tokens)
     compare(_finetuned(source, model, debug), wanted, is_json=as_json, output=output)
 
 

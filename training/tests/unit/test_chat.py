@@ -57,6 +57,23 @@ def test_one_prompt_is_answered_as_plain_peft_does(
     assert capsys.readouterr().out == expected(run, "What follows 7?", is_base=is_base) + "\n"
 
 
+def test_a_few_rows_of_a_dataset_are_answered_beside_their_own_answers(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "d.csv"
+    table.write_text("Question,Answer\n" + "".join(f"q{n},a{n}\n" for n in range(9)))
+    columns = '{"instruction": "Question", "output": "Answer"}'
+    asked = ["--dataset", str(table), "--dataset_columns", columns, "--max-new-tokens", "4"]
+    assert cli.main(["chat", str(run), *asked, "--rows", "3"]) == 0
+    printed = capsys.readouterr()
+    shown = [line.split(maxsplit=1)[1] for line in printed.out.splitlines() if "ed " in line]
+    assert shown == ["a0", "a3", "a6"]
+    assert printed.out.count("prompt    q") == 3
+    assert "3 of 9 rows, spread evenly; --rows 0 answers all" in printed.err
+    assert "answering 3 prompts" in printed.err
+    assert cli.main(["chat", str(run), *asked, "--system", "Be brief."]) == 78
+
+
 def test_piped_text_is_answered_once(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

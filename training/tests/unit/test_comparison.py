@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from made_run import make_run
 
 from lora_trainer import cli
 from lora_trainer.commands.evaluate import Comparison, Figures, table
+from lora_trainer.commands.given_rows import spread
 from lora_trainer.report import progress
 from lora_trainer.train import evaluate
 
@@ -82,3 +84,54 @@ def test_perplexity_beyond_numbers_is_shown_as_infinite() -> None:
     lines = table(Comparison("m", "a", ["d"], 1, 0, 9, 2.0, figures, figures))
     assert any(line.split() == ["perplexity", "infinite", "infinite"] for line in lines)
     assert not any("exact" in line for line in lines)
+
+
+def columns_run(root: Path) -> tuple[Path, Path]:
+    """Make a run on a CSV of own columns; return it and the CSV."""
+    table = root / "own.csv"
+    table.write_text("Question,Answer\n" + "".join(f"q{n},a{n}\n" for n in range(6)))
+    columns = '{"instruction": "Question", "output": "Answer"}'
+    return make_run(root, f"--dataset_columns={columns}"), table
+
+
+def test_columns_of_the_run_hold_for_rows_that_have_them_and_for_no_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, table = columns_run(tmp_path)
+    for rows, is_left_out in ((table, False), (tmp_path / "held-out.jsonl", True)):
+        wanted = ["--dataset", str(rows), "--no-answers", "--json"]
+        assert cli.main(["evaluate", str(run), *wanted]) == 0
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["rows"] == 6
+        assert (
+            "dataset_columns for instruction, output are left out" in printed.err
+        ) == is_left_out
+
+
+def test_columns_of_other_rows_are_given_by_the_flag(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "d.csv"
+    table.write_text("Question,Answer\nq,a\nr,b\n")
+    wanted = ["evaluate", str(run), "--dataset", str(table), "--no-answers", "--json"]
+    assert cli.main(wanted) == 65
+    remedy = next(x for x in capsys.readouterr().err.splitlines() if "remedy:" in x)
+    assert cli.main([*wanted, *shlex.split(remedy)[-2:]]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 2
+    assert cli.main([*wanted, "--dataset_columns", "Question"]) == 78
+    assert "--dataset_columns is no mapping" in capsys.readouterr().err
+
+
+def test_answers_are_a_sample_that_is_announced(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = ["evaluate", str(run), "--dataset", str(run.parent / "held-out.jsonl")]
+    assert cli.main([*wanted, "--answer-rows", "2"]) == 0
+    printed = capsys.readouterr()
+    assert "answers are generated for 2 of 6 rows, spread evenly" in printed.err
+    assert "6 rows scored, 2 of them answered" in printed.out
+
+
+def test_a_sample_is_spread_evenly() -> None:
+    assert spread(range(10), 4) == [0, 2, 5, 7]
+    assert spread(range(3), 4) == spread(range(3), 0) == [0, 1, 2]

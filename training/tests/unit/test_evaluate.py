@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from byte_tokenizer import make_tokenizer
 from families import tiny_model
 from test_equivalence import ListRows, make_rows
 
@@ -74,6 +76,7 @@ class Letters:
     pad_token_id = 0
     eos_token_id = 2
     all_special_ids = (0, 1, 2)
+    added_tokens_decoder: ClassVar[dict] = {}
 
     def decode(self, ids, skip_special_tokens):
         return " ".join(str(i) for i in ids if i > 2 or not skip_special_tokens)
@@ -117,3 +120,20 @@ def test_answers_that_have_ended_count_before_their_batch_is_done(monkeypatch):
     assert not listener(torch.tensor([[7, 7, 1], [7, 7, 7]]), None).any()
     assert not listener(torch.tensor([[7, 7, 1, 7], [7, 7, 7, 0]]), None).any()
     assert heard == [(1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhere\nto?<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        "<|im_start|>user<|im_end|>\n\nWhere\nto?<|im_start|>assistant<|im_end|>\n\n",
+        "<|im_start|> Where\nto? <|im_end|>",
+        "Where\nto?",
+    ],
+)
+def test_an_answer_names_the_turn_that_it_answers(prompt):
+    tokenizer = make_tokenizer()
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    question = evaluate.Question(0, ids, ids[-1:])
+    assert evaluate._decode(tokenizer, question, []).prompt == "Where\nto?"

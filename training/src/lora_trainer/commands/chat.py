@@ -1,7 +1,8 @@
 """Talk with a trained model: `lora-trainer chat RUN`.
 
 At a terminal a conversation, each answer shown as it is made; Ctrl-C ends an answer,
-Ctrl-D or /quit the conversation. With --prompt, or text on standard input, one answer.
+Ctrl-D or /quit the conversation. With --prompt, or text on standard input, one answer; with
+--dataset, the answers to a few of its rows beside those that the rows hold.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import typer
 
 from ..errors import ConfigError
 from ..model import sizes
+from ..report.progress import Meter
 from .finetuned import FinetunedModel, LoadedModel, open_model
+from .given_rows import GivenRows, open_rows, spread
 
 HELP = """\
   /base      answer with the base model alone; /adapter: with the adapter again
@@ -129,6 +132,54 @@ def talk(finetuned: FinetunedModel, asking: Asking, prompt: str | None) -> None:
         return
     talked.answer(prompt.rstrip("\n"), _print_piece)
     typer.echo()
+
+
+def answer_rows(finetuned: FinetunedModel, asking: Asking, given: GivenRows, rows: int) -> None:
+    """Answer the prompts of `rows` rows, spread evenly over those given (0: all), and print both.
+
+    Raises:
+        TrainerError: the model or the rows cannot be had.
+    """
+    from ..train import evaluate
+
+    if asking.system is not None or asking.temperature > 0:
+        raise ConfigError.of(
+            "--system and --temperature do not go with --dataset",
+            "command line",
+            "rows are answered as they are, by the most likely tokens",
+            "leave them out",
+        )
+    config, held = open_rows(finetuned, given)
+    every = evaluate.questions(held)
+    asked = spread(every, rows)
+    typer.echo(f"loading {finetuned.config.model.model_name_or_path} ...", err=True)
+    opened = open_model(finetuned)
+    if len(asked) < len(every):
+        typer.echo(
+            f"{len(asked):,} of {len(every):,} rows, spread evenly; --rows 0 answers all", err=True
+        )
+    with contextlib.ExitStack() as stack:
+        if asking.is_base and opened.has_adapter:
+            stack.enter_context(opened.causal.model.disable_adapter())
+        meter = stack.enter_context(Meter("answering", len(asked), "prompts"))
+        answers = evaluate.answer(
+            opened.causal,
+            opened.tokenizer,
+            asked,
+            ends=opened.stops,
+            batch_examples=config.training.per_device_eval_batch_size,
+            max_new_tokens=asking.max_new_tokens,
+            progress=meter.update,
+            advance=meter.advance,
+        )
+    for one in answers or ():
+        typer.echo()
+        for name, text in (
+            ("prompt", one.prompt),
+            ("expected", one.expected),
+            ("answer", one.answer),
+        ):
+            typer.echo(f"{name:<9} " + _printable(text.strip()).replace("\n", f"\n{'':10}"))
 
 
 def _converse(talked: Conversation) -> None:
@@ -251,8 +302,12 @@ def _refuse_long(tokens: int, model: Any) -> None:
 
 def _print_piece(piece: str) -> None:
     """Print a piece of an answer; nothing in it may steer the terminal."""
-    sys.stdout.write("".join(_harmless(character) for character in piece))
+    sys.stdout.write(_printable(piece))
     sys.stdout.flush()
+
+
+def _printable(text: str) -> str:
+    return "".join(_harmless(character) for character in text)
 
 
 def _harmless(character: str) -> str:

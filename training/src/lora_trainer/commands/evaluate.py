@@ -10,29 +10,29 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from ..config.schema import Config
-from ..errors import ConfigError
 from ..report.progress import Meter
 from ..units import duration, number, percent
-from .finetuned import FinetunedModel, LoadedModel, locate_base, open_model, tokenizer_source
+from .finetuned import FinetunedModel, LoadedModel, open_model
+from .given_rows import GivenRows, open_rows, spread
 
 NAMES = ("exact_match", "loss", "perplexity", "token_accuracy")
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What to evaluate on, and how far."""
+    """What to evaluate on, and how far; 0 rows: all of them."""
 
-    dataset: tuple[str, ...] = ()
-    split: str | None = None
+    given: GivenRows = field(default_factory=GivenRows)
     rows: int = 0
     has_answers: bool = True
+    answer_rows: int = 0
     max_new_tokens: int | None = None
 
 
@@ -95,8 +95,8 @@ def table(result: Comparison) -> list[str]:
         cells = [_cell(name, getattr(figures, name)) for _, figures in shown]
         if any(cells):
             lines.append(f"{name.replace('_', ' '):<16}" + "".join(f"{cell:>12}" for cell in cells))
-    asked = f", {result.questions:,} answered" if result.questions else ""
-    lines += ["", f"{result.rows:,} rows{asked}, {duration(result.seconds)}"]
+    asked = f", {result.questions:,} of them answered" if result.questions else ""
+    lines += ["", f"{result.rows:,} rows scored{asked}, {duration(result.seconds)}"]
     return lines
 
 
@@ -107,24 +107,15 @@ def _cell(name: str, value: float | None) -> str:
 
 
 def _compare(finetuned: FinetunedModel, wanted: Wanted) -> Comparison:
+    import numpy as np
+
     from ..data.batches import RowView
-    from ..model import load, probe
-    from ..train.datasets import open_data
+    from ..model import probe
 
     start = time.monotonic()
-    data = finetuned.config.data
-    has_own = finetuned.run is not None and (data.eval_dataset or data.eval_fraction > 0)
-    if not wanted.dataset and not has_own:
-        raise _no_rows(finetuned)
-    config = _data_config(finetuned.config, wanted)
-    source = tokenizer_source(finetuned, locate_base(finetuned))
-    tokenizer = load.load_tokenizer(source, config.model)
-    typer.echo("reading the rows ...", err=True)
-    splits = open_data(config, source, tokenizer)
-    chosen, held = splits.train_rows, splits.train
-    if not wanted.dataset and splits.eval is not None:
-        chosen, held = splits.eval_rows, splits.eval
-    view = RowView(held, chosen[: wanted.rows] if wanted.rows else chosen)
+    config, view = open_rows(finetuned, wanted.given)
+    if wanted.rows:
+        view = RowView(view, np.arange(min(wanted.rows, len(view))))
     typer.echo(f"loading {finetuned.config.model.model_name_or_path} ...", err=True)
     opened = open_model(finetuned)
     probe.verify(opened.causal)
@@ -136,7 +127,7 @@ def _compare(finetuned: FinetunedModel, wanted: Wanted) -> Comparison:
     return Comparison(
         model=opened.source.name,
         adapter=str(finetuned.adapter) if finetuned.adapter else None,
-        dataset=list(wanted.dataset) or _named(finetuned.config),
+        dataset=list(wanted.given.dataset) or _named(finetuned.config),
         rows=len(view),
         questions=after[1],
         trained_tokens=after[2],
@@ -156,8 +147,15 @@ def _figures(
     with Meter(f"scoring with {who}", len(rows), "rows") as meter:
         score = evaluate.score(opened.causal, rows, batch_examples=batch, progress=meter.update)
     assert score is not None, "nothing asked it to stop"
-    exact, asked = None, evaluate.questions(rows) if wanted.has_answers else []
+    exact, every = None, evaluate.questions(rows) if wanted.has_answers else []
+    asked = spread(every, wanted.answer_rows)
     if asked:
+        if len(asked) < len(every):
+            typer.echo(
+                f"answers are generated for {len(asked):,} of {len(every):,} rows, spread evenly; "
+                "--answer-rows 0 answers all",
+                err=True,
+            )
         with Meter(f"answering with {who}", len(asked), "prompts") as meter:
             answers = evaluate.answer(
                 opened.causal,
@@ -176,30 +174,8 @@ def _figures(
     return figures, len(asked), score.targets
 
 
-def _data_config(config: Config, wanted: Wanted) -> Config:
-    """Return the run's configuration with the rows that are asked for in its data section."""
-    changes: dict[str, Any] = {"chat_template": None}  # it is the exported tokenizer's own
-    if wanted.dataset:
-        changes |= {"dataset": list(wanted.dataset), "eval_dataset": None, "eval_fraction": 0.0}
-    if wanted.split:
-        changes |= {"dataset_split": wanted.split}
-    return config.model_copy(update={"data": config.data.model_copy(update=changes)})
-
-
 def _named(config: Config) -> list[str]:
     """Return the names of a run's own held-out rows."""
     named = config.data.eval_dataset or config.data.dataset
     entries: Sequence[Any] = [named] if isinstance(named, str) else named
     return [entry if isinstance(entry, str) else entry.path for entry in entries]
-
-
-def _no_rows(finetuned: FinetunedModel) -> ConfigError:
-    error: Any = ConfigError.of(
-        "there are no rows to evaluate on",
-        where="--dataset",
-        why="none is given, and the run had no held-out rows of its own"
-        if finetuned.run
-        else "none is given, and an adapter alone names no data",
-        remedy="--dataset FILE_FOLDER_OR_HUB_ID",
-    )
-    return error

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..data.batches import Rows
+from ..data.mask import end_tokens
+from ..data.turns import ROLES
 from ..model import determinism
 from ..model.forward import CausalLM, MicroBatch
 from ..model.ranks import ALONE, Ranks
@@ -142,7 +144,10 @@ def questions(rows: Rows) -> list[Question]:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A generated answer beside the expected one, as text without special tokens."""
+    """A generated answer beside the expected one, as text without special tokens.
+
+    `prompt` is the turn that is answered; of a row without turns, all before the answer.
+    """
 
     index: int
     prompt: str
@@ -273,4 +278,23 @@ def _decode(tokenizer: Any, question: Question, answer_ids: list[int]) -> Answer
     def text(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-    return Answer(question.index, text(question.prompt), text(question.expected), text(answer_ids))
+    asked = _last_turn(question.prompt, end_tokens(tokenizer), text)
+    return Answer(question.index, asked, text(question.expected), text(answer_ids))
+
+
+def _last_turn(prompt: list[int], special: frozenset[int], text: Callable[[list[int]], str]) -> str:
+    """Return the last turn before the generation prompt: special tokens and role names go."""
+    pieces: list[list[int]] = [[]]
+    for token in prompt:
+        if token in special:
+            pieces.append([])
+        else:
+            pieces[-1].append(token)
+    if len(pieces) == 1:
+        return text(prompt)
+    turns = [turn for piece in pieces if (turn := text(piece).strip())]
+    while len(turns) > 1 and turns[-1].lower() in ROLES:
+        turns.pop()
+    role, newline, rest = (turns or [""])[-1].partition("\n")
+    is_headed = bool(newline) and role.strip().lower() in ROLES
+    return rest.strip() if is_headed else (turns or [""])[-1]
