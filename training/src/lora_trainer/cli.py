@@ -338,7 +338,7 @@ def schema() -> None:
     """Print the JSON Schema of a config file."""
     import json
 
-    from .config.schema import json_schema
+    from .config.json_schema import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
 

@@ -136,8 +136,12 @@ def make_plan(
         peak_learning_rate=training.learning_rate,
         eval_rows=data.eval_rows,
         eval_batch_examples=eval_batch,
-        eval_every_steps=training.eval_steps if data.eval_rows else 0,
-        save_every_steps=config.output.save_steps,
+        eval_every_steps=_every(training.eval_steps, training.evals_per_epoch, steps_per_epoch)
+        if data.eval_rows
+        else 0,
+        save_every_steps=_every(
+            config.output.save_steps, config.output.saves_per_epoch, steps_per_epoch
+        ),
         loss_chunk_tokens=training.loss_chunk_tokens,
         parameters=model_size.parameters,
         trainable_parameters=model_size.trainable_parameters,
@@ -173,6 +177,11 @@ def steps_of(training: TrainingSection, steps_per_epoch: int) -> tuple[int, int]
         else math.ceil(training.warmup_ratio * total)
     )
     return total, min(warmup, total)
+
+
+def _every(steps: int, per_epoch: int, steps_per_epoch: int) -> int:
+    """Return the steps between two of what happens so often per epoch, if that is given."""
+    return math.ceil(steps_per_epoch / per_epoch) if per_epoch else steps
 
 
 def limited(plan: Plan, limits: MemoryLimits) -> Plan:

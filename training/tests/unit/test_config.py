@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from lora_trainer.config.aliases import ALIASES, COMMA_LISTS, CONVERTED_ALIASES
 from lora_trainer.config.compatibility import CONVERSIONS, NO_MEANING
+from lora_trainer.config.json_schema import json_schema
 from lora_trainer.config.reference import BEGIN, END, help_text, key_table, replace_block
 from lora_trainer.config.schema import (
     NOT_IN_DIGEST,
@@ -21,7 +22,6 @@ from lora_trainer.config.schema import (
     ModelSection,
     OutputSection,
     TrainingSection,
-    json_schema,
     leaf_sections,
     section_names,
     sections,

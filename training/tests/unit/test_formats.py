@@ -25,6 +25,23 @@ CALL = {"type": "function", "function": {"name": "lamp", "arguments": {"on": Tru
 
 
 @pytest.mark.parametrize(
+    ("extra", "prompt"),
+    [
+        ("", "Below is an instruction that describes a task. Write a response that appropriately "
+         "completes the request.\n\n### Instruction:\nAdd\n\n### Response:\n"),
+        ("1 2", "Below is an instruction that describes a task, paired with an input that provides "
+         "further context. Write a response that appropriately completes the request.\n\n"
+         "### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\n"),
+    ],
+)  # fmt: skip
+def test_alpaca_rows_can_be_written_as_stanfords_prompt(extra, prompt):
+    row = {"instruction": "Add", "input": extra, "output": "3"}
+    assert to_example(row, "alpaca_text") == Completion(prompt, "3")
+    turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": "3"})
+    assert to_example(row, "alpaca_chat") == Chat(turns)
+
+
+@pytest.mark.parametrize(
     ("format", "row", "expected"),
     [
         ("messages", {"messages": [USER, ANSWER]}, PLAIN),

@@ -213,6 +213,22 @@ def test_all_trains_the_prompt_of_a_completion_too() -> None:
     assert all(encode(Completion("Q: ", "yes"), TOKENIZER, None, "all").loss_mask)
 
 
+@pytest.mark.parametrize(
+    ("example", "meant"),
+    [
+        (Completion("Q: ", "yes"), "assistant"),
+        (Chat(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})), "all"),
+        (Chat(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}),
+              prompt_turns=1), "assistant"),
+        (Text("a b"), "all"),
+    ],
+)  # fmt: skip
+def test_completion_trains_completions_and_all_of_what_has_none(example, meant):
+    template = ChatTemplate.of(TOKENIZER, CHATML)
+    trained = [encode(example, TOKENIZER, template, mode) for mode in ("completion", meant)]
+    assert trained[0] == trained[1]
+
+
 def test_text_is_trained_whole_and_ended() -> None:
     encoded = encode(Text("Once."), TOKENIZER, None, "assistant")
     assert trained(encoded) == "Once.</s>"

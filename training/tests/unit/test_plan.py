@@ -56,6 +56,13 @@ def test_evaluation_needs_held_out_rows():
     assert plan_of(data=data, training={"eval_steps": 5}).eval_every_steps == 0
 
 
+def test_what_happens_so_often_per_epoch_happens_at_its_end_too():
+    training = {"per_device_train_batch_size": 4, "evals_per_epoch": 4}
+    plan = plan_of(training=training, output={"saves_per_epoch": 1})
+    assert plan.steps_per_epoch == 26
+    assert (plan.eval_every_steps, plan.save_every_steps) == (7, 26)
+
+
 def test_checkpointing_goes_on_by_itself_when_memory_is_short():
     data = DataProfile(101, 500_000, 1000, 8192)
     short = Machine(cores=2, memory_bytes=8 << 30, gpus=())

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -126,6 +126,13 @@ def test_rows_are_tokenized_and_reported(tmp_path):
     assert expected.items() <= asdict(report).items()
     assert report.formats == ["text"]
     json.dumps(asdict(report))
+
+
+def test_only_the_first_rows_of_each_dataset_are_taken_where_asked(tmp_path):
+    spec = write(tmp_path / "d.jsonl", texts("a bb", "ccc", "a"))
+    short = replace(spec, max_samples=2)
+    assert run([short, short], tmp_path)[1].rows_read == 4
+    assert run(spec, tmp_path)[1].rows_read == 3  # from a cache entry of its own
 
 
 def test_a_second_start_reuses_the_tokens_without_loading_a_tokenizer(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lora_trainer.config.schema import json_schema
+from lora_trainer.config.json_schema import json_schema
 
 TRAINING = Path(__file__).resolve().parents[2]
 

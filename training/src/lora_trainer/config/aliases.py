@@ -27,6 +27,11 @@ ALIASES: dict[str, str] = {
     "train_on_inputs": "train_on",
     "dataset_prepared_path": "dataset_cache_dir",
     "dataset_processes": "preprocessing_num_workers",
+    "excess_length_strategy": "too_long",
+    "chat_template_jinja": "chat_template",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "bf16",
     # LLaMA-Factory
     "template": "chat_template",
     "lora_rank": "lora_r",
@@ -46,6 +51,7 @@ ALIASES: dict[str, str] = {
     "tokenized_path": "dataset_cache_dir",
     "cache_dir": "model_cache_dir",
     "hf_hub_token": "hf_token",
+    "early_stopping_steps": "early_stopping_patience",
     # TRL and Hugging Face
     "max_length": "max_seq_length",
     "dataset_name": "dataset",
@@ -60,6 +66,8 @@ ALIASES: dict[str, str] = {
     "dtype": "bf16",
     "torch_dtype": "bf16",
     "assistant_only_loss": "train_on",
+    "completion_only_loss": "train_on",
+    "test_split_size": "eval_fraction",
     "dataset_text_field": "dataset_columns",
     "dataset_num_proc": "preprocessing_num_workers",
     "dataset_train_split": "dataset_split",
@@ -79,8 +87,9 @@ ALIASES: dict[str, str] = {
 # Aliases whose values are of another kind than their leaf's: `sources` translates them.
 CONVERTED_ALIASES = frozenset(
     {
-        "assistant_only_loss", "attn_implementation", "dataset_text_field",
-        "disable_gradient_checkpointing", "dtype", "flash_attn", "lora_target_linear",
+        "assistant_only_loss", "attn_implementation", "bfloat16", "completion_only_loss",
+        "dataset_text_field", "disable_gradient_checkpointing", "dtype", "excess_length_strategy",
+        "flash_attn", "float16", "float32", "lora_target_linear",
         "mask_history", "pissa_init", "quantization_bit", "torch_dtype",
         "train_on_inputs", "train_on_prompt",
     }

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import Problem
-from .aliases import ALIASES, CONVERTED_ALIASES
+from .aliases import ALIASES, COMMA_LISTS, CONVERTED_ALIASES
 from .compatibility import NO_MEANING
-from .layers import Layer, did_you_mean
+from .layers import Layer, did_you_mean, guess_key
 from .literal import accepts, from_text
 from .schema import leaf_sections, section_names, sections
 from .text import shown_key
@@ -35,7 +35,7 @@ def read_arguments(arguments: Sequence[str]) -> Layer:
     while rest:
         word = rest.pop(0)
         if word.startswith("--") and word != "--":
-            flag = _split(word, rest)
+            flag = _with_more_words(_split(word, rest), rest)
             _take(layer, flag)
             previous = flag.location
         else:  # not shown: it may be a secret that went astray
@@ -65,6 +65,16 @@ def _split(word: str, rest: list[str]) -> _Flag:
         if value is None and is_switch:
             value = "true"
     return _Flag(key, section if dot else "", value, location)
+
+
+def _with_more_words(flag: _Flag, rest: list[str]) -> _Flag:
+    """Return a flag that takes a list with the words behind its first, as `--report_to a b`."""
+    if flag.text is None or ALIASES.get(flag.key, flag.key) not in COMMA_LISTS:
+        return flag
+    words = [flag.text]
+    while rest and not rest[0].startswith("--"):
+        words.append(rest.pop(0))
+    return replace(flag, text=",".join(words)) if len(words) > 1 else flag
 
 
 def _pop_value(rest: list[str]) -> str | None:
@@ -115,6 +125,6 @@ def _take_negated(layer: Layer, flag: _Flag) -> None:
 
 
 def _unknown(flag: _Flag) -> Problem:
-    known = [*leaf_sections(), *ALIASES, *NO_MEANING]
-    remedy = did_you_mean(flag.key, known, lambda leaf: f"--{leaf}")
+    value = None if flag.text is None else from_text(flag.key, flag.text)
+    remedy = guess_key(flag.key, value, form=lambda leaf: f"--{leaf}")
     return Problem(f"{flag.location} is an unknown flag", flag.location, remedy=remedy)

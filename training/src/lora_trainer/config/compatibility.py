@@ -13,6 +13,7 @@ from typing import Any
 
 from .aliases import ALIASES, COMMA_LISTS
 from .dataset_entries import normalise_datasets, unreadable_datasets
+from .other_keys import KERNEL_PLUGINS, no_meaning
 from .schema import SECRET_KEYS, leaf_sections, sections
 
 NAMES = re.compile(r"\s*[\w.\-]+(\s*,\s*[\w.\-]+)*\s*")
@@ -88,7 +89,7 @@ NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "eval_table_size": ((0,), "use sample_count"),
     "unfrozen_parameters": ((), "the base model stays frozen"),
     "use_tensorboard": ((True,), "use report_to: tensorboard"),
-    "do_train": ((True,), "the command says what is done"),
+    "do_train": ((True, False), "the command says what is done"),
     "do_eval": (ANY, "evaluation follows from eval_dataset, eval_fraction and eval_steps"),
     "overwrite_output_dir": (ANY, "resume and on_finished say what happens to earlier results"),
     "overwrite_cache": (ANY, "tokenized data is kept by content"),
@@ -103,12 +104,10 @@ NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "pad_to_sequence_len": (ANY, "examples are concatenated without padding"),
     "group_by_length": (ANY, "without padding there is nothing to save by it"),
     "tf32": (ANY, "the precision is chosen by measurement"),
-    "eval_strategy": (("steps", "no"), "use eval_steps; 0 evaluates at the end only"),
-    "evaluation_strategy": (("steps", "no"), "use eval_steps; 0 evaluates at the end only"),
-    "save_strategy": (("steps",), "use save_steps; 0 saves only when ended"),
+    "eval_strategy": (("steps",), "use eval_steps or evals_per_epoch"),
+    "evaluation_strategy": (("steps",), "use eval_steps or evals_per_epoch"),
+    "save_strategy": (("steps",), "use save_steps or saves_per_epoch"),
     "logging_strategy": (("steps",), "use logging_steps"),
-    "evals_per_epoch": ((0,), "use eval_steps"),
-    "saves_per_epoch": ((0,), "use save_steps"),
     "logging_dir": (ANY, "logs go into the output folder"),
     "logging_first_step": (ANY, "use logging_steps"),
     "plot_loss": (ANY, "the loss is always plotted"),
@@ -124,7 +123,6 @@ NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "tokens": (([],), "no tokens are added; the tokenizer's own are used"),
     "roles_to_train": ((["assistant"],), "use train_on"),
     "train_on_eos": (("turn",), "the end of every trained turn is trained"),
-    "completion_only_loss": ((True,), "use train_on"),
     "bnb_4bit_compute_dtype": (ANY, "bf16 and fp16 decide"),
     "quantization_method": (("bnb", "bitsandbytes"), "bitsandbytes quantizes"),
     "gradient_checkpointing_kwargs": (ANY, "the variant is chosen for you"),
@@ -144,8 +142,11 @@ NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "push_to_hub": (ANY, "nothing is pushed; results stay in the output folder"),
     "hub_model_id": (ANY, "nothing is pushed; results stay in the output folder"),
     "hub_strategy": (ANY, "nothing is pushed; results stay in the output folder"),
-    "max_samples": ((0,), "shorten the dataset, or use max_steps"),
-    "neftune_noise_alpha": ((0,), "noisy embeddings are not supported"),
+    "neftune_noise_alpha": ((0, False), "noisy embeddings are not supported"),
+    "plugins": ((), "only the plugins for kernels are known"),
+    "peft": ((), "LoftQ is the only one of its settings that is supported"),
+    "pissa_iter": (ANY, "use init_lora_weights: pissa_niter_16"),
+    **no_meaning(),
 }
 
 # What to write instead of a key that is refused; else it is to be removed.
@@ -156,30 +157,49 @@ REMEDIES = {
     "deepspeed": "write parallelism: deepspeed",
     "fsdp": "write parallelism: fsdp",
     "fsdp_config": "write parallelism: fsdp",
-    "save_strategy": "write save_steps, e.g. 50; 0 saves at the end alone",
-    "eval_strategy": "write eval_steps, e.g. 50; 0 evaluates at the end alone",
-    "evaluation_strategy": "write eval_steps, e.g. 50; 0 evaluates at the end alone",
+    "save_strategy": "write save_steps, e.g. 50, or saves_per_epoch; 0 saves at the end alone",
+    "eval_strategy": "write eval_steps, e.g. 50, or evals_per_epoch; 0 evaluates at the end alone",
+    "evaluation_strategy": "write eval_steps, e.g. 50, or evals_per_epoch",
     "logging_strategy": "write logging_steps, e.g. 1",
     "use_tensorboard": "write report_to: none",
-    "evals_per_epoch": "write eval_steps, e.g. 50",
-    "saves_per_epoch": "write save_steps, e.g. 50",
-    "max_samples": "keep that many rows: head -n 1000 all.jsonl > some.jsonl",
+    "resume_from_checkpoint": "write adapter_name_or_path to start from another run's adapter",
+    "use_cpu": "remove use_cpu and start with CUDA_VISIBLE_DEVICES=",
+    "default_system": "add a system turn, or a system field, to the rows",
+    "default_system_message": "add a system turn, or a system field, to the rows",
+    "dataset_config": "write dataset: [{path: NAME, subset: SUBSET}]",
+    "mix_strategy": "write dataset: [{path: NAME, weight: 2}, ...]",
+    "interleave_probs": "write dataset: [{path: NAME, weight: 2}, ...]",
+    "pretraining_dataset": "write dataset: [{path: NAME, format: text}]",
+    "model_init_kwargs": "write its keys at the top level, such as dtype: bfloat16",
+    "neftune_noise_alpha": "remove neftune_noise_alpha; lora_dropout regularizes too",
+    "plugins": "remove the others",
+    "max_steps_per_epoch": "write max_steps",
+    "peft": "write init_lora_weights: loftq",
 }
 
+STRATEGIES = {
+    "save_strategy": ("saves_per_epoch", "save_steps"),
+    "eval_strategy": ("evals_per_epoch", "eval_steps"),
+    "evaluation_strategy": ("evals_per_epoch", "eval_steps"),
+}
 FLASH = {
-    "fa2": True, "flash_attention_2": True, "auto": "auto",
+    "fa2": True, "fa3": True, "flash_attention_2": True, "flash_attention_3": True, "auto": "auto",
     "sdpa": False, "eager": False, "disabled": False,
 }  # fmt: skip
 PRECISIONS = {
     "bfloat16": True, "float16": Means("fp16", True), "float32": False, "auto": "auto",
+    "bf16": True, "fp16": Means("fp16", True), "fp32": False,
 }  # fmt: skip
 
 
 def interpret(key: str, value: Any) -> Meaning | None:
     """Return what a key with a value means; None for a key that nobody knows."""
     leaf = ALIASES.get(key, key)
-    if key == "save_strategy" and value in ("no", False):
-        return Means("save_steps", 0)
+    if key in STRATEGIES and value in ("no", False, "epoch"):
+        per_epoch, steps = STRATEGIES[key]
+        return Means(per_epoch, 1) if value == "epoch" else Means(steps, 0)
+    if key == "plugins" and isinstance(value, list):
+        return _plugins(value)
     if key in NO_MEANING:
         return _judge(key, value)
     if leaf not in leaf_sections():
@@ -275,12 +295,30 @@ def _quantization_bit(value: Any) -> Meaning:
     return Refused("it takes 4 or 8")
 
 
+def _plugins(names: list[Any]) -> Meaning:
+    if all(any(known in str(name) for known in KERNEL_PLUGINS) for name in names):
+        return Ignored("fast exact kernels are chosen for you")
+    return Refused("only the plugins for kernels are known", REMEDIES["plugins"])
+
+
+def _too_long(value: Any) -> Any:
+    meant = {"drop": "drop", "truncate": "truncate", "raise": "error"}
+    return meant[value] if value in meant else Refused("it takes drop, truncate or raise")
+
+
 def _text_column(value: Any) -> Any:
+    if value == "text":
+        return Ignored()  # the column that is read anyway
     return {"text": value} if isinstance(value, str) else Refused("it takes a column's name")
 
 
 CONVERSIONS: dict[str, Callable[[Any], Any]] = {
-    "assistant_only_loss": _switch("assistant", "all"),
+    "assistant_only_loss": _switch("assistant", "completion"),
+    "completion_only_loss": _switch("completion", "all"),
+    "excess_length_strategy": _too_long,
+    "bfloat16": _switch(True),
+    "float16": _switch(Means("fp16", True)),
+    "float32": _switch(False),
     "attn_implementation": _one_of(FLASH),
     "dataset_text_field": _text_column,
     "disable_gradient_checkpointing": _switch(False),

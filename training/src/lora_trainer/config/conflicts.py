@@ -27,6 +27,11 @@ def _is_evaluated(config: Config) -> bool:
     return config.data.eval_dataset is not None or config.data.eval_fraction > 0
 
 
+def _is_evaluated_last(config: Config) -> bool:
+    """Tell whether evaluation is at the end only."""
+    return config.training.eval_steps == config.training.evals_per_epoch == 0
+
+
 def _is_quantized(config: Config) -> bool:
     return config.model.use_4bit or config.model.use_8bit
 
@@ -194,9 +199,7 @@ CONFLICTS = (
     ),
     Conflict(
         ("load_best_model_at_end", "eval_steps"),
-        lambda c: (
-            c.training.load_best_model_at_end and _is_evaluated(c) and c.training.eval_steps == 0
-        ),
+        lambda c: c.training.load_best_model_at_end and _is_evaluated(c) and _is_evaluated_last(c),
         "load_best_model_at_end with eval_steps 0",
         "evaluated at the end only, there is nothing to choose from",
         "set eval_steps, e.g. to save_steps",
@@ -211,9 +214,7 @@ CONFLICTS = (
     Conflict(
         ("early_stopping_patience", "eval_steps"),
         lambda c: (
-            c.training.early_stopping_patience > 0
-            and _is_evaluated(c)
-            and c.training.eval_steps == 0
+            c.training.early_stopping_patience > 0 and _is_evaluated(c) and _is_evaluated_last(c)
         ),
         "early_stopping_patience with eval_steps 0",
         "evaluated at the end only, nothing can stop early",
@@ -292,6 +293,7 @@ IDLE: tuple[tuple[str, Check, str], ...] = (
     ("bnb_4bit_use_double_quant", lambda c: not c.model.use_4bit, "use_4bit is off"),
     ("max_bad_rows_share", lambda c: c.data.on_bad_rows == "error", "on_bad_rows is error"),
     ("eval_steps", lambda c: not _is_evaluated(c), "there is no held-out data"),
+    ("evals_per_epoch", lambda c: not _is_evaluated(c), "there is no held-out data"),
     (
         "early_stopping_threshold",
         lambda c: c.training.early_stopping_patience == 0,

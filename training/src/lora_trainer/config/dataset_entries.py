@@ -6,7 +6,7 @@ from typing import Any
 
 # Axolotl's dataset types; its chat_template covers both formats with roles.
 DATASET_TYPES = {
-    "alpaca": "alpaca",
+    "alpaca": "alpaca_text",
     "chat_template": "auto",
     "sharegpt": "sharegpt",
     "completion": "text",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import AccessError, ConfigError, Problem
+from . import torchtune
 from .aliases import ALIASES
 from .layers import Layer, given_text, unknown_key
 from .schema import section_names
@@ -17,8 +20,17 @@ from .trainers import Trainer, complete, recognise
 SUFFIXES = (".json", ".yaml", ".yml")
 
 
-def read_file(path: Path) -> tuple[Layer, Trainer | None]:
-    """Return the values of a config file, JSON or YAML, and the other trainer whose file it is.
+@dataclass(frozen=True, slots=True)
+class ConfigFile:
+    """What a config file gives, the other trainer whose file it is, and its keys as they are."""
+
+    layer: Layer
+    trainer: Trainer | None = None
+    keys: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_file(path: Path, file_format: str = "") -> ConfigFile:
+    """Return the values of a config file, JSON or YAML; `file_format` says whose it is.
 
     Keys stand in their section or at the top level; both may be mixed. Another trainer's file
     gets that trainer's defaults.
@@ -33,17 +45,35 @@ def read_file(path: Path) -> tuple[Layer, Trainer | None]:
     if document.value is not None and not isinstance(document.value, dict):
         what = f"the configuration is {given_text(document.value)}, not an object of keys"
         layer.problems.append(Problem(what, document.location(())))
-        return layer, None
-    keys = document.value or {}
-    for key, value in keys.items():
-        _take(layer, document, key, value)
+        return ConfigFile(layer)
+    keys: dict[str, Any] = document.value or {}
+    trainer = recognise(keys, file_format)
+    if trainer is not None and trainer.name == "torchtune" and keys:
+        torchtune.take(layer, document)
+    else:
+        for key, value in keys.items():
+            if not _is_superseded(layer, document, key, keys):
+                _take(layer, document, key, value)
     steps = layer.given.get("warmup_steps")
     if steps is not None and steps.value == 0 and "warmup_ratio" in layer.given:
         del layer.given["warmup_steps"]  # to transformers, 0 steps leave it to the ratio
-    trainer = recognise(keys)
     if trainer is not None:
         complete(layer, trainer, keys, path)
-    return layer, trainer
+    return ConfigFile(layer, trainer, keys)
+
+
+def _is_superseded(layer: Layer, document: Document, key: str, keys: Mapping[str, Any]) -> bool:
+    """Tell whether a strategy of the Trainer makes a number of steps idle."""
+    names = {
+        "eval_steps": ("eval_strategy", "evaluation_strategy"),
+        "save_steps": ("save_strategy",),
+    }
+    for strategy in names.get(key, ()):
+        if keys.get(strategy) in ("no", False, "epoch"):
+            why = f"{strategy} is {keys[strategy]}"
+            layer.warnings.append(f"{document.location((key,))}: {key} has no effect: {why}")
+            return True
+    return False
 
 
 def parse(text: str, path: Path) -> Document:

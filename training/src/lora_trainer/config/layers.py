@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import Problem
-from .aliases import ALIASES
+from .aliases import ALIASES, CONVERTED_ALIASES
 from .compatibility import NO_MEANING, Ignored, Means, Refused, interpret
+from .literal import accepts
 from .schema import SECRET_KEYS, leaf_sections, section_names
 from .text import Document, Pointer, shown_key
 
@@ -81,7 +82,7 @@ class Layer:
         if meaning is None and key not in section_names() and value in (None, "", []):
             return  # a line that other trainers' templates leave blank
         if meaning is None:
-            self.problems.append(unknown_key(key, location, section))
+            self.problems.append(unknown_key(key, location, section, value))
         elif isinstance(meaning, Ignored):
             if meaning.reason:
                 self.warnings.append(f"{location}: {key} has no effect: {meaning.reason}")
@@ -132,15 +133,33 @@ class Layer:
         return True
 
 
-def unknown_key(key: str, location: str, section: str = "") -> Problem:
+def unknown_key(key: str, location: str, section: str = "", value: Any = None) -> Problem:
     """Return the problem of a key that means nothing here."""
     if key in section_names():
         why = f"{key} is a section of its own"
         return Problem(f"{key} is no key of {section}", location, why, "move it to the top level")
-    remedy = did_you_mean(key, [*leaf_sections(), *ALIASES, *NO_MEANING, *section_names()])
+    remedy = guess_key(key, value, section_names())
     if key.startswith(("_", "//", "#")) and not remedy:
         remedy = "for comments write the configuration as YAML, which has them"
     return Problem(f"{shown_key(key)} is an unknown key", location, remedy=remedy)
+
+
+def guess_key(
+    key: str, value: Any, others: Iterable[str] = (), form: Callable[[str], str] = str
+) -> str:
+    """Return a question naming the closest keys that take such a value, or nothing.
+
+    A secret's name, and a key without an effect, must be close: `tokenizer` is no `token`.
+    """
+    ours = [*leaf_sections(), *ALIASES]
+    fitting = [name for name in ours if ALIASES.get(name, name) not in SECRET_KEYS]
+    if value is not None:
+        fitting = [
+            n for n in fitting if n in CONVERTED_ALIASES or accepts(ALIASES.get(n, n), value)
+        ]
+    hidden = [name for name in ours if ALIASES.get(name, name) in SECRET_KEYS]
+    close = difflib.get_close_matches(key.lower(), [*hidden, *NO_MEANING], n=2, cutoff=0.85)
+    return did_you_mean(key, [*fitting, *close, *others], form)
 
 
 def did_you_mean(word: str, choices: Iterable[str], form: Callable[[str], str] = str) -> str:

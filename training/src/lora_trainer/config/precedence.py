@@ -17,6 +17,8 @@ from .layers import Given, Layer
 RIVALS = (
     (("eval_dataset", None), ("eval_fraction", 0)),
     (("warmup_steps", None), ("warmup_ratio", None)),
+    (("eval_steps", None), ("evals_per_epoch", 0)),
+    (("save_steps", None), ("saves_per_epoch", 0)),
 )
 # What a file asks of its held-out rows has no subject once they are left out.
 NEEDS_HELD_OUT = (
@@ -25,6 +27,7 @@ NEEDS_HELD_OUT = (
     "eval_generate",
     "eval_max_new_tokens",
     "eval_steps",
+    "evals_per_epoch",
     "load_best_model_at_end",
 )
 

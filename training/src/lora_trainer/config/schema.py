@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-
-from .aliases import ALIASES, COMMA_LISTS, CONVERTED_ALIASES
 
 EMBEDDED_MODEL = "embedded/SmolLM2-135M-Instruct"
 ALL_LINEAR = "all-linear"
@@ -23,6 +21,9 @@ Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+DatasetFormat = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "alpaca_text", "alpaca_chat", "completion", "text"
+]
 INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
 Init = Annotated[
     str,
@@ -122,9 +123,10 @@ class DatasetSource(Section):
 
     path: str = Field(min_length=1, description="Local file or folder, or a hub id")
     weight: float = Field(1.0, gt=0, le=1e4, description="How often each row is used per epoch")
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "completion", "text"] | None = Field(
-        None, description="Overrides dataset_format"
-    )
+    format: DatasetFormat | None = Field(None, description="Overrides dataset_format")
+    columns: dict[str, str] | None = Field(None, description="Overrides dataset_columns")
+    max_samples: Count | None = Field(None, description="Overrides max_samples")
+    subset: str | None = Field(None, description="Subset (configuration) of a hub dataset")
     split: str | None = Field(None, description="Split of a hub dataset")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub")
 
@@ -144,19 +146,26 @@ class DataSection(Section):
     datasets_dir: str | None = Field(
         None, description="Additional folder in which relative dataset paths are looked up"
     )
-    dataset_format: Literal["auto", "messages", "sharegpt", "alpaca", "completion", "text"] = Field(
-        "auto", description="Row format; auto detects it"
+    dataset_format: DatasetFormat = Field(
+        "auto",
+        description="Row format; auto detects it; alpaca_text: Alpaca rows as Stanford's prompt "
+        "in plain text; alpaca_chat: that prompt as the user's turn",
     )
     dataset_columns: dict[str, str] = Field(
         default_factory=dict, description="Standard field name -> column name in the data"
+    )
+    max_samples: Count | None = Field(
+        None, description="Use only this many rows, the first ones, of each dataset"
     )
     dataset_split: str = Field("train", description="Split of a hub dataset")
     chat_template: str | None = Field(
         None,
         description="chatml, llama3, mistral, qwen, Jinja text or a file; default: the tokenizer's",
     )
-    train_on: Literal["assistant", "last", "all"] = Field(
-        "assistant", description="Tokens to train on: every assistant turn, the last one, or all"
+    train_on: Literal["assistant", "last", "all", "completion"] = Field(
+        "assistant",
+        description="Tokens to train on: every assistant turn, the last one, or all; "
+        "completion: all, but only the completion of a row with a prompt and a completion",
     )
     max_seq_length: int = Field(
         2048, ge=8, le=1_048_576, description="Maximum length of an example, in tokens"
@@ -222,6 +231,9 @@ class TrainingSection(Section):
         42, ge=0, lt=2**32, description="Seed for data order, dropout and adapter initialization"
     )
     eval_steps: CountOrZero = Field(0, description="Steps between evaluations; 0: only at the end")
+    evals_per_epoch: CountOrZero = Field(
+        0, description="Evaluations per epoch, in place of eval_steps; 0: eval_steps decides"
+    )
     on_nan: Literal["error", "warn"] = Field(
         "error", description="What to do if an evaluation is NaN or infinite"
     )
@@ -257,6 +269,9 @@ class OutputSection(Section):
     )
     save_steps: CountOrZero = Field(
         100, description="Steps between checkpoints; 0: only at the end"
+    )
+    saves_per_epoch: CountOrZero = Field(
+        0, description="Checkpoints per epoch, in place of save_steps; 0: save_steps decides"
     )
     save_total_limit: Count = Field(3, description="Checkpoints to keep, not counting the best one")
     resume: Literal["auto", "never"] = Field(
@@ -336,6 +351,7 @@ NOT_IN_DIGEST = (
     ("data", "eval_dataset"),
     ("data", "chat_template"),
     ("data", "datasets_dir"),
+    ("data", "max_samples"),
     ("data", "dataset_cache_dir"),
     ("data", "preprocessing_num_workers"),
     ("training", "nproc"),
@@ -364,27 +380,3 @@ def sections() -> dict[str, type[Section]]:
 def leaf_sections() -> dict[str, str]:
     """Return leaf key -> the section that holds it; unique by a test."""
     return {leaf: name for name, kind in sections().items() for leaf in kind.model_fields}
-
-
-def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a config file, flat and sectioned keys both accepted."""
-    schema = Config.model_json_schema()
-    leaves: dict[str, Any] = {}
-    for name, kind in sections().items():
-        properties = schema["$defs"][kind.__name__]["properties"]
-        for leaf in COMMA_LISTS & properties.keys():
-            kept = {"description": properties[leaf].pop("description")}
-            properties[leaf] = kept | {"anyOf": [properties[leaf], {"type": "string"}]}
-        leaves |= {leaf: dict(spec) for leaf, spec in properties.items()}
-        schema["properties"][name].pop("default", None)
-    for alias, leaf in ALIASES.items():
-        own_spec = {} if alias in CONVERTED_ALIASES else leaves[leaf]
-        leaves[alias] = own_spec | {"description": f"Alias of {leaf}"}
-    # A word that names a section and an alias (model) may hold either.
-    for name, spec in leaves.items():
-        own = schema["properties"].get(name)
-        schema["properties"][name] = {"anyOf": [own, spec]} if own else spec
-    schema["properties"]["$schema"] = {"type": "string"}
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "lora-trainer configuration"
-    return schema

@@ -18,7 +18,7 @@ from .paths import exists, locate_paths
 from .precedence import merge
 from .schema import SECRET_KEYS, Config, leaf_sections, sections
 from .start_adapter import adopt
-from .trainers import missing
+from .trainers import settle, take_format
 from .undecodable import find_undecodable, find_undecodable_paths
 from .validation import find_misfits
 
@@ -56,19 +56,22 @@ def resolve(
         ConfigError: with every problem of every source.
         AccessError: the config file may not be read.
     """
+    file_format, arguments = take_format(arguments)
     layers = [read_environment(environ), read_arguments(arguments)]
-    trainer = None
+    source = None
     if config_file is not None:
-        layer, trainer = read_file(config_file)
-        layers.insert(0, layer)
+        source = read_file(config_file, file_format)
+        layers.insert(0, source.layer)
     given, left_out = merge(layers)
+    settled = []
+    if source is not None and source.trainer is not None and config_file is not None:
+        settled = settle(source.trainer, given, source.keys, config_file)
     misfits = find_misfits(given) | find_undecodable(given)
     config = _config_of({leaf: g.value for leaf, g in given.items() if leaf not in misfits})
     problems = [problem for layer in layers for problem in layer.problems]
     problems += [problem for group in misfits.values() for problem in group]
     problems += find_conflicts(config, given, set(misfits))
-    if trainer is not None and config_file is not None:
-        problems += missing(trainer, given, config_file)
+    problems += settled
     located = locate_paths(config, given)
     problems += find_undecodable_paths(located)
     problems += _find_template_problems(located.get("chat_template"), given)

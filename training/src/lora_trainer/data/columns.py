@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..errors import ConfigError, DataError, TrainerError
 from ..host.quoting import shell_word
 from .bad_rows import RowValue, shown_name
 
-FormatName = Literal["messages", "sharegpt", "alpaca", "completion", "text"]
-FORMATS: tuple[FormatName, ...] = ("messages", "sharegpt", "alpaca", "completion", "text")
+FormatName = Literal[
+    "messages", "sharegpt", "alpaca", "alpaca_text", "alpaca_chat", "completion", "text"
+]
+FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 
 STANDARD_FIELDS: dict[FormatName, tuple[str, ...]] = {
     "messages": ("messages", "tools"),
     "sharegpt": ("conversations", "system", "tools"),
     "alpaca": ("instruction", "input", "output", "system", "history"),
+    "alpaca_text": ("instruction", "input", "output"),
+    "alpaca_chat": ("instruction", "input", "output"),
     "completion": ("prompt", "completion", "tools"),
     "text": ("text",),
 }

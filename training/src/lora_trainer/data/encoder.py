@@ -25,6 +25,7 @@ from .formats import to_example
 from .instructions import RowError
 
 TooLong = Literal["truncate", "drop", "error"]
+TrainOn = Literal["assistant", "last", "all", "completion"]
 TOO_LONG = "longer than max_seq_length"
 NOTHING_LEFT = "no trained token is left after truncation"
 CODE_FILES = (
@@ -117,7 +118,7 @@ class TokenizerFactory:
 
     tokenizer_dir: Path
     chat_template: str | None = None
-    train_on: Literal["assistant", "last", "all"] = "assistant"
+    train_on: TrainOn = "assistant"
     trust_remote_code: bool = False
 
     @property
@@ -167,7 +168,7 @@ class TokenizerEncoder:
         self,
         tokenizer: Any,
         chat_template: str | None = None,
-        train_on: Literal["assistant", "last", "all"] = "assistant",
+        train_on: TrainOn = "assistant",
     ) -> None:
         from . import mask, template
 

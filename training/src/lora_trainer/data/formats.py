@@ -6,6 +6,8 @@
                  question/answer, query/response, prompt/response; context, system_prompt
     completion   {"prompt", "completion"}, both text or both lists of messages
     text         {"text"}, or a line of a .txt file
+    alpaca_text  Alpaca's fields as Stanford's prompt in plain text; never detected
+    alpaca_chat  the same prompt as the user's turn of a conversation; never detected
 
 A `RowError` names the field, its type or length, never its content.
 """
@@ -18,7 +20,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from .bad_rows import RowValue, shown_name
-from .columns import FormatName, check_columns, renamed, unrecognised
+from .columns import STANDARD_FIELDS, FormatName, check_columns, renamed, unrecognised
 from .examples import Chat, Completion, Example, Text
 from .instructions import RowError, masked_turns, refuse_unsupported
 from .turns import Turn, parsed_list, string_of, text_of, tools_of, turns_of
@@ -28,6 +30,13 @@ ROWS_TO_DETECT = 100
 INPUT_FIELDS = ("input", "context")
 SYSTEM_FIELDS = ("system", "system_prompt")
 CONVERSATION_FIELDS = ("messages", "conversations", "conversation")
+# Stanford's: both begin and end alike.
+ALPACA_PROMPT = (
+    "Below is an instruction that describes a task{pair}. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n{input}### Response:\n"
+)
+ALPACA_PAIR = ", paired with an input that provides further context"
 ANSWER_FIELDS: dict[str, tuple[str, ...]] = {
     "instruction": ("output", "response", "completion", "answer"),
     "question": ("answer", "response", "output"),
@@ -79,7 +88,9 @@ def _used_fields(row: dict[str, Any], format: FormatName) -> set[str]:
         answer = (_answer_field(row, question) or "") if question else ""
         given = (name for name in INPUT_FIELDS if isinstance(row.get(name), str) and row[name])
         return {question, answer, "history", "tools", next(given, ""), *SYSTEM_FIELDS}
-    return {"completion": {"prompt", "completion", "tools", "functions"}, "text": {"text"}}[format]
+    if format == "completion":
+        return {"prompt", "completion", "tools", "functions"}
+    return set(STANDARD_FIELDS[format])
 
 
 def to_example(
@@ -102,6 +113,12 @@ def to_example(
         return _completion(fields)
     if format == "alpaca":
         return _alpaca(fields)
+    if format == "alpaca_text":
+        return _alpaca_text(fields)
+    if format == "alpaca_chat":
+        asked = _alpaca_text(fields)
+        turns = (("user", asked.prompt), ("assistant", asked.completion))
+        return Chat(tuple({"role": role, "content": text} for role, text in turns))
     return _conversation(fields)
 
 
@@ -168,6 +185,17 @@ def _alpaca(row: dict[str, Any]) -> Chat:
     messages.append({"role": "user", "content": asked})
     messages.append({"role": "assistant", "content": text_of(row.get(answer), answer)})
     return Chat(tuple(messages), tools_of(row))
+
+
+def _alpaca_text(row: dict[str, Any]) -> Completion:
+    instruction = text_of(row.get("instruction"), "instruction")
+    extra = "" if row.get("input") is None else string_of(row["input"], "input")
+    prompt = ALPACA_PROMPT.format(
+        pair=ALPACA_PAIR if extra else "",
+        instruction=instruction,
+        input=f"### Input:\n{extra}\n\n" if extra else "",
+    )
+    return Completion(prompt, text_of(row.get("output"), "output"))
 
 
 def _conversation(row: dict[str, Any]) -> Chat:

@@ -26,7 +26,7 @@ from .examples import Change, Chat, Completion, Encoded, Example
 from .plain import encode_plain, tokenize
 from .template import ChatTemplate, Rendering, Span, TemplateFault
 
-TrainOn = Literal["assistant", "last", "all"]
+TrainOn = Literal["assistant", "last", "all", "completion"]
 
 # Where a prompt that a turn follows only in part may be cut: behind a line, else behind a tag.
 _EDGES = (re.compile(r".*\n", re.DOTALL), re.compile(r".*[>\]:]", re.DOTALL))
@@ -63,6 +63,11 @@ def encode(
         TemplateFault: the template refuses the conversation.
         ConfigError: the tokenizer or its template cannot do it for any example.
     """
+    if train_on == "completion":
+        has_prompt = isinstance(example, Completion) or (
+            isinstance(example, Chat) and example.prompt_turns > 0
+        )
+        train_on = "assistant" if has_prompt else "all"
     if isinstance(example, Chat):
         if template is None:
             raise ConfigError.of("conversations need a chat template", where="chat_template")

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -83,9 +83,13 @@ class _Source:
     hub_dataset: Any = None
 
     def rows(self) -> Iterator[Row | BadRow]:
-        if self.hub_dataset is not None:
-            return rows_of_hub(self.hub_dataset, self.spec)
-        return rows_of_files(self.files, self.spec)
+        """Yield the rows, the first ones alone where the spec limits them."""
+        rows = (
+            rows_of_files(self.files, self.spec)
+            if self.hub_dataset is None
+            else rows_of_hub(self.hub_dataset, self.spec)
+        )
+        return islice(rows, self.spec.max_samples)
 
     def identity(self, hashes: FileHashes) -> dict[str, Any]:
         """Return what the rows depend on."""
@@ -94,6 +98,8 @@ class _Source:
             "columns": dict(self.spec.columns),
             "split": self.spec.split,
         }
+        if self.spec.max_samples is not None:
+            identity["max_samples"] = self.spec.max_samples
         if self.hub_dataset is not None:
             return {
                 **identity,

@@ -20,7 +20,7 @@ from .batches import Rows
 
 Kind = Literal["chat", "completion", "text"]
 FILE = "prompt_format.json"
-CHAT_FORMATS = frozenset({"messages", "sharegpt", "alpaca"})
+CHAT_FORMATS = frozenset({"messages", "sharegpt", "alpaca", "alpaca_chat"})
 MOST_ROWS = 4096
 """Rows that are looked at for the tokens that end answers, spread evenly over the data."""
 LEAST_FRACTION = 0.01
@@ -64,7 +64,7 @@ def format_of_rows(rows: Rows, formats: Iterable[str], tokenizer: Any) -> Prompt
     kind: Kind = "text"
     if names & CHAT_FORMATS:
         kind = "chat"
-    elif "completion" in names:
+    elif names & {"completion", "alpaca_text"}:
         kind = "completion"
     ends = _trained_ends(rows, tokenizer)
     if not ends and tokenizer.eos_token_id is not None:

@@ -58,6 +58,7 @@ class SourceSpec:
     columns: Mapping[str, str] = field(default_factory=dict)
     revision: str | None = None
     subset: str | None = None
+    max_samples: int | None = None
     datasets_dir: str | None = None
 
 

@@ -147,8 +147,10 @@ def source_specs(
                 weight=one.weight,
                 format=one.format or data.dataset_format,
                 split=one.split or data.dataset_split,
-                columns=data.dataset_columns,
+                columns=data.dataset_columns if one.columns is None else one.columns,
                 revision=one.revision,
+                subset=one.subset,
+                max_samples=one.max_samples or data.max_samples,
                 datasets_dir=data.datasets_dir,
             )
         )

@@ -39,6 +39,16 @@ from resolving import from_file, problem_in, values_of
         ({"optim": "adamw_torch_fused"}, "optim", "adamw"),
         ({"optim": "adamw_bnb_8bit"}, "optim", "adamw_8bit"),
         ({"optimizer": "paged_adamw"}, "optim", "paged_adamw_32bit"),
+        ({"save_strategy": "epoch"}, "saves_per_epoch", 1),
+        ({"eval_strategy": "epoch", "eval_steps": 9}, "evals_per_epoch", 1),
+        ({"evals_per_epoch": 4}, "evals_per_epoch", 4),
+        ({"max_samples": 100}, "max_samples", 100),
+        ({"completion_only_loss": True}, "train_on", "completion"),
+        ({"excess_length_strategy": "raise"}, "too_long", "error"),
+        ({"early_stopping_steps": 3, "eval_dataset": "a.jsonl", "eval_steps": 9},
+         "early_stopping_patience", 3),
+        ({"dtype": "bf16"}, "bf16", True),
+        ({"float16": True}, "fp16", True),
     ],
 )  # fmt: skip
 def test_other_spellings_mean_the_same(folder, content, leaf, value):
@@ -55,9 +65,10 @@ def test_other_spellings_mean_the_same(folder, content, leaf, value):
         {"flash_attn": "fa9"},
         {"pissa_init": "yes"},
         {"deepspeed": "ds.json"},
-        {"eval_strategy": "epoch"},
-        {"max_samples": 100},
-        {"evals_per_epoch": 4},
+        {"eval_strategy": "best"},
+        {"max_steps_per_epoch": 4},
+        {"plugins": ["axolotl.integrations.spectrum.SpectrumPlugin"]},
+        {"dataset_config": "en"},
         {"tokens": ["<tool>"]},
         {"datasets": [{"path": "a", "field_messages": "talk"}]},
         {"datasets": [{"path": "a", "message_property_mappings": {"role": "who"}}]},
@@ -106,7 +117,7 @@ deepspeed:
     )
     values = values_of(resolved)
     assert values["model_name_or_path"] == "NousResearch/Llama-2-7b-hf"
-    assert [entry.format for entry in values["dataset"]] == ["alpaca", "auto"]
+    assert [entry.format for entry in values["dataset"]] == ["alpaca_text", "auto"]
     assert (values["use_4bit"], values["lora_alpha"], values["num_train_epochs"]) == (True, 16, 4)
     assert any("sample_packing" in warning for warning in resolved.warnings)
 

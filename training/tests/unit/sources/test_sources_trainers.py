@@ -1,7 +1,14 @@
 """Another trainer's file means here what it means to that trainer."""
 
 import pytest
-from resolving import from_file, problem_in, problems_in, values_of
+from resolving import (
+    from_arguments,
+    from_file,
+    problem_in,
+    problems_in,
+    problems_of,
+    values_of,
+)
 
 AXOLOTL = """
 base_model: org/model
@@ -44,7 +51,7 @@ def test_axolotl_drops_long_rows_and_evaluates_in_its_micro_batches(folder):
 def test_trl_trains_all_tokens_of_two_projections(folder):
     values = values_of(from_file(folder, TRL, "trl.yaml"))
     assert values["lora_target_modules"] == ["q_proj", "v_proj"]
-    assert (values["train_on"], values["max_seq_length"]) == ("all", 1024)
+    assert (values["train_on"], values["max_seq_length"]) == ("completion", 1024)
     assert (values["learning_rate"], values["lora_dropout"]) == (2e-5, 0.05)
 
 
@@ -122,12 +129,49 @@ def test_two_spellings_that_differ_are_still_given_twice(folder):
     ("key", "value", "remedy"),
     [
         ("deepspeed", "ds.json", "parallelism: deepspeed"),
-        ("save_strategy", "epoch", "save_steps"),
-        ("eval_strategy", "epoch", "eval_steps"),
+        ("save_strategy", "best", "save_steps"),
+        ("eval_strategy", "best", "evals_per_epoch"),
     ],
 )
 def test_a_refused_key_comes_with_what_to_write(folder, key, value, remedy):
     assert remedy in problem_in(folder, {key: value}).remedy
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("tokenizr_path", "org/model", ""),
+        ("tokens_path", "org/model", ""),
+        ("lora_rnk", 8, "did you mean lora_r"),
+        ("lora_rnk", "none", ""),
+        ("hf_tokn", "x", "did you mean hf_token"),
+        ("adaptr", "lora", "did you mean adapter"),
+    ],
+)
+def test_a_guess_takes_the_same_kind_of_value(folder, key, value, remedy):
+    given = problem_in(folder, {key: value}).remedy
+    assert given.startswith(remedy) if remedy else "token" not in given and "lora_r" not in given
+
+
+def test_lists_on_the_command_line_may_be_words(folder):
+    words = ("--lora_target_modules", "q_proj", "v_proj", "--report_to", "wandb", "tensorboard")
+    values = values_of(from_arguments(*words))
+    assert values["lora_target_modules"] == ["q_proj", "v_proj"]
+    assert values["report_to"] == ["wandb", "tensorboard"]
+
+
+@pytest.mark.parametrize("flag", [["--config_format", "trl"], ["--config-format=trl"]])
+def test_config_format_says_whose_file_it_is(folder, flag):
+    text = "model_name_or_path: org/model\ndataset: rows.jsonl\nlora_r: 4\nuse_peft: true\n"
+    named = values_of(from_file(folder, text, "c.yaml", arguments=flag))
+    assert (named["lora_dropout"], named["num_train_epochs"]) == (0.05, 3.0)
+    own = values_of(from_file(folder, text, "c.yaml", arguments=["--config_format", "own"]))
+    assert (own["lora_dropout"], own["num_train_epochs"]) == (0.0, 1.0)
+
+
+def test_an_unknown_config_format_lists_the_known_ones(folder):
+    problems = problems_of(None, {}, ["--config_format", "megatron"])
+    assert "axolotl|llamafactory" in problems[0].remedy
 
 
 def test_an_adapter_of_another_kind_is_refused(folder):
