@@ -38,69 +38,49 @@ source "$TRAINING/lib/stack.sh"
 # shellcheck source-path=SCRIPTDIR source=lib/container.sh
 source "$TRAINING/lib/container.sh"
 
-readonly CU121_BASE=nvidia/cuda:12.1.0-cudnn8-runtime-ubuntu22.04
-readonly CURRENT_BASE=nvidia/cuda:13.0.2-base-ubuntu24.04
-readonly CPU_BASE=debian:13-slim
 # Layers, and the build's cache beside them, in GB.
 readonly CUDA_GB=25 CPU_GB=6
 
-# need_value FLAG VALUE...: the value of a flag must follow it
-need_value() {
-  (($# > 1)) || fail 78 "$1 needs a value" "command line" "nothing follows it" "build.sh --help"
+base_of() {
+  case "$1" in
+    cu121) echo nvidia/cuda:12.1.0-cudnn8-runtime-ubuntu22.04 ;;
+    current) echo nvidia/cuda:13.0.2-base-ubuntu24.04 ;;
+    cpu) echo debian:13-slim ;;
+  esac
 }
 
 # need_file FLAG FILE: it is readable; sets FOUND to its full path
 need_file() {
   [[ -r "$2" ]] || fail 78 "the path given to $1 cannot be read" "$1 $2" \
     "$([[ -e "$2" ]] && echo "no permission" || echo "there is no such file or folder")" "build.sh --help"
+  [[ "$1" != --wheels || -d "$2" ]] || fail 78 "--wheels takes a folder" "--wheels $2" "it is a file" "build.sh --help"
   FOUND="$(cd "$(dirname "$2")" && pwd)/${2##*/}"
 }
 
 read_arguments() {
-  STACK='' BASE='' TAG='' EXTRA='' IS_PUSHED=0
-  OPTIONS=()
+  local id
+  BASE='' TAG='' EXTRA='' IS_PUSHED=0 OPTIONS=()
   while (($#)); do
+    [[ "$1" != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
     case "$1" in
-      --*=*)
-        set -- "${1%%=*}" "${1#*=}" "${@:2}"
-        continue
-        ;;
-      --help | -h)
-        print_header "${BASH_SOURCE[0]}"
-        exit 0
-        ;;
-      --no-cache) OPTIONS+=(--no-cache) ;;
-      --push) IS_PUSHED=1 ;;
-      --stack | --extra | --base-image | --tag | --network | --ca-cert | --pip-conf | --apt-sources | --wheels)
-        need_value "$@"
-        read_value "$1" "$2"
-        shift
-        ;;
-      *) fail 78 "unknown argument" "command line: $1" "build.sh has no such flag" \
-        "build.sh --help" ;;
+      --help | -h) print_header "${BASH_SOURCE[0]}" && exit ;;
+      --no-cache) OPTIONS+=(--no-cache) && shift && continue ;;
+      --push) IS_PUSHED=1 && shift && continue ;;
+      --stack | --extra | --base-image | --tag | --network) need_value "$@" ;;
+      --ca-cert | --pip-conf | --apt-sources | --wheels) need_value "$@" && need_file "$@" ;;
+      *) fail 78 "unknown argument" "command line: $1" "build.sh has no such flag" "build.sh --help" ;;
     esac
-    shift
+    case "$1" in
+      --stack) export LORA_STACK="$2" ;;
+      --extra) EXTRA="$2" ;;
+      --base-image) BASE="$2" ;;
+      --tag) TAG="$2" ;;
+      --network) OPTIONS+=(--network "$2") ;;
+      --wheels) OPTIONS+=(--build-context "wheels=$FOUND") ;;
+      *) id="${1#--}" && OPTIONS+=(--secret "id=${id//-/_},src=$FOUND") ;;
+    esac
+    shift 2
   done
-}
-
-read_value() {
-  case "$1" in
-    --stack) export LORA_STACK="$2" ;;
-    --extra) EXTRA="$2" ;;
-    --base-image) BASE="$2" ;;
-    --tag) TAG="$2" ;;
-    --network) OPTIONS+=(--network "$2") ;;
-    --wheels)
-      need_file "$@"
-      [[ -d "$FOUND" ]] || fail 78 "--wheels takes a folder" "--wheels $2" "it is a file" "build.sh --help"
-      OPTIONS+=(--build-context "wheels=$FOUND")
-      ;;
-    *)
-      need_file "$@"
-      local id="${1#--}"
-      OPTIONS+=(--secret "id=${id//-/_},src=$FOUND")
-      ;;
-  esac
 }
 
 check_builder() {
@@ -113,24 +93,10 @@ check_builder() {
 }
 
 check_extra() {
-  case "$EXTRA" in
-    '') ;;
-    deepspeed)
-      [[ "$STACK" != cu121 ]] || fail 78 "the stack cu121 has no DeepSpeed" "--extra deepspeed" \
-        "it is not tested with torch 2.1.2" "leave --extra out: parallelism: fsdp shares the base model out there"
-      ;;
-    *) fail 78 "unknown extra" "--extra $EXTRA" "the only extra is deepspeed" "build.sh --help" ;;
-  esac
-}
-
-check_files() {
-  local file
-  for file in Dockerfile .dockerignore docker-entrypoint.sh config.json train_lora.py \
-    "requirements/$STACK.txt" "requirements/$STACK-torch.txt" requirements/embedded.txt \
-    requirements/install.sh src/lora_trainer/__main__.py; do
-    [[ -r "$TRAINING/$file" ]] || fail 78 "a file of the image is missing" "$TRAINING/$file" \
-      "the checkout is not whole" "git checkout -- training"
-  done
+  [[ -z "$EXTRA" || "$EXTRA" == deepspeed ]] ||
+    fail 78 "unknown extra" "--extra $EXTRA" "the only extra is deepspeed" "build.sh --help"
+  [[ "$EXTRA $STACK" != "deepspeed cu121" ]] || fail 78 "the stack cu121 has no DeepSpeed" "--extra deepspeed" \
+    "it is not tested with torch 2.1.2" "leave --extra out: parallelism: fsdp shares the base model out there"
 }
 
 # The engine's disk is looked at where it is this machine's.
@@ -175,14 +141,9 @@ build_main() {
   require_docker
   check_builder
   STACK="$(container_stack)"
-  case "$STACK" in
-    cu121) BASE="${BASE:-$(setting BASE_IMAGE "$CU121_BASE")}" ;;
-    current) BASE="${BASE:-$(setting BASE_IMAGE "$CURRENT_BASE")}" ;;
-    *) BASE="${BASE:-$(setting BASE_IMAGE "$CPU_BASE")}" ;;
-  esac
+  BASE="${BASE:-$(setting BASE_IMAGE "$(base_of "$STACK")")}"
   TAG="${TAG:-$(setting LORA_IMAGE "lora-trainer:$STACK")}"
   check_extra
-  check_files
   check_room
   keep_base
   build_image

@@ -41,26 +41,13 @@ drop_empty_secrets() {
   fi
 }
 
-healthcheck() {
-  exec python3 -I -S -c 'import http.client, os, sys
-connection = http.client.HTTPConnection("127.0.0.1", int(os.environ.get("HEALTH_PORT") or 8080), timeout=3)
-try:
-    connection.request("GET", "/health")
-    answer = connection.getresponse()
-    print(answer.read(2000).decode("utf-8", "replace"))
-except OSError as error:
-    sys.exit(f"no answer on port {connection.port}: {error}")
-sys.exit(answer.status != 200)'
-}
-
 entrypoint_main() {
   [[ "${1:-}" != -* ]] || set -- train "$@"
   drop_empty_secrets
   case "${1:-train}" in
-    train) LORA_CONTAINER=train exec lora-trainer train "${@:2}" ;;
+    train | check) LORA_CONTAINER=train exec lora-trainer "${@:-train}" ;;
     preflight) LORA_CONTAINER=preflight exec lora-trainer check --quick "${@:2}" ;;
-    check) LORA_CONTAINER=train exec lora-trainer "$@" ;;
-    healthcheck) healthcheck ;;
+    healthcheck) exec python3 -I -S "${LORA_SOURCE:-/opt/trainer/src}/lora_trainer/serve/probe.py" ;;
     chat | evaluate | merge | export | dashboard | health | runs | compare | clean | schema | keys) exec lora-trainer "$@" ;;
     *) exec "$@" ;;
   esac

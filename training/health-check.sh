@@ -32,15 +32,6 @@ readonly LOG_LINES=200
 readonly FACTS='{"id": {{json .Id}}, "service": {{json (index .Config.Labels "com.docker.compose.service")}},
 "state": {{json .State}}, "restarts": {{json .RestartCount}}}'
 
-# A run on this machine is newer than a container that has ended.
-has_local_run() {
-  local file
-  for file in "$OUTPUTS/server.json" "$OUTPUTS"/*/server.json; do
-    [[ ! -r "$file" ]] || ! is_trainer "$(sed -n 's/.*"pid": *\([0-9]*\).*/\1/p' "$file")" || return 0
-  done
-  return 1
-}
-
 # docker_facts TRAINER: a line of JSON for each container, then the log of the one that says why
 # the run ended
 docker_facts() {
@@ -54,41 +45,40 @@ docker_facts() {
   docker logs --tail "$LOG_LINES" "$speaker" 2>&1
 }
 
-# The container's own Python looks: a host with Docker alone has none. One that has ended is no
-# longer there to ask, so its image does.
+# A host with Docker alone has no Python: one that runs looks at itself; for one that has ended, the
+# environment here does, which knows whether a run on this machine is newer, or its image.
 look_at_container() {
   case "$(state_of "$1" Status)" in
-    running | paused) docker_facts "$1" | docker exec --interactive "$1" lora-trainer health --docker "${@:2}" ;;
-    *)
-      docker_facts "$1" | docker run --rm --interactive --network none --read-only --cap-drop ALL \
-        --security-opt no-new-privileges --env "LORA_OUTPUTS=$OUTPUTS" --env "LORA_MEMORY=$(setting LORA_MEMORY 16g)" \
-        --entrypoint lora-trainer "$(docker inspect --format '{{.Image}}' "$1")" health --docker "${@:2}"
+    exited | dead | created)
+      if [[ -x "$PYTHON" ]]; then
+        docker_facts "$1" | look_at_machine --docker "${@:2}"
+      else
+        docker_facts "$1" | docker run --rm --interactive --network none --read-only --cap-drop ALL \
+          --security-opt no-new-privileges --env "LORA_OUTPUTS=$OUTPUTS" --env "LORA_MEMORY=$(setting LORA_MEMORY 16g)" \
+          --entrypoint lora-trainer "$(docker inspect --format '{{.Image}}' "$1")" health --docker "${@:2}"
+      fi
       ;;
+    *) docker_facts "$1" | docker exec --interactive "$1" lora-trainer health --docker "${@:2}" ;;
   esac
 }
 
 look_at_machine() {
-  local python="${LORA_VENV:-$TRAINING/.venv}/bin/python"
-  [[ -x "$python" ]] || python="$TRAINING/.venv-cu121/bin/python"
-  [[ -x "$python" ]] || fail 69 "no run was found" "$TRAINING" \
+  [[ -x "$PYTHON" ]] || fail 69 "no run was found" "$TRAINING" \
     "there is no container of $COMPOSE_PROJECT_NAME, and no environment was installed here" "./training/run.sh starts a run"
-  HEALTH_PORT="$(setting HEALTH_PORT 8080)" LORA_OUTPUTS="$OUTPUTS" "$python" -m lora_trainer health "$@"
+  HEALTH_PORT="$(setting HEALTH_PORT 8080)" LORA_OUTPUTS="$OUTPUTS" LORA_MEMORY="$(setting LORA_MEMORY 16g)" \
+    "$PYTHON" -m lora_trainer health "$@"
 }
 
 look() {
   local id=''
-  if [[ " $* " != *" --url"* ]] && has_engine; then
-    id="$(container_of trainer)"
-  fi
-  case "$([[ -z "$id" ]] || state_of "$id" Status)" in
-    '') look_at_machine "$@" ;;
-    exited | dead | created) if has_local_run; then look_at_machine "$@"; else look_at_container "$id" "$@"; fi ;;
-    *) look_at_container "$id" "$@" ;;
-  esac
+  [[ " $* " == *" --url"* ]] || ! has_engine || id="$(container_of trainer)"
+  if [[ -n "$id" ]]; then look_at_container "$id" "$@"; else look_at_machine "$@"; fi
 }
 
 health_check_main() {
   local seconds=0 passed=()
+  PYTHON="${LORA_VENV:-$TRAINING/.venv}/bin/python"
+  [[ -x "$PYTHON" ]] || PYTHON="$TRAINING/.venv-cu121/bin/python"
   OUTPUTS="$(host_path LORA_OUTPUTS ../public/outputs)"
   while (($#)); do
     case "$1" in

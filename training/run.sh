@@ -58,11 +58,6 @@ source "$TRAINING/lib/container-run.sh"
 readonly STATE="$TRAINING/.cache"
 readonly LOCAL_PID="$STATE/local.pid" LOCAL_LOG="$STATE/local.log"
 
-# need_value FLAG VALUE...: the value of a flag must follow it
-need_value() {
-  (($# > 1)) || fail 78 "$1 needs a value" "command line" "nothing follows it" "run.sh --help"
-}
-
 read_arguments() {
   COMMAND=train
   CONFIG="${LORA_TRAINER_CONFIG:-$TRAINING/config.json}"

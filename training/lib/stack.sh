@@ -2,10 +2,7 @@
 # Which stack and which Python this machine can use, and how the scripts talk. It is sourced, by
 # environment.sh for one, and only defines functions.
 
-# What torch's CUDA builds can use: 2.13.0 has CUDA 13, 2.1.2 has CUDA 12.1 and code for GPUs
-# up to Hopper. The first drivers of CUDA 13 and 12, then compute capabilities without the dot.
-readonly CURRENT_DRIVER=580 CURRENT_CAPABILITY=75
-readonly CU121_DRIVER=525 CU121_CAPABILITY=70 CU121_LAST_CAPABILITY=90
+readonly STACKS="$TRAINING/src/lora_trainer/model/stacks.csv"
 
 if [[ -t 2 && -z "${NO_COLOR:-}" && "${TERM:-dumb}" != dumb ]]; then
   readonly BOLD=$'\e[1m' RED=$'\e[31m' PLAIN=$'\e[0m'
@@ -32,6 +29,11 @@ fail() {
   say "  remedy: $5"
   say "exit code $1 ($meaning)"
   exit "$1"
+}
+
+# need_value FLAG VALUE...: the value of a flag must follow it
+need_value() {
+  (($# > 1)) || fail 78 "$1 needs a value" "command line" "nothing follows it" "${0##*/} --help"
 }
 
 # print_header FILE: its opening comment, which is its manual
@@ -110,23 +112,23 @@ python_remedy() {
 # Prints the stack that this machine's GPU and driver serve, or fails and says why not. A container
 # needs no more than that.
 driver_stack() {
-  local driver capability major
+  local driver capability stack from least most highest needs=''
   command -v nvidia-smi >/dev/null || return 1
   IFS=', ' read -r driver capability < <(
     nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null
   ) || return 1
   [[ "$driver" =~ ^[0-9]+\. && "$capability" =~ ^[0-9]+\.[0-9]+$ ]] || return 1
-  major="${driver%%.*}" capability="${capability/./}"
-  if ((major >= CURRENT_DRIVER && capability >= CURRENT_CAPABILITY)); then
-    printf 'current\n'
-  elif ((major < CU121_DRIVER || capability < CU121_CAPABILITY || capability > CU121_LAST_CAPABILITY)); then
-    say "The GPU is not used: driver $driver, compute capability $((capability / 10)).$((capability % 10)); torch" \
-      "needs driver $CURRENT_DRIVER and 7.5 (stack current), or driver $CU121_DRIVER and 7.0 to 9.0" \
-      "(stack cu121). Remedy: update the driver, if the GPU is new enough."
-    return 1
-  else
-    printf 'cu121\n'
-  fi
+  while IFS=, read -r stack from least most; do
+    highest="${most:-99.9}"
+    if ((${driver%%.*} >= from && ${capability/./} >= ${least/./} && ${capability/./} <= ${highest/./})); then
+      printf '%s\n' "$stack"
+      return
+    fi
+    needs+="${needs:+, or }driver $from and $least${most:+ to $most} (stack $stack)"
+  done < <(grep -v '^#' "$STACKS")
+  say "The GPU is not used: driver $driver, compute capability $capability; torch needs $needs." \
+    "Remedy: update the driver, if the GPU is new enough."
+  return 1
 }
 
 # Prints the stack whose torch can use a GPU of this machine with a Python of this machine, or fails.
@@ -135,7 +137,7 @@ gpu_stack() {
   stack="$(driver_stack)" || return 1
   if [[ "$stack" == cu121 ]] && ! (STACK=cu121 && find_python) 2>/dev/null; then
     say "The GPU is not used: its driver supports only the stack cu121, which needs Python 3.10 or 3.11." \
-      "Remedy: LORA_PYTHON=/path/to/python3.10, or a driver from $CURRENT_DRIVER on."
+      "Remedy: LORA_PYTHON=/path/to/python3.10, or a newer driver."
     return 1
   fi
   printf '%s\n' "$stack"

@@ -148,6 +148,25 @@ def test_build_refuses_an_extra_that_is_not_there(
     assert "buildx build" not in calls(checkout)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--tag",), "--tag needs a value"),
+        (("--nonsense",), "unknown argument"),
+        (("--ca-cert=absent.pem",), "there is no such file or folder"),
+        (("--wheels", "training/config.json"), "--wheels takes a folder"),
+    ],
+)
+def test_build_refuses_wrong_usage_with_78(
+    checkout: Checkout, arguments: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkout.root)
+    result = checkout.run("training/build.sh", *arguments)
+    assert result.returncode == 78
+    assert said in result.stderr
+    assert calls(checkout) == ""
+
+
 def test_build_refuses_a_full_disk_with_74(checkout: Checkout) -> None:
     checkout.write_tool("df", "#!/bin/sh\necho title; echo disk 9 9 5000000 9 /\n")
     result = checkout.run("training/build.sh", "--stack", "cpu")

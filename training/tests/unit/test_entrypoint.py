@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -58,6 +61,41 @@ def test_entrypoint_drops_secrets_that_are_empty_and_hands_wandb_its_own(tmp_pat
     seen = entrypoint(tmp_path, "env", **names)
     assert "HF_TOKEN" not in seen
     assert "WANDB_API_KEY=k3y\n" in seen
+
+
+@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1), (None, 1)])
+def test_healthcheck_asks_the_status_server(tmp_path: Path, status: int | None, code: int) -> None:
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status or 500)
+            self.end_headers()
+            self.wfile.write(self.path.encode())
+
+        def log_message(self, *_: object) -> None:
+            """Print nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        source, port = str(TRAINING / "src"), str(server.server_port if status else free_port())
+        done = subprocess.run(
+            [TRAINING / "docker-entrypoint.sh", "healthcheck"],
+            env={"PATH": "/usr/bin:/bin", "LORA_SOURCE": source, "HEALTH_PORT": port},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if status is None:
+            socket.create_connection(server.server_address).close()
+        thread.join()
+    assert done.returncode == code
+    assert "/health" in done.stdout if status else f"no answer on port {port}" in done.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 @pytest.fixture

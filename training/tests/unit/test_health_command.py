@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lora_trainer.cli import app
-from lora_trainer.commands.health import closing_block, look
+from lora_trainer.commands.health import Container, closing_block, look
 from lora_trainer.errors import ConfigError
 
 WELL = {
@@ -91,3 +91,13 @@ def test_the_reason_of_a_failed_run_is_the_last_block_of_its_log() -> None:
     log = f"step 3\n\n{old}\n{last}\nbye\n"
     assert closing_block(log) == ["the disk is full", "  remedy: make room", "exit code 74 (disk)"]
     assert closing_block("step 3\n\nstep 4\n") == []
+
+
+@pytest.mark.parametrize(("status", "place"), [("exited", "machine"), ("running", "container")])
+def test_a_run_on_this_machine_is_newer_than_a_container_that_has_ended(
+    status: str, place: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_trainer.commands.health.own_address", lambda _: url)
+    (tmp_path / "events.jsonl").touch()
+    container = Container("0123456789ab", "trainer", {"Status": status, "ExitCode": 78})
+    assert look(tmp_path, "", [container], "").runs_in == place

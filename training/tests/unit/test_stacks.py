@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -101,17 +99,3 @@ def test_gpu_that_torch_does_not_find_is_no_reason_to_train_on_the_cpu(gpus, mon
     assert usable_machine(read_machine()).device == "cuda"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert usable_machine(read_machine()).device == "cpu"
-
-
-def test_the_scripts_and_the_program_agree_on_what_a_stack_serves():
-    text = (Path(__file__).parents[2] / "lib" / "stack.sh").read_text()
-    numbers = {name: int(value) for name, value in re.findall(r"(CU\w+)=(\d+)", text)}
-    assert numbers == {
-        "CURRENT_DRIVER": stacks.CURRENT.driver,
-        "CURRENT_CAPABILITY": 75,
-        "CU121_DRIVER": stacks.CU121.driver,
-        "CU121_CAPABILITY": 70,
-        "CU121_LAST_CAPABILITY": 90,
-    }
-    assert (stacks.CURRENT.least, stacks.CURRENT.most) == ((7, 5), None)
-    assert (stacks.CU121.least, stacks.CU121.most) == ((7, 0), (9, 0))

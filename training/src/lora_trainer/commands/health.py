@@ -211,6 +211,11 @@ def report_health(
 def look(outputs: Path, url: str, containers: list[Container], log: str) -> Report:
     """Look at the run at `url`, in the container, or the newest one in `outputs`."""
     report = Report(url=url, results=str(outputs))
+    trainer = next((one for one in containers if one.service == "trainer"), None)
+    # A run on this machine is newer than a container that has ended.
+    has_ended = trainer is not None and trainer.status in ("exited", "dead", "created")
+    if has_ended and _live_folder(outputs) is not None:
+        containers = []
     if containers and not url:
         _look_at_container(report, containers, log)
     elif not url:
@@ -271,11 +276,10 @@ def _look_at_container(report: Report, containers: list[Container], log: str) ->
 
 def _look_at_folder(report: Report, outputs: Path) -> str:
     """Find the newest run of this machine; return the last of its log."""
-    events = [path for path in (outputs / EVENTS, *outputs.glob(f"*/{EVENTS}")) if path.is_file()]
-    folders = sorted((path.parent for path in events), key=_changed, reverse=True)
+    folders = _folders(outputs)
     if not folders:
         return ""
-    live = next((folder for folder in folders if own_address(folder)), None)
+    live = _live_folder(outputs)
     folder = live or folders[0]
     log = _tail(folder / LOG)
     report.runs_in, report.results = "machine", str(folder)
@@ -287,6 +291,17 @@ def _look_at_folder(report: Report, outputs: Path) -> str:
     code = 0 if (folder / DONE).exists() else last.get("exit_code")
     report.ended(code if isinstance(code, int) else KILLED, log)
     return log
+
+
+def _folders(outputs: Path) -> list[Path]:
+    """Return the folders of runs, the newest first."""
+    events = [path for path in (outputs / EVENTS, *outputs.glob(f"*/{EVENTS}")) if path.is_file()]
+    return sorted((path.parent for path in events), key=_changed, reverse=True)
+
+
+def _live_folder(outputs: Path) -> Path | None:
+    """Return the folder of the newest run whose server is on this machine."""
+    return next((folder for folder in _folders(outputs) if own_address(folder)), None)
 
 
 def fetch(url: str, path: str, token: str) -> tuple[int, str]:

@@ -1,7 +1,7 @@
 """The installed stack (requirements/): which GPUs it serves, and how its packages are installed.
 
-Imports no torch: its build is known by its version. What a stack serves stands in `lib/stack.sh`
-too, which chooses one before there is any Python; a test compares the two.
+Imports no torch: its build is known by its version. What a stack serves is in `stacks.csv`, which
+`lib/stack.sh` reads too: it chooses a stack before there is any Python.
 """
 
 from __future__ import annotations
@@ -33,8 +33,18 @@ class Stack:
         return gpu.capability >= self.least and (self.most is None or gpu.capability <= self.most)
 
 
-CURRENT = Stack("current", 580, (7, 5))
-CU121 = Stack("cu121", 525, (7, 0), (9, 0))
+def _read(line: str) -> Stack:
+    name, driver, least, most = line.split(",")
+    return Stack(name, int(driver), _capability(least), _capability(most) if most else None)
+
+
+def _capability(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")
+    return int(major), int(minor)
+
+
+_TABLE = (Path(__file__).parent / "stacks.csv").read_text().splitlines()
+CURRENT, CU121 = (_read(line) for line in _TABLE if not line.startswith("#"))
 
 
 def installed() -> str:
