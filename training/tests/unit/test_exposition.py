@@ -14,7 +14,7 @@ from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_openmetrics,
 )
 from prometheus_client.parser import text_string_to_metric_families as parse_text
-from run_events import PLAN, RUN, START, stepped
+from run_events import PLAN, RUN, START, saved, stepped
 
 from lora_trainer.run.events import RanksMeasured
 from lora_trainer.serve.prometheus import JSON_TYPE, OPENMETRICS_TYPE, TEXT_TYPE, expose, negotiate
@@ -52,7 +52,8 @@ def test_both_formats_are_read_by_prometheus_own_parser(kind):
     assert named(live, "lora_trainer_eval_loss", kind) == 0.25
 
 
-def test_both_formats_tell_the_same():
+def test_both_formats_tell_the_same(monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 100.0)  # the age of a checkpoint grows
     one, other = samples(full_run()), samples(full_run(), TEXT_TYPE)
     assert one.keys() == other.keys()
     assert {key for key in one if one[key] != other[key] and not math.isnan(one[key])} == set()
@@ -165,3 +166,13 @@ def test_alert_rules_use_only_series_that_exist():
             assert names, rule
             assert names <= series(), rule
             assert rule["annotations"].keys() >= {"summary", "description"}
+
+
+def test_the_age_of_the_newest_checkpoint_is_in_both_forms(monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 100.0)
+    live = live_run(START, PLAN, stepped(4), saved(4))
+    assert samples(live)["lora_trainer_checkpoint_age_seconds", ()] == 96.0
+    assert metrics_view(live, gauges_of())["checkpoint_age_seconds"] == 96.0
+    none = live_run(START, PLAN, stepped(4))
+    assert ("lora_trainer_checkpoint_age_seconds", ()) not in samples(none)
+    assert metrics_view(none, gauges_of())["checkpoint_age_seconds"] is None

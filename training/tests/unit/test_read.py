@@ -342,6 +342,17 @@ def test_skip_policy_refuses_a_larger_share_than_allowed():
         log.check()
 
 
+@pytest.mark.parametrize(("bad", "offers_skip"), [(1, True), (2, False)])
+def test_skip_is_offered_only_where_it_would_be_enough(bad, offers_skip):
+    log = BadRowLog("error", max_fraction=0.1)
+    log.rows_read = 10
+    for line in range(bad):
+        log.add(BadRow(f"f:{line}", "bad"))
+    remedy = log.problems()[0].remedy
+    assert ("set on_bad_rows to skip" in remedy) == offers_skip
+    assert ("20.0% are too many to skip (max_bad_rows_share is 10.0%)" in remedy) != offers_skip
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "txt"])
 def test_reading_a_large_file_takes_little_memory(tmp_path, kind):
     path = tmp_path / f"big.{kind}"

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import reduce
 from html.parser import HTMLParser
 
 import pytest
@@ -12,7 +13,9 @@ import pytest
 import lora_trainer.report.html
 from lora_trainer.report.charts import MOST_POINTS, _label, short, smoothed, thinned
 from lora_trainer.report.html import write_report
+from lora_trainer.report.text import total_time
 from lora_trainer.run import events as kinds
+from lora_trainer.run.status import RunStatus, fold
 
 VOID = {"meta", "polyline"}
 CONFIG = {
@@ -265,6 +268,15 @@ def test_a_whole_run_fills_every_part_of_the_page(report):
         "0:10 Finished at step 3",
     ):
         assert part in page.text
+
+
+def test_the_total_time_is_that_of_the_terminal(report):
+    again = replace(RUN[0], time=RUN[2].time + 500.0)
+    later = [replace(event, time=event.time + 600.0) for event in RUN[3:]]
+    events = [*RUN[:3], again, *later]
+    status = reduce(fold, events, RunStatus())
+    assert status.paused_seconds == 500.0
+    assert total_time(status) in report(events).text
 
 
 def test_a_restart_stands_in_the_timeline_with_its_cause(report):

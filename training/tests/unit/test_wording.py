@@ -1,13 +1,14 @@
 """A run in words: tables and figures as a reader wants them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from run_events import DONE, PLAN, RUN, START, after, evaluated, sample, stepped
+from run_events import DONE, PLAN, RUN, START, after, evaluated, sample, started, stepped
 
-from lora_trainer.report.text import closing_lines, sparkline
+from lora_trainer.report.text import closing_lines, figures, sparkline, total_time
 from lora_trainer.units import duration, percent, size
 
 
@@ -55,6 +56,18 @@ def test_result_paths_are_absolute():
 def test_the_totals_come_last():
     totals = "1:39 in total, 1:01 training, 100 tokens/s, 4,000 tokens, peak memory 3.0 GB"
     assert closing(*RUN)[-1] == totals
+
+
+def test_the_time_between_two_starts_is_named_beside_the_total():
+    again = started(time=100.0)
+    status = after(START, PLAN, stepped(1, time=10.0), again, stepped(2, time=110.0))
+    assert total_time(status) == "0:20 in total (and 1:30 paused between starts)"
+
+
+def test_a_learning_rate_of_0_in_the_first_step_is_explained():
+    first = replace(stepped(1), learning_rate=0.0)
+    assert "lr 0 (the warmup begins at 0)" in figures(after(START, PLAN, first))
+    assert "lr 0" in figures(after(START, PLAN, replace(stepped(2), learning_rate=0.0)))
 
 
 @given(width=st.integers(0, 200), answer=st.text(max_size=800))

@@ -17,6 +17,13 @@ WORDS = {
     "null": "null",
     "object": "object",
 }
+# pydantic's name of an error -> the limit in a JSON Schema.
+_LIMITS = {
+    "less_than_equal": ("maximum", "at most"),
+    "less_than": ("exclusiveMaximum", "less than"),
+    "greater_than_equal": ("minimum", "at least"),
+    "greater_than": ("exclusiveMinimum", "more than"),
+}
 
 
 @cache
@@ -93,6 +100,18 @@ def limits_of(spec: Spec) -> str:
     if spec.get("minLength", 0) > 0 or spec.get("minItems", 0) > 0:
         bounds.append("not empty")
     return ", ".join(bounds)
+
+
+def exceeded_limit(spec: Spec, kinds: set[str]) -> str:
+    """Return the limit that a number exceeds, `at most 65535`; empty if it exceeds none.
+
+    `kinds` are pydantic's names for what is wrong with the number.
+    """
+    for kind, (key, words) in _LIMITS.items():
+        limits = [choice[key] for choice in (spec, *spec.get("anyOf", [])) if key in choice]
+        if kind in kinds and limits:
+            return f"{words} {int(limits[0]) if limits[0] == int(limits[0]) else limits[0]}"
+    return ""
 
 
 def choices_of(spec: Spec) -> list[str]:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from ..errors import Problem
 from .compatibility import DATASETS
-from .constraints import choices_of, expectation, keys_at, spec_at
+from .constraints import choices_of, exceeded_limit, expectation, keys_at, spec_at
 from .dataset_entries import LIST_FORM
 from .layers import Given, did_you_mean, given_text
 from .literal import from_text
@@ -78,6 +78,11 @@ def _problem(given: Given, path: Pointer, kinds: set[str]) -> Problem:
         keys = [key for key in _required_keys(given.leaf, path) if key not in value]
         return Problem(f"{name} lacks {', '.join(keys)}", location, expectation(given.leaf, path))
     is_secret = given.leaf in SECRET_KEYS
+    if limit := exceeded_limit(spec_at(given.leaf, path), kinds):
+        number = repr(value)
+        shown = number if len(number) < 40 else f"{number[:37]}..."
+        what, why = f"{name} cannot be {shown}", f"it must be {limit}"
+        return Problem(what, location, why, _remedy(given, path, value))
     what = f"{name} cannot be {given_text(value, is_secret=is_secret)}"
     why = expectation(given.leaf, path)
     return Problem(what, location, why, "" if is_secret else _remedy(given, path, value))

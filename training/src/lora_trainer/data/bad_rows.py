@@ -150,10 +150,13 @@ class BadRowLog:
                 remedy="fix the rows listed, or raise max_bad_rows_share",
             )
         else:
-            head = Problem(
-                what=counted,
-                remedy="fix the rows listed, or set on_bad_rows to skip to leave them out",
-            )
+            remedy = "fix the rows listed, or set on_bad_rows to skip to leave them out"
+            if fraction > self.max_fraction:
+                remedy = (
+                    f"fix the rows listed: {fraction:.1%} are too many to skip "
+                    f"(max_bad_rows_share is {self.max_fraction:.1%})"
+                )
+            head = Problem(what=counted, remedy=remedy)
         return [head, *listed_problems(self.first, self.total)]
 
 

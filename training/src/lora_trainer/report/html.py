@@ -24,6 +24,7 @@ from ..run.status import ENDINGS, RunStatus
 from ..run.summary import read_run
 from ..units import duration, percent, size
 from .charts import Vertex, chart, draw_png, short, smoothed
+from .text import total_time
 
 LONGEST_TEXT = 6000
 NAMELESS = "Training run"
@@ -138,7 +139,7 @@ def _tiles(
     loss = short(sum(latest) / len(latest)) if latest else "not finite"
     over = f"mean of the last {len(latest)} steps" if len(latest) > 1 else "of the last step"
     return [
-        ("Training time", trained, f"{duration(_since_start(status, status.last_time))} in all"),
+        ("Training time", trained, total_time(status)),
         ("Steps", done, f"{last.epoch:.2f} epochs"),
         ("Speed", speed, f"{tokens:,} tokens"),
         ("Peak memory", size(on_gpu or memory), kind),

@@ -87,7 +87,7 @@ def closing_lines(status: RunStatus, width: int = 80) -> Iterator[Line]:
         yield clean(line, 4096), ""
     speed, gpu = status.mean_tokens_per_second, status.peak_gpu_memory_bytes
     totals = [
-        f"{duration(status.elapsed_seconds)} in total, {duration(done.train_seconds)} training",
+        f"{total_time(status)}, {duration(done.train_seconds)} training",
         f"{speed:,.0f} tokens/s" if speed else "",
         f"{done.tokens_seen:,} tokens",
         f"peak memory {size(status.peak_memory_bytes)}" if status.peak_memory_bytes else "",
@@ -96,6 +96,13 @@ def closing_lines(status: RunStatus, width: int = 80) -> Iterator[Line]:
     yield "", ""
     for text in flowed([total for total in totals if total], width, ", "):
         yield text, "bold"
+
+
+def total_time(status: RunStatus) -> str:
+    """Return the time that a run took, and apart from it what passed between its starts."""
+    paused = status.paused_seconds
+    pauses = f" (and {duration(paused)} paused between starts)" if paused >= 1 else ""
+    return f"{duration(status.elapsed_seconds)} in total{pauses}"
 
 
 def _table(status: RunStatus) -> Iterator[Line]:
@@ -152,12 +159,17 @@ def figures(status: RunStatus) -> list[str]:
     higher = f" (peak {size(peak)})" if peak > 1.05 * memory else ""
     shown = [
         f"loss {number(latest.loss)}",
-        f"lr {latest.learning_rate:.2e}",
+        f"lr {latest.learning_rate:.2e}" if latest.learning_rate else _zero_rate(status),
         f"{speed:,.0f} tokens/s" if speed else "",
         f"{'GPU ' if latest.gpu_memory_bytes else ''}memory {size(memory)}{higher}",
         f"{duration(left)} left" if left is not None else "",
     ]
     return [figure for figure in shown if figure]
+
+
+def _zero_rate(status: RunStatus) -> str:
+    """Explain the first step of a warmup, as transformers has it: the rate begins at 0."""
+    return "lr 0 (the warmup begins at 0)" if status.step == 1 else "lr 0"
 
 
 def steps_done(status: RunStatus) -> str:

@@ -35,6 +35,7 @@ class Checkpoint:
     seconds: float
     is_best: bool
     after: events.StepDone | None
+    saved_time: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,13 @@ class RunStatus:
         return self.latest.loss if self.latest else None
 
     @property
+    def paused_seconds(self) -> float:
+        """Return the time between a stop and the next start, which is not in `elapsed_seconds`."""
+        if self.started_time is None or self.last_time is None:
+            return 0.0
+        return max(0.0, self.last_time - self.started_time - self.elapsed_seconds)
+
+    @property
     def is_loss_finite(self) -> bool:
         """Return False when the last step's loss is NaN or infinite."""
         return self.latest is None or math.isfinite(self.latest.loss)
@@ -159,6 +167,10 @@ class RunStatus:
             return False
         is_between = self.phase in INTERLUDES and 0 < self.step < self.total_steps
         return self.phase == "training" or is_between
+
+    def checkpoint_age_seconds(self, now: float) -> float | None:
+        """Return how long ago the newest checkpoint was saved; `now` is the wall clock."""
+        return max(0.0, now - self.checkpoints[-1].saved_time) if self.checkpoints else None
 
     def planned(self, key: str) -> int:
         """Return a whole number of the plan, 0 where there is none."""
@@ -330,7 +342,9 @@ def _evaluated(status: RunStatus, event: events.Evaluated) -> RunStatus:
 def _saved(status: RunStatus, event: events.CheckpointSaved) -> RunStatus:
     latest = status.latest
     after = latest if latest is not None and latest.step == event.step else None
-    saved = Checkpoint(event.step, event.path, event.bytes, event.seconds, event.is_best, after)
+    saved = Checkpoint(
+        event.step, event.path, event.bytes, event.seconds, event.is_best, after, event.time
+    )
     others = tuple(kept for kept in status.checkpoints if kept.step != event.step)
     return replace(status, checkpoints=_kept((*others, saved)))
 

@@ -9,6 +9,7 @@ Source: https://prometheus.io/docs/practices/naming/
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, get_args
 
@@ -172,6 +173,11 @@ def _run(status: RunStatus, is_running: bool) -> list[Figure]:
         ("step", "Optimizer steps that stand; fewer after a resume", status.step),
         ("planned_steps", "Optimizer steps of the whole run", status.total_steps or None),
         ("progress_ratio", "Share of the steps that is done", fraction),
+        (
+            "checkpoint_age_seconds",
+            "Time since the newest checkpoint was saved",
+            status.checkpoint_age_seconds(time.time()),
+        ),
     ]
 
 

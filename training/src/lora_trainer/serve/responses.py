@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -67,6 +68,7 @@ def metrics_view(live: RunState, gauges: Gauges) -> Answer:
         "peak_memory_bytes": status.peak_memory_bytes,
         "peak_gpu_memory_bytes": status.peak_gpu_memory_bytes,
         "checkpoints": len(status.checkpoints),
+        "checkpoint_age_seconds": status.checkpoint_age_seconds(time.time()),
         "restarts": len(status.restarts),
         "warnings": sum(warning.count for warning in status.warnings),
         "host_memory_used_bytes": host.memory_used_bytes if host else None,
@@ -93,6 +95,7 @@ def status_view(live: RunState, gauges: Gauges) -> Answer:
         "started_time": status.started_time,
         "last_time": status.last_time,
         "elapsed_seconds": status.elapsed_seconds,
+        "paused_seconds": status.paused_seconds,
         "step": status.step,
         "total_steps": status.total_steps,
         "epoch": status.latest.epoch if status.latest else 0.0,

@@ -25,7 +25,6 @@ def test_all_problems_of_all_sources_come_at_once(folder):
         ({"max_steps": 10.0}, "10.0 (a number)", "write 10"),
         ({"lr_scheduler_type": "cosin"}, "'cosin' (text)", "did you mean cosine?"),
         ({"init_lora_weights": "pisa"}, "'pisa' (text)", "did you mean pissa?"),
-        ({"lora_r": 5000}, "5000 (a whole number)", "--lora_r 16"),
         ({"seed": True}, "true (a truth value)", "--seed 42"),
         ({"run_name": "a/b"}, "'a/b' (text)", ""),
         ({"lora_r": [1]}, "a list of 1", ""),
@@ -37,6 +36,22 @@ def test_misfit_value_tells_what_was_found_and_what_to_write(folder, content, wh
     assert what in problem.what
     assert problem.why.startswith("it takes: ")
     assert remedy in problem.remedy
+
+
+@pytest.mark.parametrize(
+    ("content", "what", "why"),
+    [
+        ({"lora_r": 5000}, "lora_r cannot be 5000", "it must be at most 4096"),
+        ({"lora_r": 0}, "lora_r cannot be 0", "it must be at least 1"),
+        ({"seed": 5_000_000_000}, "seed cannot be 5000000000", "it must be less than 4294967296"),
+        ({"lora_dropout": 1}, "lora_dropout cannot be 1", "it must be less than 1"),
+        ({"learning_rate": -0.1}, "learning_rate cannot be -0.1", "it must be at least 0"),
+        ({"nproc": 10**10}, "nproc cannot be 10000000000", "it must be at most 1000000000"),
+    ],
+)
+def test_a_number_out_of_range_names_the_limit_and_no_type(folder, content, what, why):
+    problem = problem_in(folder, content)
+    assert (problem.what, problem.why) == (what, why)
 
 
 def test_misfits_within_a_list_of_datasets_are_placed(folder):
@@ -103,7 +118,7 @@ def test_no_error_shows_a_secret(folder, path, environ, arguments):
         ({"use_flash_attention": "flash-attn", "bf16": False}, "flash-attn needs bf16"),
         ({"use_flash_attention": "flash-attn", "padding_free": False}, "needs padding_free"),
         ({"loraplus_lr_ratio": 1e6, "learning_rate": 1}, "over 10"),
-        ({"chat_template": "llama3"}, "chat_template"),
+        ({"chat_template": "vicuna"}, "chat_template"),
         ({"use_dora": True, "parallelism": "deepspeed"}, "use_dora"),
         ({"offload_param_device": "cpu"}, "offload_param_device without"),
     ],

@@ -123,7 +123,9 @@ function timeLeft({ status, metrics, fetched, ticked }) {
   const elapsed = status?.elapsed_seconds;
   const since = isStill ? 0 : Math.max(0, now - fetched);
   const passed = Number.isFinite(elapsed) ? duration(elapsed + since) : UNKNOWN;
-  if (isOver(status)) return `took ${passed}`;
+  const paused = status?.paused_seconds >= 1
+    ? `, and ${duration(status.paused_seconds)} paused between starts` : "";
+  if (isOver(status)) return `took ${passed}${paused}`;
   if (isStill) return `broken off after ${passed}`;
   if (!Number.isFinite(metrics?.eta_seconds)) return `${passed} so far`;
   const end = ticked + metrics.eta_seconds;
