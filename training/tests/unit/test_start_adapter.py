@@ -195,6 +195,19 @@ def _flip(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"x")
 
 
+def _cut(folder: Path) -> None:
+    (folder / "SHA256SUMS").unlink()  # as in a folder of another tool
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def _poison(folder: Path) -> None:
+    (folder / "SHA256SUMS").unlink()
+    weights = load_file(folder / "adapter_model.safetensors")
+    weights[min(weights)][0, 0] = float("nan")
+    save_file(weights, folder / "adapter_model.safetensors")
+
+
 def _set(**facts: Any) -> Any:
     def write(folder: Path) -> None:
         path = folder / "adapter_config.json"
@@ -209,7 +222,11 @@ def _set(**facts: Any) -> Any:
         ("plain/final_model", "", _pickle, "adapter_model.bin is pickled"),
         ("plain", "checkpoints/step-000004", _flip, "damaged or not complete"),
         ("pissa", "checkpoints/step-000004", lambda _: None, "lora-trainer export"),
+        ("plain/final_model", "", _cut, "adapter_model.safetensors: "),
+        ("plain/final_model", "", _poison, "holds NaN or infinite values"),
         ("plain/final_model", "", _set(peft_type="IA3"), "no LoRA adapter (IA3)"),
+        ("plain/final_model", "", _set(use_qalora=True), "use_qalora"),
+        ("plain/final_model", "", _set(init_lora_weights="lora_ga"), "changed the base model"),
         ("plain/final_model", "", _set(rank_pattern={"q_proj": 2}), "rank_pattern"),
         ("plain/final_model", "", _set(init_lora_weights="olora"), "changed the base model"),
         ("plain/final_model", "", _set(r="many"), "cannot be read"),
@@ -223,7 +240,7 @@ def test_adapter_that_cannot_be_used_is_refused_by_the_reason(
     folder = Path(shutil.copytree(runs.root / source, tmp_path / "adapter"))
     damage(folder)
     named = str(folder / place if place else folder)
-    block = refusal(runs, "x", "adapter_name_or_path", named, *OPEN)
+    block = refusal(runs, tmp_path.name, "adapter_name_or_path", named, *OPEN)
     assert why in block
     assert "exit code 78" in block
 

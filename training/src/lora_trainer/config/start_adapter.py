@@ -41,8 +41,24 @@ UNTRAINED = {
     "exclude_modules": ([],),
     "lora_bias": (False,),
     "alora_invocation_tokens": ([],),
+    "use_qalora": (False,),
+    "use_bdlora": (),
+    "arrow_config": (),
+    "kasa_config": (),
+    "monteclora_config": (),
+    "megatron_config": (),
+    "ensure_weight_tying": (False,),
 }
-BASE_CHANGING = ("pissa", "olora", "corda")
+# PEFT's keys that change neither what an adapter computes nor which of its weights are trained.
+IGNORED = frozenset(
+    {
+        "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
+        "revision", "inference_mode", "lora_dropout", "fan_in_fan_out", "init_lora_weights",
+        "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config",
+        "lora_ga_config", "velora_config", "qalora_group_size", "runtime_config",
+    }
+)  # fmt: skip
+BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga")
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FINAL, CHECKPOINTS, RESOLVED = "final_model", "checkpoints", "config.resolved.json"
 CHECKPOINT_WEIGHTS = "adapter.safetensors"

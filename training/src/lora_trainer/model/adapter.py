@@ -118,12 +118,16 @@ def read_start(model: Any, start: StartAdapter) -> dict[str, Tensor]:
     """Read the weights of the adapter that training starts from; they fit the model's own.
 
     Raises:
-        ConfigError: names or shapes are not those of the adapted modules.
+        ConfigError: names or shapes are not those of the adapted modules, or values not finite.
     """
     from peft import get_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    weights = load_file(start.weights)
+    try:
+        weights = load_file(start.weights)
+    except SafetensorError as error:
+        raise _unreadable(start, f"{start.weights.name}: {error}") from error
     own: dict[str, Tensor] = dict(trainable_parameters(model))
     if not start.is_checkpoint:
         own = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -141,6 +145,8 @@ def read_start(model: Any, start: StartAdapter) -> dict[str, Tensor]:
         if weights[name].shape != value.shape:
             shapes = f"{tuple(weights[name].shape)} in it and {tuple(value.shape)} here"
             raise _misfit(model, start, f"{name} has the shape {shapes}")
+        if not torch.isfinite(weights[name]).all():
+            raise _unreadable(start, f"{name} holds NaN or infinite values")
     return weights
 
 
@@ -157,6 +163,15 @@ def load_start(model: Any, start: StartAdapter) -> None:
         load_adapter_state(model, weights)
     else:
         set_peft_model_state_dict(model, weights)
+
+
+def _unreadable(start: StartAdapter, why: str) -> TrainerError:
+    return ConfigError.of(
+        "the weights of the adapter to start from cannot be used",
+        where=f"adapter_name_or_path: {start.folder}",
+        why=why,
+        remedy="copy the adapter again, or name an earlier checkpoint of its run",
+    )
 
 
 def _misfit(model: Any, start: StartAdapter, why: str) -> TrainerError:

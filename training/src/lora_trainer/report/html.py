@@ -66,12 +66,15 @@ def render_html(
     page = page_template("template.html")
     values = [(s, k, leaf) for s, group in config.items() for k, leaf in group.items()]
     settings = [(s, k, _text(leaf["value"]), str(leaf["origin"])) for s, k, leaf in values]
-    base = config.get("model", {}).get("model_name_or_path", {}).get("value", "")
+    base = _value(config, "model", "model_name_or_path") or ""
+    start = _value(config, "lora", "adapter_name_or_path") or ""
     failure, best = status.failure, status.best_eval
     exit_code = failure.exit_code if failure and status.exit_code is None else status.exit_code
     return page.render(
         name=status.run_name or NAMELESS,
         base=base,
+        start=start,
+        before="starting adapter" if start else "base model",
         digest=status.config_digest,
         started=moment(status.started_time),
         result=status.phase if status.phase in ENDINGS else "unfinished",
@@ -107,6 +110,10 @@ def page_template(name: str) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     ).get_template(name)
+
+
+def _value(config: Mapping[str, Any], section: str, leaf: str) -> Any:
+    return config.get(section, {}).get(leaf, {}).get("value")
 
 
 def _checkpoints(history: History) -> list[tuple[int, str, str, str, bool]]:

@@ -51,6 +51,7 @@ class CardFacts:
     `base_model` is what `from_pretrained` takes; it goes into the front matter only
     as `base_model_hub_id`, since the hub refuses a path there. Metrics are keyed by
     name: exact_match, eval_loss, eval_perplexity, eval_token_accuracy, train_loss.
+    `started_from` says which adapter training started from; nothing: it was a new one.
     `prompt_kind` is the format of the trained rows (chat, completion or text), `end_tokens` what
     ends their answers, `stop_token_ids` those and the base model's own ends.
     """
@@ -78,6 +79,7 @@ class CardFacts:
     prompt_kind: str = "chat"
     stop_token_ids: tuple[int, ...] = ()
     end_tokens: tuple[str, ...] = ()
+    started_from: str = ""
     use_dora: bool = False
     modules_to_save: tuple[str, ...] = ()
     target_parameters: tuple[str, ...] = ()
@@ -150,6 +152,8 @@ def _opening(facts: CardFacts) -> str:
         rows.append(("Base model trained in", _plain(facts.quantization)))
     if facts.trainable_parameters:
         rows.append(("Trained parameters", f"{facts.trainable_parameters:,}"))
+    if facts.started_from:
+        rows.append(("Started from", _plain(facts.started_from)))
     if facts.steps:
         rows.append(("Training", f"{facts.steps:,} steps, {facts.train_seconds:,.0f} s"))
     if facts.end_tokens:
@@ -209,7 +213,8 @@ def _results(facts: CardFacts) -> str:
         )
         for name in names
     ]
-    return _rows(("metric", "base model", "with this adapter"), rows)
+    before = "starting adapter" if facts.started_from else "base model"
+    return _rows(("metric", before, "with this adapter"), rows)
 
 
 def _notes(facts: CardFacts) -> list[str]:

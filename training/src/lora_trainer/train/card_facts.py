@@ -49,8 +49,7 @@ def card_facts(setup: _Setup, run_name: str, state: TrainState) -> model_card.Ca
     if "loss" in after:
         after["train_loss"] = after.pop("loss")
     quantization = "4 bit" if config.model.use_4bit else "8 bit" if config.model.use_8bit else ""
-    started = adapter_note(config)
-    notes = (setup.source.note, loftq.note(config.lora, config.model), started)
+    notes = (setup.source.note, loftq.note(config.lora, config.model))
     facts = model_card.CardFacts(
         run_name=run_name,
         base_model=setup.source.name,
@@ -72,6 +71,7 @@ def card_facts(setup: _Setup, run_name: str, state: TrainState) -> model_card.Ca
         metrics_before={n: figures[f"{n}_before"] for n in names if f"{n}_before" in figures},
         metrics_after=after,
         versions=setup.versions,
+        started_from=adapter_note(config),
         use_dora=config.lora.use_dora,
         modules_to_save=tuple(config.lora.modules_to_save),
         target_parameters=tuple(config.lora.lora_target_parameters),

@@ -151,11 +151,13 @@ def adapter_digest(config: Config) -> str:
 
 
 def adapter_note(config: Config) -> str:
-    """Return what a model card says of the adapter that training started from."""
+    """Return what a model card says of the adapter that training started from: no path."""
     if config.lora.adapter_name_or_path is None:
         return ""
-    digest = adapter_digest(config)
-    return f"Training started from an existing adapter; the sha256 of its weights begins {digest}."
+    adapter, digest = find_adapter(config.lora.adapter_name_or_path), adapter_digest(config)
+    run = f" of the run {adapter.run.name}" if adapter.run else ""
+    step = f", {adapter.folder.name}" if adapter.is_checkpoint else ""
+    return f"an existing adapter{run}{step}; the sha256 of its weights begins {digest}"
 
 
 def check_adapter_base(config: Config, base_hash: BaseHash) -> str:

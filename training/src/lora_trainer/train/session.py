@@ -23,6 +23,7 @@ from ..machine import Machine, read_machine
 from ..memory_estimate import ModelSize, Parallelism
 from ..model import determinism, flash, load, loftq, probe, quantize, reach, zero
 from ..model.adapter import (
+    adapter_state,
     add_adapter,
     changes_base,
     load_start,
@@ -179,6 +180,7 @@ def _open_model(
     if base_hash is not None:
         digest = digest_of(config, config_digest, base_hash, data_digest(splits, weights), plan)
     parameters = trainable_parameters(causal.model)
+    starts_from_adapter = config.lora.adapter_name_or_path is not None
     return TrainingSetup(
         config=config,
         plan=plan,
@@ -196,6 +198,10 @@ def _open_model(
         ),
         output_dir=output_dir,
         initial=initial,
+        # With these the first answers are made, after the training, as the base model's are.
+        start=adapter_state(causal.model)
+        if starts_from_adapter and config.training.eval_generate
+        else None,
         ranks=ranks,
     )
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +23,7 @@ from ..data.prompt_format import PromptFormat
 from ..errors import StorageError
 from ..host.disk import write_json
 from ..model import load, zero
-from ..model.adapter import (
-    load_adapter_state,
-)
+from ..model.adapter import adapter_state, load_adapter_state
 from ..model.forward import CausalLM
 from ..model.ranks import ALONE, Ranks
 from ..plan import Plan, limited
@@ -63,6 +62,7 @@ class TrainingSetup:
     store: CheckpointStore
     output_dir: Path
     initial: Initial | None = None
+    start: dict[str, torch.Tensor] | None = None  # weights of the adapter that training starts from
     ranks: Ranks = ALONE
     figures: dict[str, float] = field(default_factory=dict)
 
@@ -123,6 +123,21 @@ class TrainingSetup:
         restore_optimizer(snapshot, self.optimizer, self.parameters)
         restore_generators(snapshot)
         return snapshot.state
+
+    @contextlib.contextmanager
+    def untrained(self) -> Iterator[None]:
+        """Compute as before training: with the adapter that it started from, if any, or none."""
+        model = self.causal.model
+        if self.start is None:
+            with model.disable_adapter():
+                yield
+            return
+        trained = adapter_state(model)
+        load_adapter_state(model, self.start)
+        try:
+            yield
+        finally:
+            load_adapter_state(model, trained)
 
     def refuse(self, snapshot: Snapshot) -> str:
         """Return why a sound checkpoint cannot be resumed from; nothing if it can."""

@@ -193,7 +193,7 @@ def run(spec: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag) -> int:
         emit(PhaseChanged(phase="exporting"))
         setup.export(spec, state)
     if setup.initial is None:
-        with setup.causal.model.disable_adapter():
+        with setup.untrained():
             _answer(spec, setup, emit, must_stop, when="before", step=0)
     _answer(spec, setup, emit, must_stop, when="after", step=state.step)
     if not ranks.is_first:
