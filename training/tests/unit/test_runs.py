@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,14 +16,16 @@ from lora_trainer.commands.remove import remove_run
 from lora_trainer.errors import BusyError, ConfigError
 from lora_trainer.host.disk import write_checksums
 from lora_trainer.report.comparison import differing_keys, notes, read_compared
-from lora_trainer.run.events import Ended, Failed, Planned, RunStarted
+from lora_trainer.run.events import Ended, Failed, Planned
 from lora_trainer.run.folder import DONE, EVENTS, LOCK
 from lora_trainer.run.lock import hold
+from lora_trainer.run.results import read_results, write_results
 from lora_trainer.run.summary import find_run, run_folders, summaries, summarize
 
 PID_OF_NOBODY = 2**22 + 1
 END = Ended(time=100.0, exit_code=0)
 FAILED = Failed(time=3.0, exit_code=70, problems=[{"what": "the loss is not finite"}])
+BROKEN = (started(), stepped(1), FAILED, Ended(time=4.0, exit_code=70))
 
 
 def make_run(folder: Path, *events, **keys) -> Path:
@@ -46,7 +48,7 @@ def hold_by(folder: Path, pid: int) -> None:
 @pytest.fixture
 def outputs(tmp_path: Path) -> Path:
     """Return a folder with a finished run and one of another learning rate that failed."""
-    later = [replace(event, time=event.time + 500) for event in (started(), stepped(1), FAILED)]
+    later = [replace(event, time=event.time + 500) for event in BROKEN]
     (make_run(tmp_path / "good", *RUN, END, learning_rate=1e-4, seed=7) / DONE).touch()
     make_run(tmp_path / "bad", *later, learning_rate=1.0, seed=7)
     (tmp_path / "notes").mkdir()
@@ -92,10 +94,13 @@ def test_size_is_of_what_the_run_wrote_without_the_runs_inside(tmp_path: Path):
     assert list(run_folders(tmp_path)) == [".", "named"]
 
 
-def test_another_run_in_the_folder_begins_with_its_own_first_loss(tmp_path: Path):
-    again = RunStarted(time=50.0, run_name="b", config_digest="other", output_dir="o")
-    make_run(tmp_path, *RUN, again, stepped(3, time=51.0, loss=9.0))
-    assert summarize(".", tmp_path).first_loss == 9.0
+def test_figures_come_from_results_json_where_a_run_left_one(tmp_path: Path):
+    folder = make_run(tmp_path / "a", *RUN, END)
+    results = replace(read_results(folder), last_loss=0.125)
+    write_results(folder, asdict(results))
+    assert summarize("a", folder).last_loss == 0.125
+    hold_by(folder, os.getpid())  # it is going on again: the recording is newer
+    assert summarize("a", folder).last_loss == 1.0
 
 
 def test_tensorboard_command_follows_where_it_has_logs(outputs: Path, capsys):
@@ -149,9 +154,10 @@ def test_comparison_of_other_held_out_rows_says_so(tmp_path: Path):
         folder = make_run(tmp_path / name, *RUN)
         (folder / "data.json").write_text(json.dumps({"eval": {"digest": name}}))
         runs.append(read_compared(name, folder))
-    assert "not comparable" in notes(runs)[0]
-    assert notes(runs[:1]) == []
-    assert differing_keys(runs) == {}
+    data = [run.data for run in runs]
+    assert "not comparable" in notes(data)[0]
+    assert notes(data[:1]) == []
+    assert differing_keys([run.config for run in runs]) == {}
 
 
 @pytest.mark.parametrize("count", [1, 7])
@@ -166,7 +172,7 @@ def test_run_that_diverged_is_compared_too(tmp_path: Path, capsys):
     assert main(["compare", "a", "b", "--outputs", str(tmp_path), "--json"]) == 0
     page = tmp_path / "c.html"
     assert main(["compare", "a", "b", "--outputs", str(tmp_path), "--output", str(page)]) == 0
-    assert "not finite" in capsys.readouterr().out
+    assert "NaN" not in capsys.readouterr().out
 
 
 def test_removed_run_leaves_nothing(outputs: Path, capsys):

@@ -15,11 +15,8 @@ from lora_trainer.redaction import Redaction
 from lora_trainer.run.events import Ended, RunStarted
 from lora_trainer.run.folder import EVENTS, LOCK
 from lora_trainer.run.lock import is_held, own_address
-from lora_trainer.serve.replay import (
-    EventFollower,
-    stall_timeout_seconds,
-    view,
-)
+from lora_trainer.serve.follower import EventFollower, stall_timeout_seconds
+from lora_trainer.serve.replay import view
 from lora_trainer.serve.run_state import RunState
 
 PID_OF_NOBODY = 2**22 + 1
@@ -115,15 +112,12 @@ def test_worker_that_outlives_its_supervisor_still_holds_the_folder(tmp_path: Pa
     assert not is_held(tmp_path)
 
 
-def test_folder_without_a_run_is_refused_with_the_runs_in_it(tmp_path: Path):
+def test_folder_without_a_run_is_refused(tmp_path: Path):
     (tmp_path / "a").mkdir()
-    record(tmp_path / "a", START)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match="no run to show"):
         view(
             tmp_path, host="127.0.0.1", port=0, token_file=None, allowed_hosts=(), say=print,
         )  # fmt: skip
-    (problem,) = caught.value.problems
-    assert problem.remedy == f"lora-trainer dashboard {tmp_path / 'a'}"
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"monitoring": 3}', "\x00"])

@@ -7,13 +7,13 @@ in `data.json` say.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..run.folder import RESOLVED
 from ..run.history import WHOLE, History, stretches
-from ..run.status import RunStatus
 from ..run.summary import RunSummary, read_run, summarize
 from ..units import duration, number, percent, size
 from .charts import overlay, short, smoothed
@@ -23,6 +23,7 @@ from .text import sparkline
 
 # Two runs differ in these by nature.
 NAMES = frozenset({"run_name", "output_dir"})
+DATA = "data.json"
 SPARKS = 40
 WIDEST = 36
 MISSING = "-"
@@ -34,7 +35,6 @@ class ComparedRun:
     """A run with all that is compared of it."""
 
     summary: RunSummary
-    status: RunStatus
     history: History
     config: dict[str, Any]
     data: dict[str, Any]
@@ -44,17 +44,12 @@ class ComparedRun:
         """Return the name that it is compared under."""
         return self.summary.name
 
-    @property
-    def held_out_digest(self) -> str:
-        """Return the digest of the held-out rows; empty where it is not known."""
-        return str((self.data.get("eval") or {}).get("digest", ""))
-
 
 def read_compared(name: str, folder: Path) -> ComparedRun:
     """Read a run from its folder."""
-    status, history = read_run(folder, WHOLE)
-    config, data = read_json(folder / "config.resolved.json"), read_json(folder / "data.json")
-    return ComparedRun(summarize(name, folder), status, history, config, data)
+    _, history = read_run(folder, WHOLE)
+    config, data = read_json(folder / RESOLVED), read_json(folder / DATA)
+    return ComparedRun(summarize(name, folder), history, config, data)
 
 
 def figures(runs: Sequence[ComparedRun]) -> list[Row]:
@@ -78,20 +73,20 @@ def figures(runs: Sequence[ComparedRun]) -> list[Row]:
     return [row for row in table if set(row[1]) != {MISSING}]
 
 
-def differing_keys(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
+def differing_keys(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Return the keys that are not the same in all runs, with each one's value; None: not set."""
     leaves = [
-        {key: cell.get("value") for section in run.config.values() for key, cell in section.items()}
-        for run in runs
+        {key: cell.get("value") for section in config.values() for key, cell in section.items()}
+        for config in configs
     ]
     names = dict.fromkeys(key for values in leaves for key in values if key not in NAMES)
     table = {key: [values.get(key) for values in leaves] for key in names}
     return {key: row for key, row in table.items() if any(value != row[0] for value in row)}
 
 
-def notes(runs: Sequence[ComparedRun]) -> list[str]:
-    """Return what makes a comparison unfair."""
-    digests = {run.held_out_digest for run in runs if run.held_out_digest}
+def notes(data: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what makes a comparison unfair, by the runs' `data.json`."""
+    digests = {str((facts.get("eval") or {}).get("digest", "")) for facts in data} - {""}
     if len(digests) > 1:
         return ["the held-out rows differ: evaluation figures of these runs are not comparable"]
     return []
@@ -100,7 +95,7 @@ def notes(runs: Sequence[ComparedRun]) -> list[str]:
 def comparison_lines(runs: Sequence[ComparedRun], *, is_unicode: bool) -> Iterator[str]:
     """Yield the comparison as text for a terminal."""
     yield from table(["", *(run.name for run in runs)], figures(runs))
-    keys = differing_keys(runs)
+    keys = differing_keys([run.config for run in runs])
     yield ""
     if keys:
         rows = [(key, [_value(value) for value in values]) for key, values in keys.items()]
@@ -110,27 +105,27 @@ def comparison_lines(runs: Sequence[ComparedRun], *, is_unicode: bool) -> Iterat
     lines = list(_sparklines(runs, is_unicode=is_unicode))
     if lines:
         yield from ("", "loss, on one scale", *lines)
-    yield from (f"note: {note}" for note in notes(runs))
+    yield from (f"note: {note}" for note in notes([run.data for run in runs]))
 
 
 def to_json(runs: Sequence[ComparedRun]) -> dict[str, Any]:
     """Return the comparison as values of JSON."""
     return {
         "runs": [run.summary.to_json() for run in runs],
-        "differing_keys": differing_keys(runs),
-        "notes": notes(runs),
+        "differing_keys": differing_keys([run.config for run in runs]),
+        "notes": notes([run.data for run in runs]),
     }
 
 
 def comparison_html(runs: Sequence[ComparedRun]) -> str:
     """Return the comparison as one page that loads nothing and runs no script."""
-    keys = differing_keys(runs)
+    keys = differing_keys([run.config for run in runs])
     rows = [(key, [_value(value, 400) for value in values]) for key, values in keys.items()]
     page: str = page_template("comparison.html").render(
         names=[run.name for run in runs],
         figures=figures(runs),
         keys=rows,
-        notes=notes(runs),
+        notes=notes([run.data for run in runs]),
         charts=list(_charts(runs)),
     )
     return page

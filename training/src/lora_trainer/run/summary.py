@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigError
-from .events import RunStarted, StepDone
 from .folder import ARCHIVING, DONE, EVENTS, LOCK, RESOLVED, SERVER, is_own
 from .history import History
 from .lock import is_held, own_address
 from .recording import read_events
-from .status import ENDINGS, RunStatus, fold
+from .results import RunResults, read_results, results_of
+from .status import RunStatus, fold
 
 State = Literal["running", "finished", "failed", "stopped", "interrupted"]
 MARKS = (EVENTS, RESOLVED, DONE)  # any of them makes a folder a run's
@@ -29,14 +29,14 @@ SHOWN_NAMES = 10
 class RunSummary:
     """One run; a figure that it does not have is None.
 
-    Units: seconds, bytes, times since the epoch. `eval_loss` and `exact_match` are the latest.
+    Units: seconds, bytes, times since the epoch. `eval_loss` and `exact_match` are of the exported
+    adapter, before there is one the latest. A figure that is not finite is None.
     """
 
     name: str
     folder: str
     state: State
     exit_code: int | None
-    phase: str
     step: int
     total_steps: int
     first_loss: float | None
@@ -105,36 +105,31 @@ def read_run(folder: Path, capacity: int | None = None) -> tuple[RunStatus, Hist
 
 def summarize(name: str, folder: Path) -> RunSummary:
     """Return what a run came to, or has come to so far."""
-    status, first_loss = RunStatus(), None
-    for event in read_events(folder / EVENTS):
-        if isinstance(event, RunStarted) and event.config_digest != status.config_digest:
-            first_loss = None  # another run in the same folder
-        if isinstance(event, StepDone) and (first_loss is None or event.step == 1):
-            first_loss = event.loss
-        status = fold(status, event)
-    state = state_of(folder, status)
-    before, after, best = status.eval_before, status.last_eval, status.best_eval
-    answered, answers = status.generated_before, status.generated_after
+    results = None if is_held(folder) else read_results(folder)
+    if results is None or results.status == "refused":  # going on, or refused at a later start
+        status, _ = read_run(folder)
+        results = results_of(status, folder)
+    state = state_of(folder, results)
+    before, after = results.evaluation_before, results.evaluation_after
     return RunSummary(
         name=name,
         folder=str(folder),
         state=state,
-        exit_code=0 if state == "finished" else None if state == "running" else _code(status),
-        phase=status.phase,
-        step=status.step,
-        total_steps=status.total_steps,
-        first_loss=first_loss,
-        last_loss=status.last_loss,
+        exit_code=0 if state == "finished" else results.exit_code,
+        step=results.steps,
+        total_steps=results.total_steps,
+        first_loss=results.first_loss,
+        last_loss=results.last_loss,
         eval_loss_before=before.eval_loss if before else None,
-        eval_loss=after.eval_loss if after and after is not before else None,
-        best_eval_loss=best.eval_loss if best else None,
-        best_step=best.step if best else None,
-        exact_match_before=answered.exact_match if answered else None,
-        exact_match=answers.exact_match if answers else None,
-        tokens_per_second=status.mean_tokens_per_second,
-        peak_memory_bytes=status.peak_gpu_memory_bytes or status.peak_memory_bytes,
-        started_time=status.started_time,
-        seconds=status.elapsed_seconds,
+        eval_loss=after.eval_loss if after else None,
+        best_eval_loss=results.best_eval_loss,
+        best_step=results.best_step,
+        exact_match_before=before.exact_match if before else None,
+        exact_match=after.exact_match if after else None,
+        tokens_per_second=results.tokens_per_second,
+        peak_memory_bytes=results.peak_gpu_memory_bytes or results.peak_memory_bytes,
+        started_time=results.started_time,
+        seconds=results.seconds,
         bytes=sum(path.lstat().st_size for path in files_of(folder)),
         url=own_address(folder) if state == "running" else "",
     )
@@ -146,14 +141,14 @@ def summaries(parent: Path) -> list[RunSummary]:
     return sorted(runs, key=lambda run: run.started_time or 0.0, reverse=True)
 
 
-def state_of(folder: Path, status: RunStatus) -> State:
-    """Return a run's state by its recording, its `DONE` and the process that holds its lock."""
-    if is_held(folder) and not (status.is_over and status.exit_code is not None):
+def state_of(folder: Path, results: RunResults) -> State:
+    """Return a run's state by its results, its `DONE` and the process that holds its lock."""
+    if results.exit_code is None and is_held(folder):
         return "running"
     if (folder / DONE).is_file():
         return "finished"
-    if status.phase in ENDINGS:
-        return status.phase  # type: ignore[return-value]
+    if results.status in ("finished", "failed", "stopped"):
+        return results.status
     return "interrupted"
 
 
@@ -178,9 +173,3 @@ def own_entries(folder: Path) -> list[Path]:
 
 def _is_runs(name: str) -> bool:
     return name != LOCK and (is_own(name) or name in (ARCHIVING, SERVER))
-
-
-def _code(status: RunStatus) -> int | None:
-    if status.exit_code is None and status.failure is not None:
-        return status.failure.exit_code
-    return status.exit_code

@@ -13,17 +13,17 @@ import hashlib
 import importlib.resources
 import importlib.util
 import mimetypes
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from . import responses
 from .auth import AccessGuard, App
@@ -113,13 +113,12 @@ class Pages:
         self.gauges = gauges
         self.pulse = Broadcaster(live, gauges, on_pulse=read_log)
         self._read_log = read_log
-        self._files = static_files()
         self._series: tuple[tuple[int, int, float], bytes] = ((-1, -1, 0.0), b"")
 
     def routes(self) -> list[Route]:
         """Return what is served where."""
         return [
-            Route("/", self.page),
+            *Files().routes(),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
             Route("/status", self.status),
@@ -127,7 +126,6 @@ class Pages:
             Route("/log", self.log),
             Route("/events", self.events),
             Route("/openapi.json", self.openapi),
-            Route("/static/{name}", self.static),
         ]
 
     async def health(self, _request: Request) -> Response:
@@ -202,14 +200,30 @@ class Pages:
         """Return the document that describes all of this."""
         return answer(openapi_document())
 
+    async def run(self) -> None:
+        """Wake the streams until cancelled."""
+        await self.pulse.run()
+
+
+class Files:
+    """The page and what it loads, known by name: no path is ever made from a request."""
+
+    def __init__(self, page: str = PAGE) -> None:
+        self._page = page
+        self._files = static_files()
+
+    def routes(self) -> list[Route]:
+        """Return what is served where."""
+        return [Route("/", self.page), Route("/static/{name}", self.static)]
+
     async def page(self, request: Request) -> Response:
-        """Return the dashboard."""
+        """Return the page."""
         if "token" in request.query_params:  # it has done its work: out of the address line
-            return RedirectResponse("/", 303)
-        return self._file(PAGE)
+            return RedirectResponse(request.url.path, 303)
+        return self._file(self._page)
 
     async def static(self, request: Request) -> Response:
-        """Return a file of the dashboard, known by its name alone.
+        """Return a file of the page, known by its name alone.
 
         Not again to who has it: the chart library alone is over a megabyte.
         """
@@ -254,7 +268,17 @@ def library_files() -> list[Path]:
     return [path for path in files if path.is_file()]
 
 
-def make_app(pages: Pages, *, names: list[str], token: str, port: int) -> App:
+class Site(Protocol):
+    """What a server serves."""
+
+    def routes(self) -> Sequence[BaseRoute]:
+        """Return what is served where."""
+
+    async def run(self) -> None:
+        """Keep it up to date until cancelled."""
+
+
+def make_app(site: Site, *, names: list[str], token: str, port: int) -> App:
     """Return the application, with its gate."""
 
     async def on_error(_request: Request, error: Exception) -> Response:
@@ -262,7 +286,7 @@ def make_app(pages: Pages, *, names: list[str], token: str, port: int) -> App:
         view = {"error": error.detail}
         return answer(view, error.status_code, dict(error.headers or {}))
 
-    app = Starlette(routes=pages.routes(), exception_handlers={HTTPException: on_error})
+    app = Starlette(routes=list(site.routes()), exception_handlers={HTTPException: on_error})
     app.router.redirect_slashes = False
     return AccessGuard(app, names=names, token=token, port=port)
 

@@ -14,7 +14,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -25,13 +25,16 @@ from .run_state import RunState
 
 GRACE_SECONDS = 1
 STOP_SECONDS = 3.0
+if TYPE_CHECKING:
+    from .app import Site
+
 EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - compared with, never a default
 BACKLOG = 512
 LEAST_TOKEN = 8
 
 
 class StatusServer:
-    """The HTTP server of one run."""
+    """The HTTP server of one run; with `make_site`, of what that makes."""
 
     def __init__(
         self,
@@ -44,8 +47,10 @@ class StatusServer:
         folder: Path | None = None,
         log: LogFollower | None = None,
         on_fault: Callable[[str], None] = lambda _: None,
+        make_site: Callable[[Gauges], Site] | None = None,
     ) -> None:
         self.live = live
+        self._make_site = make_site or self._pages
         self.host = host
         self.port = port
         self.gauges = Gauges(folder or Path())
@@ -101,17 +106,22 @@ class StatusServer:
             loop.run_until_complete(loop.shutdown_default_executor())
             loop.close()
 
+    def _pages(self, gauges: Gauges) -> Site:
+        from .app import Pages
+
+        return Pages(self.live, gauges, self._log.read if self._log else lambda: None)
+
     async def _serve(self) -> None:
         import uvicorn
 
         from . import limits
-        from .app import Pages, make_app
+        from .app import make_app
 
         for name in ("uvicorn", "uvicorn.error", "uvicorn.asgi"):
             logging.getLogger(name).disabled = True  # a client's nonsense is no news
-        pages = Pages(self.live, self.gauges, self._log.read if self._log else lambda: None)
+        site = self._make_site(self.gauges)
         app = make_app(
-            pages, names=own_names(self.host, self._allowed_hosts), token=self._token,
+            site, names=own_names(self.host, self._allowed_hosts), token=self._token,
             port=self.port,
         )  # fmt: skip
         self._server = uvicorn.Server(
@@ -132,12 +142,12 @@ class StatusServer:
             )
         )
         self._server.should_exit = self._is_stopping
-        pulse = asyncio.create_task(pages.pulse.run())
+        beat = asyncio.create_task(site.run())
         try:
             assert self._socket is not None
             await self._server.serve([self._socket])
         finally:
-            pulse.cancel()
+            beat.cancel()
 
 
 class LogFollower:

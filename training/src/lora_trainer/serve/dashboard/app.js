@@ -53,7 +53,7 @@ function fetching(path, take) {
   return start;
 }
 
-const fetchStatus = fetching("/status", (status) => {
+const fetchStatus = fetching("status", (status) => {
   const isNewRun = run.status && run.status.config_digest !== status.config_digest;
   if (isNewRun) run.latest = null;
   run.status = status;
@@ -65,12 +65,12 @@ const fetchStatus = fetching("/status", (status) => {
   draw();
 });
 
-const fetchHistory = fetching(`/history?max_points=${MAX_POINTS}`, (history) => {
+const fetchHistory = fetching(`history?max_points=${MAX_POINTS}`, (history) => {
   series.replace(history);
   panels.schedule();
 });
 
-const fetchLog = fetching("/log?lines=200", ({ lines }) => log.replace(lines ?? []));
+const fetchLog = fetching("log?lines=200", ({ lines }) => log.replace(lines ?? []));
 
 function fetchAll() {
   fetchStatus();
@@ -182,7 +182,8 @@ byId("log-scale").addEventListener("change", (event) => panels.set({ isLog: even
 byId("range").addEventListener("change", (event) => panels.set({ share: Number(event.target.value) }));
 
 byId("no-charts").hidden = hasBokeh();
+byId("all-runs").hidden = location.pathname === "/"; // one run of many, or the only one
 setInterval(draw, 1000); // the clocks
 showWindow();
 fetchAll();
-new Stream("/events", onEvent, onState).open();
+new Stream("events", onEvent, onState).open();

@@ -28,12 +28,13 @@ const TIPS = { number: "0.0000", count: "0,0", rate: "0.00e+0", decimal: "0.00" 
 
 export class Plot {
   /**
-   * `shape`: {height, isTime, isLog, format, lines: [{field, label, ink, weight}], hasBand,
-   * hasDots}; a line's weight is "thin" (the raw values) or "bold".
+   * `shape`: {height, isTime, isLog, format, lines: [{field, label, ink, weight, source}], hasBand,
+   * hasDots}; a line's weight is "thin" (the raw values) or "bold". Lines with a source of their
+   * own have steps of their own, and each its own figure under the pointer.
    */
   constructor(place, shape) {
     this.sources = Object.fromEntries(
-      ["main", "dots", "marks"].map((name) => [name, new Bokeh.ColumnDataSource({ data: {} })]),
+      ["main", "dots", "marks", ...shape.lines.map(sourceOf)].map((name) => [name, new Bokeh.ColumnDataSource({ data: {} })]),
     );
     place.replaceChildren();
     const figure = Bokeh.Plotting.figure({
@@ -108,7 +109,7 @@ export class Plot {
       figure.line({
         x,
         y: { field: line.field },
-        source: main,
+        source: this.sources[sourceOf(line)],
         line_color: colour(line.ink),
         line_width: line.weight === "bold" ? 2 : 1,
         line_alpha: line.weight === "thin" ? 0.4 : 1,
@@ -121,17 +122,23 @@ export class Plot {
       figure.scatter({ x, y: { field: "y" }, source: dots, size: 6, color: ink });
     }
     const at = shape.isTime ? ["at", "@x{%H:%M:%S}"] : ["step", "@x{0,0}"];
-    const figures = shape.lines.map((line) => [line.label, `@${line.field}{${TIPS[shape.format]}}`]);
-    figure.add_tools(
+    const tip = (line) => [line.label, `@${line.field}{${TIPS[shape.format]}}`];
+    const hover = (renderers, tooltips) =>
       new Bokeh.HoverTool({
-        renderers: drawn.slice(-1),
+        renderers,
         mode: "vline",
-        tooltips: [at, ...figures],
+        tooltips,
         formatters: shape.isTime ? { "@x": "datetime" } : {},
-      }),
+      });
+    const isShared = shape.lines.every((line) => sourceOf(line) === "main");
+    figure.add_tools(
+      ...(isShared
+        ? [hover(drawn.slice(-1), [at, ...shape.lines.map(tip)])]
+        : drawn.map((line, number) => hover([line], [at, tip(shape.lines[number])]))),
       new Bokeh.CrosshairTool({ dimensions: "height", line_color: soft(), line_alpha: 0.5 }),
     );
   }
 }
 
+const sourceOf = (line) => line.source ?? "main";
 const soft = () => colour("soft");

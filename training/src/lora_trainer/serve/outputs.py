@@ -1,0 +1,184 @@
+"""A folder of runs over HTTP: the list of them, their differences, and each run's own pages.
+
+Runs are read from their folders and found by the names of a listing: no path is ever made from
+a request. A run is opened when it is first asked for and followed while it is written; of many,
+those that were asked for least recently are closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Mount, Route, Router
+
+from ..redaction import Redaction
+from ..report.comparison import DATA, differing_keys, notes
+from ..report.html import read_json
+from ..report.tensorboard import tensorboard_command
+from ..run.folder import DONE, EVENTS, LOG, RESOLVED
+from ..run.summary import RunSummary, run_folders, summarize
+from .app import Files, Pages, answer
+from .auth import Receive, Scope, Send
+from .follower import FOLLOW_SECONDS, EventFollower, stall_timeout_seconds
+from .gauges import Gauges
+from .run_state import RunState
+from .server import LogFollower
+
+PAGE = "runs.html"
+MOST_OPEN = 8
+LISTED_SECONDS = 2.0  # a listing is good for so long, whoever asks
+ITSELF = "@"  # the address of a run in the folder itself: browsers take `.` out of a path
+
+
+@dataclass
+class OpenRun:
+    """A run that is being followed, and what answers for it."""
+
+    follower: EventFollower
+    pages: Pages
+    router: Router
+    pulse: asyncio.Task[None]
+    asked: float
+
+
+class RunsSite:
+    """Answers for a folder of runs."""
+
+    def __init__(self, folder: Path, redaction: Redaction, gauges: Gauges) -> None:
+        self._folder = folder
+        self._redaction = redaction
+        self._gauges = gauges
+        self._open: dict[str, OpenRun] = {}
+        self._opening = asyncio.Lock()
+        self._known: dict[str, tuple[tuple[int, ...], RunSummary]] = {}
+        self._listed: tuple[float, dict[str, Any]] = (-LISTED_SECONDS, {})
+
+    def routes(self) -> Sequence[BaseRoute]:
+        """Return what is served where."""
+        return [
+            *Files(PAGE).routes(),
+            Route("/health", self.health),
+            Route("/runs", self.runs),
+            Route("/differences", self.differences),
+            Mount("/runs/{name}", app=self.one),
+        ]
+
+    async def run(self) -> None:
+        """Follow the open runs until cancelled."""
+        try:
+            while True:
+                await asyncio.sleep(FOLLOW_SECONDS)
+                for one in list(self._open.values()):
+                    await run_in_threadpool(one.follower.read)
+        finally:
+            for one in self._open.values():
+                one.pulse.cancel()
+
+    async def health(self, _request: Request) -> Response:
+        """Tell that the server is well; each run has its own answer."""
+        return answer({"status": "healthy", "runs": len(await self._folders())})
+
+    async def runs(self, _request: Request) -> Response:
+        """Return the runs with their figures, the one that was started last first."""
+        listed, view = self._listed
+        if time.monotonic() - listed >= LISTED_SECONDS:
+            view = await run_in_threadpool(self._list)
+            self._listed = (time.monotonic(), view)
+        return answer(view)
+
+    async def differences(self, request: Request) -> Response:
+        """Return the keys in which the named runs differ, and what makes comparing unfair."""
+        folders = await self._folders()
+        names = request.query_params.getlist("run")
+        if unknown := [name for name in names if name not in folders]:
+            raise HTTPException(404, f"there is no run {unknown[0]}")
+        chosen = [folders[name] for name in names]
+        keys = differing_keys([read_json(folder / RESOLVED) for folder in chosen])
+        view = {"keys": keys, "notes": notes([read_json(folder / DATA) for folder in chosen])}
+        return answer(view)
+
+    async def one(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on to the pages of the run that it names."""
+        opened = await self._opened(scope["path_params"]["name"])
+        opened.asked = time.monotonic()
+        await opened.router(scope, receive, send)
+
+    async def _opened(self, name: str) -> OpenRun:
+        async with self._opening:
+            folder = (await self._folders()).get(name)
+            if folder is None:
+                raise HTTPException(404, "there is no such run")
+            if name not in self._open:
+                self._close_idle()
+                self._open[name] = await self._follow(folder)
+            return self._open[name]
+
+    async def _follow(self, folder: Path) -> OpenRun:
+        live = RunState(self._redaction, stall_timeout_seconds(folder))
+        live.free_disk_bytes = lambda: self._gauges.free_disk_bytes
+        follower = EventFollower(folder, live)
+        await run_in_threadpool(follower.read)
+        pages = Pages(live, self._gauges, LogFollower(live, folder / LOG).read)
+        router = Router(routes=pages.routes(), redirect_slashes=False)
+        pulse = asyncio.create_task(pages.run())
+        return OpenRun(follower, pages, router, pulse, time.monotonic())
+
+    def _close_idle(self) -> None:
+        """Make room for another run; those that somebody is streaming stay open."""
+        idle = [name for name, one in self._open.items() if not one.pages.pulse.streams]
+        idle.sort(key=lambda name: self._open[name].asked)
+        for name in idle[: max(0, len(self._open) - MOST_OPEN + 1)]:
+            self._open.pop(name).pulse.cancel()
+
+    async def _folders(self) -> dict[str, Path]:
+        return await run_in_threadpool(addresses, self._folder)
+
+    def _list(self) -> dict[str, Any]:
+        runs = [
+            self._summary(address, folder) | {"address": address}
+            for address, folder in addresses(self._folder).items()
+        ]
+        runs.sort(key=lambda run: run["started_time"] or 0.0, reverse=True)
+        for run in runs:
+            run["path"] = f"/runs/{quote(run['address'], safe='', errors='replace')}/"
+        return {
+            "folder": str(self._folder),
+            "runs": runs,
+            "tensorboard": next(iter(tensorboard_command(self._folder)), ""),
+        }
+
+    def _summary(self, address: str, folder: Path) -> dict[str, Any]:
+        """Return a run's summary; one that is over is not read again until its files change."""
+        changed = _changed(folder)
+        known = self._known.get(address)
+        if known is None or known[0] != changed or known[1].state == "running":
+            name = self._redaction.text(folder.name)
+            self._known[address] = known = (changed, summarize(name, folder))
+        return known[1].to_json()
+
+
+def addresses(parent: Path) -> dict[str, Path]:
+    """Return the runs in a folder by the names in their addresses."""
+    runs = run_folders(parent)
+    own = runs.pop(".", None)
+    return runs if own is None else {ITSELF: own} | runs
+
+
+def _changed(folder: Path) -> tuple[int, ...]:
+    stamps: list[int] = []
+    for name in (EVENTS, DONE):
+        with contextlib.suppress(OSError):
+            found = (folder / name).stat()
+            stamps += (found.st_mtime_ns, found.st_size, found.st_ino)
+    return tuple(stamps)
