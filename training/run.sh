@@ -142,9 +142,6 @@ run_locally() {
     *) export CUDA_VISIBLE_DEVICES="$GPUS" ;;
   esac
   prepare_environment "$TRAINING/run.sh" --local ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
-  # As in a container: a dataset's name alone is looked for there too.
-  [[ ! -d "$TRAINING/../public/datasets" ]] ||
-    export DATASETS_DIR="${DATASETS_DIR:-$(cd "$TRAINING/../public/datasets" && pwd)}"
   set -- "$VENV/bin/python" -m lora_trainer "$COMMAND" --config "$CONFIG" \
     ${PASSED[@]+"${PASSED[@]}"}
   ((IS_BACKGROUND)) || exec "$@"
@@ -177,7 +174,8 @@ start_in_background() {
 local_pid() {
   local pid=''
   [[ -r "$LOCAL_PID" ]] && read -r pid <"$LOCAL_PID" || return 1
-  is_trainer "$pid" || return 1
+  # Its number may be another process's by now.
+  [[ "$(tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null || ps -p "$pid" -o command=)" == *lora_trainer* ]] || return 1
   printf '%s\n' "$pid"
 }
 

@@ -103,16 +103,6 @@ container_of() {
 # state_of CONTAINER FIELD, e.g. Status, ExitCode, OOMKilled
 state_of() { docker inspect --format "{{.State.$2}}" "$1" 2>/dev/null; }
 
-# is_trainer PID: it is a trainer of this machine, not another process that was given its number
-is_trainer() {
-  [[ -n "$1" ]] || return 1
-  if [[ -d /proc/self ]]; then
-    [[ "$(tr '\0' ' ' <"/proc/$1/cmdline" 2>/dev/null)" == *lora_trainer* ]]
-  else
-    kill -0 "$1" 2>/dev/null
-  fi
-}
-
 # --- what a run needs on the host -----------------------------------------------------------
 
 # Sets LORA_UID and LORA_GID, whose the results will be: the caller's. Root's runs belong to who

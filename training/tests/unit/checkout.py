@@ -50,7 +50,6 @@ esac
 TRAINER = """import os, sys, time
 print("trainer", *sys.argv[1:])
 print("gpus", os.environ.get("CUDA_VISIBLE_DEVICES", "unset"), flush=True)
-print("datasets", os.environ.get("DATASETS_DIR", "unset"), flush=True)
 time.sleep(float(os.environ.get("TRAINER_SECONDS", 0)))
 """
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
@@ -125,3 +127,41 @@ def test_locks_hold_everything_that_is_needed_here_and_nothing_else() -> None:
         assert entry.specifier.contains(versions[name]), f"{entry}, locked {versions[name]}"
         found.add(name)
     assert versions.keys() - found == set()
+
+
+@pytest.fixture
+def lock_py(tmp_path: Path) -> ModuleType:
+    """Return requirements/lock.py, over a folder with one lock of two packages."""
+    spec = importlib.util.spec_from_file_location("lock_py", LOCKS / "lock.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.LOCKS = tmp_path
+    (tmp_path / "cpu.txt").write_text(
+        "# made\na==1 \\\n    --hash=sha256:1\nb==2 \\\n    --hash=sha256:2\n"
+    )
+    (tmp_path / "new").mkdir()
+    return module
+
+
+def test_a_lock_entry_is_selected_with_its_hashes(lock_py: ModuleType, tmp_path: Path) -> None:
+    assert lock_py._select(tmp_path / "cpu.txt", {"b==2 \\"}) == "b==2 \\\n    --hash=sha256:2\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "drifted", "said"),
+    [(("", ""), [], ""), (("b==2", "b==3"), ["cpu.txt"], "< b==2 \\\n> b==3 \\\n"),
+     (("sha256:2", "sha256:3"), ["cpu.txt"], "")],
+)  # fmt: skip
+def test_drifted_locks_are_named_with_the_entries_that_differ(
+    lock_py: ModuleType,
+    tmp_path: Path,
+    change: tuple[str, str],
+    drifted: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = (tmp_path / "cpu.txt").read_text()
+    (tmp_path / "new" / "cpu.txt").write_text(text.replace(*change))
+    assert lock_py._drifted(tmp_path / "new") == drifted
+    assert capsys.readouterr().err == said

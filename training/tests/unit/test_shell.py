@@ -71,12 +71,20 @@ def test_gpu_flags_decide_what_the_trainer_sees(
     assert checkout.run("training/run.sh", *flags).stdout.splitlines()[1] == f"gpus {seen}"
 
 
-def test_a_datasets_name_is_looked_for_where_a_container_sees_it(checkout: Checkout) -> None:
-    assert "datasets unset" in checkout.run("training/run.sh").stdout
-    folder = checkout.root / "public" / "datasets"
-    folder.mkdir(parents=True)
-    assert f"datasets {folder}" in checkout.run("training/run.sh").stdout
-    assert "datasets /mine" in checkout.run("training/run.sh", DATASETS_DIR="/mine").stdout
+def test_a_background_run_can_be_followed_and_stopped(checkout: Checkout) -> None:
+    for tool in ("setsid", "tr", "ps"):
+        if (there := shutil.which(tool)) and not (checkout.bin / tool).exists():
+            (checkout.bin / tool).symlink_to(there)
+    assert checkout.run("training/run.sh").returncode == 0
+    started = checkout.run("training/run.sh", "--background", TRAINER_SECONDS="60")
+    assert started.returncode == 0, started.stderr
+    assert "The run continues as process" in started.stderr
+    assert (checkout.training / ".cache" / "local.log").read_text().startswith("trainer train")
+    assert checkout.run("training/run.sh", "--background").returncode == 75
+    stopped = checkout.run("training/run.sh", "stop")
+    assert "Stopping process" in stopped.stderr
+    assert "No run was started" in checkout.run("training/run.sh", "stop").stderr
+    assert checkout.run("training/run.sh", "logs").stdout.startswith("trainer train")
 
 
 @pytest.mark.parametrize(
