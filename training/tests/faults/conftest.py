@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from faults.trainer import Trainer
+from faults.zygote import ForkingTrainer
 
 
 @pytest.fixture(scope="session")
-def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    return Trainer(tmp_path_factory.mktemp("faults"))
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+    """Start runs without the seconds that a worker's imports take."""
+    trainer = ForkingTrainer(tmp_path_factory.mktemp("faults"))
+    yield trainer
+    trainer.close()
+
+
+@pytest.fixture(scope="session")
+def command_line(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """Start runs by the real command."""
+    return Trainer(tmp_path_factory.mktemp("command-line"))
 
 
 @pytest.fixture(scope="session")

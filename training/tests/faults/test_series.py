@@ -14,7 +14,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,18 +34,10 @@ from faults.trainer import (
     steps_saved,
     wait_until_gone,
 )
-from faults.zygote import Zygote
 
 LIVES, KILLS_A_LIFE, TERMS = 5, 10, 20
 MOST_DELAY_SECONDS = 0.05
 Instant = Callable[[Event], bool]
-
-
-@pytest.fixture(scope="module")
-def zygote(trainer: Trainer) -> Iterator[Zygote]:
-    zygote = Zygote(trainer.environment())
-    yield zygote
-    zygote.close()
 
 
 def assert_same_as(undisturbed: Path, output: Path) -> None:
@@ -105,24 +97,24 @@ def kill(run: Run, victim: str) -> None:
 
 @pytest.mark.parametrize("life", range(LIVES))
 def test_ten_kills_at_seeded_instants_change_nothing(
-    trainer: Trainer, undisturbed: Path, zygote: Zygote, life: int
+    trainer: Trainer, undisturbed: Path, life: int
 ) -> None:
     draw = random.Random(f"kills {life}")
     output = trainer.root / f"life-{life}"
     instants = instants_of_a_life(draw)
     assert len(instants) == KILLS_A_LIFE
     for number, instant in enumerate(instants):
-        run = zygote.start(trainer, output, dataset_cache_dir=str(trainer.root / f"cache-{life}"))
+        run = trainer.start(output, dataset_cache_dir=str(trainer.root / f"cache-{life}"))
         run.wait_for(soon(instant) if instant is not has_ended else has_ended)
         time.sleep(draw.uniform(0, MOST_DELAY_SECONDS) * (number < KILLS_A_LIFE - 1))
         kill(run, draw.choice(["all", "all", "worker", "supervisor"]))
-    ended = zygote.start(trainer, output).wait()
+    ended = trainer.start(output).wait()
     assert ended.code == 0, ended.err
     assert_same_as(undisturbed, output)
 
 
 def test_twenty_stop_signals_end_with_143_and_change_nothing(
-    trainer: Trainer, undisturbed: Path, zygote: Zygote
+    trainer: Trainer, undisturbed: Path
 ) -> None:
     draw = random.Random("stops")
     output = trainer.root / "stopped-often"
@@ -137,7 +129,7 @@ def test_twenty_stop_signals_end_with_143_and_change_nothing(
     assert len(instants) == TERMS
     for instant in instants:
         before = steps_saved(output)
-        run = zygote.start(trainer, output)
+        run = trainer.start(output)
         run.wait_for(soon(instant))
         time.sleep(draw.uniform(0, MOST_DELAY_SECONDS))
         run.process.send_signal(signal.SIGTERM)
@@ -149,7 +141,7 @@ def test_twenty_stop_signals_end_with_143_and_change_nothing(
         assert "start the same command again" in ended.block
         trained = max(losses(output), default=0)
         assert max(steps_saved(output), default=0) == trained or steps_saved(output) == before
-    ended = zygote.start(trainer, output, on_finished="stop").wait()
+    ended = trainer.start(output, on_finished="stop").wait()
     assert ended.code == 0, ended.err
     assert_same_as(undisturbed, output)
 
@@ -173,16 +165,14 @@ FULL = [
 ]
 
 
-def test_full_disk_at_any_writer_loses_nothing(
-    trainer: Trainer, undisturbed: Path, zygote: Zygote
-) -> None:
+def test_full_disk_at_any_writer_loses_nothing(trainer: Trainer, undisturbed: Path) -> None:
     """The disk becomes full at each instant; with room again, the same command goes on."""
     codes = []
     with small_disk(trainer.root / "series-disk") as disk:
         output = disk / "run"
         places = {"dataset_cache_dir": str(disk / "cache")}
         for instant, spare in FULL:
-            run = zygote.start(trainer, output, **places)
+            run = trainer.start(output, **places)
             run.wait_for(soon(instant) if instant is not has_ended else has_ended)
             fill(disk / "filler")
             with (disk / "filler").open("ab") as file:
@@ -198,7 +188,7 @@ def test_full_disk_at_any_writer_loses_nothing(
                 (disk / name).unlink()
             if (output / "DONE").exists():
                 break
-        ended = zygote.start(trainer, output, on_finished="stop", **places).wait()
+        ended = trainer.start(output, on_finished="stop", **places).wait()
         assert ended.code == 0, ended.err
         # What a full disk did not take of the recording travelled in the checkpoints.
         assert_same_as(undisturbed, output)

@@ -27,6 +27,7 @@ KEPT_VARIABLES = (
     "PATH", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
     "CUDA_HOME",
 )  # fmt: skip
+WORKER = "forked-worker"  # the name of a worker that a fork has made; others have a command
 Event = dict[str, Any]
 
 
@@ -166,7 +167,7 @@ class Run:
 
     def ranks(self) -> list[int]:
         """Return the process ids of all workers, in order of rank."""
-        return [pid for pid in self.family() if "lora_trainer.train.worker" in _command(pid)]
+        return [pid for pid in self.family() if _is_worker(pid)]
 
     def family(self) -> list[int]:
         """Return the supervisor's process id and those of all its descendants."""
@@ -194,11 +195,12 @@ def wait_until_gone(pids: list[int]) -> None:
         time.sleep(0.005)
 
 
-def _command(pid: int) -> str:
+def _is_worker(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+        command, name = (Path(f"/proc/{pid}/{file}").read_text() for file in ("cmdline", "comm"))
     except OSError:
-        return ""
+        return False
+    return "lora_trainer.train.worker" in command or name.strip() == WORKER
 
 
 def _is_running(pid: int) -> bool:

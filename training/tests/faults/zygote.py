@@ -1,9 +1,9 @@
 """A process that has imported everything and forks a whole run for each start.
 
-Starting the command line costs some 10 s of imports, twice: supervisor and worker. `Zygote` pays
-them once. What is real: the supervisor's and the worker's own `main`, in processes and sessions of
-their own, their pipes, locks, files, exit codes and signals. What is not: `exec`. A fork has the
-imports already, so nothing here happens while a module is being imported; the tests in
+Importing torch, transformers and PEFT costs each worker some 10 s. `Zygote` pays that once. What
+is real: the supervisor's and the worker's own `main`, in processes and sessions of their own, their
+pipes, locks, files, exit codes and signals. What is not: `exec`. A fork has the imports already, so
+nothing here happens while a module is being imported; `test_interrupts.py` and the kills of
 `test_resume.py` start the real command for that.
 """
 
@@ -16,12 +16,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from faults.trainer import SECONDS, SOURCE, Run, Trainer
+from faults.trainer import SECONDS, SOURCE, WORKER, Run, Trainer
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -30,6 +31,7 @@ class Zygote:
     """The test's side: starts runs, and asks how they ended."""
 
     def __init__(self, environment: dict[str, str]) -> None:
+        self._lock = threading.Lock()
         path = f"{SOURCE}{os.pathsep}{TESTS}"
         self._process = subprocess.Popen(
             [sys.executable, "-m", "faults.zygote"],
@@ -44,15 +46,11 @@ class Zygote:
         """Give an order, if any; return the answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        if order:
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def start(self, trainer: Trainer, output: Path, *options: str, **changed: Any) -> Run:
-        """Start training, as `Trainer.start` does."""
-        command = [*trainer.command(output, **changed), *options]
-        return Run(command, output, trainer.environment(), ForkedProcess(self, command, output))
+        with self._lock:
+            if order:
+                self._process.stdin.write(json.dumps(order) + "\n")
+                self._process.stdin.flush()
+            return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
         """End the zygote."""
@@ -63,9 +61,9 @@ class Zygote:
 class ForkedProcess:
     """A forked supervisor, with as much of Popen as `Run` uses."""
 
-    def __init__(self, zygote: Zygote, command: Sequence[str], output: Path) -> None:
+    def __init__(self, zygote: Zygote, command: Sequence[str], streams: list[Path]) -> None:
         self._zygote = zygote
-        self._streams = [output.with_name(f"{output.name}.{name}") for name in ("out", "err")]
+        self._streams = streams
         self.returncode: int | None = None
         arguments = list(command[command.index("lora_trainer") + 1 :])
         self.pid: int = zygote.ask(start=arguments, streams=[str(one) for one in self._streams])
@@ -96,6 +94,27 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
 
+class ForkingTrainer(Trainer):
+    """A trainer whose runs are forks."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._zygote = Zygote(self.environment())
+        self._starts = 0
+
+    def start(self, output: Path, *options: str, **changed: Any) -> Run:
+        """Start training."""
+        command = [*self.command(output, **changed), *options]
+        self._starts += 1
+        streams = [self.root / f"start-{self._starts}.{name}" for name in ("out", "err")]
+        process = ForkedProcess(self._zygote, command, streams)
+        return Run(command, output, self.environment(), process)
+
+    def close(self) -> None:
+        """End the process that forks them."""
+        self._zygote.close()
+
+
 class ForkedWorker:
     """The supervisor's side: a worker, with as much of Popen as `WorkerGroup` uses."""
 
@@ -106,6 +125,7 @@ class ForkedWorker:
         if self.pid == 0:
             log = stdout if isinstance(stdout, int) else stdout.fileno()
             _become(reading, log, log, kept=pass_fds, environment=env)
+            Path("/proc/self/comm").write_text(WORKER)
             from lora_trainer.train import worker
 
             _end_with(worker.main)
