@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -32,6 +33,8 @@ def live_after(events: Sequence[Event]) -> RunState:
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("no Chromium here (apt-get install chromium chromium-driver)")
     page = Page(tmp_path_factory.mktemp("profile"))
     yield page
     page.quit()

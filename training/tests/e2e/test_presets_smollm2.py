@@ -32,7 +32,8 @@ SCALED = {
     "report_to": [],
     "health_port": 0,
 }
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+# What a stack changes is in the default job, and in what test_presets.py asks of the same files.
+pytestmark = [pytest.mark.slow, pytest.mark.any_stack, pytest.mark.timeout(1200)]
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)

@@ -35,6 +35,8 @@ from faults.trainer import (
     wait_until_gone,
 )
 
+# Instants and files are those of our processes; what a stack computes again is in test_resume.py.
+pytestmark = pytest.mark.any_stack
 LIVES, KILLS_A_LIFE, TERMS = 5, 10, 20
 MOST_DELAY_SECONDS = 0.05
 Instant = Callable[[Event], bool]
