@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from run_events import RUN, started, stepped
-from test_runs import END, hold_by, make_run
+from test_runs_command import END, hold_by, make_run
 
 from lora_trainer.redaction import Redaction
 from lora_trainer.run.folder import DONE, EVENTS
