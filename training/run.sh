@@ -59,13 +59,8 @@ readonly STATE="$TRAINING/.cache"
 readonly LOCAL_PID="$STATE/local.pid" LOCAL_LOG="$STATE/local.log"
 
 read_arguments() {
-  COMMAND=train
+  COMMAND=train PLACE=any GPUS=all IS_BACKGROUND=0 IS_AIRGAPPED=0 PASSED=()
   CONFIG="${LORA_TRAINER_CONFIG:-$TRAINING/config.json}"
-  PLACE=any
-  GPUS=all
-  IS_BACKGROUND=0
-  IS_AIRGAPPED=0
-  PASSED=()
   case "${1:-}" in
     stop | logs | status)
       (($# == 1)) || fail 78 "$1 takes no argument" "command line: ${*:2}" "it takes no options" "run.sh $1"
@@ -74,45 +69,18 @@ read_arguments() {
       ;;
   esac
   while (($#)); do
+    [[ "$1" != --config=* && "$1" != --gpus=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
     case "$1" in
-      --config=* | --gpus=*)
-        set -- "${1%%=*}" "${1#*=}" "${@:2}"
-        continue
-        ;;
-      --config)
-        need_value "$@"
-        CONFIG="$2"
-        shift
-        ;;
-      --gpus)
-        need_value "$@"
-        select_gpus "$2"
-        shift
-        ;;
+      --config) need_value "$@" && CONFIG="$2" && shift ;;
+      --gpus) need_value "$@" && select_gpus "$2" && shift ;;
       --cpu) select_gpus none ;;
       --check) COMMAND=check ;;
-      --resume)
-        PASSED+=(--resume)
-        if [[ "${2:-}" == auto || "${2:-}" == never ]]; then
-          PASSED+=("$2")
-          shift
-        else
-          PASSED+=(auto)
-        fi
-        ;;
       --background) IS_BACKGROUND=1 ;;
       --local) PLACE=local ;;
       --docker) PLACE=docker ;;
       --airgapped) PLACE=docker IS_AIRGAPPED=1 ;;
-      --help | -h)
-        print_header "${BASH_SOURCE[0]}"
-        exit 0
-        ;;
-      --)
-        shift
-        PASSED+=("$@")
-        return
-        ;;
+      --help | -h) print_header "${BASH_SOURCE[0]}" && exit ;;
+      --) PASSED+=("${@:2}") && return ;;
       *) PASSED+=("$1") ;;
     esac
     shift
@@ -120,13 +88,8 @@ read_arguments() {
 }
 
 select_gpus() {
-  case "$1" in
-    all | none) ;;
-    *)
-      [[ "$1" =~ ^[0-9]+(,[0-9]+)*$ ]] || fail 78 "--gpus is not understood" "--gpus $1" \
-        "it takes all, none, or numbers with commas between them" "run.sh --gpus 0,1"
-      ;;
-  esac
+  [[ "$1" =~ ^(all|none|[0-9]+(,[0-9]+)*)$ ]] || fail 78 "--gpus is not understood" "--gpus $1" \
+    "it takes all, none, or numbers with commas between them" "run.sh --gpus 0,1"
   GPUS="$1"
 }
 
@@ -222,16 +185,12 @@ run_main() {
   [[ -r "$CONFIG" && ! -d "$CONFIG" ]] || fail 78 "the config file cannot be read" "$CONFIG" \
     "$([[ -e "$CONFIG" ]] && echo "it is a folder or not readable" || echo "there is no such file")" \
     "run.sh --config FILE"
-  if [[ "$PLACE" == docker ]]; then
-    require_docker
-    run_in_container
-  elif [[ "$PLACE" == any ]] && has_engine && docker compose version >/dev/null 2>&1; then
+  if [[ "$PLACE" == any ]] && { ! has_engine || ! docker compose version >/dev/null 2>&1; }; then
+    PLACE=local
+  elif [[ "$PLACE" == any ]]; then
     say "A Docker engine answers: training in a container (--local trains directly on this machine)"
-    require_docker
-    run_in_container
-  else
-    run_locally
   fi
+  if [[ "$PLACE" == local ]]; then run_locally; else run_in_container; fi
 }
 
 run_main "$@"

@@ -30,11 +30,12 @@ write_override() {
   local service name lines=()
   OVERRIDE="$STATE/$COMPOSE_PROJECT_NAME.compose.yml"
   mkdir -p "$STATE"
-  lines=("      LORA_HOST_BY: run.sh") # the entrypoint's remedies are run.sh's then
+  lines=("      - LORA_HOST_BY=run.sh") # the entrypoint's remedies are run.sh's then
   # The GPUs of a list are counted from 0 in the container.
-  [[ ! "$GPUS" =~ ^[0-9] ]] || lines+=("      CUDA_VISIBLE_DEVICES: $(quoted "$(renumbered "$GPUS")")")
+  [[ ! "$GPUS" =~ ^[0-9] ]] || lines+=("      - CUDA_VISIBLE_DEVICES=$(renumbered "$GPUS")")
+  # A name alone: Compose takes the value from here.
   while IFS='=' read -r name _; do
-    [[ "$name" == LORA_TRAINER_CONFIG ]] || lines+=("      $name: $(quoted "${!name}")")
+    [[ "$name" == LORA_TRAINER_CONFIG ]] || lines+=("      - $name")
   done < <(env | grep -E '^LORA_TRAINER_[A-Z0-9_]+=')
   {
     printf 'services:\n'
@@ -53,9 +54,7 @@ write_override() {
 ensure_image() {
   local image
   image="$(setting LORA_IMAGE "lora-trainer:$STACK")"
-  if docker image inspect "$image" >/dev/null 2>&1; then
-    return
-  fi
+  ! docker image inspect "$image" >/dev/null 2>&1 || return 0
   say "Building the image $image first (once; takes some minutes)"
   "$TRAINING/build.sh" --stack "$STACK" || {
     [[ "$PLACE" == any ]] || exit 69
@@ -65,14 +64,15 @@ ensure_image() {
 }
 
 run_in_container() {
-  local id code
+  local id
+  require_docker
   [[ "$GPUS" != none ]] || export LORA_STACK=cpu
   STACK="$(container_stack)"
   export LORA_STACK="$STACK"
-  if ! ensure_image; then
+  ensure_image || {
     run_locally
     return
-  fi
+  }
   [[ "$STACK" == cpu ]] || require_gpu_runtime
   choose_user
   make_folders
@@ -84,9 +84,8 @@ run_in_container() {
   write_override
   compose_command
   if [[ "$COMMAND" == check ]]; then
-    code=0
-    "${COMPOSE[@]}" run --rm --no-deps --no-TTY trainer check ${PASSED[@]+"${PASSED[@]}"} || code=$?
-    exit "$code"
+    "${COMPOSE[@]}" run --rm --no-deps --no-TTY trainer check ${PASSED[@]+"${PASSED[@]}"} || exit
+    exit
   fi
   if id="$(running_container)"; then
     fail 75 "a run is already active in a container" "container ${id:0:12}" \
@@ -101,8 +100,7 @@ run_in_container() {
     return
   fi
   follow_container
-  code="$(state_of "$ID" ExitCode)"
-  exit "${code:-70}"
+  exit "$(state_of "$ID" ExitCode || echo 70)"
 }
 
 # Sets ID. Preflight's fault is shown, and its exit code is ours.

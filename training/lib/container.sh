@@ -24,14 +24,7 @@ setting() {
 }
 
 # is_older VERSION LEAST, e.g. 2.9.1 2.24
-is_older() {
-  local given least
-  IFS=. read -r -a given <<<"${1#v}"
-  IFS=. read -r -a least <<<"$2"
-  given[0]="${given[0]//[!0-9]/}" given[1]="${given[1]:-0}"
-  given[1]="${given[1]%%[!0-9]*}"
-  ((${given[0]:-0} * 1000 + ${given[1]:-0} < least[0] * 1000 + least[1]))
-}
+is_older() { [[ "$(printf '%s\n' "$2" "${1#v}" | sort -V | head -n 1)" != "$2" ]]; }
 
 has_engine() { command -v docker >/dev/null && docker version --format '{{.Server.Version}}' >/dev/null 2>&1; }
 

@@ -226,8 +226,9 @@ def test_without_an_engine_the_run_is_local(checkout: Checkout) -> None:
 
 def test_an_engine_that_answers_gets_the_run_as_the_caller(checkout: Checkout) -> None:
     (checkout.root / "container").write_text("")
+    variables = {"HF_TOKEN": "s3", "LORA_TRAINER_RUN_NAME": 'a "$name"'}
     result = checkout.run(
-        "training/run.sh", "--background", "--learning_rate", "1e-4 $x", HF_TOKEN="s3"
+        "training/run.sh", "--background", "--learning_rate", "1e-4 $x", **variables
     )
     assert result.returncode == 0, result.stderr
     assert "docker-compose.cpu.yml" in calls(checkout)
@@ -236,6 +237,8 @@ def test_an_engine_that_answers_gets_the_run_as_the_caller(checkout: Checkout) -
     seen = dict(
         line.split("=", 1) for line in (checkout.root / "up-environment").read_text().splitlines()
     )
+    assert "      - LORA_TRAINER_RUN_NAME\n" in override
+    assert seen["LORA_TRAINER_RUN_NAME"] == 'a "$name"'
     assert seen["LORA_UID"] == (str(os.getuid()) if os.getuid() else "1000")
     assert seen["HF_TOKEN"] == ""
     assert (checkout.root / "token-seen").read_text() == "s3\n"
@@ -284,7 +287,7 @@ def test_a_gpu_needs_the_toolkit_and_a_list_becomes_device_ids(checkout: Checkou
     preflight, trainer = override.split("  trainer:")
     assert "device_ids" not in preflight
     assert 'device_ids: ["0", "2"]' in trainer
-    assert 'CUDA_VISIBLE_DEVICES: "0,1"' in trainer
+    assert "- CUDA_VISIBLE_DEVICES=0,1\n" in trainer
     assert "docker-compose.cpu.yml" not in calls(checkout).splitlines()[-1]
 
 

@@ -15,6 +15,8 @@ from .literal import accepts, from_text
 from .schema import leaf_sections, section_names, sections
 from .text import shown_key
 
+BARE = {"resume": "auto"}  # what a flag without a value means
+
 
 @dataclass(frozen=True, slots=True)
 class _Flag:
@@ -64,6 +66,7 @@ def _split(word: str, rest: list[str]) -> _Flag:
             value = _pop_value(rest)
         if value is None and is_switch:
             value = "true"
+        value = BARE.get(key) if value is None else value
     return _Flag(key, section if dot else "", value, location)
 
 

@@ -116,6 +116,9 @@ def test_secret_file_that_holds_no_secret_is_a_problem(folder, content):
 @pytest.mark.parametrize(
     ("arguments", "leaf", "value"),
     [
+        (["--resume"], "resume", "auto"),
+        (["--resume", "--seed", "1"], "resume", "auto"),
+        (["--resume", "never"], "resume", "never"),
         (["--learning_rate", "1e-4"], "learning_rate", 1e-4),
         (["--learning-rate=1e-4"], "learning_rate", 1e-4),
         (["--lr", "1e-4"], "learning_rate", 1e-4),
