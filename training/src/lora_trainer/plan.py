@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from .config.schema import Config, TrainingSection
 from .errors import ConfigError
@@ -177,6 +177,30 @@ def steps_of(training: TrainingSection, steps_per_epoch: int) -> tuple[int, int]
         else math.ceil(training.warmup_ratio * total)
     )
     return total, min(warmup, total)
+
+
+def learning_rate(
+    step: int,
+    *,
+    peak: float,
+    total_steps: int,
+    warmup_steps: int,
+    kind: Literal["linear", "cosine", "constant"],
+) -> float:
+    """Return the learning rate of optimizer step `step` (0 is the first).
+
+    warmup: peak * step / warmup; then with p the share done of the rest:
+    linear peak * (1 - p), cosine peak * (1 + cos(pi p)) / 2, constant peak.
+    Source: the schedules of transformers.get_scheduler, compared in a test.
+    """
+    if step < warmup_steps:
+        return peak * step / max(1, warmup_steps)
+    if kind == "constant":
+        return peak
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if kind == "linear":
+        return peak * max(0.0, 1.0 - done)
+    return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
 
 
 def _every(steps: int, per_epoch: int, steps_per_epoch: int) -> int:

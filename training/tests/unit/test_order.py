@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from lora_trainer.config.schema import TrainingSection
 from lora_trainer.data.batches import RowView, Sampler, split_micro_batches
-from lora_trainer.train.optim import learning_rate, make_optimizer, set_learning_rate
+from lora_trainer.plan import learning_rate
+from lora_trainer.train.optim import make_optimizer, set_learning_rate
 
 
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 2**32 - 1))

@@ -54,6 +54,7 @@ ALIASES: dict[str, str] = {
     "early_stopping_steps": "early_stopping_patience",
     # TRL and Hugging Face
     "max_length": "max_seq_length",
+    "model_max_length": "max_seq_length",
     "dataset_name": "dataset",
     "lora_task_target_modules": "lora_target_modules",
     "target_modules": "lora_target_modules",

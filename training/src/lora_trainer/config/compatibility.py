@@ -52,6 +52,19 @@ class Refused:
 Meaning = Means | Ignored | Refused
 ANY = None
 OWN_TOKENS = "the tokenizer's own special tokens are used"
+SHARED = (
+    "parallelism: auto shares the model among the GPUs where one cannot hold it; parallelism: fsdp "
+    "and deepspeed always do"
+)
+# Axolotl's names for the templates of model families, which their tokenizers have themselves.
+FAMILY_TEMPLATES = frozenset(
+    {
+        "aya", "cohere", "command_a", "deepseek_v2", "deepseek_v3", "exaone", "exaone4",
+        "falcon_h1", "gemma", "gemma3", "gemma3n", "gemma4", "jamba", "llama4", "mistral_v1",
+        "mistral_v2v3", "mistral_v3_tekken", "mistral_v7_tekken", "nemotron_h", "phi_3", "phi_35",
+        "phi_4", "qwen3", "qwen3_5", "qwen_25", "jinja",
+    }
+)  # fmt: skip
 OPTIMIZERS = {
     "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw",
     "adamw_bnb_8bit": "adamw_8bit", "adamw_torch_8bit": "adamw_8bit",
@@ -129,9 +142,9 @@ NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "dataloader_num_workers": (ANY, "batches come from memory-mapped files"),
     "remove_unused_columns": (ANY, "only the columns of the format are read"),
     "ddp_timeout": (ANY, "stall_timeout_seconds watches over the run"),
-    "deepspeed": (("",), "use parallelism: deepspeed, whose settings follow from the model"),
-    "fsdp": (("", []), "use parallelism: fsdp"),
-    "fsdp_config": (({},), "use parallelism: fsdp, which has nothing to set"),
+    "deepspeed": (ANY, SHARED),
+    "fsdp": (ANY, SHARED),
+    "fsdp_config": (ANY, SHARED),
     "wandb_project": (ANY, "set the environment variable WANDB_PROJECT"),
     "wandb_entity": (ANY, "set the environment variable WANDB_ENTITY"),
     "wandb_name": (ANY, "run_name is what trackers show"),
@@ -154,9 +167,6 @@ REMEDIES = {
     "stage": "write stage: sft, or train preferences elsewhere, such as with TRL",
     "rl": "remove rl, or train preferences elsewhere, such as with TRL",
     "finetuning_type": "write finetuning_type: lora, and a learning rate for LoRA, such as 2e-4",
-    "deepspeed": "write parallelism: deepspeed",
-    "fsdp": "write parallelism: fsdp",
-    "fsdp_config": "write parallelism: fsdp",
     "save_strategy": "write save_steps, e.g. 50, or saves_per_epoch; 0 saves at the end alone",
     "eval_strategy": "write eval_steps, e.g. 50, or evals_per_epoch; 0 evaluates at the end alone",
     "evaluation_strategy": "write eval_steps, e.g. 50, or evals_per_epoch",
@@ -174,6 +184,9 @@ REMEDIES = {
     "neftune_noise_alpha": "remove neftune_noise_alpha; lora_dropout regularizes too",
     "plugins": "remove the others",
     "max_steps_per_epoch": "write max_steps",
+    "block_size": "write max_seq_length",
+    "max_packed_sequence_len": "write max_seq_length",
+    "dataset_config_name": "write dataset: [{path: NAME, subset: SUBSET}]",
     "peft": "write init_lora_weights: loftq",
 }
 
@@ -208,6 +221,8 @@ def interpret(key: str, value: Any) -> Meaning | None:
         return Means(leaf, None)
     if key == "template" and isinstance(value, str) and TEMPLATE_NAME.fullmatch(value):
         return Ignored("the tokenizer's own chat template is used; chat_template takes another")
+    if key == "chat_template" and isinstance(value, str) and value in FAMILY_TEMPLATES:
+        return Ignored("the tokenizer's own chat template is used, as its model's family has it")
     if leaf in SECRET_KEYS and isinstance(value, str) and PLACEHOLDER.fullmatch(value):
         return Ignored("it holds a placeholder")
     if leaf in DATASETS and (unreadable := unreadable_datasets(value)):

@@ -14,13 +14,30 @@ DATASET_TYPES = {
 # Axolotl's key -> the values that ask for what happens anyway: the format is detected.
 DETECTED: dict[str, tuple[Any, ...]] = {
     "ds_type": ("json", "csv", "parquet", "arrow", "text"),
-    "field_messages": ("messages", "conversations", "conversation"),
     "message_field_role": ("role", "from"),
     "message_field_content": ("content", "value"),
     "roles_to_train": (["assistant"], ["gpt"], ["assistant", "gpt"], ["gpt", "assistant"]),
     "train_on_eos": ("turn", "all"),
     "chat_template": ("tokenizer_default",),
+    "trust_remote_code": (False,),
+    "drop_system_message": (False,),
 }
+# Axolotl's keys that name a column -> the standard field it holds; None: read anyway.
+COLUMNS: dict[str, str | None] = {
+    "field": "text", "field_instruction": "instruction", "field_input": "input",
+    "field_output": "output", "field_system": "system", "field_tools": "tools",
+    "field_messages": "messages",
+}  # fmt: skip
+STANDARD_CONVERSATIONS = ("messages", "conversations", "conversation")
+# The roles that Axolotl's `roles` may group under one name, as they are read here too.
+ROLES = {
+    "user": {"user", "human"}, "assistant": {"assistant", "gpt", "model"}, "system": {"system"},
+    "tool": {"tool"},
+}  # fmt: skip
+READERS = ("json", "csv", "parquet", "arrow", "text")
+OWN_KEYS = (
+    "path", "weight", "format", "split", "revision", "type", "columns", "subset", "max_samples",
+)  # fmt: skip
 LIST_FORM = """write --dataset '["a.jsonl", {"path": "b.jsonl", "weight": 2}]'"""
 
 
@@ -38,14 +55,36 @@ def _entry(entry: Any) -> Any:
     if "type" in kept and "format" not in kept:
         kind = kept.pop("type")
         kept["format"] = DATASET_TYPES.get(kind, kind) if isinstance(kind, str) else kind
+    if "name" in kept and "subset" not in kept:
+        kept["subset"] = kept.pop("name")
+    files = kept.get("data_files")
+    if kept.get("path") in READERS and isinstance(files, str | list):
+        names = files if isinstance(files, list) else [files]
+        if len(names) == 1:
+            kept |= {"path": names[0]}
+            del kept["data_files"]
+    columns = {
+        field: kept.pop(key)
+        for key, field in COLUMNS.items()
+        if key in kept and isinstance(kept[key], str)
+    }
+    columns = {field: column for field, column in columns.items() if field != column}
+    if columns and "columns" not in kept:
+        kept["columns"] = columns
     return kept
 
 
 def _is_idle(key: str, value: Any) -> bool:
     if key == "message_property_mappings" and isinstance(value, dict):
         return all(_is_idle(f"message_field_{name}", column) for name, column in value.items())
-    is_unknown = key not in ("path", "weight", "format", "split", "revision", "type")
-    return (is_unknown and value in (None, "", [], {})) or value in DETECTED.get(key, ())
+    if key == "roles" and isinstance(value, dict):
+        return all(
+            isinstance(names, list) and set(map(str, names)) <= ROLES.get(role, set())
+            for role, names in value.items()
+        )
+    if key == "field_messages" and value in STANDARD_CONVERSATIONS:
+        return True
+    return (key not in OWN_KEYS and value in (None, "", [], {})) or value in DETECTED.get(key, ())
 
 
 def unreadable_datasets(value: Any) -> tuple[str, str] | None:
@@ -53,14 +92,15 @@ def unreadable_datasets(value: Any) -> tuple[str, str] | None:
     if isinstance(value, str) and value.lstrip().startswith(("{", "[{", '["')):
         return "it begins like JSON, but cannot be read as such", LIST_FORM
     for number, entry in enumerate(value if isinstance(value, list) else [], 1):
-        for key in DETECTED.keys() | {"message_property_mappings"}:
+        for key in (*DETECTED, "message_property_mappings", "roles"):
             if not isinstance(entry, dict) or key not in entry or _is_idle(key, entry[key]):
                 continue
-            if key == "field_messages":
-                remedy = """remove it and set dataset_columns: {"messages": "that column"}"""
-            elif key.startswith("message_"):
+            if key.startswith("message_") or key == "roles":
                 remedy = "rename the keys of a turn to role and content, or from and value"
             else:
                 remedy = f"remove {key}"
             return f"entry {number} has a {key} that is not supported for one dataset alone", remedy
+        if isinstance(entry, dict) and {"field_chosen", "field_rejected"} & entry.keys():
+            why = f"entry {number} holds preferences, and only supervised fine-tuning is done"
+            return why, "train preferences elsewhere, such as with TRL"
     return None

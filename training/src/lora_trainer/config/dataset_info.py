@@ -44,7 +44,7 @@ def read_names(given: dict[str, Given], leaf: str, folder: Path) -> list[Problem
     entries, problems = [], []
     for name in names:
         if name not in info:
-            if (one.folder / name).exists() or (folder / name).exists() or "/" in name:
+            if _is_file_or_id(name, one.folder, folder):
                 entries.append({"path": name})
                 continue
             what = f"{leaf} names {name!r}, which is not in {FILE}"
@@ -76,14 +76,7 @@ def _as_paths(
     given: dict[str, Given], one: Given, names: list[str], folder: Path, fault: str
 ) -> list[Problem]:
     """Take the names for files and hub ids where nothing explains them."""
-    unknown = [
-        name
-        for name in names
-        if "/" not in name
-        and "." not in name
-        and not (one.folder / name).exists()
-        and not (folder / name).exists()
-    ]
+    unknown = [name for name in names if not _is_file_or_id(name, one.folder, folder)]
     if unknown:
         what = f"{one.leaf} names {', '.join(map(repr, unknown))}, which is no file"
         remedy = f"--{one.leaf} FILE_OR_HUB_ID, or --datasets_dir with a {FILE}"
@@ -91,6 +84,10 @@ def _as_paths(
     if len(names) > 1:
         given[one.leaf] = Given(one.leaf, names, one.origin, one.folder)
     return []
+
+
+def _is_file_or_id(name: str, *folders: Path) -> bool:
+    return "/" in name or "." in name or any((folder / name).exists() for folder in folders)
 
 
 def _entry(info: Any, folder: Path) -> tuple[dict[str, Any], str]:

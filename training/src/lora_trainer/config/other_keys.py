@@ -202,7 +202,8 @@ REFUSED: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("CUDA_VISIBLE_DEVICES= in the environment hides the GPUs", "use_cpu", ()),
     ("dataset: [{path: NAME, subset: SUBSET}] names one", "dataset_config", ()),
     ("adapter_name_or_path names one folder", "adapter_folder", ()),
-    ("only the first rows of each dataset can be taken", "max_packed_sequence_len", ()),
+    ("an example is a row, not a block of several", "block_size max_packed_sequence_len", ()),
+    ("dataset: [{path: NAME, subset: SUBSET}] names one", "dataset_config_name", ()),
 )  # fmt: skip
 
 # Plugins of Axolotl that change no number.

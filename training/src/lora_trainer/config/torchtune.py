@@ -132,7 +132,8 @@ def _meaning(
     path = str(value.get(NAME, ""))
     name, at = path.rpartition(".")[2], (section, NAME)
     if section == "model":
-        yield Key("lora_target_modules", _targets(value), (section, "lora_attn_modules"))
+        if targets := _targets(value):
+            yield Key("lora_target_modules", targets, (section, "lora_attn_modules"))
         if name.startswith("qlora_") or value.get("quantize_base"):
             yield Key("use_4bit", True, at)
     elif section == "optimizer":

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import ConfigError, Problem
 from . import torchtune
+from .aliases import ALIASES
 from .dataset_info import read_names
 from .layers import Given, Layer, Origin
 from .paths import absolute, exists
@@ -233,7 +234,14 @@ def complete(layer: Layer, trainer: Trainer, keys: Values, path: Path) -> None:
     values = {leaf: given.value for leaf, given in layer.given.items()}
     origin = Origin("file", f"{path}, {trainer.title}'s default")
     added = []
-    for leaf, value in trainer.defaults(values, keys).items():
+    defaults = trainer.defaults(values, keys)
+    if "constant" in (keys.get("lr_scheduler_type"), keys.get("lr_scheduler")):
+        # To transformers, only constant_with_warmup has one.
+        layer.given.pop("warmup_ratio", None)
+        layer.given.pop("warmup_steps", None)
+        defaults = {leaf: one for leaf, one in defaults.items() if leaf != "warmup_ratio"}
+        defaults["warmup_steps"] = 0
+    for leaf, value in defaults.items():
         if leaf in layer.given or RIVALS.get(leaf, "") in layer.given:
             continue
         layer.given[leaf] = Given(leaf, value, origin, layer.folder)
@@ -267,9 +275,10 @@ def settle(trainer: Trainer, given: dict[str, Given], keys: Values, path: Path) 
         for leaf in ("dataset", "eval_dataset"):
             problems += read_names(given, leaf, Path(where))
         _settle_pissa(given, keys)
+        _settle_packing(given, keys)
     elif trainer.name == "trl":
         _settle_splits(given, keys)
-    return problems + _missing(trainer, given, path)
+    return problems + _missing(trainer, given, keys, path)
 
 
 def _settle_pissa(given: dict[str, Given], keys: Values) -> None:
@@ -277,6 +286,15 @@ def _settle_pissa(given: dict[str, Given], keys: Values) -> None:
     init, count = given.get("init_lora_weights"), keys.get("pissa_iter", 16)
     if init is not None and init.value == "pissa" and keys.get("pissa_init") and count != -1:
         given["init_lora_weights"] = replace(init, value=f"pissa_niter_{count}")
+
+
+def _settle_packing(given: dict[str, Given], keys: Values) -> None:
+    """Leave the last position of a packed row free, as LLaMA-Factory does."""
+    length = given.get("max_seq_length")
+    if length is None or length.origin.kind != "file" or not isinstance(length.value, int):
+        return
+    if keys.get("packing") or keys.get("neat_packing"):
+        given["max_seq_length"] = replace(length, value=length.value - 1)
 
 
 def _settle_splits(given: dict[str, Given], keys: Values) -> None:
@@ -294,7 +312,11 @@ def _settle_splits(given: dict[str, Given], keys: Values) -> None:
         given["eval_dataset"] = replace(data, leaf="eval_dataset", value=[entry])
 
 
-def _missing(trainer: Trainer, given: Mapping[str, Given], path: Path) -> list[Problem]:
+def _missing(
+    trainer: Trainer, given: Mapping[str, Given], keys: Values, path: Path
+) -> list[Problem]:
+    # What is named and refused has its own problem.
+    named = {ALIASES.get(key, key) for key, value in keys.items() if value}
     return [
         Problem(
             f"{path.name} names no {what}",
@@ -306,5 +328,5 @@ def _missing(trainer: Trainer, given: Mapping[str, Given], path: Path) -> list[P
             ("model_name_or_path", "base model", "FOLDER_OR_HUB_ID"),
             ("dataset", "dataset", "FILE_OR_HUB_ID"),
         )
-        if leaf not in given
+        if leaf not in given and leaf not in named
     ]

@@ -21,7 +21,7 @@ from ..machine import peak_memory_bytes
 from ..model.adapter import adapter_state
 from ..model.forward import CausalLM
 from ..model.ranks import ALONE, Ranks, own_batches, sum_step
-from ..plan import Plan
+from ..plan import Plan, learning_rate
 from ..run.events import (
     CheckpointSaved,
     Evaluated,
@@ -40,7 +40,7 @@ from .checkpoint import TrainState, take_snapshot
 from .checkpoint_store import CheckpointStore
 from .fitting import Fitting
 from .loss_scale import LossScale
-from .optim import learning_rate, set_learning_rate
+from .optim import set_learning_rate
 
 # Between two signs of life of steps that are not logged: the stall watch goes by them.
 BEAT_SECONDS = 5.0

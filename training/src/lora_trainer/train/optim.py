@@ -1,4 +1,4 @@
-"""AdamW over the adapter's parameters, and the learning rate as a function of the step.
+"""AdamW over the adapter's parameters.
 
 Its state may be held in 8 bits, or paged out to the machine's memory where a GPU is full:
 bitsandbytes does that. Parameters of under 4,096 numbers keep a state of 32 bits there.
@@ -6,8 +6,7 @@ bitsandbytes does that. Parameters of under 4,096 numbers keep a state of 32 bit
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -54,30 +53,6 @@ def _adamw(kind: str) -> Any:
         "paged_adamw_8bit": "PagedAdamW8bit",
     }
     return getattr(bitsandbytes.optim, names[kind])
-
-
-def learning_rate(
-    step: int,
-    *,
-    peak: float,
-    total_steps: int,
-    warmup_steps: int,
-    kind: Literal["linear", "cosine", "constant"],
-) -> float:
-    """Return the learning rate of optimizer step `step` (0 is the first).
-
-    warmup: peak * step / warmup; then with p the share done of the rest:
-    linear peak * (1 - p), cosine peak * (1 + cos(pi p)) / 2, constant peak.
-    Source: the schedules of transformers.get_scheduler, compared in a test.
-    """
-    if step < warmup_steps:
-        return peak * step / max(1, warmup_steps)
-    if kind == "constant":
-        return peak
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    if kind == "linear":
-        return peak * max(0.0, 1.0 - done)
-    return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -128,7 +128,6 @@ def test_two_spellings_that_differ_are_still_given_twice(folder):
 @pytest.mark.parametrize(
     ("key", "value", "remedy"),
     [
-        ("deepspeed", "ds.json", "parallelism: deepspeed"),
         ("save_strategy", "best", "save_steps"),
         ("eval_strategy", "best", "evals_per_epoch"),
     ],
