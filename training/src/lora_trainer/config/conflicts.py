@@ -49,7 +49,7 @@ NAMES_OF_A_RUNS_FILES = frozenset(
     {
         "checkpoints", "config.digest", "config.resolved.json", "data.json", "done",
         "environment.json", "events.jsonl", "final_model", "initial_adapter", "logs", "loss.png",
-        "memory.json", "plan.json", "report.html", "server.json", "train.log",
+        "memory.json", "plan.json", "report.html", "results.json", "server.json", "train.log",
     }
 )  # fmt: skip
 AS_PARAMETERS = "PEFT adapts a parameter by a sum of matrices, with nothing between them"
