@@ -64,7 +64,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 def train(context: typer.Context, config: ConfigFile = None, debug: Debug = False) -> None:
     """Train. Every key of the config is an option too: --learning_rate 1e-4."""
     from .report.console import Display
-    from .supervise.supervisor import Supervisor, redaction_of
+    from .supervise.secrets import redaction_of
+    from .supervise.supervisor import Supervisor
 
     if debug:
         os.environ[invocation.DEBUG] = "1"
@@ -76,10 +77,11 @@ def train(context: typer.Context, config: ConfigFile = None, debug: Debug = Fals
     streams.strike(redaction)
     interrupts.unwind()
     remove_temporary()
-    steps = settings.config.monitoring.logging_steps
+    monitoring = settings.config.monitoring
+    steps, is_json = monitoring.logging_steps, monitoring.log_format == "json"
     name = settings.config.output.run_name or "run"
     with (
-        Display(logging_steps=steps) as display,
+        Display(logging_steps=steps, is_quiet=monitoring.quiet, is_json=is_json) as display,
         Transcript(os.environ, name, steps, redaction, display.print_line) as kept,
     ):
 
@@ -134,11 +136,18 @@ def _settings(context: typer.Context, config: Path | None) -> Settings:
 
     if os.environ.get("LORA_CONTAINER"):
         config = _check_container(config)
-    if config is None:
-        config, why = find_config(os.environ)
-        if config is not None:
+    if config is not None:
+        return resolve(config, os.environ, context.args)
+    config, why = find_config(os.environ)
+    is_said = config is not None
+    try:
+        settings = resolve(config, os.environ, context.args)
+        monitoring = settings.config.monitoring
+        is_said &= not monitoring.quiet and monitoring.log_format == "text"
+    finally:
+        if is_said:
             streams.say(f"config: {config} ({why})")
-    return resolve(config, os.environ, context.args)
+    return settings
 
 
 def _check_container(config: Path | None) -> Path:

@@ -21,8 +21,13 @@ STRUCK = "***"
 LEAST_CHARACTERS = 6  # a shorter value stands in too much that is no secret
 MOST_BYTES = 64 * 1024
 # TOKENIZERS_PARALLELISM=false is none, nor is a file that a name ends by announcing.
-NAMES = re.compile(r"TOKEN(?!IZER)|SECRET|KEY|PASSW|CREDENTIAL|_(PWD|PASS|AUTH)$", re.IGNORECASE)
-OPTION = re.compile(r"--?(?:[\w-]*[_-])?(?:token|secret|key|password|credentials?)", re.IGNORECASE)
+NAMES = re.compile(
+    r"TOKEN(?!IZER)|SECRET|KEY|PASSW|CREDENTIAL|WEBHOOK|_(PWD|PASS|AUTH)$", re.IGNORECASE
+)
+OPTION = re.compile(
+    r"--?(?:[\w.-]*[_.-])?(?:token|secret|key|password|credentials?|webhook[_-]url)",
+    re.IGNORECASE,
+)
 PLACES = re.compile(r"_(FILE|PATH|DIR|SOCK)$", re.IGNORECASE)
 SHAPES = (
     r"\bhf_[A-Za-z0-9]{20,}",

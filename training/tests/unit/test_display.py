@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import json
 import os
 import re
 import struct
@@ -29,6 +30,7 @@ from lora_trainer.run.events import (
     Restarted,
     Resumed,
     Warned,
+    parse_line,
 )
 from lora_trainer.run.status import RunStatus, fold
 
@@ -316,3 +318,42 @@ def test_importing_the_display_imports_no_torch_and_no_rich():
 
 def test_an_unknown_event_is_passed_over():
     assert plain(Event(time=1.0)) == ""
+
+
+def test_quiet_prints_warnings_and_restarts_alone(tmp_path):
+    shown = plain(*RUN[:-1], Warned(time=41.0, message="look here"), DONE, is_quiet=True)
+    assert [line.split(maxsplit=1)[1] for line in shown.splitlines()] == ["warning: look here"]
+
+
+def test_json_prints_each_event_as_it_is_recorded():
+    shown = plain(*RUN, is_json=True)
+    kinds = [json.loads(line)["event"] for line in shown.splitlines()]
+    assert kinds[0] == "run_started"
+    assert kinds[-1] == DONE.kind
+    assert [parse_line(line) for line in shown.splitlines()] == [
+        event for event in RUN if type(event) is not Progress
+    ]
+
+
+def test_json_prints_steps_by_logging_steps_and_notes_as_objects():
+    stream = io.StringIO()
+    with Display(stream, 10, is_json=True) as display:
+        display.print_line("status: http://127.0.0.1:1")
+        status = RunStatus()
+        for event in (START, PLAN, *(stepped(n) for n in range(1, 41))):
+            status = fold(status, event)
+            display.show(event, status)
+    said = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert (said[0]["event"], said[0]["text"]) == ("note", "status: http://127.0.0.1:1")
+    assert [one["step"] for one in said if one["event"] == "step"] == [1, 10, 20, 30, 40]
+
+
+def test_quiet_json_prints_trouble_alone():
+    shown = plain(*RUN[:-1], Warned(time=41.0, message="x"), DONE, is_quiet=True, is_json=True)
+    assert [json.loads(line)["event"] for line in shown.splitlines()] == ["warning"]
+
+
+def test_json_has_null_for_a_loss_that_is_no_number():
+    shown = plain(START, PLAN, stepped(1, loss=float("nan")), is_json=True)
+    assert '"loss": null' in shown
+    assert "NaN" not in shown

@@ -280,6 +280,11 @@ def find_conflicts(config: Config, given: Mapping[str, Given], misfits: set[str]
         what = "warmup_steps and warmup_ratio are both set"
         why = "both say how long the learning rate rises"
         problems.append(Problem(what, where, why, "remove one of the two"))
+    command = given.get("on_end_command")
+    if command is not None and command.origin.kind == "file":
+        what, why = "a config file cannot name on_end_command", "reading a file runs no command"
+        remedy = "write --on_end_command on the command line, or LORA_TRAINER_ON_END_COMMAND"
+        problems.append(Problem(what, command.origin.location, why, remedy))
     return problems
 
 

@@ -287,6 +287,20 @@ class MonitoringSection(Section):
     """What is shown, logged and watched."""
 
     logging_steps: Count = Field(1, description="Steps between log entries")
+    quiet: bool = Field(False, description="Print only warnings and errors")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="What a run prints: text, or one JSON object per event"
+    )
+    on_end_command: str | None = Field(
+        None,
+        min_length=1,
+        description="Shell command to run at the end; of the command line or environment only",
+    )
+    webhook_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s/]+\S*$",
+        description="Address that gets exit code and results as JSON at the end; a secret",
+    )
     report_to: list[Literal["tensorboard", "mlflow", "trackio", "wandb"]] = Field(
         default_factory=lambda: ["tensorboard"],  # type: ignore[arg-type]
         description="Trackers, through Accelerate",
@@ -359,7 +373,7 @@ NOT_IN_DIGEST = (
     ("training", "offload_param_device"),
     ("training", "on_nan"),
 )
-SECRET_KEYS = frozenset({"hf_token"})
+SECRET_KEYS = frozenset({"hf_token", "webhook_url"})
 
 
 def section_names() -> tuple[str, ...]:

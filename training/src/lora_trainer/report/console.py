@@ -23,6 +23,7 @@ from ..run import events
 from ..run.events import Event
 from ..run.status import RunStatus
 from ..units import duration, number
+from .script_screens import JsonScreen, QuietScreen
 from .terminal import PATIENCE_SECONDS, Sink, clean, one_line, shortened
 from .text import closing_lines, figures, flowed, lasting_line, sparkline, steps_done, work_done
 
@@ -41,14 +42,31 @@ SEPARATOR = " · "
 
 
 class Display:
-    """Show a run as its events come in; `close` adds the closing tables of a finished one."""
+    """Show a run as its events come in; `close` adds the closing tables of a finished one.
 
-    def __init__(self, stream: TextIO | None = None, logging_steps: int = 1) -> None:
-        self._sink = Sink(sys.stdout if stream is None else stream)
+    `is_quiet` shows warnings only, on standard error; `is_json` each event as an object.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        logging_steps: int = 1,
+        *,
+        is_quiet: bool = False,
+        is_json: bool = False,
+    ) -> None:
+        usual = sys.stderr if is_quiet and not is_json else sys.stdout
+        self._sink = Sink(usual if stream is None else stream)
         is_live = self._sink.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-        self._screen: _Screen = (
-            _LiveScreen(self._sink) if is_live else _PlainScreen(self._sink, logging_steps)
-        )
+        self._screen: _Screen
+        if is_json:
+            self._screen = JsonScreen(self._sink, logging_steps, is_quiet=is_quiet)
+        elif is_quiet:
+            self._screen = QuietScreen(self._sink)
+        elif is_live:
+            self._screen = _LiveScreen(self._sink)
+        else:
+            self._screen = _PlainScreen(self._sink, logging_steps)
         self._queue: queue.Queue[tuple[Event | str, RunStatus] | None] = queue.Queue(QUEUED_EVENTS)
         self._status = RunStatus()
         self._closing = threading.Event()
@@ -110,7 +128,7 @@ class Display:
 
     def _show(self, event: Event | str, status: RunStatus) -> None:
         if isinstance(event, str):
-            self._screen.line(f"{_clock(status)}  {clean(event)}", "")
+            self._screen.note(event, status)
             return
         self._screen.update(event, status)
         line = lasting_line(event, status)
@@ -121,6 +139,9 @@ class Display:
 class _Screen(Protocol):
     def line(self, text: str, style: str) -> None:
         """Print a line that stays."""
+
+    def note(self, text: str, status: RunStatus) -> None:
+        """Print text that is no event, such as an address."""
 
     def update(self, event: Event, status: RunStatus) -> None:
         """Show what has no lasting line; a bare Event is the tick of a clock."""
@@ -137,6 +158,9 @@ class _PlainScreen:
 
     def line(self, text: str, style: str) -> None:  # noqa: ARG002 - no colour here
         self._sink.write(text.rstrip() + "\n")
+
+    def note(self, text: str, status: RunStatus) -> None:
+        self.line(f"{_clock(status)}  {clean(text)}", "")
 
     def update(self, event: Event, status: RunStatus) -> None:
         text = ""
@@ -201,6 +225,9 @@ class _LiveScreen:
             break_on_hyphens=False,
         )
         self._console.print(Text("\n".join(wrapped), style=style), soft_wrap=True)
+
+    def note(self, text: str, status: RunStatus) -> None:
+        self.line(f"{_clock(status)}  {clean(text)}", "")
 
     def update(self, event: Event, status: RunStatus) -> None:
         now = time.monotonic()

@@ -22,7 +22,6 @@ from ..host.disk import write_json, write_text
 from ..host.interrupts import handled
 from ..machine import read_machine
 from ..plan import process_count
-from ..redaction import Redaction
 from ..report.html import write_report
 from ..run import lock
 from ..run.events import (
@@ -53,16 +52,19 @@ from ..run.status import RunStatus
 from ..serve.run_state import RunState
 from ..serve.server import LogFollower, StatusServer, read_token
 from . import earlier_run, endings
+from .announcement import announced
 from .endings import WorkerEnd
 from .log_filter import open_log
 from .recovery import Recovery
 from .restarts import Restarts
+from .secrets import redaction_of
 from .watchdog import Watchdog
 from .workers import WorkerGroup, cause_of
 
 STALLED = 70
 WATCH_SECONDS = 1.0  # between two looks at a worker
 PIPE_BYTES = 1 << 16
+NOT_FOR_WORKERS = {"monitoring": {"on_end_command", "webhook_url"}}
 # A lost terminal stops a run too, unless nohup started it.
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -79,12 +81,10 @@ class Supervisor:
         display: Any,
         *,
         print_line: Callable[[str], None] = lambda _: None,
-        is_debug: bool = False,
     ) -> None:
         self.settings = settings
         self.display = display
         self.print_line = print_line
-        self.is_debug = is_debug
         self.config = settings.config
         self.output_dir = output_folder(settings)
         self.run_name = self.config.output.run_name or self.output_dir.name
@@ -112,12 +112,13 @@ class Supervisor:
         Raises:
             TrainerError: with the exit code of whatever ended it otherwise.
         """
-        try:
-            return self._run_checked(check)
-        except TrainerError as error:
-            if self._events is None and not earlier_run.has_traces(self.output_dir):
-                endings.leave_refusal(self.output_dir, self.run_name, error, self.redaction)
-            raise
+        with announced(self):
+            try:
+                return self._run_checked(check)
+            except TrainerError as error:
+                if self._events is None and not earlier_run.has_traces(self.output_dir):
+                    endings.leave_refusal(self.output_dir, self.run_name, error, self.redaction)
+                raise
 
     def _run_checked(self, check: Callable[[Settings], None]) -> int:
         with self._serving() as server:
@@ -251,7 +252,7 @@ class Supervisor:
         assert self._lock_file is not None
         reading, writing = os.pipe()
         spec = {
-            "config": self.config.model_dump(mode="json"),
+            "config": self.config.model_dump(mode="json", exclude=NOT_FOR_WORKERS),
             "output_dir": str(self.output_dir),
             "run_name": self.run_name,
             "redacted": self.redaction.value(self.settings.redacted()),
@@ -390,12 +391,6 @@ class Supervisor:
                 self.record(
                     Warned(message=f"no {name} was written: {type(error).__name__}: {error}")
                 )
-
-
-def redaction_of(settings: Settings) -> Redaction:
-    """Return the redaction of all that a run with these settings knows of secrets."""
-    token = read_token(settings.config.monitoring.health_token_file)
-    return Redaction.of(os.environ, settings.config.model.hf_token, token)
 
 
 def _decoded(line: bytes) -> str:
