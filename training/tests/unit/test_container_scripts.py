@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from checkout import TRAINING, Checkout
 
+pytestmark = pytest.mark.any_stack
+
 # Answers from files of the checkout's root; writes down what it is asked to do.
 DOCKER = """#!/bin/sh
 facts() {{

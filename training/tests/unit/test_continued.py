@@ -12,6 +12,9 @@ from lora_trainer.run.folder import DONE
 from lora_trainer.supervise import earlier_run
 from unit.continued import Runs
 
+# A run is made longer the same way on every stack; what each resumes to is in test_resume.py.
+pytestmark = pytest.mark.any_stack
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
