@@ -41,7 +41,11 @@ check_sources() {
   check "ruff check" "$VENV/bin/ruff" check .
   check mypy "$VENV/bin/mypy"
   check_shell
-  check_dockerfile
+  if [[ -x "$VENV/bin/hadolint" ]]; then
+    check hadolint "$VENV/bin/hadolint" "$TRAINING/Dockerfile"
+  else
+    say "hadolint is not installed: the Dockerfile is not linted"
+  fi
   check locks check_locks
 }
 
@@ -49,14 +53,6 @@ check_shell() {
   local scripts=("$TRAINING"/*.sh "$TRAINING"/*/*.sh "$TRAINING"/../.ci/*)
   check shellcheck "$VENV/bin/shellcheck" --external-sources "${scripts[@]}"
   check shfmt "$VENV/bin/shfmt" --diff --indent 2 --case-indent "${scripts[@]}"
-}
-
-check_dockerfile() {
-  if [[ ! -x "$VENV/bin/hadolint" ]]; then
-    say "hadolint is not installed: the Dockerfile is not linted"
-    return
-  fi
-  check hadolint "$VENV/bin/hadolint" "$TRAINING/Dockerfile"
 }
 
 # Without a registry in reach the locks are checked by tests/unit/test_locks.py alone.

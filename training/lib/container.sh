@@ -35,12 +35,8 @@ require_docker() {
     "no command docker was found" "install Docker $LEAST_ENGINE or newer, or: ./training/run.sh --local"
   version="$(docker version --format '{{.Server.Version}}' 2>/dev/null)" || {
     why="$(docker version 2>&1 >/dev/null | tail -n 1 || true)"
-    case "$why" in
-      *"permission denied"*)
-        fail 77 "no permission to use the Docker engine" "${DOCKER_HOST:-/var/run/docker.sock}" "$why" \
-          "sudo usermod -aG docker \$USER, then log in again"
-        ;;
-    esac
+    [[ "$why" != *"permission denied"* ]] || fail 77 "no permission to use the Docker engine" \
+      "${DOCKER_HOST:-/var/run/docker.sock}" "$why" "sudo usermod -aG docker \$USER, then log in again"
     fail 69 "no Docker engine answers" "${DOCKER_HOST:-/var/run/docker.sock}" "${why:-it is not running}" \
       "sudo systemctl start docker, or: ./training/run.sh --local"
   }
@@ -58,11 +54,8 @@ container_stack() {
   local stack
   stack="$(setting LORA_STACK '')"
   [[ -n "$stack" ]] || stack="$(driver_stack)" || stack=cpu
-  case "$stack" in
-    cpu | current | cu121) printf '%s\n' "$stack" ;;
-    *) fail 78 "unknown stack" "LORA_STACK=$stack" "it must be cpu, current or cu121" \
-      "unset LORA_STACK, or correct it in .env.training" ;;
-  esac
+  known_stack "$stack"
+  printf '%s\n' "$stack"
 }
 
 # require_gpu_runtime: without the toolkit the engine cannot give a container a GPU

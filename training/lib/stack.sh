@@ -42,24 +42,14 @@ print_header() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$1"; 
 # --- Python ---------------------------------------------------------------------------------
 
 python_candidates() {
-  local version path
-  if [[ -n "${LORA_PYTHON:-}" ]]; then
-    printf '%s\n' "$LORA_PYTHON"
-    return
-  fi
-  if [[ "${STACK:-}" == cu121 ]]; then
-    printf '%s\n' python3.10 python3.11 python3 python
-    set -- 3.10 3.11
-  else
-    printf '%s\n' python3 python3.12 python3.11 python3.13 python3.14 python3.10 python
-    set -- 3.12 3.11 3.13 3.14 3.10
-  fi
-  for version; do
-    for path in "${PYENV_ROOT:-${HOME:-}/.pyenv}/versions/$version".*/bin/python3; do
-      [[ -x "$path" ]] && printf '%s\n' "$path"
-    done
+  local version versions='3.12 3.11 3.13 3.14 3.10' first=python3
+  [[ "${STACK:-}" != cu121 ]] || versions='3.10 3.11' first=''
+  [[ -z "${LORA_PYTHON:-}" ]] || { printf '%s\n' "$LORA_PYTHON" && return; }
+  # shellcheck disable=SC2046,SC2086 # lists of words
+  printf '%s\n' $first $(printf 'python%s ' $versions) python3 python
+  for version in $versions; do
+    compgen -G "${PYENV_ROOT:-${HOME:-}/.pyenv}/versions/$version.*/bin/python3" || true
   done
-  return 0
 }
 
 # Prints "MINOR EXECUTABLE" of a CPython from 3.10 to 3.LAST, or fails with the reason.
@@ -143,13 +133,15 @@ gpu_stack() {
   printf '%s\n' "$stack"
 }
 
+# known_stack NAME
+known_stack() {
+  [[ "$1" =~ ^(cpu|current|cu121)$ ]] || fail 78 "unknown stack" "LORA_STACK=$1" \
+    "it must be cpu, current or cu121" "unset LORA_STACK, or correct it in .env.training"
+}
+
 # Sets STACK and VENV. The stack cu121 has a folder of its own, so that it can stand beside.
 choose_stack() {
-  case "${LORA_STACK:-cpu}" in
-    cpu | current | cu121) ;;
-    *) fail 78 "invalid LORA_STACK" "environment LORA_STACK=$LORA_STACK" \
-      "it must be cpu, current or cu121" "unset LORA_STACK" ;;
-  esac
+  known_stack "${LORA_STACK:-cpu}"
   STACK="${LORA_STACK:-}"
   if [[ -z "$STACK" && "$(uname -s)" != Linux ]]; then
     STACK=current # elsewhere than on Linux the registry's only build
