@@ -268,6 +268,9 @@ def merge(source: Source, target: Target, model: Base = None, debug: Debug = Fal
 def export(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a checkpoint or a run.")],
     target: Target,
+    with_base: Annotated[
+        bool, typer.Option("--with-base", help="Also copy the base model, for use without a hub.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Write a checkpoint's adapter in PEFT's format, also from an unfinished run."""
@@ -276,7 +279,26 @@ def export(
     if debug:
         os.environ[invocation.DEBUG] = "1"
     interrupts.unwind()
-    export_adapter(checkpoint, target)
+    export_adapter(checkpoint, target, has_base=with_base)
+
+
+@app.command()
+def push(
+    place: Annotated[str, typer.Argument(help="Folder of a run, an adapter or a merged model.")],
+    repo_id: Annotated[str, typer.Argument(help="Repository on the hub: ACCOUNT/NAME.")],
+    public: Annotated[bool, typer.Option("--public", help="Let everyone read it.")] = False,
+    message: Annotated[str, typer.Option(help="Commit message.")] = "Upload with lora-trainer",
+    debug: Debug = False,
+) -> None:
+    """Upload an adapter or a merged model to the Hugging Face hub, privately by default."""
+    from .commands.push import push
+    from .config.settings import resolve
+
+    if debug:
+        os.environ[invocation.DEBUG] = "1"
+    interrupts.unwind()
+    token = resolve(None, os.environ, []).config.model.hf_token
+    push(place, repo_id, token=token, is_public=public, message=message)
 
 
 def _finetuned(source: str, model: str | None, debug: bool) -> FinetunedModel:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_trainer import cli
 from lora_trainer.commands import new_folder
-from lora_trainer.commands.finetuned import config_of_run
+from lora_trainer.commands.finetuned import config_of_run, find
 from lora_trainer.model.compat import dtype_argument
 
 
@@ -153,3 +153,28 @@ def test_no_secret_reaches_an_export(tmp_path: Path) -> None:
     texts = [one.read_bytes() for one in (tmp_path / "out").iterdir()]
     assert not any(b"hf_verysecret" in text for text in texts)
     assert json.loads((run / "config.resolved.json").read_text())["model"]["hf_token"]["value"]
+
+
+@pytest.mark.parametrize("is_finished", [True, False], ids=["finished", "unfinished"])
+def test_export_with_base_needs_nothing_of_the_machine_it_was_trained_on(
+    is_finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    run = make_run(tmp_path / "here", is_finished=is_finished)
+    expected = logits_of(loaded_after_export(run, tmp_path / "plain"))
+    assert cli.main(["export", str(run), str(tmp_path / "out"), "--with-base"]) == 0
+    (tmp_path / "here").rename(tmp_path / "elsewhere")
+    moved = (tmp_path / "out").rename(tmp_path / "moved")
+    card = (moved / "README.md").read_text()
+    assert 'AutoModelForCausalLM.from_pretrained("base_model")' in card
+    monkeypatch.chdir(moved)
+    torch.testing.assert_close(logits_of(loaded(Path(), Path("base_model"))), expected)
+    source = find(str(moved))
+    assert source.config.model.model_name_or_path == str(moved / "base_model")
+    assert cli.main(["chat", str(moved), "--prompt", "hello", "--max-new-tokens", "2"]) == 0
+
+
+def loaded_after_export(run: Path, target: Path):
+    """Return the model with a run's adapter, from a plain export."""
+    assert cli.main(["export", str(run), str(target)]) == 0
+    return loaded(target, run.parent / "model")

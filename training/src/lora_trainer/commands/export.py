@@ -23,11 +23,13 @@ from ..redaction import Redaction
 from ..run.events import Evaluated, StepDone
 from ..run.folder import EVENTS, FINAL
 from ..run.recording import read_events
+from .base_copy import base_files, copy_base
 from .finetuned import (
     ADAPTER_CONFIG,
     CHECKPOINTS,
     FinetunedModel,
     config_of_run,
+    find,
     is_checkpoint,
     locate_base,
     refuse_changed,
@@ -49,8 +51,10 @@ class TakenCheckpoint:
     initial: str  # the digest of the adapter that its run began with
 
 
-def export_adapter(named: str, target: Path) -> None:
+def export_adapter(named: str, target: Path, *, has_base: bool = False) -> None:
     """Write the adapter of a checkpoint, or of a run's newest sound one, to `target`.
+
+    With `has_base`, its base model goes into a folder in there.
 
     Raises:
         UnavailableError: there is none, or it does not verify.
@@ -60,22 +64,35 @@ def export_adapter(named: str, target: Path) -> None:
     refuse_existing(target)
     if (path / FINAL / ADAPTER_CONFIG).is_file():
         refuse_changed(path / FINAL)
-        _copy(path / FINAL, target)
+        _copy(path / FINAL, target, _base(find(named)) if has_base else [])
         typer.echo(f"the run is finished: its final adapter was copied to {target}")
         return
     checkpoint = load_newest_checkpoint(path, named)
     config = config_of_run(checkpoint.run)
-    refuse_full_disk(target, sum(w.nbytes for w in checkpoint.adapter.values()))
-    _write(checkpoint, FinetunedModel(checkpoint.run.name, config, run=checkpoint.run), target)
+    trained = FinetunedModel(checkpoint.run.name, config, run=checkpoint.run)
+    base = _base(trained) if has_base else []
+    adapter_bytes = sum(weights.nbytes for weights in checkpoint.adapter.values())
+    refuse_full_disk(target, adapter_bytes + _bytes_of(base))
+    _write(checkpoint, trained, target, base)
     typer.echo(f"the adapter of step {checkpoint.step} was written to {target}")
 
 
-def _copy(final: Path, target: Path) -> None:
+def _base(trained: FinetunedModel) -> list[Path]:
+    return base_files(locate_base(trained), trained.config.model)
+
+
+def _bytes_of(files: list[Path]) -> int:
+    return sum(one.stat().st_size for one in files)
+
+
+def _copy(final: Path, target: Path, base: list[Path]) -> None:
     files = [one for one in final.iterdir() if one.is_file()]
-    refuse_full_disk(target, sum(one.stat().st_size for one in files))
+    refuse_full_disk(target, _bytes_of([*files, *base]))
     with atomic_directory(target) as folder:
         for one in files:
             shutil.copy2(one, folder / one.name)
+        if base:
+            copy_base(base, folder)
 
 
 def load_newest_checkpoint(path: Path, named: str) -> TakenCheckpoint:
@@ -136,7 +153,9 @@ def _read(checkpoint: Path) -> TakenCheckpoint:
     )
 
 
-def _write(checkpoint: TakenCheckpoint, finetuned: FinetunedModel, target: Path) -> None:
+def _write(
+    checkpoint: TakenCheckpoint, finetuned: FinetunedModel, target: Path, base: list[Path]
+) -> None:
     """Have PEFT write the weights in its format, under its names."""
     from ..model import load
     from ..model.adapter import changes_base
@@ -164,6 +183,8 @@ def _write(checkpoint: TakenCheckpoint, finetuned: FinetunedModel, target: Path)
         save_prompt_format(folder, prompt_format, tokenizer, generation)
         write_model_card(folder / "README.md", Redaction.of(os.environ).event(facts))
         write_checksums(folder)
+        if base:
+            copy_base(base, folder)
 
 
 def _model_of(checkpoint: TakenCheckpoint, finetuned: FinetunedModel, source: Any) -> Any:

@@ -20,6 +20,7 @@ from ..data.prompt_format import PromptFormat, read_format
 from ..errors import ConfigError, Problem, TrainerError, UnavailableError
 from ..host.disk import CHECKSUMS, is_changed
 from ..run.folder import FINAL, RESOLVED
+from .base_copy import FOLDER as BASE_FOLDER
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -140,7 +141,9 @@ def refuse_changed(folder: Path) -> None:
 
 
 def _base_of(folder: Path) -> tuple[str, str | None]:
-    """Return the base model, and its revision, that an adapter names."""
+    """Return the base model, and its revision, that an adapter names or has beside it."""
+    if (folder / BASE_FOLDER / "config.json").is_file():
+        return str(folder / BASE_FOLDER), None
     try:
         facts = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         base, revision = str(facts["base_model_name_or_path"]), facts.get("revision")

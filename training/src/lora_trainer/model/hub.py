@@ -27,7 +27,7 @@ def explained(
     where = f"model_name_or_path: {name}"
     if (full := _disk_fault(error)) is not None:
         return full
-    kinds, status = _kinds(error), _status(error)
+    kinds, status = _kinds(error), status_of(error)
     if "GatedRepoError" in kinds:
         return AccessError.of(
             "the base model is gated",
@@ -115,7 +115,7 @@ def is_offline(error: BaseException) -> bool:
 
 def is_unreachable(error: BaseException) -> bool:
     """Tell whether no answer came, or one that says that the hub is out of order."""
-    return bool(_kinds(error) & UNREACHABLE) or _status(error) >= 500
+    return bool(_kinds(error) & UNREACHABLE) or status_of(error) >= 500
 
 
 def _root(error: BaseException) -> str:
@@ -129,7 +129,7 @@ def _kinds(error: BaseException) -> set[str]:
     return {kind.__name__ for link in causes(error) for kind in type(link).__mro__}
 
 
-def _status(error: BaseException) -> int:
+def status_of(error: BaseException) -> int:
     """Return what the hub answered, 0 where no answer came."""
     codes = (
         getattr(getattr(link, "response", None), "status_code", None) for link in causes(error)
