@@ -6,6 +6,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from lora_trainer.config.schema import EMBEDDED_MODEL
 from lora_trainer.report.model_card import CardFacts, write_model_card
 
 FACTS = CardFacts(
@@ -90,6 +91,11 @@ def test_the_card_says_what_vllm_cannot_serve(card):
     assert "It adapts parameters (experts.down_proj)" in text
     assert "vLLM" in text
     assert "vLLM" not in card().text
+
+
+def test_the_card_says_where_the_embedded_base_model_is(card):
+    assert "export RUN TARGET --with-base" in card(base_model=EMBEDDED_MODEL).text
+    assert "--with-base" not in card().text
 
 
 def test_secrets_are_left_out(card):

