@@ -284,7 +284,7 @@ def export(
 
 @app.command()
 def push(
-    place: Annotated[str, typer.Argument(help="Folder of a run, an adapter or a merged model.")],
+    source: Annotated[str, typer.Argument(help="Folder of a run, an adapter or a merged model.")],
     repo_id: Annotated[str, typer.Argument(help="Repository on the hub: ACCOUNT/NAME.")],
     public: Annotated[bool, typer.Option("--public", help="Let everyone read it.")] = False,
     message: Annotated[str, typer.Option(help="Commit message.")] = "Upload with lora-trainer",
@@ -298,7 +298,7 @@ def push(
         os.environ[invocation.DEBUG] = "1"
     interrupts.unwind()
     token = resolve(None, os.environ, []).config.model.hf_token
-    push(place, repo_id, token=token, is_public=public, message=message)
+    push(source, repo_id, token=token, is_public=public, message=message)
 
 
 def _finetuned(source: str, model: str | None, debug: bool) -> FinetunedModel:

