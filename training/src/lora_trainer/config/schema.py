@@ -203,7 +203,7 @@ class TrainingSection(Section):
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
         "cosine", description="Learning rate schedule after the warmup"
     )
-    warmup_ratio: Fraction = Field(0.03, description="Fraction of steps used for the warmup")
+    warmup_ratio: Fraction = Field(0.03, description="Fraction of steps used for the warmup, which begins at 0")
     warmup_steps: CountOrZero | None = Field(None, description="Overrides warmup_ratio")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay")
