@@ -36,7 +36,7 @@ from faults.trainer import (
 )
 
 # Instants and files are those of our processes; what a stack computes again is in test_resume.py.
-pytestmark = pytest.mark.any_stack
+pytestmark = [pytest.mark.any_stack, pytest.mark.timeout(1200)]
 LIVES, KILLS_A_LIFE, TERMS = 5, 10, 20
 MOST_DELAY_SECONDS = 0.05
 Instant = Callable[[Event], bool]
