@@ -195,6 +195,8 @@ STRATEGIES = {
     "eval_strategy": ("evals_per_epoch", "eval_steps"),
     "evaluation_strategy": ("evals_per_epoch", "eval_steps"),
 }
+# Templates of LLaMA-Factory that ship here under the same name; a test compares them.
+SHIPPED = ("chatml", "llama3", "mistral")
 FLASH = {
     "fa2": True, "fa3": True, "flash_attention_2": True, "flash_attention_3": True, "auto": "auto",
     "sdpa": False, "eager": False, "disabled": False,
@@ -220,7 +222,9 @@ def interpret(key: str, value: Any) -> Meaning | None:
     if value is None:
         return Means(leaf, None)
     if key == "template" and isinstance(value, str) and TEMPLATE_NAME.fullmatch(value):
-        return Ignored("the tokenizer's own chat template is used; chat_template takes another")
+        exactly = f"chat_template: {value} writes LLaMA-Factory's" if value in SHIPPED else ""
+        other = exactly or "chat_template takes another"
+        return Ignored(f"the tokenizer's own chat template is used; {other}")
     if key == "chat_template" and isinstance(value, str) and value in FAMILY_TEMPLATES:
         return Ignored("the tokenizer's own chat template is used, as its model's family has it")
     if leaf in SECRET_KEYS and isinstance(value, str) and PLACEHOLDER.fullmatch(value):
@@ -318,7 +322,8 @@ def _plugins(names: list[Any]) -> Meaning:
 
 def _too_long(value: Any) -> Any:
     meant = {"drop": "drop", "truncate": "truncate", "raise": "error"}
-    return meant[value] if value in meant else Refused("it takes drop, truncate or raise")
+    is_known = isinstance(value, str) and value in meant
+    return meant[value] if is_known else Refused("it takes drop, truncate or raise")
 
 
 def _text_column(value: Any) -> Any:

@@ -94,7 +94,9 @@ def _entry(info: Any, folder: Path) -> tuple[dict[str, Any], str]:
     """Return a dataset as an entry of ours, or why it cannot be one."""
     if not isinstance(info, Mapping):
         return {}, f"its entry in {FILE} is no object"
-    columns, tags = info.get("columns") or {}, info.get("tags") or {}
+    columns, tags = (
+        one if isinstance(one, Mapping) else {} for one in (info.get("columns"), info.get("tags"))
+    )
     why = next((why for key, why in UNSUPPORTED.items() if info.get(key)), "")
     if any(columns.get(name) for name in MEDIA):
         why = "it holds media or preferences, and only text is trained on"

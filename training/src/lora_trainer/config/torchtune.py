@@ -156,8 +156,10 @@ def _meaning(
         )
 
 
-def _targets(model: Mapping[str, Any]) -> list[str]:
+def _targets(model: Mapping[str, Any]) -> Any:
     attention = model.get("lora_attn_modules") or []
+    if not isinstance(attention, list):
+        return attention  # for the schema to refuse
     mlp = MLP if model.get("apply_lora_to_mlp") else ()
     output = ("lm_head",) if model.get("apply_lora_to_output") else ()
     return [*(MODULES.get(str(name), str(name)) for name in attention), *mlp, *output]
@@ -171,7 +173,7 @@ def _dataset(
         yield Key("dataset", value, ("dataset",))
         return
     found: list[dict[str, Any]] = []
-    trained = set()
+    trained: list[Any] = []
     for number, entry in enumerate(entries):
         at: Pointer = ("dataset", number) if isinstance(value, list) else ("dataset",)
         for key in entry.keys() - set(DATASET_KEYS):
@@ -187,7 +189,7 @@ def _dataset(
         else:
             found.append(meant)
             by_default = str(entry[NAME]).endswith(("alpaca_dataset", "alpaca_cleaned_dataset"))
-            trained.add(entry.get("train_on_input", by_default))
+            trained.append(entry.get("train_on_input", by_default))
     if found:
         yield Key("dataset", found, ("dataset",))
         yield Key("train_on", "all" if True in trained else "assistant", ("dataset", NAME))
@@ -200,7 +202,8 @@ def _entry(entry: Mapping[str, Any], tokenizer: str) -> dict[str, Any] | None:
     path = files if source in ("json", "csv", "parquet", "text") and files else source
     subset = entry.get("name", entry.get("subset"))
     kept = {"path": path, "split": entry.get("split"), "subset": subset}
-    columns = entry.get("column_map") or {}
+    mapping = entry.get("column_map")
+    columns = mapping if isinstance(mapping, Mapping) else {}
     if name in ALPACA:
         kept["format"] = "alpaca_text" if tokenizer in WITHOUT_TURNS else "alpaca_chat"
         kept["columns"] = columns or None

@@ -268,10 +268,11 @@ def settle(trainer: Trainer, given: dict[str, Given], keys: Values, path: Path) 
     """
     problems = []
     if trainer.name == "llamafactory":
-        folder = given.pop("datasets_dir", None)
-        where = absolute(folder.value, folder.folder) if folder else str(path.parent / "data")
-        if folder and isinstance(folder.value, str) and exists(where):
-            given["datasets_dir"] = folder
+        where, folder = str(path.parent / "data"), given.get("datasets_dir")
+        if folder is not None and isinstance(folder.value, str):
+            where = absolute(folder.value, folder.folder)
+            if not exists(where):
+                del given["datasets_dir"]  # its default is in every file
         for leaf in ("dataset", "eval_dataset"):
             problems += read_names(given, leaf, Path(where))
         _settle_pissa(given, keys)

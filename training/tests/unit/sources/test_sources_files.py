@@ -4,8 +4,11 @@
 them for 1,000 rows on one device (`resolve_elsewhere.py` wrote it).
 """
 
+import contextlib
+import copy
 import json
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from resolving import from_arguments, values_of
 
 from lora_trainer.config.schema import EMBEDDED_MODEL
 from lora_trainer.config.settings import resolve
+from lora_trainer.config.text import read_yaml
 from lora_trainer.errors import ConfigError
 from lora_trainer.plan import learning_rate, steps_of
 
@@ -181,3 +185,30 @@ def test_a_dataset_name_without_dataset_info_is_no_hub_id(tmp_path):
     with pytest.raises(ConfigError) as caught:
         resolve(file, {}, [])
     assert "dataset_info.json" in caught.value.problems[0].why
+
+
+STRANGE = (None, [], {}, "x", -1, 1e9, True, ["a"], [None], {"a": 1}, {"_component_": 3})
+
+
+def paths_in(value, at=()):
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, one in inner:
+        yield (*at, key)
+        if isinstance(one, dict | list):
+            yield from paths_in(one, (*at, key))
+
+
+def test_strange_values_in_such_files_are_problems_and_no_crashes(tmp_path):
+    chance = random.Random(12)
+    files = [read_yaml((FOLDER / name).read_text(), name).value for name in EXPECTED]
+    for number in range(60):
+        content = copy.deepcopy(chance.choice(files))
+        *outer, last = chance.choice(list(paths_in(content)))
+        part = content
+        for key in outer:
+            part = part[key]
+        part[last] = chance.choice(STRANGE)
+        file = tmp_path / f"{number}.json"
+        file.write_text(json.dumps(content))
+        with contextlib.suppress(ConfigError):
+            resolve(file, {}, [])
