@@ -13,14 +13,11 @@ import typer
 from . import invocation
 from .commands import runs
 from .host import environment, interrupts, streams
-from .host.scratch import remove_temporary
 from .redaction import Redaction, given_secrets
 
 if TYPE_CHECKING:
     from .commands.finetuned import FinetunedModel
     from .config.settings import Settings
-    from .run.events import Event
-    from .run.status import RunStatus
 
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -63,37 +60,13 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 @app.command(context_settings=EXTRA)
 def train(context: typer.Context, config: ConfigFile = None, debug: Debug = False) -> None:
     """Train. Every key of the config is an option too: --learning_rate 1e-4."""
-    from .report.console import Display
-    from .supervise.secrets import redaction_of
-    from .supervise.supervisor import Supervisor
-
     if debug:
         os.environ[invocation.DEBUG] = "1"
     settings = _settings(context, config)
-    from .commands.check import preflight
-    from .report.console_log import Transcript
+    from .commands.train import run_shown
 
-    redaction = redaction_of(settings)
-    streams.strike(redaction)
     interrupts.unwind()
-    remove_temporary()
-    monitoring = settings.config.monitoring
-    steps, is_json = monitoring.logging_steps, monitoring.log_format == "json"
-    name = settings.config.output.run_name or "run"
-    with (
-        Display(logging_steps=steps, is_quiet=monitoring.quiet, is_json=is_json) as display,
-        Transcript(os.environ, name, steps, redaction, display.print_line) as kept,
-    ):
-
-        def show(event: Event, status: RunStatus) -> None:
-            display.show(event, status)
-            kept.show(event, status)
-
-        def print_line(text: str) -> None:
-            display.print_line(text)
-            kept.print_line(text)
-
-        Supervisor(settings, show, print_line=print_line).run(preflight)
+    run_shown(settings)
 
 
 @app.command(context_settings=EXTRA)

@@ -32,14 +32,19 @@ def says(*events: str) -> str:
     return "".join(f"echo '{line.strip()}' >/dev/fd/$LORA_TRAINER_EVENTS_FD\n" for line in events)
 
 
-def supervisor_of(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str
-) -> Supervisor:
-    """Return the supervisor of a run in `folder/out`; $N is how many workers there were before."""
+def play(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Have a shell script be the worker; $N in it is how many workers there were before."""
     worker = folder / "worker"
     counted = f"N=$(cat {folder}/count 2>/dev/null || echo 0); echo $((N + 1)) > {folder}/count"
     worker.write_text(f"#!/bin/sh\ncat > {folder}/order\n{counted}\n{script}\n")
     worker.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(worker))
+
+
+def supervisor_of(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str
+) -> Supervisor:
+    """Return the supervisor of a run in `folder/out` whose worker is a shell script."""
+    play(folder, monkeypatch, script)
     given = ["--output_dir", str(folder / "out"), "--health_port", "0", *arguments]
     return Supervisor(resolve(None, {}, given), lambda *_: None)

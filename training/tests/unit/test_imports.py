@@ -20,12 +20,12 @@ LEVELS = [
     *("redaction", "units", "host", "errors", "faults", "machine", "checkpoint_folder"),
     "invocation",
     *("config", "run", "memory_estimate", "plan", "data", "report", "model", "train"),
-    *("serve", "supervise", "commands", "cli", "__main__"),
+    *("serve", "supervise", "commands", "api", "cli", "__main__"),
 ]
 # Importing torch takes seconds: the supervisor answers before the worker has it.
 LIGHT = ("config", "run", "serve", "supervise", "report", "commands")
 LIGHT += ("cli", "plan", "memory_estimate", "redaction", "units", "errors", "faults", "machine")
-LIGHT += ("invocation",)
+LIGHT += ("invocation", "api")
 HEAVY = ("torch", "transformers", "peft", "datasets", "matplotlib")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,23 @@ def read_arguments(arguments: Sequence[str]) -> Layer:
             what = f"argument {len(arguments) - len(rest)} belongs to no flag"
             layer.problems.append(Problem(what, f"after {previous}", remedy="write --key value"))
     return layer
+
+
+def read_values(values: Mapping[str, Any]) -> Layer:
+    """Return the values that Python code gives."""
+    layer = Layer("argument", Path())
+    for key, value in values.items():
+        layer.add(key, _plain(value), key)
+    return layer
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as a file would hold it."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value
 
 
 def _split(word: str, rest: list[str]) -> _Flag:

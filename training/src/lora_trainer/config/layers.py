@@ -20,7 +20,7 @@ from .literal import accepts
 from .schema import SECRET_KEYS, leaf_sections, section_names
 from .text import Document, Pointer, shown_key
 
-OriginKind = Literal["default", "file", "environment", "command line", "adapter"]
+OriginKind = Literal["default", "file", "environment", "command line", "argument", "adapter"]
 
 
 @dataclass(frozen=True, slots=True)

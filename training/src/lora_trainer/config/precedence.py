@@ -61,7 +61,9 @@ def _drop_strange_held_out(given: dict[str, Given]) -> list[str]:
             if leaf in given and given[leaf].origin.kind == "file":
                 del given[leaf]
     file = Path(held_out.document.name).name if held_out.document else held_out.origin.location
-    giver = "on the command line" if data.origin.kind == "command line" else "in the environment"
+    kind = data.origin.kind
+    givers = {"environment": "in the environment", "argument": "as an argument"}
+    giver = givers.get(kind, "on the command line")
     return [
         f"eval_dataset of {file} is left out, since dataset is given {giver}: "
         "name --eval_dataset or --eval_fraction"

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import ConfigError, Problem
-from .arguments import read_arguments
+from .arguments import read_arguments, read_values
 from .conflicts import find_conflicts, find_warnings
 from .environment import read_environment
 from .file import read_file
@@ -48,16 +49,21 @@ class Settings:
 
 
 def resolve(
-    config_file: Path | None, environ: Mapping[str, str], arguments: Sequence[str]
+    config_file: Path | None,
+    environ: Mapping[str, str],
+    arguments: Sequence[str],
+    values: Mapping[str, Any] = MappingProxyType({}),
 ) -> Settings:
     """Return the settings that the sources make together, paths made absolute.
+
+    `arguments` are those of a command line, `values` those of a call from Python.
 
     Raises:
         ConfigError: with every problem of every source.
         AccessError: the config file may not be read.
     """
     file_format, arguments = take_format(arguments)
-    layers = [read_environment(environ), read_arguments(arguments)]
+    layers = [read_environment(environ), read_arguments(arguments), read_values(values)]
     source = None
     if config_file is not None:
         source = read_file(config_file, file_format)
@@ -77,14 +83,14 @@ def resolve(
     problems += _find_template_problems(located.get("chat_template"), given)
     if problems:
         raise ConfigError(problems)
-    values = {leaf: g.value for leaf, g in given.items()} | located
-    config = _config_of(values)
+    known = {leaf: g.value for leaf, g in given.items()} | located
+    config = _config_of(known)
     origins = {leaf: given[leaf].origin if leaf in given else Origin() for leaf in leaf_sections()}
     if config.lora.adapter_name_or_path is not None:
         adopted, problems = adopt(config, given)
         if problems:
             raise ConfigError(problems)
-        config = _config_of(values | adopted)
+        config = _config_of(known | adopted)
         origins |= {
             leaf: Origin("adapter", config.lora.adapter_name_or_path or "") for leaf in adopted
         }

@@ -17,6 +17,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 
@@ -57,6 +58,9 @@ def handled(handler: Handler, numbers: Iterable[int]) -> Iterator[None]:
     Raises:
         KeyboardInterrupt: one has come before, and was swallowed by whatever it met.
     """
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
     heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in heard}
     try:

@@ -277,7 +277,7 @@ class Supervisor:
                 self.config.monitoring.stall_timeout_seconds,
             )
             failure, stall = self._read_events(reading, watch)
-        code = worker.wait()
+            code = worker.wait()
         if (
             failure is None
             and not stall

@@ -1,0 +1,50 @@
+"""`lora-trainer train`, and `lora_trainer.train` in Python: one run, shown as it goes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from ..config.settings import Settings
+from ..host import streams
+from ..host.scratch import remove_temporary
+from ..report.console import Display
+from ..report.console_log import Transcript
+from ..run.events import Event
+from ..run.status import RunStatus
+from ..supervise.secrets import redaction_of
+from ..supervise.supervisor import Supervisor
+from .check import preflight
+
+Listener = Callable[[Event, RunStatus], object]
+
+
+def run_shown(settings: Settings, listener: Listener = lambda *_: None) -> Supervisor:
+    """Do a whole run; show its events, keep them in the transcript, and pass them to `listener`.
+
+    Raises:
+        TrainerError: with the exit code of whatever ended it.
+    """
+    redaction = redaction_of(settings)
+    streams.strike(redaction)
+    remove_temporary()
+    monitoring = settings.config.monitoring
+    steps, is_json = monitoring.logging_steps, monitoring.log_format == "json"
+    name = settings.config.output.run_name or "run"
+    with (
+        Display(logging_steps=steps, is_quiet=monitoring.quiet, is_json=is_json) as display,
+        Transcript(os.environ, name, steps, redaction, display.print_line) as kept,
+    ):
+
+        def show(event: Event, status: RunStatus) -> None:
+            display.show(event, status)
+            kept.show(event, status)
+            listener(event, status)
+
+        def print_line(text: str) -> None:
+            display.print_line(text)
+            kept.print_line(text)
+
+        supervisor = Supervisor(settings, show, print_line=print_line)
+        supervisor.run(preflight)
+    return supervisor
