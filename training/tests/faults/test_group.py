@@ -140,3 +140,17 @@ def test_run_with_deepspeed_restarts_and_goes_on_without_it(
 def test_each_event_is_told_by_one_rank(chain: Chain) -> None:
     phases = [e for e in events_of(chain.output) if e["event"] == "phase"]
     assert [e["phase"] for e in phases].count("starting") == 4
+
+
+def test_sharded_ranks_start_from_an_adapter_with_its_loss(
+    trainer: Trainer, undisturbed: Path
+) -> None:
+    output = trainer.root / "from-adapter"
+    start = {"adapter_name_or_path": str(undisturbed), "learning_rate": 0, "max_steps": 1}
+    ended = trainer.train(output, nproc=2, parallelism="fsdp", **start)
+    assert ended.code == 0, ended.err
+    evaluated = of_kind(undisturbed, "eval")
+    exported = of_kind(undisturbed, "finished")[-1]["adapter_step"]
+    expected = next(one["eval_loss"] for one in reversed(evaluated) if one["step"] == exported)
+    assert of_kind(output, "eval")[0]["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    assert adapter_digest(output) == adapter_digest(undisturbed)
