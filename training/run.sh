@@ -182,7 +182,7 @@ run_main() {
     logs) show_logs ;;
     status) exec "$TRAINING/health-check.sh" ;;
   esac
-  [[ -r "$CONFIG" && ! -d "$CONFIG" ]] || fail 78 "the config file cannot be read" "$CONFIG" \
+  [[ -r "$CONFIG" && ! -d "$CONFIG" ]] || fail 78 "the config file is not readable" "$CONFIG" \
     "$([[ -e "$CONFIG" ]] && echo "it is a folder or not readable" || echo "there is no such file")" \
     "run.sh --config FILE"
   if [[ "$PLACE" == any ]] && { ! has_engine || ! docker compose version >/dev/null 2>&1; }; then

@@ -1,10 +1,10 @@
-"""LoRA projections by PEFT's operations and by the fused function: processor time of a step.
+"""Compare LoRA projections by PEFT's operations and by the fused function: CPU time of a step.
 
 Run it with `OMP_NUM_THREADS=1 training/.venv/bin/python training/bench/fused_lora.py`.
-The seven projections of a layer of SmolLM2-135M's widths, forward and backward. Both ways
-are timed in turn, so that other work on the machine disturbs both alike.
-Measured on one core that other work shared (load over 15), 12 rounds of 512 tokens at rank
-16: median 214.8 ms against 196.7 ms, least 186.8 ms against 173.6 ms.
+The seven projections of a layer of SmolLM2-135M's widths, forward and backward. Both are timed
+alternately, so that other work on the machine affects both equally. Measured on one core that other
+work shared (load over 15), 12 rounds of 512 tokens at rank 16: median 214.8 ms against 196.7 ms,
+least 186.8 ms against 173.6 ms.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
     for number in range(given.rounds + 2):
         for name, seconds in found.items():
             took = seconds_of_step([getattr(p, name) for p in projections], inputs)
-            if number >= 2:  # the first rounds find their memory
+            if number >= 2:  # warm-up
                 seconds.append(took)
     for name, seconds in found.items():
         median, least = 1e3 * statistics.median(seconds), 1e3 * min(seconds)

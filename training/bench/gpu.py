@@ -3,10 +3,10 @@
     python bench/gpu.py [--quick] [--out DIR] [--only NAME]
 
 It needs torch 2.11 or later, transformers, PEFT and what the package imports; bitsandbytes and
-flash-attn are used where they are installed. It downloads nothing: the models, shaped like
+flash-attn are used if installed. It downloads nothing: the models, shaped like
 SmolLM2-135M and Llama 3.1 8B, have random weights. An 80 GB GPU runs every check; nothing else
-should run on it meanwhile. Each result is in DIR as soon as it is known, and DIR/page.md holds
-the page even if the check is killed. The criteria are in gpu_check/criteria.py.
+should run on it at the same time. Each result is written to DIR at once, and DIR/page.md exists
+even if the check is killed. The criteria are in gpu_check/criteria.py.
 
 Exit codes: 0 every criterion is met, 1 one is not, 69 no GPU can be used, 143 stopped.
 """
@@ -43,11 +43,11 @@ def main() -> int:
     given = _arguments()
     scale = QUICK if given.quick else FULL
     if scale.has_gpu and not read_machine().has_gpu:
-        print("NVML lists no GPU here. --quick runs the check on the CPU.", file=sys.stderr)
+        print("NVML lists no GPU. --quick runs the check on the CPU.", file=sys.stderr)
         return UNAVAILABLE
     torch = importlib.metadata.version("torch")
     if tuple(int(part) for part in torch.split(".")[:2]) < OLDEST_TORCH:
-        print(f"torch 2.11 or later is needed, {torch} is installed.", file=sys.stderr)
+        print(f"torch 2.11 or later is required, {torch} is installed.", file=sys.stderr)
         return UNAVAILABLE
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

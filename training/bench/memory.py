@@ -1,9 +1,9 @@
-"""Compare the plan's memory with what a step really takes, and with published figures.
+"""Compare the plan's memory with measured steps and with published figures.
 
     python bench/memory.py measured          40 combinations on this CPU: counted and measured
-    python bench/memory.py llama2            Llama 2 7B, 13B and 70B on a GPU, counted alone
+    python bench/memory.py llama2            Llama 2 7B, 13B and 70B on a GPU, counted only
 
-What was found stands in docs/decisions/0023.
+Results are in docs/decisions/0023.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What the status server costs: seconds to the first answer, its wait, training's speed.
+"""Measure the cost of the status server: startup time, latency, training speed.
 
     python bench/status_server.py                       # the default job, about 10 minutes
     python bench/status_server.py --tiny --pairs 2      # a random two-layer model, a minute
 
 Three measurements on this machine, over loopback alone:
   first    from the start of the process to the first 200 of /health, several starts
-  health   the wait for /health, asked 20 times a second while all cores train
+  health   the latency of /health, 20 requests a second while all cores train
   clients  training speed with 200 slow and 50 streaming clients against none, in stretches
            of one run that alternate (none, all, all, none, ...), so that what else changes
            on the machine meets both; tokens of the steps that lie wholly in a stretch
@@ -67,7 +67,7 @@ class Job:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> None:
-        """Have it save and end."""
+        """Let it save and end."""
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(PATIENCE_SECONDS)
 
@@ -144,7 +144,7 @@ def health_waits(one: Job, seconds: float) -> list[float]:
 
 
 def crowd(port: int, seconds: float, used: Any) -> None:
-    """Be all the clients for a while, in a process of its own."""
+    """Run all the clients for a while, in a separate process."""
     os.nice(19)
     asyncio.run(_crowd(port, seconds))
     spent = resource.getrusage(resource.RUSAGE_SELF)
@@ -200,7 +200,7 @@ async def _leave_unread(port: int) -> None:
 
 
 def with_clients(one: Job, seconds: float) -> tuple[float, float, float]:
-    """Let all clients come; return begin, end and their share of one processor."""
+    """Connect all clients; return begin, end and their share of one CPU core."""
     used = multiprocessing.Value("d", 0.0)
     process = multiprocessing.Process(target=crowd, args=(one.port, seconds, used))
     begin = time.time()

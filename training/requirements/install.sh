@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs locks into /opt/venv while the image is built; the Dockerfile calls it: install.sh LOCK ...
+# Install lock files into /opt/venv during the image build; called by the Dockerfile: install.sh LOCK ...
 #
-# Every wheel is kept in a cache of the builder and installed from there, so that a build of
+# Wheels are kept in the builder's cache and installed from there, so that a build with
 # unchanged locks needs no network. Bytecode is compiled here, because the root is read-only later,
 # and every file gets the same time: the same locks give the same layer.
 #

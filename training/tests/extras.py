@@ -22,5 +22,5 @@ def _why_no_deepspeed() -> str:
 needs_deepspeed = pytest.mark.skipif(bool(_why_no_deepspeed()), reason=_why_no_deepspeed())
 needs_float16 = pytest.mark.skipif(
     math.isinf(precision.float16_slowness()),
-    reason="this stack's torch does not compute float16 on a CPU",
+    reason="this stack's torch does not support float16 on a CPU",
 )

@@ -22,7 +22,7 @@ from .versions import wait
 
 ROUNDS = 5
 SEGMENTS = "segments"
-NO_GPU = "it runs on GPUs alone"
+NO_GPU = "it only runs on GPUs"
 
 # Lengths in tokens; queries, keys and values (1, heads, T, D) in, attention (1, T, heads, D) out.
 Attend = Callable[[Sequence[int], Tensor, Tensor, Tensor], Tensor]

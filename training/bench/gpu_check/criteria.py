@@ -1,4 +1,4 @@
-"""What passes, decided before any measurement. Change a bound only with a reason in the commit."""
+"""Pass criteria, fixed before any measurement. Change a bound only with a reason in the commit."""
 
 from __future__ import annotations
 

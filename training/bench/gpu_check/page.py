@@ -1,4 +1,4 @@
-"""One page of Markdown from the sections' JSON files, whatever has become of the sections."""
+"""Create a Markdown page from the sections' JSON files, whatever their outcome."""
 
 from __future__ import annotations
 

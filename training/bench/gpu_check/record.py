@@ -37,16 +37,16 @@ class Record:
         self._write()
 
     def measure(self, name: str, figures: Figures) -> None:
-        """Keep figures that nothing is asked of."""
+        """Record figures without a criterion."""
         self._add(Row(name, "measured", figures))
 
     def judge(self, name: str, figures: Figures, verdict: Verdict) -> None:
-        """Keep figures with the verdict on them."""
+        """Record figures with their verdict."""
         outcome: Literal["pass", "fail"] = "pass" if verdict.is_met else "fail"
         self._add(Row(name, outcome, figures, verdict.criterion))
 
     def skip(self, name: str, why: str) -> None:
-        """Keep why a check did not run."""
+        """Record why a check did not run."""
         self._add(Row(name, "not run", {}, why=why))
 
     @contextlib.contextmanager

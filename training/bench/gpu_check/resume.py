@@ -104,7 +104,7 @@ def run(record: Record, scale: Scale) -> None:
 def _notes(first: Run) -> Figures:
     plan = json.loads((first.output / "plan.json").read_text())
     varying = [reason for reason in plan["reasons"] if "deterministic" in reason]
-    return {"precision": plan["precision"], "without a deterministic form": len(varying)}
+    return {"precision": plan["precision"], "without a deterministic implementation": len(varying)}
 
 
 def _start(root: Path, name: str) -> Run:

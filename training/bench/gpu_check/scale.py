@@ -38,7 +38,7 @@ class Scale:
 
     @property
     def has_gpu(self) -> bool:
-        """Tell whether the checks that need CUDA run."""
+        """Return whether the checks that need CUDA run."""
         return self.device == "cuda"
 
 

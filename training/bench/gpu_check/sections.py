@@ -1,6 +1,6 @@
 """The sections in their order, and how one runs: in a process of its own, with a time limit.
 
-A hang, an out-of-memory error or a CUDA fault in one section costs the others nothing. On a GPU
+A hang, an out-of-memory error or a CUDA fault in one section does not affect the others. On a GPU
 each process starts afresh, since CUDA does not survive a fork; `--quick` forks, so that torch
 and transformers are imported once.
 """

@@ -9,9 +9,9 @@ from .host import interrupts
 
 
 def main(*before: str) -> int:
-    """Run the command line, with arguments before those given; return the exit code.
+    """Run the command line with `arguments` placed first; return the exit code.
 
-    Stop signals are answered before anything large is imported.
+    Stop signals are handled before anything large is imported.
     """
     interrupts.install()
     if not sys.warnoptions:  # those of libraries: a worker's are in train.log

@@ -1,8 +1,8 @@
-"""The folder of one checkpoint: its name, its files, and the proof that they are whole.
+"""The folder of one checkpoint: its name, its files and their verification.
 
-Anything may be where a checkpoint is expected. What is not a plain folder with exactly our plain
-files is refused by name: a link is not followed, a pipe is not waited for, and nothing but our own
-files is ever removed. Imports no torch.
+A checkpoint's path may hold anything. Whatever is not a plain folder with exactly the expected
+plain files is rejected by name: links are not followed, reading a pipe never blocks, and only files
+that this program wrote are removed. Imports no torch.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ KINDS = {stat.S_IFLNK: "a link", stat.S_IFREG: "a file", stat.S_IFIFO: "a named 
 
 
 class CorruptCheckpointError(Exception):
-    """A checkpoint does not verify; the text says why."""
+    """A checkpoint failed verification; the text gives the reason."""
 
 
 class UnreadableCheckpointError(CorruptCheckpointError):
-    """A checkpoint may be sound, but this user may not read it."""
+    """A checkpoint may be valid, but this user has no permission to read it."""
 
 
 def name_of(step: int) -> str:
@@ -42,17 +42,17 @@ def name_of(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """Return the step that a name stands for; None for a name that we do not give."""
+    """Return the step of a checkpoint name; None for any other name."""
     matched = NAME.fullmatch(name)
     step = int(matched[1]) if matched else -1
     return step if step >= 0 and name_of(step) == name else None
 
 
 def listed(folder: Path) -> list[Path]:
-    """Return all that is named like a checkpoint, by step, whatever it is.
+    """Return every path named like a checkpoint, by step, whatever it is.
 
     Raises:
-        OSError: the folder is there and cannot be listed.
+        OSError: the folder exists but cannot be listed.
     """
     try:
         steps = {
@@ -64,7 +64,7 @@ def listed(folder: Path) -> list[Path]:
 
 
 def has_any(folder: Path) -> bool:
-    """Tell whether anything in a folder is named like a checkpoint."""
+    """Return whether anything in a folder is named like a checkpoint."""
     with contextlib.suppress(OSError):
         return bool(listed(folder))
     return False
@@ -74,38 +74,41 @@ def verify(path: Path) -> None:
     """Check every file of a checkpoint against its manifest.
 
     Raises:
-        UnreadableCheckpointError: this user may not read it.
-        CorruptCheckpointError: it is no folder; a file is missing, of another size or content.
+        UnreadableCheckpointError: this user has no permission to read it.
+        CorruptCheckpointError: it is not a folder, or a file is missing or has another size or
+        content.
     """
     with _explained():
         _refuse_what_is_not_ours(path)
         manifest = json.loads(_read(path / MANIFEST, LARGEST_MANIFEST))
         if not isinstance(manifest, dict) or set(manifest) != set(FILES):
-            raise CorruptCheckpointError(f"{MANIFEST} does not name the files of a checkpoint")
+            raise CorruptCheckpointError(f"{MANIFEST} does not list the files of a checkpoint")
         for name, entry in manifest.items():
             with _opened(path / name) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size != entry["bytes"]:
-                    raise CorruptCheckpointError(f"{name} has {size} bytes of {entry['bytes']}")
+                    raise CorruptCheckpointError(
+                        f"{name} has {size} bytes instead of {entry['bytes']}"
+                    )
                 if _sha256(file) != entry["sha256"]:
                     raise CorruptCheckpointError(f"{name} has changed since it was written")
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint's state.json holds, unverified.
+    """Return the content of a checkpoint's state.json, unverified.
 
     Raises:
-        CorruptCheckpointError: it is no JSON object with a state in it.
+        CorruptCheckpointError: it is not a JSON object with a state.
     """
     with _explained():
         raw = json.loads(_read(path / STATE, LARGEST_STATE))
     if not isinstance(raw, dict) or not isinstance(raw.get("state"), dict):
-        raise CorruptCheckpointError(f"{STATE} holds no state")
+        raise CorruptCheckpointError(f"{STATE} contains no state")
     return raw
 
 
 def state_of_ours(path: Path, digest: str) -> dict[str, Any] | None:
-    """Return the state of this run's checkpoint, sound or not; None if it is not or holds more."""
+    """Return the state of a checkpoint of this run, verified or not; None for anything else."""
     try:
         _refuse_what_is_not_ours(path)
         raw = read_state(path)
@@ -117,7 +120,7 @@ def state_of_ours(path: Path, digest: str) -> dict[str, Any] | None:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint's files, as far as possible; the folder stays if it holds others."""
+    """Remove a checkpoint's files as far as possible; keep the folder if it has other files."""
     with contextlib.suppress(OSError):
         if path.is_symlink():
             return
@@ -128,26 +131,26 @@ def remove(path: Path) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what a kill left half-written."""
+    """Remove incomplete checkpoints that a kill left behind."""
     for path in folder.iterdir():
         if TEMPORARY_NAME.fullmatch(path.name):
             remove(path)
 
 
 def make_temporary(folder: Path, name: str) -> Path:
-    """Make an empty folder in which a checkpoint is written; return it."""
+    """Create an empty temporary folder for a checkpoint and return it."""
     number = 1
     while True:
         temporary = folder / f"{TEMPORARY}{name}{f'.{number}' if number > 1 else ''}"
         try:
             temporary.mkdir()
             return temporary
-        except FileExistsError:  # something of the user's
+        except FileExistsError:  # belongs to the user
             number += 1
 
 
 def set_aside(path: Path) -> Path:
-    """Rename what is not ours and is in a checkpoint's place; return its new path."""
+    """Rename a foreign file or folder at a checkpoint's path; return its new path."""
     number = 1
     while os.path.lexists(aside := path.with_name(f"{path.name}.aside-{number}")):
         number += 1
@@ -162,14 +165,14 @@ def _refuse_what_is_not_ours(path: Path) -> None:
     with os.scandir(path) as entries:
         inside = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
     for name in sorted(inside.keys() - {*FILES, MANIFEST}):
-        raise CorruptCheckpointError(f"{name} is no file of a checkpoint; it was not opened")
+        raise CorruptCheckpointError(f"{name} is not a checkpoint file; it was not opened")
     for name in sorted(name for name, is_plain in inside.items() if not is_plain):
         raise CorruptCheckpointError(f"{name} is not a plain file; it was not opened")
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    # Neither follows a link nor waits for a pipe that took the file's place just now.
+    # Neither follows a link nor blocks on a pipe that has just replaced the file.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with os.fdopen(os.open(path, flags), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -179,7 +182,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 def _read(path: Path, most: int) -> bytes:
     with _opened(path) as file:
-        # Python sets aside as much memory as it is asked to read.
+        # Python allocates as much memory as it is asked to read.
         return file.read(min(most, os.fstat(file.fileno()).st_size))
 
 
@@ -192,7 +195,7 @@ def _sha256(file: BinaryIO) -> str:
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Turn whatever reading a checkpoint raises into the reason why it does not verify."""
+    """Turn any error raised while reading a checkpoint into the reason why it is invalid."""
     try:
         yield
     except FileNotFoundError as error:

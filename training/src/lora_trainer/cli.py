@@ -27,7 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # importing rich costs more than the whole answer
+    rich_markup_mode=None,  # importing rich takes longer than the whole answer
 )
 
 
@@ -97,13 +97,13 @@ def check(
         lock.check_free(output_folder(settings))
         for warning in settings.warnings:
             streams.complain(f"warning  {warning}")
-        streams.complain("the quick checks found nothing wrong")
+        streams.complain("the quick checks found no problems")
         return
     check_all(settings, sample_rows=rows if show_sample else 0)
 
 
 def _settings(context: typer.Context, config: Path | None) -> Settings:
-    """Resolve the configuration; without --config, report which file is taken."""
+    """Resolve the configuration; without --config, print which file is used."""
     from .config.default_file import find_config
     from .config.settings import resolve
 
@@ -275,7 +275,7 @@ def push(
 
 
 def _finetuned(source: str, model: str | None, debug: bool) -> FinetunedModel:
-    """Find a trained adapter; the token and the caches are this machine's."""
+    """Find a trained adapter; token and cache folders come from this machine."""
     from .commands.finetuned import find
     from .config.settings import resolve
 
@@ -356,13 +356,13 @@ def keys() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; print every fault as one last block; return the exit code."""
+    """Run a command, print any error as the last block, and return the exit code."""
     environment.set_defaults(os.environ)
     given = list(sys.argv[1:] if arguments is None else arguments)
     with streams.redacted(Redaction.of(os.environ, *given_secrets(given))) as out:
         code = invocation.invoke(app, given)
         out.flush()
-    # Of most commands, what they print is the result.
+    # For most commands the printed text is the result.
     is_lost = out.error is not None and code == 0 and given[:1] != ["train"]
     return invocation.UNWRITTEN if is_lost else code
 

@@ -1,9 +1,9 @@
-"""What can go wrong, one exception per exit code, each with cause, place and remedy.
+"""Every error a user can see: one exception per exit code, each with cause, place and remedy.
 
-A `Problem` is one finding; an error carries all findings of its kind that were
-made at once, so that a user fixes them in one go. `cli` prints them last, as one
-block, and exits with the error's code. Only mistakes that a user can cause are
-raised as `TrainerError`; our own invariants are asserts and end as `InternalError`.
+A `Problem` is one finding; an error carries all findings of its kind, so that a user can fix them
+all at once. `cli` prints them last, as one block, and exits with the error's code. Only mistakes
+that a user can cause are raised as `TrainerError`; our own invariants are asserts and surface as
+`InternalError`.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ class Problem:
     remedy: str = ""
 
     def lines(self) -> list[str]:
-        """Return the finding as printable lines, empty parts left out."""
+        """Return the finding as printable lines, without empty fields."""
         labelled = (("where", self.where), ("why", self.why), ("remedy", self.remedy))
         shown = ((name, printable(text, keep_newlines=name == "why")) for name, text in labelled)
         return [printable(self.what), *(f"  {name + ':':<8}{text}" for name, text in shown if text)]
 
 
 class TrainerError(Exception):
-    """A fault with its own exit code; never raised itself, only through a subclass."""
+    """An error with its own exit code; only its subclasses are raised."""
 
     exit_code: ClassVar[int]
-    # Where a second try, from the last checkpoint, may end otherwise: why (see `recovery`).
+    # Why a retry from the last checkpoint may succeed, if it may (see `recovery`).
     retry: str = ""
-    step: int = 0  # the optimizer step that it happened in, where it is known
+    step: int = 0  # the optimizer step in which it happened, if known
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
@@ -46,36 +46,36 @@ class TrainerError(Exception):
 
     @classmethod
     def of(cls, what: str, where: str = "", why: str = "", remedy: str = "") -> TrainerError:
-        """Make the error of a single problem."""
+        """Create the error from a single problem."""
         return cls(Problem(what, where, why, remedy))
 
     def block(self) -> str:
-        """Return the text that is printed last before the process exits."""
+        """Return the text that is printed last, before the process exits."""
         lines = [line for problem in self.problems for line in problem.lines()]
         text = "\n".join([*lines, f"exit code {self.exit_code} ({self.meaning})"])
-        # A key or a name may hold half of a surrogate pair, which no terminal takes.
+        # A key or a name may contain a lone surrogate, which no terminal can print.
         return text.encode("utf-8", "backslashreplace").decode()
 
     @property
     def meaning(self) -> str:
-        """Return the exit code in words."""
+        """Return the meaning of the exit code."""
         return MEANINGS[self.exit_code]
 
 
 class DataError(TrainerError):
-    """The dataset cannot be trained on as it is."""
+    """The dataset cannot be used for training as it is."""
 
     exit_code = 65
 
 
 class UnavailableError(TrainerError):
-    """The model, the hub or the device that was asked for is not there."""
+    """The requested model, hub or device is unavailable."""
 
     exit_code = 69
 
 
 class InternalError(TrainerError):
-    """A fault of the program itself, or a worker that makes no progress."""
+    """A bug in the program, or a stalled worker."""
 
     exit_code = 70
 
@@ -87,13 +87,13 @@ class NotFiniteError(InternalError):
 
 
 class StorageError(TrainerError):
-    """The disk is full or does not read or write."""
+    """The disk is full, or reading or writing failed."""
 
     exit_code = 74
 
 
 class BusyError(TrainerError):
-    """Another run holds the output directory."""
+    """Another run is using the output folder."""
 
     exit_code = 75
 
@@ -111,20 +111,20 @@ class ConfigError(TrainerError):
 
 
 class MemoryKilledError(TrainerError):
-    """The run was killed for memory, after all retries."""
+    """The run was out of memory after all retries."""
 
     KIND: ClassVar[str] = "memory"
     exit_code = 137
 
 
 class StoppedError(TrainerError):
-    """The run was stopped by a signal; what is saved and what is lost is in its problem."""
+    """The run was stopped by a signal; its problem states what is saved and what is lost."""
 
     exit_code = 143
 
 
 def causes(error: BaseException) -> list[BaseException]:
-    """Return an error and what caused it, the first cause last."""
+    """Return an error and its chain of causes, the root cause last."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
@@ -139,7 +139,7 @@ MEANINGS = {
     69: "model, hub or device unavailable",
     70: "internal fault, stalled worker, or non-finite numbers",
     74: "disk full or I/O",
-    75: "another run holds this output",
+    75: "another run is using this output",
     77: "no permission",
     78: "configuration",
     137: "killed for memory",

@@ -1,4 +1,4 @@
-"""What an error means to the user: our own as they are, others by what they say."""
+"""Translate any exception into an error with an exit code and a remedy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .errors import (
     UnavailableError,
 )
 
-# What allocators and libraries say when they get no memory, or no thread.
+# Messages of allocators and libraries when they get no memory, or no thread.
 MEMORY_WORDS = (
     "can't allocate memory",
     "annot allocate memory",
@@ -41,7 +41,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 
 def explain(error: BaseException) -> TrainerError:
-    """Return the error with its exit code: ours as it is, others by what they mean."""
+    """Return our own errors unchanged and other exceptions as the error that they amount to."""
     if isinstance(error, TrainerError):
         return error
     if (fault := limit_fault(error) or disk_fault(error)) is not None:
@@ -56,7 +56,7 @@ def explain(error: BaseException) -> TrainerError:
 
 
 def limit_fault(error: BaseException) -> TrainerError | None:
-    """Return what a refusal of memory or of a thread means; None for any other error."""
+    """Return the error for a failed memory or thread allocation; None for any other exception."""
     if is_out_of_memory(error):
         return out_of_memory(_location_of(error), str(error))
     if is_out_of_threads(error):
@@ -65,9 +65,9 @@ def limit_fault(error: BaseException) -> TrainerError | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an allocation failed: on a GPU, in the process, or when mapping a file.
+    """Return whether memory allocation failed: on a GPU, in the process, or when mapping a file.
 
-    Libraries report it as errors of many types; torch's own are RuntimeErrors.
+    Libraries raise many types of exception for this; torch raises RuntimeError.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
@@ -78,7 +78,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_out_of_threads(error: BaseException) -> bool:
-    """Tell whether the system refused one more thread or process."""
+    """Return whether the system refused to create another thread or process."""
     if isinstance(error, OSError) and error.errno == errno.EAGAIN:
         return True
     is_of_library = isinstance(error, (RuntimeError, OSError))
@@ -86,12 +86,12 @@ def is_out_of_threads(error: BaseException) -> bool:
 
 
 def has_words(text: str, words: Sequence[str]) -> bool:
-    """Tell whether a text has one of these phrases."""
+    """Return whether a text contains one of these phrases."""
     return any(word in text for word in words)
 
 
 def limit_in_log(text: str) -> TrainerError | None:
-    """Return what the last words of a process that died without a report mean, if known."""
+    """Return the error behind the last output of a process that died without a report, if known."""
     lines = text.splitlines()
     for line in reversed(lines):
         if has_words(line, MEMORY_WORDS):
@@ -102,7 +102,7 @@ def limit_in_log(text: str) -> TrainerError | None:
 
 
 def out_of_memory(where: str, text: str) -> TrainerError:
-    """Return the error of memory that ran out; another try with smaller batches may do."""
+    """Return the out-of-memory error; retrying with smaller batches may help."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     remedy = (
         "lower per_device_train_batch_size or max_seq_length, set gradient_checkpointing to true, "
@@ -120,15 +120,15 @@ def out_of_memory(where: str, text: str) -> TrainerError:
 
 
 def out_of_threads(where: str, text: str) -> TrainerError:
-    """Return the error of a thread or process that the system refused."""
+    """Return the error for a thread or process that the system refused to create."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     of_user = "" if limit == resource.RLIM_INFINITY else f" (the limit of this user is {limit:,})"
     return UnavailableError.of(
-        "the system refuses one more thread or process",
+        "the system refuses to create another thread or process",
         where=where,
-        why=f"{_first_line(text, 'no reason was given')}{of_user}",
-        remedy="raise the limit: ulimit -u unlimited, or LORA_PIDS of a container; or need fewer "
-        "threads: OMP_NUM_THREADS=1 and --preprocessing_num_workers 1",
+        why=f"{_first_line(text, 'no reason given')}{of_user}",
+        remedy="raise the limit: ulimit -u unlimited, or a larger LORA_PIDS in a container; or "
+        "use fewer threads: OMP_NUM_THREADS=1 and --preprocessing_num_workers 1",
     )
 
 
@@ -137,30 +137,30 @@ def _first_line(text: str, otherwise: str) -> str:
 
 
 def _is_rust(error: BaseException) -> bool:
-    """Tell whether a panic of the tokenizers or safetensors library is what was raised."""
+    """Return whether the exception is a panic of the tokenizers or safetensors library."""
     return type(error).__name__ in ("PanicException", "SafetensorError")
 
 
 def disk_fault(error: BaseException, path: str = "") -> TrainerError | None:
-    """Return what an operating system's refusal to write means; None for any other error.
+    """Return the error for a failed read or write of the operating system; None for any other.
 
     `path` is where it was written to, for an error that does not name its file.
     """
     number = error.errno if isinstance(error, OSError) else None
-    # The safetensors library tells it in words alone.
+    # The safetensors library reports it only as text.
     if number_text := re.search(r"\(os error (\d+)\)", str(error)):
         number = int(number_text[1])
     path = str(getattr(error, "filename", None) or path or "output_dir")
     if number in FULL:
         return StorageError.of(
-            "the disk does not take what is written",
+            "writing to the disk failed",
             where=path,
             why=os.strerror(number),
-            remedy="df -h; free some room, then start again: the run resumes by itself",
+            remedy="free disk space (df -h), then start again: the run resumes by itself",
         )
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return AccessError.of(
-            "a file may not be read or written",
+            "no permission to read or write a file",
             where=path,
             why=f"{os.strerror(number)}, as user {os.getuid()}",
             remedy=f"sudo chown -R {os.getuid()}:{os.getgid()} {Path(path).parent}",

@@ -62,7 +62,7 @@ def invoke(app: typer.Typer, arguments: list[str]) -> int:
                 f"a fault of the program: {type(error).__name__}",
                 where=str(traceback.extract_tb(error.__traceback__)[-1]).strip("<>"),
                 why=str(error)[:300],
-                remedy="run it again with --debug and report the traceback",
+                remedy="run it again with --debug and report the traceback as a bug",
             )
         )
 

@@ -1,6 +1,6 @@
-"""What this machine has: cores, memory (cgroup-aware), disk, GPUs. Imports no torch.
+"""This machine's hardware: cores, memory (cgroup-aware), disk, GPUs. Imports no torch.
 
-GPU facts come from NVML, so they are there before torch is. What cannot be read is
+GPU facts come from NVML, so they are available before torch is imported. What cannot be read is
 zero or empty, never guessed.
 """
 
@@ -37,7 +37,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Hardware facts; memory is the least of the host's and of what limits it, in bytes."""
+    """Hardware facts; memory is the host's or the tightest limit on it, in bytes."""
 
     cores: int
     memory_bytes: int
@@ -47,17 +47,17 @@ class Machine:
 
     @property
     def has_gpu(self) -> bool:
-        """Tell whether a GPU may be used."""
+        """Return whether a GPU can be used."""
         return bool(self.gpus)
 
     @property
     def device(self) -> Device:
-        """Return what computes here: the GPUs, where there are any."""
+        """Return the kind of device that trains: a GPU if there is one, else the CPU."""
         return "cuda" if self.has_gpu else "cpu"
 
 
 def read_machine() -> Machine:
-    """Read this machine's facts, within what the process may use of it."""
+    """Read this machine's hardware, within the limits of this process."""
     gpus, driver = _read_gpus()
     return Machine(
         cores=_usable_cores(),
@@ -71,13 +71,13 @@ def read_machine() -> Machine:
 
 
 def address_space_bytes() -> int:
-    """Return the limit that `ulimit -v` sets to a process; UNLIMITED_BYTES where none."""
+    """Return the limit set by `ulimit -v`; UNLIMITED_BYTES if there is none."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     return UNLIMITED_BYTES if limit == resource.RLIM_INFINITY else min(limit, UNLIMITED_BYTES)
 
 
 def cgroup_memory_limit_bytes(root: Path = CGROUP) -> int:
-    """Return this process's memory limit from cgroup v2 or v1; UNLIMITED_BYTES where none."""
+    """Return this process's memory limit from cgroup v2 or v1; UNLIMITED_BYTES if there is none."""
     limits = [
         min(int(text), UNLIMITED_BYTES)
         for folder, is_v2 in memory_cgroups(root)
@@ -87,9 +87,9 @@ def cgroup_memory_limit_bytes(root: Path = CGROUP) -> int:
 
 
 def oom_kills(root: Path = CGROUP) -> int:
-    """Return how often the kernel has killed a process of this cgroup for memory.
+    """Return how many processes of this cgroup the kernel has killed for lack of memory.
 
-    Without a memory cgroup to ask, as on a bare machine, those of the whole machine count.
+    Without a memory cgroup, as on a bare machine, kills on the whole machine count.
     """
     counts = [
         _counted(_read(folder / ("memory.events" if is_v2 else "memory.oom_control")), "oom_kill")
@@ -104,7 +104,7 @@ def oom_kills(root: Path = CGROUP) -> int:
 def memory_cgroups(root: Path) -> list[tuple[Path, bool]]:
     """Return the folders of this process's memory cgroup, and whether each is of version 2.
 
-    In a container its own cgroup is mounted as the root; elsewhere it is further down.
+    In a container its own cgroup is mounted as the root; elsewhere it is a subfolder.
     """
     folders = [(root, True), (root / "memory", False)]
     for line in _read(OWN_CGROUPS).splitlines() if root == CGROUP else ():
@@ -125,7 +125,7 @@ def _read(path: Path) -> str:
 
 
 def _counted(text: str, name: str) -> int | None:
-    """Return the number behind a name in lines of such pairs; None where there is none."""
+    """Return the number that follows a name in lines of name-value pairs; None if absent."""
     for line in text.splitlines():
         words = line.split()
         if words[:1] == [name] and len(words) > 1 and words[1].isdigit():
@@ -134,7 +134,7 @@ def _counted(text: str, name: str) -> int | None:
 
 
 def free_disk_bytes(path: Path) -> int:
-    """Return the free bytes where `path` is or would be made."""
+    """Return the free bytes on the disk where `path` is or would be created."""
     existing = path.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -153,7 +153,7 @@ def peak_memory_bytes() -> int:
 
 
 def _usable_cores(root: Path = CGROUP) -> int:
-    """Return the cores of the affinity mask, or fewer where a cgroup quota says so."""
+    """Return the cores in the affinity mask, or fewer under a cgroup quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = cores or 1
     try:
@@ -170,7 +170,7 @@ def _usable_cores(root: Path = CGROUP) -> int:
 
 
 def is_hidden() -> bool:
-    """Tell whether CUDA_VISIBLE_DEVICES hides every GPU, or the stack `cpu` is asked for."""
+    """Return whether CUDA_VISIBLE_DEVICES hides every GPU, or LORA_STACK is `cpu`."""
     if os.environ.get("LORA_STACK") == "cpu":
         return True
     return os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1")
@@ -179,9 +179,9 @@ def is_hidden() -> bool:
 def visible_devices(nvml: Any) -> list[tuple[int, Any]]:
     """Return the GPUs that this process may use, in CUDA's order: index by NVML, and handle.
 
-    CUDA_VISIBLE_DEVICES names them by index, by UUID (a beginning that is unique will do), or
-    names a slice of one as MIG. As CUDA has it, the first name that fits nothing ends the list,
-    and a GPU that is named twice leaves none. A handle is None where the GPU does not answer.
+    CUDA_VISIBLE_DEVICES names them by index, by UUID (a unique prefix is enough) or as a MIG slice.
+    As in CUDA, the first name that matches nothing ends the list, and a GPU named twice leaves
+    none. A handle is None if the GPU does not answer.
 
     Raises:
         NVMLError: the driver does not answer.
@@ -194,7 +194,7 @@ def visible_devices(nvml: Any) -> list[tuple[int, Any]]:
     devices: list[tuple[int, Any]] = []
     for name in (part.strip() for part in names.split(",")):
         if name.upper().startswith("MIG-"):
-            # CUDA uses one slice, whichever else is named.
+            # CUDA uses a single slice, whatever else is named.
             return devices or _mig_slice(nvml, name, handles)
         index = _index_of(nvml, name, handles)
         if index is None:
@@ -206,7 +206,7 @@ def visible_devices(nvml: Any) -> list[tuple[int, Any]]:
 
 
 def _index_of(nvml: Any, name: str, handles: Sequence[Any]) -> int | None:
-    """Return the index of a GPU that is named by index or UUID; None if there is no such GPU."""
+    """Return the index of a GPU named by index or UUID; None if there is no such GPU."""
     if name.isdigit():
         return int(name) if int(name) < len(handles) else None
     if not name.startswith("GPU-"):
@@ -264,7 +264,7 @@ def _read_gpus() -> tuple[tuple[Gpu, ...], str]:
 def _read_gpu(nvml: Any, index: int, handle: Any) -> Gpu:
     try:
         capability = tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle))
-    except nvml.NVMLError:  # a MIG slice has its GPU's
+    except nvml.NVMLError:  # a MIG slice has the capability of its GPU
         parent = nvml.nvmlDeviceGetHandleByIndex(index)
         capability = tuple(nvml.nvmlDeviceGetCudaComputeCapability(parent))
     return Gpu(

@@ -1,7 +1,7 @@
-"""What a process needs in memory, from the counts of its work: (shapes, data) -> bytes. Pure.
+"""The memory that a process needs: (model shape, data, batch sizes) -> bytes. Pure.
 
-Imports no torch: what a step needs beyond weights and optimizer states is counted by
-`model.footprint`, which is handed in.
+Imports no torch: the memory of a step beyond weights and optimizer states is counted by
+`model.footprint`, which callers pass in.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from .machine import Machine
 
 Precision = Literal["float32", "float16", "bfloat16"]
 Parallelism = Literal["none", "ddp", "fsdp", "deepspeed"]
-# What a process holds before any model: the interpreter, torch, transformers, peft
+# A process before any model is loaded: the interpreter, torch, transformers, peft
 # (487 MB measured on the CPU; CUDA's context comes on top on a GPU).
 RUNTIME_BYTES = 500 << 20
-# Layers that are whole at a time: the one that computes and the next; DeepSpeed gathers into a
-# buffer of its own too (3.4 found on a CPU).
+# Layers gathered at the same time: the current one and the next; DeepSpeed also has a gather buffer
+# (3.4 measured on a CPU).
 WHOLE_LAYERS = {"fsdp": 2.0, "deepspeed": 3.5}
 # 4 bits: a float32 scale for 64 weights; or, double quantized, one byte for 64 and a float32
 # for 256 of those.
 SCALE_BYTES = 4 / 64
 DOUBLE_SCALE_BYTES = 1 / 64 + 4 / (64 * 256)
-# AdamW's two moments, a parameter; paged ones may leave the device. In 8 bits each has a
-# float32 scale for 256 numbers.
+# AdamW's two moments per parameter; paged ones may leave the device. In 8 bits each has a float32
+# scale per 256 numbers.
 MOMENT_BYTES = {
     "adamw": 8.0,
     "adamw_8bit": 2 + 8 / 256,
@@ -37,7 +37,7 @@ MOMENT_BYTES = {
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """What the plan needs to know of the base model; parameters are counts, not bytes."""
+    """The base model's facts for the plan; parameters are counts, not bytes."""
 
     model_type: str
     layers: int
@@ -46,25 +46,25 @@ class ModelSize:
     parameters: int
     trainable_parameters: int
     max_positions: int
-    # Those that 4 and 8 bits leave alone: embeddings, norms, the head.
+    # Never quantized: embeddings, norms, the head.
     unquantized_parameters: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class DataProfile:
-    """What the plan needs to know of the prepared data; lengths in tokens."""
+    """The prepared data's facts for the plan; lengths in tokens."""
 
     rows: int
     tokens: int
     supervised_tokens: int
     longest: int
     eval_rows: int = 0
-    # The longest rows, in falling order, and the most supervised tokens of one; 0: all of them.
+    # The longest rows, longest first, and the most supervised tokens in one; 0: all of them.
     longest_rows: tuple[int, ...] = ()
     most_supervised: int = 0
 
     def batch(self, examples: int) -> tuple[int, ...]:
-        """Return the lengths of the largest batch that so many rows can make."""
+        """Return the lengths of the largest batch of that many rows."""
         rows = self.longest_rows[:examples]
         return rows + (rows[-1] if rows else self.longest,) * (examples - len(rows))
 
@@ -79,9 +79,9 @@ class DataProfile:
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """What one of several processes has of the work; `micro_batch` 0: as configured.
+    """The share of one process; `micro_batch` 0: as configured.
 
-    `is_offloaded`: its part of the layers lies in the host's memory. `eval_batch` likewise.
+    `is_offloaded`: its layers are kept in host memory. `eval_batch` 0: as configured.
     """
 
     processes: int = 1
@@ -93,7 +93,7 @@ class Partition:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a process has in memory at a time: a micro-batch of training, or of an evaluation.
+    """The work that a process has in memory: a micro-batch of training or of an evaluation.
 
     `lengths` are the examples', in tokens; of each at most `supervised_tokens` are supervised.
     `accumulates` gradients of earlier micro-batches. `bits` are those of a quantized weight.
@@ -108,12 +108,12 @@ class Work:
 
 
 UNDIVIDED = Partition()
-# Returns the most bytes that live at once in some work, weights and optimizer states left out.
+# Returns the peak of live bytes for some work, without weights and optimizer states.
 Count = Callable[[Work], int]
 
 
 def uncounted(_work: Work) -> int:
-    """Count nothing, for a plan whose memory is of no interest."""
+    """Count nothing, for a plan whose memory does not matter."""
     return 0
 
 
@@ -129,13 +129,12 @@ def estimate_memory_bytes(
 ) -> int:
     """Return a process's peak memory: runtime, weights, adapter states, and the largest work.
 
-    That is counted for the longest examples together; an evaluation's batch, which keeps
-    nothing for a backward pass, may still be the larger one, and so may a checkpoint's copy
-    of the adapter and its moments.
+    The largest work is the longest examples in one micro-batch, an evaluation batch (which keeps
+    nothing for a backward pass), or a checkpoint's copy of the adapter and its moments.
     """
     training = config.training
     weights = weights_bytes(config, model_size, precision, partition)
-    state = 4 + MOMENT_BYTES[training.optim]  # the float32 adapter's, a parameter
+    state = 4 + MOMENT_BYTES[training.optim]  # bytes per float32 adapter parameter
     bits = 4 if config.model.use_4bit else 8 if config.model.use_8bit else 16
     most = data.most_supervised or data.longest
     asked = training.per_device_train_batch_size
@@ -159,8 +158,8 @@ def weights_bytes(
 ) -> float:
     """Return the bytes of the base model's weights in one process.
 
-    With fsdp and deepspeed each holds its part of every layer, some layers whole while they
-    compute, and embeddings and head, which are not shared out.
+    With fsdp and deepspeed each process holds its shard of every layer, a few gathered layers, and
+    embeddings and head, which are not sharded.
     """
     width = 4 if precision == "float32" else 2
     whole = float(
@@ -180,9 +179,9 @@ def _is_quantized(config: Config) -> bool:
 
 
 def _quantized_bytes(config: Config, model_size: ModelSize, width: int) -> tuple[float, float]:
-    """Return the bytes of what each process has whole, and of the packed weights.
+    """Return the bytes that every process holds in full, and the bytes of the packed weights.
 
-    Whole are what is not quantized, and the scales.
+    Held in full are the weights that are not quantized, and the scales.
     """
     if config.model.use_8bit:
         each, scale = 1.0, 4 / model_size.hidden_size
@@ -195,7 +194,7 @@ def _quantized_bytes(config: Config, model_size: ModelSize, width: int) -> tuple
 
 
 def memory_limit_bytes(machine: Machine, processes: int) -> int:
-    """Return what one process may use: its GPU's memory, or its part of the machine's."""
+    """Return the memory available to one process: its GPU's, or its share of the machine's."""
     if machine.has_gpu:
         return min(gpu.memory_bytes for gpu in machine.gpus)
     return machine.memory_bytes // processes

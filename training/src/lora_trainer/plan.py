@@ -1,7 +1,7 @@
 """Every number of a run, resolved: (Config, Machine, ModelShape, DataProfile) -> Plan. Pure.
 
-Nothing is derived later: the loop reads the plan, the report prints it, `plan.json`
-keeps it. Imports no torch.
+Nothing is derived later: the loop reads the plan, the report prints it, `plan.json` stores it.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from .memory_estimate import (
 )
 from .run.memory_limits import MemoryLimits
 
-# A base model that takes more of a device leaves no room to train on it.
+# A base model that takes more of a device leaves too little memory for training.
 FITTING_FRACTION = 0.9
 AS_CONFIGURED = MemoryLimits()
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The resolved run. `reasons` says, for each choice that was automatic, why."""
+    """The resolved run. `reasons` explains each automatic choice."""
 
     device: Device
     processes: int
@@ -63,7 +63,7 @@ class Plan:
     trainable_parameters: int
     estimated_memory_bytes: int
     memory_limit_bytes: int
-    # Of one example with gradient checkpointing, and what fits where that does not (`smaller`).
+    # For one example with gradient checkpointing; and what fits if that does not (`smaller`).
     least_memory_bytes: int = 0
     smaller_plans: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
@@ -89,15 +89,15 @@ def make_plan(
     reasons: tuple[str, ...] = (),
     count: Count = uncounted,
 ) -> Plan:
-    """Resolve a run's numbers; `machine`, `precision` and `attention` are the backend's.
+    """Resolve a run's numbers; `machine`, `precision` and `attention` come from the backend.
 
-    `limits` are what the run was cut down to when its memory ran out.
+    `limits` are the reduced sizes after the run was out of memory.
 
-    A step is per_device_train_batch_size x gradient_accumulation_steps examples whatever
-    the number of processes: they share them out, and no number but the time changes.
+    A step is per_device_train_batch_size x gradient_accumulation_steps examples whatever the number
+    of processes: these divide the examples, and only the time changes.
 
     Raises:
-        ValueError: there is nothing to train (no row); the data check refuses that first.
+        ValueError: there are no rows; the data check rejects that first.
     """
     if data.rows < 1:
         raise ValueError("no rows to train on")
@@ -105,12 +105,12 @@ def make_plan(
     step_examples = training.per_device_train_batch_size * training.gradient_accumulation_steps
     steps_per_epoch = math.ceil(data.rows / step_examples)
     total, warmup = steps_of(training, steps_per_epoch)
-    # Where there are fewer micro-batches than processes, these become smaller.
+    # With fewer micro-batches than processes, micro-batches become smaller.
     as_asked = min(training.per_device_train_batch_size, -(-step_examples // processes))
     micro_batch = min(as_asked, limits.micro_batch_examples or as_asked)
     eval_batch = training.per_device_eval_batch_size
     eval_batch = min(eval_batch, limits.eval_batch_examples or eval_batch)
-    # Where there is no GPU, the host's memory is where the layers are anyway.
+    # Without a GPU the layers are in host memory anyway.
     is_offloaded = config.training.offload_param_device == "cpu" and machine.has_gpu
     partition = Partition(processes, parallelism, micro_batch, is_offloaded, eval_batch)
     chosen = _choose_checkpointing(
@@ -165,7 +165,7 @@ def make_plan(
 
 
 def steps_of(training: TrainingSection, steps_per_epoch: int) -> tuple[int, int]:
-    """Return the number of steps, and how many of them are warmup."""
+    """Return the number of steps and of warmup steps."""
     total = (
         training.max_steps
         if training.max_steps > 0
@@ -209,7 +209,7 @@ def _every(steps: int, per_epoch: int, steps_per_epoch: int) -> int:
 
 
 def limited(plan: Plan, limits: MemoryLimits) -> Plan:
-    """Return the plan of a run that goes on with smaller batches."""
+    """Return the plan of a run that continues with smaller batches."""
     batches = math.ceil(plan.step_examples / limits.micro_batch_examples)
     return replace(
         plan,
@@ -223,12 +223,16 @@ def limited(plan: Plan, limits: MemoryLimits) -> Plan:
 def choose_parallelism(
     config: Config, machine: Machine, model_size: ModelSize, precision: Precision, processes: int
 ) -> tuple[Parallelism, str]:
-    """Return how processes share the work, and why where that was chosen."""
+    """Return the parallelism, and the reason if it was chosen automatically."""
     asked = config.training.parallelism
     if processes == 1 and asked != "deepspeed":
         return "none", ""
     if processes == 1 and config.training.offload_param_device == "none":
-        return "none", "deepspeed is not used: one process shares nothing, and nothing is offloaded"
+        return (
+            "none",
+            "deepspeed is not used: with one process there is nothing to shard, and nothing is "
+            "offloaded",
+        )
     needed = RUNTIME_BYTES + weights_bytes(config, model_size, precision, UNDIVIDED)
     limit = memory_limit_bytes(machine, processes)
     if asked == "deepspeed":
@@ -238,7 +242,7 @@ def choose_parallelism(
     if needed <= FITTING_FRACTION * limit:
         return "ddp", ""
     return "fsdp", (
-        f"parallelism is fsdp: the base model needs {needed / 2**30:.1f} GB a process, and one "
+        f"parallelism is fsdp: the base model needs {needed / 2**30:.1f} GB per process, and each "
         f"has {limit / 2**30:.1f} GB"
     )
 
@@ -247,16 +251,17 @@ def _reading_reason(needed: float, machine: Machine) -> str:
     if needed <= machine.memory_bytes:
         return ""
     return (
-        f"with deepspeed all processes read the base model at once: {needed / 2**30:.1f} GB, and "
-        f"the machine has {machine.memory_bytes / 2**30:.1f} GB; with fsdp one after another"
+        f"with deepspeed all processes load the base model at the same time: {needed / 2**30:.1f} "
+        f"GB are needed, and the machine has {machine.memory_bytes / 2**30:.1f} GB; with fsdp "
+        "they load one after another"
     )
 
 
 def process_count(config: Config, machine: Machine) -> int:
-    """Return how many processes train: one per visible GPU, unless the user says.
+    """Return how many processes train: one per visible GPU unless `nproc` is set.
 
     Raises:
-        ConfigError: more are asked for than there are GPUs.
+        ConfigError: `nproc` is more than the number of GPUs.
     """
     asked, gpus = config.training.nproc, len(machine.gpus)
     if asked == "auto":
@@ -265,8 +270,7 @@ def process_count(config: Config, machine: Machine) -> int:
         raise ConfigError.of(
             f"nproc {asked} is more than the visible GPUs",
             where="training.nproc",
-            why=f"each process has a GPU of its own, and there {'is' if gpus == 1 else 'are'} "
-            f"{gpus}",
+            why=f"each process needs its own GPU, and there {'is' if gpus == 1 else 'are'} {gpus}",
             remedy=f"--nproc {gpus}, or --nproc auto",
         )
     return asked
@@ -282,8 +286,8 @@ def _idle_reasons(config: Config, step_examples: int, processes: int) -> tuple[s
             f"has {step_examples} examples; raise gradient_accumulation_steps",
         )
     return (
-        f"a micro-batch has {-(-step_examples // processes)} instead of {asked} examples, so that "
-        f"{processes} processes share a step of {step_examples}; raise "
+        f"micro-batches have {-(-step_examples // processes)} instead of {asked} examples, so that "
+        f"{processes} processes can share a step of {step_examples}; raise "
         f"gradient_accumulation_steps to {processes} to fill them",
     )
 

@@ -1,8 +1,8 @@
-"""Strikes secrets out of everything that is written, shown or served.
+"""Redacts secrets from everything that is written, shown or served.
 
-A secret is the value of any environment variable whose name says so, what `hf auth login`
-and .netrc keep, and what the configuration gave; written plainly, in JSON or in a URL.
-Tokens of a known shape and passwords in URLs go too, wherever they come from.
+A secret is the value of any environment variable with a telling name, of `hf auth login` and
+.netrc, and of secret configuration keys; in plain text, JSON or a URL. Tokens of a known shape and
+passwords in URLs go too, wherever they come from.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 from urllib.parse import quote, quote_plus
 
 STRUCK = "***"
-LEAST_CHARACTERS = 6  # a shorter value stands in too much that is no secret
+LEAST_CHARACTERS = 6  # a shorter value occurs in too much text that is not secret
 MOST_BYTES = 64 * 1024
-# TOKENIZERS_PARALLELISM=false is none, nor is a file that a name ends by announcing.
+# TOKENIZERS_PARALLELISM=false is not a secret, nor is the path in a variable ending in _FILE.
 NAMES = re.compile(
     r"TOKEN(?!IZER)|SECRET|KEY|PASSW|CREDENTIAL|WEBHOOK|_(PWD|PASS|AUTH)$", re.IGNORECASE
 )
@@ -40,7 +40,7 @@ SHAPES = (
     r"(?<=[A-Za-z]://)[^\s/@:\"']{12,}(?=@)",
 )
 PASSWORD = re.compile(r"://[^\s/:@]*:([^\s/]+)@")
-# In a URL's query or fragment, the value of a parameter whose name says that it is a secret.
+# In a URL's query or fragment, the value of a parameter with a secret name.
 PARAMETER = re.compile(
     r"((?:[?&;#]|%3F|%26)"
     r"(?:[\w.-]*[_.-]|access|api|auth|client|id|private|refresh)?"
@@ -49,7 +49,7 @@ PARAMETER = re.compile(
     r"[^&;#\s\"'<>%]+(?:%(?!26)[0-9A-F]{2}[^&;#\s\"'<>%]*)*",
     re.IGNORECASE,
 )
-# Words of a fixed vocabulary: no reader could do with another one.
+# Fixed vocabulary: readers depend on these exact words.
 KEPT_FIELDS = frozenset({"phase", "when"})
 
 
@@ -67,7 +67,7 @@ class Redaction:
 
     @staticmethod
     def of(environ: Mapping[str, str], *more: str | None) -> Redaction:
-        """Return the redaction of what this process can know, and of `more`."""
+        """Return the redaction of every secret known to this process, and of `more`."""
         named = [
             value
             for name, value in environ.items()
@@ -87,7 +87,7 @@ class Redaction:
         return PARAMETER.sub(rf"\1{STRUCK}", struck) if "=" in text or "%3" in text else struck
 
     def data(self, data: bytes) -> bytes:
-        """Return bytes of text without secrets; what is not UTF-8 stays as it is."""
+        """Return text bytes without secrets; bytes that are not UTF-8 are unchanged."""
         return self.text(data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
 
     def value(self, value: Any) -> Any:
@@ -101,7 +101,7 @@ class Redaction:
         return value
 
     def event(self, event: Record) -> Record:
-        """Return an event, or another dataclass, without secrets; mostly the very one given."""
+        """Return an event or another dataclass without secrets; the same one if it has none."""
         struck = {
             field.name: clean
             for field in fields(event)  # type: ignore[arg-type]  # a dataclass
@@ -112,7 +112,7 @@ class Redaction:
 
 
 def given_secrets(arguments: Sequence[str]) -> list[str]:
-    """Return the values of options whose name says that they are secrets."""
+    """Return the values of options with secret names."""
     secrets = []
     for option, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, is_joined, value = option.partition("=")
@@ -122,7 +122,7 @@ def given_secrets(arguments: Sequence[str]) -> list[str]:
 
 
 def _forms(secret: str) -> set[str]:
-    """Return how a secret may be written; each line of a long one counts, such as a key's."""
+    """Return the ways to write a secret; each line of a multi-line one, such as a key, counts."""
     lines = [line.strip() for line in secret.splitlines()]
     forms = set()
     for part in [secret.strip(), *lines]:
@@ -133,7 +133,7 @@ def _forms(secret: str) -> set[str]:
 
 
 def _kept_secrets(environ: Mapping[str, str]) -> list[str]:
-    """Return what tools have stored for this user."""
+    """Return the secrets that other tools have stored for this user."""
     home = Path(environ.get("HOME") or "~").expanduser()
     hub = Path(environ.get("HF_HOME") or home / ".cache" / "huggingface")
     files = [Path(environ.get("HF_TOKEN_PATH") or hub / "token")]

@@ -1,4 +1,4 @@
-"""Figures as people read them: durations, bytes, losses, percentages."""
+"""Human-readable durations, bytes, losses and percentages."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def number(value: float) -> str:
 
 
 def percent(fraction: float) -> str:
-    """Return a share of one as a percentage."""
+    """Return a fraction as a percentage."""
     return f"{fraction:.1%}"

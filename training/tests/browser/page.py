@@ -103,7 +103,7 @@ class Page:
         return self.js(f"return {found}", selector)
 
     def is_shown(self, selector: str) -> bool:
-        """Tell whether an element takes room on the page."""
+        """Return whether an element takes room on the page."""
         return self.js(
             "return Boolean(document.querySelector(arguments[0])?.offsetParent)", selector
         )

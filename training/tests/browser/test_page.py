@@ -84,9 +84,9 @@ def test_an_unhealthy_run_says_why_and_what_helps(page, serve):
     server = serve(*going_on())
     server.live.is_abandoned = True
     page.open(server.url)
-    page.wait_for_text("#trouble", "the run's process is gone")
-    assert "started again with the same command" in page.text("#trouble")
-    page.wait_for_text("#left", "broken off after")
+    page.wait_for_text("#trouble", "the run's process died")
+    assert "run the same command again" in page.text("#trouble")
+    page.wait_for_text("#left", "stopped after")
     server.live.is_abandoned = False
     page.wait_for("health again", lambda: not page.is_shown("#trouble"))
     assert page.text("#health").startswith("Healthy")

@@ -88,7 +88,7 @@ def test_a_worker_that_restarts_is_followed(page, serve):
     page.wait_for_text("#done", "Step 120")
     server.live.add(Restarted(attempt=2, cause="was killed", exit_code=-9))
     page.wait_for_text("#health", "Unhealthy")
-    page.wait_for_text("#trouble", "goes on from its last checkpoint")
+    page.wait_for_text("#trouble", "it resumes from the last checkpoint")
     for event in going_on(100)[-20:]:
         server.live.add(event)
     page.wait_for_text("#done", "Step 100")

@@ -109,7 +109,7 @@ def test_a_second_run_in_the_same_folder_is_refused_by_preflight(project, make_p
     project.wait(lambda: project.step() > 0, "the first step")
     assert second.up() == 75
     assert second.state()["Status"] == "created"
-    assert "another run holds this output folder" in second.logs("preflight")
+    assert "another run is using this output folder" in second.logs("preflight")
 
 
 def test_what_the_container_prints_are_the_hosts_names(project):

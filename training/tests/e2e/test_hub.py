@@ -229,10 +229,10 @@ def test_a_private_model_is_trained_with_a_token_that_stands_nowhere_afterwards(
 @pytest.mark.parametrize(
     ("case", "code", "words"),
     [
-        ("unknown", 69, ["the hub knows no such model", "check the spelling"]),
+        ("unknown", 69, ["the hub has no such model", "check the spelling"]),
         ("private", 69, ["or it is private", "export HF_TOKEN"]),
         ("revision", 69, ["no such revision", "model_revision: v9"]),
-        ("expired", 77, ["the hub refuses the token", "settings/tokens"]),
+        ("expired", 77, ["the hub rejected the token", "settings/tokens"]),
         ("pickled", 69, ["its weights are pickled (pytorch_model.bin)"]),
         ("coded", 78, ["Python code of its own", "--trust_remote_code"]),
         ("no rows", 69, ["the hub has no such dataset", "check the id"]),

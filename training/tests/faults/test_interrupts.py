@@ -46,7 +46,7 @@ def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def handles(pid: int, number: int) -> bool:
-    """Tell whether a process has a handler of its own for a signal."""
+    """Return whether a process has a handler of its own for a signal."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

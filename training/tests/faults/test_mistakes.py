@@ -126,7 +126,7 @@ def test_diverging_run_stops_at_a_sound_checkpoint_and_its_remedy_works_there(
     output = trainer.root / "diverging"
     settings = {"lr_scheduler_type": "constant", "max_steps": 400, "eval_steps": 100}
     ended = trainer.train(output, learning_rate=10.0, **settings)
-    assert_told(ended, 70, "not finite", "lower learning_rate", "is whole and finite")
+    assert_told(ended, 70, "not finite", "lower learning_rate", "is valid and finite")
     assert "Traceback" in (output / "train.log").read_text()
     (failed,) = of_kind(output, "failed")
     assert failed["exit_code"] == 70
@@ -211,7 +211,7 @@ def test_full_disk_under_every_log_leaves_the_exit_code(trainer: Trainer, tmp_pa
     environment = trainer.environment() | {"LORA_TRAINER_LOG_DIR": str(tmp_path)}
     ended = Run(command, trainer.root / "m6", environment).wait()
     assert_told(ended, 69, "/no/such/model")
-    assert (ended.out + ended.err).count("full.log is not kept") == 1
+    assert (ended.out + ended.err).count("full.log is not written") == 1
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, env=environment, check=False, stdout=full, stderr=full)
     assert done.returncode == 69

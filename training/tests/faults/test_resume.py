@@ -130,7 +130,7 @@ def test_signal_ends_with_its_own_exit_code_and_says_how_to_go_on(
 ) -> None:
     ended = stopped[1][name].ended
     assert ended.code == 143, ended.err
-    assert "start the same command again" in ended.block
+    assert "run the same command again" in ended.block
     assert "Traceback" not in ended.err
 
 

@@ -85,7 +85,7 @@ def test_finished_run_leaves_no_secret(secretive: Secretive) -> None:
     assert secretive.leaks(ended) == {}
     card = (secretive.root / "done" / RUN_TOKEN / "final_model" / "README.md").read_text()
     assert "# \\*\\*\\*\n" in card
-    assert "output folder's name holds a secret" in ended.out
+    assert "output folder's name contains a secret" in ended.out
     assert "status: " in (secretive.root / "logs" / "***.log").read_text()
 
 

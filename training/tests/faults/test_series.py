@@ -60,7 +60,7 @@ def soon(instant: Instant) -> Instant:
 
 
 def has_ended(event: Event) -> bool:
-    """Tell whether the supervisor is about to write the report, and then DONE."""
+    """Return whether the supervisor is about to write the report, and then DONE."""
     return event["event"] == "ended"
 
 
@@ -140,7 +140,7 @@ def test_twenty_stop_signals_end_with_143_and_change_nothing(
             assert ended.code == 0, ended.err
             break
         assert ended.code == 143, ended.err
-        assert "start the same command again" in ended.block
+        assert "run the same command again" in ended.block
         trained = max(losses(output), default=0)
         assert max(steps_saved(output), default=0) == trained or steps_saved(output) == before
     ended = trainer.start(output, on_finished="stop").wait()

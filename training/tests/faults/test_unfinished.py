@@ -118,7 +118,7 @@ def test_finished_run_is_moved_aside(trainer: Trainer, undisturbed: Path) -> Non
 @pytest.mark.parametrize(
     ("changed", "code", "text"),
     [
-        ({}, 0, "this run is finished"),
+        ({}, 0, "this run is already finished"),
         ({"learning_rate": 0.02}, 78, "learning_rate: 0.01 -> 0.02"),
         ({"max_steps": 90}, 78, "max_steps: 60 -> 90"),
     ],

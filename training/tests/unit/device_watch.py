@@ -123,7 +123,7 @@ class DeviceWatch(TorchDispatchMode):
 
 
 def is_view(func: Any) -> bool:
-    """Tell whether an operation returns its argument's memory without writing to it."""
+    """Return whether an operation returns its argument's memory without writing to it."""
     aliases = [one.alias_info for one in func._schema.returns]
     return any(one is not None and not one.is_write for one in aliases)
 

@@ -57,7 +57,7 @@ def connected(server: StatusServer) -> Iterator[socket.socket]:
 
 
 def is_closed(client: socket.socket, within: float = SECONDS) -> bool:
-    """Tell whether the server closes the connection in time."""
+    """Return whether the server closes the connection in time."""
     client.settimeout(within)
     try:
         while client.recv(65536):

@@ -136,7 +136,7 @@ def refusal(**keys):
 @pytest.mark.parametrize(
     ("targets", "what"),
     [
-        (".*(q|v_proj", "no regular expression"),
+        (".*(q|v_proj", "not a valid regular expression"),
         ("(q|v)_proj", "matches no module"),
         (["input_layernorm"], "PEFT cannot"),
         (".*layernorm", "PEFT cannot"),

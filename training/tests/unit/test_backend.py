@@ -91,7 +91,7 @@ def consumers(settings: Settings, output: Path) -> dict:
 
 @pytest.mark.parametrize(
     ("listed", "usable", "what"),
-    [(2, 0, UNUSABLE), (2, 1, UNUSABLE), (0, 1, "the GPU cannot be read")],
+    [(2, 0, UNUSABLE), (2, 1, UNUSABLE), (0, 1, "NVML does not list the GPU")],
     ids=["old driver", "one of two", "none in NVML"],
 )
 def test_where_nvml_and_torch_disagree_everything_is_refused_alike(

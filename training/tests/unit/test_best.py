@@ -121,7 +121,7 @@ def test_best_that_is_not_sound_at_the_end_is_never_replaced_by_the_last(
     with pytest.raises(StorageError, match="the best checkpoint is damaged") as caught:
         session.take_best(TrainState(step=4, best_step=2))
     assert caught.value.exit_code == 74
-    assert "start the same command again" in caught.value.problems[0].remedy
+    assert "run the same command again" in caught.value.problems[0].remedy
 
 
 def test_best_of_every_kept_checkpoint_is_kept(session: TrainingSetup) -> None:

@@ -89,7 +89,7 @@ def test_empty_input_and_wrong_numbers_are_told(
     assert cli.main(["chat", str(run)]) == 78
     for wrong in ("--max-new-tokens=0", "--temperature=-1", "--top-p=0", "--temperature=nan"):
         assert cli.main(["chat", str(run), "--prompt", "x", wrong]) == 78
-    assert "nothing to answer" in capsys.readouterr().err
+    assert "there is no prompt" in capsys.readouterr().err
 
 
 def test_conversation_remembers_its_turns_until_it_is_reset(run: Path) -> None:
@@ -125,7 +125,7 @@ def test_interrupted_answer_keeps_the_words_that_were_shown(run: Path) -> None:
 
 def test_too_long_conversation_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["chat", str(run), "--prompt", "long " * 200]) == 78
-    assert "longer than the model can read" in capsys.readouterr().err
+    assert "longer than the model's context" in capsys.readouterr().err
 
 
 def test_model_without_a_template_goes_on_with_the_text(run: Path) -> None:
@@ -143,7 +143,7 @@ def test_template_that_refuses_is_a_fault_with_a_remedy(
     opened.tokenizer.chat_template = "{{ raise_exception('no system') }}"
     talked = chat.Conversation(opened, chat.Asking(), is_base=False, system="x")
     chat._answer_shown(talked, "hello")
-    assert "refuses this conversation" in capsys.readouterr().err
+    assert "rejects this conversation" in capsys.readouterr().err
 
 
 def test_answers_cannot_steer_the_terminal() -> None:

@@ -63,7 +63,7 @@ def test_an_instruction_that_is_not_understood_is_named_by_file_and_line(model, 
     assert check(model, tmp_path, [{"messages": good}, {"messages": bad}]) == 65
     shown = capsys.readouterr().err
     assert f"{tmp_path}/d.jsonl:2" in shown
-    assert "'train_detail', which reads like an instruction on training" in shown
+    assert "'train_detail', which looks like a training instruction" in shown
 
 
 def test_reasoning_that_the_template_drops_is_counted_with_a_remedy(model, tmp_path, capsys):
@@ -73,7 +73,7 @@ def test_reasoning_that_the_template_drops_is_counted_with_a_remedy(model, tmp_p
     ]
     assert check(model, tmp_path, rows, f"--chat_template={WITHOUT_EARLIER_THOUGHTS}") == 0
     shown = capsys.readouterr().out
-    assert "2 of 3 rows: the chat template leaves out the reasoning of an answer" in shown
+    assert "2 of 3 rows: the chat template drops the reasoning of an answer" in shown
     assert "set train_on to last" in shown
     assert (
         check(
@@ -87,7 +87,7 @@ def test_reasoning_that_the_template_drops_is_counted_with_a_remedy(model, tmp_p
 def test_an_end_token_that_rows_spell_out_is_reported_and_stands_once(model, tmp_path, capsys):
     assert check(model, tmp_path, [{"text": "Once.<|im_end|>\n"}] * 2) == 0
     shown = capsys.readouterr().out
-    assert "2 of 2 rows: the text spells out the end token: it is kept once" in shown
+    assert "2 of 2 rows: the text contains the end token: it is kept once" in shown
     assert shown.count("<|im_end|>\n]]") == 2
 
 

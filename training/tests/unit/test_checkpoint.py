@@ -135,7 +135,7 @@ def test_flipped_bit_in_any_byte_of_a_manifest_is_found_or_harmless(store: Check
 def test_manifest_that_names_no_files_does_not_verify(store: CheckpointStore) -> None:
     path = store.save(snapshot_at(1))
     (path / MANIFEST).write_text("{}")
-    with pytest.raises(CorruptCheckpointError, match="does not name the files"):
+    with pytest.raises(CorruptCheckpointError, match="does not list the files"):
         verify(path)
 
 

@@ -75,7 +75,7 @@ def test_missing_rows_are_told(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert cli.main(["evaluate", str(run)]) == 78
     assert cli.main(["evaluate", str(run), "--dataset", "nothing.jsonl"]) == 65
     told = capsys.readouterr().err
-    assert "no held-out rows of its own" in told
+    assert "the run has no held-out rows" in told
     assert "nothing.jsonl" in told
 
 

@@ -347,7 +347,7 @@ def test_a_run_that_has_finished_or_was_stopped_is_healthy(
         ),
         (77, "", "false", "the run ended (exit code 77: no permission)", "run.sh logs"),
         (137, "step 3\n", "false", "killed from outside", "run.sh resumes"),
-        (137, "step 3\n", "true", "the kernel killed a process for memory", "a larger LORA_MEMORY"),
+        (137, "step 3\n", "true", "the kernel killed a process for memory", "raise LORA_MEMORY"),
     ],
 )
 def test_health_check_names_why_a_container_ended(

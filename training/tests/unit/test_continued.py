@@ -98,7 +98,7 @@ def test_base_weights_changed_in_place_are_refused(runs: Runs) -> None:
             runs.start("long", "max_steps", "8")
     finally:
         weights.write_bytes(content)
-    assert "weights in the folder of model_name_or_path" in finished.value.problems[0].why
+    assert "weights in the model_name_or_path folder" in finished.value.problems[0].why
     runs.start("changed")
     runs.start("undisturbed")
     assert runs.adapter("changed") == runs.adapter("undisturbed")

@@ -55,17 +55,21 @@ def test_rows_that_are_cut_left_out_or_skipped_are_said():
         rows_truncated=2,
         longest_tokens=4000,
         rows_dropped={"too long": 3},
-        rows_skipped={"broken JSON": 1},
+        rows_skipped={"invalid JSON": 1},
         rows_used=3,
         processes_restarted=1,
         rows_changed={Change.THOUGHTS_DROPPED.value: 2, Change.SYSTEM_ADDED.value: 3},
     )
     told = data_warnings(Config(), splits(train_report=report))
     assert len(told) == 5
-    assert told[0] == "dataset: 1 tokenizing process ended early; the rows were done again"
-    assert "2 of 3 rows: the chat template leaves out the reasoning" in told[-1]
+    assert told[0] == "dataset: 1 tokenizing process died; the rows were processed again"
+    assert "2 of 3 rows: the chat template drops the reasoning" in told[-1]
     assert "train_on to last" in told[-1]
-    for text in ("2 of 9 rows are cut", "3 rows left out: too long", "1 rows skipped: broken"):
+    for text in (
+        "2 of 9 rows are truncated",
+        "3 rows left out: too long",
+        "1 rows skipped: invalid",
+    ):
         assert any(text in line for line in told)
 
 

@@ -35,7 +35,7 @@ def test_strict_mode_stays_on_where_everything_is_deterministic() -> None:
 def test_an_operation_without_a_deterministic_form_is_named_and_passes_from_then_on() -> None:
     reason = determinism.require(varying)
     assert "put_" in reason
-    assert "no deterministic form" in reason
+    assert "no deterministic implementation" in reason
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         varying()

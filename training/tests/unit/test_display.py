@@ -132,7 +132,7 @@ def test_a_warning_is_shown_once():
         ),
         (
             Resumed(time=0.0, step=3, path="c/3", skipped=["c/4"]),
-            "resumed at step 3 from c/3; not sound, passed over: c/4",
+            "resumed at step 3 from c/3; skipped damaged checkpoints: c/4",
         ),
         (
             Restarted(time=0.0, attempt=2, cause="killed for memory", exit_code=137),

@@ -133,8 +133,8 @@ def test_length_said_in_other_keys_is_the_same_run(folder: Folder) -> None:
 @pytest.mark.parametrize(
     ("schedule", "changed", "why"),
     [
-        ("cosine", ("--max_steps", "20"), "every learning rate follows from the number of steps"),
-        ("linear", ("--max_steps", "20"), "every learning rate follows from the number of steps"),
+        ("cosine", ("--max_steps", "20"), "learning rates depend on the number of steps"),
+        ("linear", ("--max_steps", "20"), "learning rates depend on the number of steps"),
         ("constant", ("--max_steps", "20", "--warmup_ratio", "0.1"), "--warmup_steps 0 keeps it"),
         ("constant", ("--max_steps", "5", "--warmup_steps", "0"), "10 steps are done already"),
     ],
@@ -153,7 +153,7 @@ def test_length_that_the_schedule_does_not_allow_is_refused_with_the_reason(
 def test_finished_run_without_a_checkpoint_is_not_continued(folder: Folder) -> None:
     folder.leave(*FOREVER, "--max_steps", "10")
     (folder.path / "checkpoints").rename(folder.path.with_name("elsewhere"))
-    assert "no checkpoint of it is left" in folder.refused(*FOREVER, "--max_steps", "20")
+    assert "it has no checkpoint" in folder.refused(*FOREVER, "--max_steps", "20")
 
 
 def test_finished_run_is_not_continued_where_resume_is_never(folder: Folder) -> None:

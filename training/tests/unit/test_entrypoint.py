@@ -180,7 +180,7 @@ DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release B
             "docker compose -f docker-compose.training.yml -f docker-compose.cpu.yml up",
         ),
         (None, "cpu", "docker compose -f docker-compose.training.yml -f docker-compose.cpu.yml up"),
-        ("470.82.01", "cu121", "it is 470.82.01, needed is 525"),
+        ("470.82.01", "cu121", "it is 470.82.01, and 525 is required"),
         ("535.104.05", "cu121", ""),
         ("470.82.01", "cpu", ""),
     ],

@@ -254,7 +254,7 @@ def test_a_head_that_does_something_unknown_is_left_to_the_models_own_forward():
     batch = MicroBatch(*zip(*make_rows(5), strict=True))
     expected = causal.score(batch)
     causal.head = replace(causal.head, multiplier=1.5)
-    assert "decoder and head, called apart, differ" in verify(causal)
+    assert "decoder and head, called separately, differ" in verify(causal)
     assert causal.score(batch) == pytest.approx(expected, rel=1e-5)
 
 

@@ -101,7 +101,7 @@ def test_nothing_is_ever_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert cli.main(["export", str(run), str(tmp_path / "out" / "mine")]) == 78
     assert cli.main(["export", str(run), str(tmp_path / "out" / "mine" / "below")]) == 78
     assert [one.name for one in (tmp_path / "out").iterdir()] == ["mine"]
-    assert "there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_full_disk_is_told_before_anything_is_written(
@@ -110,7 +110,7 @@ def test_full_disk_is_told_before_anything_is_written(
     run = make_run(tmp_path, is_finished=False)
     monkeypatch.setattr(new_folder, "free_disk_bytes", lambda _: 1000)
     assert cli.main(["export", str(run), str(tmp_path / "out")]) == 74
-    assert "no room" in capsys.readouterr().err
+    assert "not enough disk space" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

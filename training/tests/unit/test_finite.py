@@ -65,7 +65,7 @@ def test_last_step_that_diverges_is_not_saved(tmp_path):
     with pytest.raises(NotFiniteError, match="not finite after step 12") as caught:
         loop.train(context, TrainState())
     assert [event.step for event in of_kind(events, CheckpointSaved)] == [4, 8]
-    assert "checkpoint of step 8 is whole and finite" in caught.value.problems[0].why
+    assert "checkpoint of step 8 is valid and finite" in caught.value.problems[0].why
     assert (caught.value.retry, caught.value.step) == ("not_finite", 12)
 
 
@@ -105,7 +105,7 @@ def test_weights_that_diverge_on_the_way_are_blamed_on_the_learning_rate(tmp_pat
     with pytest.raises(NotFiniteError, match=r"not finite at step 4$") as caught:
         loop.train(context, TrainState())
     (problem,) = caught.value.problems
-    assert "checkpoint of step 2 is whole" in problem.why
+    assert "checkpoint of step 2 is valid" in problem.why
     assert "--learning_rate 0.001 " in problem.remedy
     assert "--resume never" in problem.remedy
 

@@ -190,7 +190,7 @@ def test_auto_and_true_take_what_the_gpu_and_the_packages_allow(
 @pytest.mark.parametrize(
     ("capabilities", "installed", "version", "precision", "reason"),
     [
-        ([], ["flash_attn"], "2.8.3", "bfloat16", "no GPU can be used"),
+        ([], ["flash_attn"], "2.8.3", "bfloat16", "no GPU is available"),
         ([(7, 5)], ["flash_attn"], "2.8.3", "bfloat16", "GPU 75 has 7.5"),
         ([(8, 0)], [], "2.8.3", "bfloat16", "is not installed"),
         ([(8, 0)], ["flash_attn_interface"], "2.8.3", "bfloat16", "is not installed"),
@@ -222,7 +222,7 @@ def test_heads_wider_than_the_kernel_takes_are_left_to_pytorch(tmp_path, monkeyp
     assert chosen.kernel == flash.FLASH_2
     with pytest.raises(ConfigError, match="flash-attn cannot be used here") as told:
         flash.choose("flash-attn", machine((8, 0)), "bfloat16", model=wide)
-    assert "heads of up to 256, this model's have 512" in told.value.block()
+    assert "head widths up to 256, this model has 512" in told.value.block()
 
 
 def test_the_plan_names_the_kernel():

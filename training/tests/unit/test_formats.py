@@ -157,18 +157,18 @@ def test_mapped_columns_take_the_place_of_standard_ones():
         ("messages", {"messages": [USER, {"role": "assistant", "content": ""}]}, "is empty"),
         ("messages", {"messages": [USER, {"role": "assistant"}]}, "content' is missing"),
         ("messages", {"messages": [{"role": "user", "content": 5}, ANSWER]}, "[0].content' is int"),
-        ("messages", {"messages": [{"role": SECRET, "content": "x"}, ANSWER]}, "is none of"),
+        ("messages", {"messages": [{"role": SECRET, "content": "x"}, ANSWER]}, "is not one of"),
         ("messages", {"messages": [{"content": SECRET}, ANSWER]}, "[0].role' is missing"),
         ("messages", {"messages": [SECRET, ANSWER]}, "messages[0]' is str, expected an object"),
         (
             "messages",
             {"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]},
-            "only text is trained on",
+            "only text is supported",
         ),
         (
             "messages",
             {"messages": [USER, {"role": "tool", "content": SECRET}, ANSWER]},
-            "a tool's answer before any call",
+            "a tool result before any tool call",
         ),
         (
             "messages",
@@ -213,7 +213,7 @@ def test_preference_data_is_refused_by_name():
 
 @pytest.mark.parametrize(
     ("columns", "words"),
-    [({"promt": "a"}, "maps no field 'promt'"), ({"prompt": "b"}, "names 'b'")],
+    [({"promt": "a"}, "maps unknown fields: 'promt'"), ({"prompt": "b"}, "names 'b'")],
 )
 def test_a_column_mapping_that_cannot_be_meant_is_refused(columns, words):
     with pytest.raises(ConfigError, match=words):

@@ -81,7 +81,7 @@ def test_nothing_known_yet_is_healthy():
 def test_a_disk_too_small_for_the_next_checkpoint_is_unhealthy():
     status = after(saved(3, size=1000), status=training())
     assert health(status, 3.0, 100.0, free_disk_bytes=1000).status == "healthy"
-    assert "the disk has 999 bytes" in health(status, 3.0, 100.0, free_disk_bytes=999).reason
+    assert "the disk has 999 free bytes" in health(status, 3.0, 100.0, free_disk_bytes=999).reason
 
 
 def test_the_measured_stall_limit_grows_with_the_step_time():

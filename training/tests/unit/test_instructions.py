@@ -119,12 +119,12 @@ def test_answers_in_a_prompt_of_messages_are_not_trained():
         ({"weight": -1}, "weight' is neither 0 nor 1"),
         ({"weight": "0"}, "weight' is str"),
         ({"train": [SECRET]}, "train' is list"),
-        ({"weight": 0, "train": True}, "by its weight, not by its train"),
+        ({"weight": 0, "train": True}, "according to its weight, but not according to its train"),
         (
             {"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]},
             "'train_detail'",
         ),
-        ({"mask": True}, "'mask', which reads like an instruction"),
+        ({"mask": True}, "'mask', which looks like a training instruction"),
         ({"lossWeight": 0.1}, "'lossWeight'"),
         ({"no_train": True}, "'no_train'"),
         ({"is_trainable": False}, "'is_trainable'"),
@@ -169,8 +169,8 @@ def test_a_row_whose_answers_all_say_no_is_refused():
     [
         ({"label": False}, "'label' is false"),
         ({"is_desirable": False}, "'is_desirable' is false"),
-        ({"images": ["a.png"]}, "'images' holds media"),
-        ({"image": "a.png"}, "'image' holds media"),
+        ({"images": ["a.png"]}, "'images' contains media"),
+        ({"image": "a.png"}, "'image' contains media"),
         ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
         ({"completion_mask": [0, 1]}, "'completion_mask' masks tokens"),
         ({"assistant_masks": [0, 1]}, "'assistant_masks' masks tokens"),
@@ -210,7 +210,7 @@ def test_a_question_keeps_its_context_and_its_system_prompt():
 @pytest.mark.parametrize("field", ["system", "system_prompt", "input", "context"])
 def test_a_completion_that_would_lose_a_part_of_its_prompt_is_refused(field):
     row = {"prompt": "a", "completion": "b", field: SECRET}
-    with pytest.raises(RowError, match=f"'{field}' has no place"):
+    with pytest.raises(RowError, match=f"'{field}' is not allowed"):
         to_example(row, "completion")
     assert to_example({**row, field: ""}, "completion") == Completion("a", "b")
 

@@ -277,7 +277,7 @@ def test_answers_outside_of_their_turns_are_refused() -> None:
         "{% for message in messages %}{{ '<|im_start|>' + message.role }}{% endfor %}"
         "{% for n in range(messages | length) %}{{ messages[n].content }}{% endfor %}"
     )
-    with pytest.raises(TemplateFault, match="does not show where"):
+    with pytest.raises(TemplateFault, match="cannot be determined"):
         mark(TURNS, template(late), "assistant")
 
 
@@ -316,7 +316,7 @@ def test_missing_template_is_a_configuration_error() -> None:
 
 
 def test_template_that_is_no_jinja_is_a_configuration_error() -> None:
-    with pytest.raises(ConfigError, match="no valid Jinja"):
+    with pytest.raises(ConfigError, match="not a valid Jinja"):
         template("{% for message in %}")
 
 
@@ -413,7 +413,7 @@ def test_words_that_a_template_leaves_out_beside_a_call_are_not_missed() -> None
 )
 def test_answer_that_the_template_leaves_out_is_refused(answer: str, train_on: Any) -> None:
     source = CHATML.replace("+ message.content +", "+ (message.content if not loop.last else '') +")
-    with pytest.raises(TemplateFault, match="leaves out what the assistant says"):
+    with pytest.raises(TemplateFault, match="drops the content of an assistant turn"):
         mark(chat("Hi", "Two.", "More", answer), template(source), train_on)
 
 
@@ -423,7 +423,7 @@ def test_reasoning_that_the_template_leaves_out_is_not_missed() -> None:
 
 
 def test_answer_of_reasoning_only_that_the_template_leaves_out_is_refused() -> None:
-    with pytest.raises(TemplateFault, match="leaves out what the assistant says"):
+    with pytest.raises(TemplateFault, match="drops the content of an assistant turn"):
         mark(chat("Hi", "<think>Greet.</think>"), template(WITHOUT_THOUGHTS), "assistant")
 
 
@@ -438,7 +438,7 @@ def test_answer_of_reasoning_only_that_the_template_leaves_out_is_refused() -> N
     ],
 )
 def test_row_that_spells_out_a_control_token_is_refused(conversation: Chat) -> None:
-    with pytest.raises(TemplateFault, match="holds a control token"):
+    with pytest.raises(TemplateFault, match="contains a control token"):
         mark(conversation, template(WITH_CALLS), "assistant")
 
 

@@ -85,7 +85,7 @@ def test_step_that_does_not_fit_is_done_in_smaller_pieces(tmp_path, whole, error
     reported = of_kind(short["events"], MemoryReduced)
     assert [(e.step, e.micro_batch_examples) for e in reported] == [(0, 4), (0, 2)]
     messages = [event.message for event in of_kind(short["events"], Warned)]
-    assert "memory ran out at step 1; from now on micro-batches of 2 examples" in messages[-1]
+    assert "out of memory at step 1; from now on micro-batches of 2 examples" in messages[-1]
 
 
 def test_attempt_that_fails_in_its_backward_pass_leaves_nothing_behind(tmp_path, whole):
@@ -293,7 +293,7 @@ def test_plan_that_would_fit_is_named_with_its_numbers(monkeypatch):
     monkeypatch.setattr(smaller_plans.importlib.util, "find_spec", lambda _: object())
     plan = plan_of(memory_bytes=5_600_000_000)
     why, remedy = why_nothing_fits(plan.to_dict())
-    assert "5.6 GB are there" in why
+    assert "5.6 GB are available" in why
     assert re.match(r"--max_seq_length \d+ needs about 4\.\d GB", plan.smaller_plans[0])
     assert "--use_4bit true needs about" in remedy
     assert "--resume never" in remedy

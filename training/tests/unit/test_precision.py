@@ -81,7 +81,7 @@ def test_slow_float16_on_a_cpu_gives_way_to_float32_with_a_reason(monkeypatch):
     monkeypatch.setattr(precision, "float16_slowness", lambda: 23.0)
     used, why = chosen("auto", fp16=True)
     assert used == "float32"
-    assert "fp16 was asked for" in why
+    assert "fp16 was requested" in why
     assert "23 times" in why
 
 
@@ -94,8 +94,8 @@ def test_cpu_that_does_not_know_float16_trains_in_float32_with_a_reason(monkeypa
     monkeypatch.setattr(precision, "_product_seconds", product_seconds)
     assert chosen("auto", fp16=True) == (
         "float32",
-        "fp16 was asked for, float32 is used: this version of PyTorch does not compute float16 "
-        "on a CPU",
+        "fp16 was requested, but float32 is used: this version of PyTorch does not support "
+        "float16 on a CPU",
     )
 
 

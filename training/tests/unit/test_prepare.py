@@ -50,7 +50,7 @@ class WordEncoder:
             parts = [(example.text, True)]
         words = [(word, trained) for text, trained in parts for word in text.split()]
         if "refused" in dict(words):
-            raise RowError("the template refuses the conversation")
+            raise RowError("the template rejects the conversation")
         if "config" in dict(words):
             raise ConfigError.of("no chat template")
         if "crash" in dict(words):
@@ -65,7 +65,7 @@ class WordEncoder:
         return Encoded([len(word) for word, _ in words] + [END], [*trained, any(trained)])
 
     def flaws(self, example, encoded):
-        return () if any(encoded.loss_mask) else ("no token is trained",)
+        return () if any(encoded.loss_mask) else ("no token is supervised",)
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def test_a_damaged_cache_is_made_again_and_said(tmp_path):
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
     path = tmp_path / "d.jsonl"
     spec = write(path, texts("a b"))
-    with pytest.raises(DataError, match="changed while it was read"):
+    with pytest.raises(DataError, match="changed while it was being read"):
         run(spec, tmp_path, progress=lambda _rows: path.write_text('{"text": "more words"}'))
     assert not any(entry.is_dir() for entry in (tmp_path / "cache").iterdir())
 
@@ -279,7 +279,7 @@ def test_too_long_rows_are_refused_with_the_length_that_would_do(tmp_path):
     spec = write(tmp_path / "d.jsonl", texts("a", "a b c d e f"))
     with pytest.raises(DataError) as caught:
         run(spec, tmp_path, max_seq_length=4, too_long="error")
-    assert "set max_seq_length to 7" in caught.value.block()
+    assert "set max_seq_length: 7" in caught.value.block()
     assert f"{spec.path_or_id}:2" in caught.value.block()
 
 
@@ -290,21 +290,21 @@ def test_a_row_cut_before_its_answer_is_dropped_and_said(tmp_path):
     ]
     dataset, report = run(write(tmp_path / "d.jsonl", rows), tmp_path, max_seq_length=4)
     assert len(dataset) == 1
-    assert report.rows_dropped == {"no trained token is left after truncation": 1}
+    assert report.rows_dropped == {"no supervised token is left after truncation": 1}
 
 
 def test_a_dataset_of_which_nothing_is_left_is_refused(tmp_path):
     spec = write(tmp_path / "d.jsonl", [{"prompt": "a b c d e", "completion": "f"}])
     with pytest.raises(DataError, match="no row is left") as caught:
         run(spec, tmp_path, max_seq_length=4)
-    assert "1 rows: no trained token is left" in caught.value.block()
+    assert "1 rows: no supervised token is left" in caught.value.block()
 
 
 def test_the_mask_audit_refuses_a_dataset_for_a_single_row(tmp_path):
     spec = write(tmp_path / "d.jsonl", texts("a", "mute", "b"))
     with pytest.raises(DataError) as caught:
         run(spec, tmp_path, on_bad_rows="skip")
-    assert "1 rows would not teach" in caught.value.block()
+    assert "1 rows have an invalid loss mask" in caught.value.block()
     assert f"{spec.path_or_id}:2" in caught.value.block()
 
 
@@ -384,7 +384,7 @@ def test_a_training_row_that_stands_in_the_eval_dataset_is_left_out_and_said(tmp
     data = splits([train], [held], 0.0, tmp_path)
     assert data.train_rows.tolist() == [0, 2]
     assert data.eval_rows.tolist() == [0]
-    assert data.warnings[0].startswith("1 training rows stand in eval_dataset")
+    assert data.warnings[0].startswith("1 training rows are also in eval_dataset")
 
 
 def test_an_eval_dataset_that_is_the_training_dataset_is_refused(tmp_path):

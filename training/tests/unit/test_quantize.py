@@ -375,7 +375,9 @@ def test_only_newer_versions_compute_in_eight_bits_on_a_cpu(
 
 
 @pytest.mark.parametrize("key", ["use_4bit", "use_8bit"])
-@pytest.mark.parametrize(("version", "lacks"), [("0.45.5", "on GPUs alone"), ("", "not installed")])
+@pytest.mark.parametrize(
+    ("version", "lacks"), [("0.45.5", "only quantizes on GPUs"), ("", "not installed")]
+)
 def test_base_in_fewer_bits_is_whole_where_nothing_can_quantize_it(
     monkeypatch, key, version, lacks
 ):

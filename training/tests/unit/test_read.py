@@ -110,18 +110,18 @@ def test_a_spreadsheets_semicolons_delimit(tmp_path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"text": "' + SECRET.encode() + b'"', "broken JSON, at column"),
+        (b'{"text": "' + SECRET.encode() + b'"', "invalid JSON at column"),
         (b'{"text": "' + SECRET.encode() + b'\xff"}', "not valid UTF-8, at byte"),
-        (b'{"messages"', "broken JSON, at column 12"),
+        (b'{"messages"', "invalid JSON at column 12"),
         (b"[1, 2]", "is a JSON list, expected an object"),
         (b"null", "is a JSON NoneType"),
         (b'{"text": "a\0b"}', "a NUL character"),
         (b'{"text": "' + SECRET.encode() + b'\\u0000"}', "field 'text' holds a NUL"),
         (b'{"text": "' + SECRET.encode() + b'\\ud800"}', "field 'text' is not valid UTF-8"),
-        (b'{"text": "' + b"x" * 1_000_000 + b'"}', "1,000,000 bytes or more"),
-        (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
-        (b'{"text": ' + b"[" * 90 + b"]" * 90 + b"}", f"deeper than {MAX_DEPTH} levels"),
-        (b'{"text": ' + b"9" * 5000 + b"}", "number too long"),
+        (b'{"text": "' + b"x" * 1_000_000 + b'"}', "1,000,000 bytes or larger"),
+        (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "too deep nesting"),
+        (b'{"text": ' + b"[" * 90 + b"]" * 90 + b"}", f"more than {MAX_DEPTH} levels"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "too long a number"),
         (b'{"text": "a", "text": "' + SECRET.encode() + b'"}', "the key 'text' twice"),
         (b'{"x": [{"weight": 0, "weight": 1}], "text": "a"}', "the key 'weight' twice"),
     ],
@@ -142,7 +142,7 @@ def test_a_bad_line_is_named_by_file_and_line_and_never_quoted(tmp_path, line, r
     [
         (b"a,b\n1,2,3\n", 2, "has 3 fields, the header has 2"),
         (b"a,b\n1,\xff\n", 2, "field 'b' is not valid UTF-8"),
-        (b"a,b\n" + b"x" * 1_000_001 + b",2\n", 2, "1,000,000 bytes or more"),
+        (b"a,b\n" + b"x" * 1_000_001 + b",2\n", 2, "1,000,000 bytes or larger"),
         (b'a,b\n"1\n1",2\n3\n', 4, "has 1 fields"),
     ],
 )
@@ -349,7 +349,7 @@ def test_skip_is_offered_only_where_it_would_be_enough(bad, offers_skip):
     for line in range(bad):
         log.add(BadRow(f"f:{line}", "bad"))
     remedy = log.problems()[0].remedy
-    assert ("set on_bad_rows to skip" in remedy) == offers_skip
+    assert ("set on_bad_rows: skip" in remedy) == offers_skip
     assert ("20.0% are too many to skip (max_bad_rows_share is 10.0%)" in remedy) != offers_skip
 
 

@@ -209,7 +209,7 @@ def test_log_on_a_full_disk_loses_lines_and_blocks_nobody():
     with open_log(Path("/dev/full"), Redaction(), warned.append) as log:
         assert os.write(log, b"a line\n" * 9000) == 63_000
         assert os.write(log, b"a line\n" * 9000) == 63_000
-    assert warned == ["full is not whole: the disk did not take it"]
+    assert warned == ["full is incomplete: writing to disk failed"]
 
 
 def test_log_that_cannot_be_opened_costs_a_warning_alone(tmp_path):

@@ -212,8 +212,8 @@ def test_work_that_was_redone_counts_once(report):
 
 def test_a_timeline_that_is_too_long_says_what_it_leaves_out(report):
     text = report([STARTED, *(kinds.Warned(time=101.0, message=f"w{i}") for i in range(250))]).text
-    assert "51 entries are left out here" in text
-    assert "150 more warnings are left out here" in text
+    assert "51 entries are not shown" in text
+    assert "150 more warnings are not shown" in text
 
 
 def test_a_whole_run_fills_every_part_of_the_page(report):

@@ -30,7 +30,7 @@ def test_ends_far_apart_never_use_up_the_restarts():
 def test_ends_close_together_use_them_up():
     *allowed, last = ended(Restarts(2), at(41), at(43), at(45))
     assert allowed == ["", ""]
-    assert "2 allowed without progress" in last
+    assert "restarted 2 times without progress" in last
 
 
 def test_a_checkpoint_in_between_is_progress():

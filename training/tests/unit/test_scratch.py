@@ -186,7 +186,7 @@ def test_full_cache_is_reported_as_the_cache(
         raise fault
 
     monkeypatch.setattr(embedded, "_dequantize", refuse)
-    with pytest.raises(StorageError, match="cannot be written to the cache") as caught:
+    with pytest.raises(StorageError, match="to the cache failed") as caught:
         embedded.prepare(tmp_path)
     (problem,) = caught.value.problems
     assert problem.where == f"model_cache_dir: {tmp_path}"

@@ -260,9 +260,9 @@ def test_port_that_is_taken_is_told_with_its_owner(serve: Serve):
 
 
 def test_address_that_is_not_this_machines_is_a_configuration_error():
-    with pytest.raises(ConfigError, match="cannot be bound"):
+    with pytest.raises(ConfigError, match="cannot start"):
         StatusServer(live_run(), host="192.0.2.1", port=0).start()
-    with pytest.raises(ConfigError, match="not one of this machine"):
+    with pytest.raises(ConfigError, match="does not belong to this machine"):
         StatusServer(live_run(), host="no such host", port=0).start()
 
 

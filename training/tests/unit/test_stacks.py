@@ -57,7 +57,7 @@ def test_gpu_that_the_stack_does_not_serve_ends_the_start(
     gpus, stack, driver, capabilities, why, remedy
 ):
     gpus(driver, *capabilities)
-    with pytest.raises(UnavailableError, match="do not serve this machine") as caught:
+    with pytest.raises(UnavailableError, match="do not support this machine") as caught:
         stacks.check_gpus(read_machine(), stack)
     (problem,) = caught.value.problems
     assert caught.value.exit_code == 69
@@ -85,7 +85,7 @@ def test_gpu_that_was_put_aside_hinders_nothing(gpus, monkeypatch, name, value):
 def test_preflight_stops_before_anything_else_is_read(gpus, monkeypatch, tmp_path):
     gpus("470.1", (6, 1))
     settings = resolve(None, {}, ["--output_dir", str(tmp_path / "out")])
-    with pytest.raises(UnavailableError, match="do not serve this machine"):
+    with pytest.raises(UnavailableError, match="do not support this machine"):
         check.preflight(settings)
 
 

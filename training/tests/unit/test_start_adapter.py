@@ -120,14 +120,14 @@ def test_keys_that_are_not_given_are_the_adapters(runs: Runs) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "both"),
     [
-        ("lora_r", "8", "lora_r 8 is not that of the adapter, 4"),
-        ("lora_alpha", "16", "lora_alpha 16.0 is not that of the adapter, 8.0"),
-        ("use_dora", "true", "use_dora True is not that of the adapter, False"),
-        ("use_rslora", "true", "use_rslora True is not that of the adapter, False"),
-        ("lora_target_modules", '["q_proj"]', "['q_proj'] is not that of the adapter"),
-        ("modules_to_save", '["lm_head"]', "['lm_head'] is not that of the adapter, []"),
+        ("lora_r", "8", "lora_r 8 differs from the adapter's 4"),
+        ("lora_alpha", "16", "lora_alpha 16.0 differs from the adapter's 8.0"),
+        ("use_dora", "true", "use_dora True differs from the adapter's False"),
+        ("use_rslora", "true", "use_rslora True differs from the adapter's False"),
+        ("lora_target_modules", '["q_proj"]', "['q_proj'] differs from the adapter's"),
+        ("modules_to_save", '["lm_head"]', "['lm_head'] differs from the adapter's []"),
         ("init_lora_weights", "gaussian", "adapter_name_or_path and init_lora_weights"),
-        ("model_name_or_path", "owner/other", "model_name_or_path owner/other is not that"),
+        ("model_name_or_path", "owner/other", "model_name_or_path owner/other differs"),
     ],
 )
 def test_given_key_that_disagrees_is_refused_with_both_values(
@@ -224,7 +224,7 @@ def _set(**facts: Any) -> Any:
         ("pissa", "checkpoints/step-000004", lambda _: None, "lora-trainer export"),
         ("plain/final_model", "", _cut, "adapter_model.safetensors: "),
         ("plain/final_model", "", _poison, "holds NaN or infinite values"),
-        ("plain/final_model", "", _set(peft_type="IA3"), "no LoRA adapter (IA3)"),
+        ("plain/final_model", "", _set(peft_type="IA3"), "not a LoRA adapter (IA3)"),
         ("plain/final_model", "", _set(use_qalora=True), "use_qalora"),
         ("plain/final_model", "", _set(init_lora_weights="lora_ga"), "changed the base model"),
         ("plain/final_model", "", _set(rank_pattern={"q_proj": 2}), "rank_pattern"),
@@ -248,7 +248,7 @@ def test_adapter_that_cannot_be_used_is_refused_by_the_reason(
 def test_adapter_that_would_be_moved_aside_is_refused(runs: Runs) -> None:
     runs.start("own")
     own = ("adapter_name_or_path", str(runs.root / "own"), "lora_r", None)
-    assert "would be moved aside" in refusal(runs, "own", *own, "on_finished", "archive")
+    assert "would be archived" in refusal(runs, "own", *own, "on_finished", "archive")
 
 
 def test_refusal_of_another_learning_rate_offers_to_train_the_adapter_further(runs: Runs) -> None:

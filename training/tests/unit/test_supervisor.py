@@ -242,8 +242,11 @@ def test_signal_before_there_is_a_worker_is_not_lost(
 @pytest.mark.parametrize(
     ("saved", "said"),
     [
-        ([], "steps 1 to 9 are lost and will be repeated: there is no checkpoint"),
-        ([4, 6], "steps 7 to 9 are lost and will be repeated: the latest checkpoint is of step 6"),
+        ([], "steps 1 to 9 are not saved and will be repeated: there is no checkpoint"),
+        (
+            [4, 6],
+            "steps 7 to 9 are not saved and will be repeated: the latest checkpoint is of step 6",
+        ),
         ([8], "step 9 is lost"),
         ([9], "progress is saved in the checkpoint of step 9"),
     ],
@@ -396,7 +399,7 @@ def test_finished_run_is_left_alone_and_reported(made: Made, tmp_path: Path) -> 
     run.print_line = lines.append
     assert run.run() == 0
     assert workers(tmp_path) == 1
-    assert any("this run is finished" in line for line in lines)
+    assert any("this run is already finished" in line for line in lines)
 
 
 def test_damaged_digest_is_reported_and_written_again(made: Made) -> None:
@@ -683,7 +686,7 @@ def test_numbers_that_are_not_finite_are_tried_once_more(made: Made, tmp_path: P
         "run_started", "step", "restart", "run_started", "step", "ended",
     ]  # fmt: skip
     (restart,) = run.status.restarts
-    assert "not finite at step 4; tried once more" in restart.cause
+    assert "not finite at step 4; retrying once" in restart.cause
 
 
 def test_numbers_that_are_not_finite_twice_at_one_step_are_final(
@@ -761,7 +764,7 @@ def test_worker_that_is_killed_for_memory_goes_on_with_smaller_batches_until_non
         "micro_batch_examples": 1, "eval_batch_examples": 8, "gradient_checkpointing": True,
     }  # fmt: skip
     (problem,) = caught.value.problems
-    assert "needs about 3.0 GB, and 2.0 GB are there" in problem.why
+    assert "needs about 3.0 GB, and 2.0 GB are available" in problem.why
     assert problem.remedy.startswith("--max_seq_length 64 needs about 1.5 GB; with it")
     assert run.status.plan["micro_batch_examples"] == 1
 
@@ -775,7 +778,7 @@ def test_smaller_batches_are_in_the_plan_and_the_warnings_of_the_status(
     run = made(script)
     assert run.run() == 0
     assert (run.status.plan["micro_batch_examples"], run.status.plan["micro_batches"]) == (2, 2)
-    assert any("memory ran out at step 4" in one.message for one in run.status.warnings)
+    assert any("out of memory at step 4" in one.message for one in run.status.warnings)
 
 
 def test_kill_for_memory_while_evaluating_makes_the_evaluation_smaller(
@@ -819,7 +822,7 @@ def test_library_that_ends_the_process_for_want_of_a_thread_is_explained(
     run = made(
         "echo 'libgomp: Thread creation failed: Resource temporarily unavailable' >&2; exit 1"
     )
-    with pytest.raises(UnavailableError, match="refuses one more thread"):
+    with pytest.raises(UnavailableError, match="refuses to create another thread"):
         run.run()
     assert workers(tmp_path) == 1
     assert kinds(run.output_dir) == ["run_started", "failed", "ended"]

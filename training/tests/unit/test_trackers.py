@@ -58,7 +58,7 @@ def test_a_missing_package_is_a_problem_with_the_command_that_installs_it(monkey
     (problem,) = missing_trackers(["wandb"])
     assert problem.where == "monitoring.report_to"
     assert (
-        problem.remedy == f"leave wandb out of report_to, or {sys.executable} -m pip install wandb"
+        problem.remedy == f"remove wandb from report_to, or {sys.executable} -m pip install wandb"
     )
 
 
@@ -66,7 +66,7 @@ def test_an_image_is_offered_no_installation(monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(stacks, "LOCKS", Path("/no/requirements"))
     (problem,) = missing_trackers(["wandb"])
-    assert problem.remedy == "leave wandb out of report_to"
+    assert problem.remedy == "remove wandb from report_to"
 
 
 def test_a_folder_of_the_package_s_name_is_not_the_package(monkeypatch):

@@ -46,7 +46,7 @@ def test_full_disk_costs_the_file_and_one_warning_and_leaves_the_fault(tmp_path)
             transcript.show(*_first())
         raise DataError.of("row 7 is empty", remedy="fill it")
     (warning,) = warned
-    assert "mine.log is not kept: No space left on device" in warning
+    assert "mine.log is not written: No space left on device" in warning
 
 
 def test_no_secret_is_in_the_file_nor_in_its_name(tmp_path):

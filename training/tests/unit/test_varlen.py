@@ -164,15 +164,15 @@ def llama(width):
         (varlen.PYTORCH, [(8, 0)], "bfloat16", 128, ""),
         (varlen.PYTORCH, [(9, 0), (12, 0)], "float16", 256, ""),
         (varlen.PYTORCH, [(9, 0), (7, 5)], "float16", 64, "needs compute capability 8.0"),
-        (varlen.PYTORCH, [(9, 0)], "bfloat16", 68, "a multiple of 8 up to 256"),
+        (varlen.PYTORCH, [(9, 0)], "bfloat16", 68, "a multiple of 8 and at most 256"),
         (varlen.PYTORCH, [(8, 9)], "bfloat16", 208, "does not train heads of 208"),
         (varlen.PYTORCH_1, [(8, 0), (9, 0)], "bfloat16", 128, ""),
         (varlen.PYTORCH_1, [(7, 5)], "float16", 64, ""),
         (varlen.PYTORCH_1, [(7, 5)], "bfloat16", 64, "needs compute capability 8.0"),
         (varlen.PYTORCH_1, [(7, 0)], "float16", 64, "needs compute capability 7.5"),
-        (varlen.PYTORCH_1, [(8, 6)], "bfloat16", 128, "a multiple of 8 up to 64"),
+        (varlen.PYTORCH_1, [(8, 6)], "bfloat16", 128, "a multiple of 8 and at most 64"),
         (varlen.PYTORCH_1, [(10, 0)], "bfloat16", 64, "up to 9.0"),
-        ("", [(9, 0)], "bfloat16", 64, "no kernel for variable lengths"),
+        ("", [(9, 0)], "bfloat16", 64, "no known variable-length kernel"),
     ],
 )
 def test_the_kernel_is_chosen_by_gpu_precision_and_heads_or_the_plan_says_why_not(
@@ -189,7 +189,7 @@ def test_the_kernel_is_chosen_by_gpu_precision_and_heads_or_the_plan_says_why_no
 def test_capped_scores_float32_and_machines_without_gpu_are_left_to_an_example_at_a_time():
     capped = tiny_model("gemma2").config
     choice = flash.choose("auto", machine((9, 0)), "bfloat16", model=capped)
-    assert choice.kernel is None and "do not cap scores" in choice.why
+    assert choice.kernel is None and "do not support capped attention scores" in choice.why
     assert flash.choose("auto", machine((9, 0)), "float32", model=llama(64)).kernel is None
     choice = flash.choose("auto", machine(), "float32", model=llama(64))
     assert choice.kernel is None and flash.reason("auto", choice) == ""

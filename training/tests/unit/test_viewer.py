@@ -81,7 +81,7 @@ def test_run_whose_process_is_gone_is_told_to_be_abandoned(
     assert recording.live.is_abandoned
     judged = recording.live.health()
     assert judged.status == "unhealthy"
-    assert "gone" in judged.reason
+    assert "died" in judged.reason
     assert judged.is_training is False
 
 

@@ -93,15 +93,15 @@ OTHER = {
     "array as arrow": ("d.arrow", json.dumps(ROWS).encode(), "JSON, not Arrow"),
     "csv as parquet": ("d.parquet", b"a,b\n1,2\n", "CSV, not Parquet"),
     "json as csv": ("d.csv", LINES.encode(), "JSON lines, not CSV"),
-    "csv as jsonl": ("d.jsonl", b"prompt,completion\na,b\nc,d\n", "does not hold JSON lines"),
-    "plain as gzip": ("d.jsonl.gz", LINES.encode(), "not gzip'd"),
+    "csv as jsonl": ("d.jsonl", b"prompt,completion\na,b\nc,d\n", "is not JSON lines"),
+    "plain as gzip": ("d.jsonl.gz", LINES.encode(), "not gzipped"),
     "utf-16": ("d.jsonl", LINES.encode("utf-16"), "UTF-16 text"),
     "utf-16 without a mark": ("d.jsonl", LINES.encode("utf-16-le"), "UTF-16LE text"),
     "utf-32": ("d.csv", FRENCH.encode("utf-32"), "UTF-32 text"),
     "packed utf-16": ("d.csv.gz", gzip.compress(FRENCH.encode("utf-16")), "UTF-16 text"),
     "bzip2": ("d.jsonl", bz2.compress(LINES.encode()), "compressed with bzip2"),
     "xz": ("d.jsonl", lzma.compress(LINES.encode()), "compressed with xz"),
-    "dictionaries": ("d.jsonl", "".join(f"{row}\n" for row in ROWS).encode(), "hold JSON lines"),
+    "dictionaries": ("d.jsonl", "".join(f"{row}\n" for row in ROWS).encode(), "is not JSON lines"),
 }
 
 
@@ -121,7 +121,7 @@ def test_a_file_of_another_kind_is_one_error_whose_remedy_makes_it_readable(tmp_
 
 HOPELESS = {
     "a web page": b"<!DOCTYPE html>\n<html>\n<body>" + b"<p>\n" * 50,
-    "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
     "a server's error": b"Entry not found",
     "a zip archive": zipped("data.jsonl"),
     "an Excel workbook": zipped("[Content_Types].xml"),

@@ -101,7 +101,7 @@ def test_only_modules_whose_weights_are_their_own_and_frozen_are_shared_out() ->
 
 def test_experts_that_are_modules_of_their_own_are_refused_for_several_processes() -> None:
     layer = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])})
-    with pytest.raises(UnavailableError, match="cannot share this model out"):
+    with pytest.raises(UnavailableError, match="cannot shard this model"):
         zero.shard_layers(nn.ModuleList([layer]), layer, "cpu", Ranks(0, 2), is_offloaded=False)
 
 
@@ -121,5 +121,5 @@ def test_a_model_that_reads_weights_of_others_is_refused_by_name(
 ) -> None:
     with pytest.raises(raised) as caught, zero.names_what_it_cannot():
         raise error
-    is_named = "outside of the module" in str(getattr(caught.value, "problems", ""))
+    is_named = "outside the module" in str(getattr(caught.value, "problems", ""))
     assert is_named is not isinstance(error, raised)

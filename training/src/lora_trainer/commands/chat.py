@@ -25,8 +25,8 @@ from .given_rows import GivenRows, open_rows, spread
 HELP = """\
   /base      answer with the base model alone; /adapter: with the adapter again
   /system X  set the system message; alone: none
-  /reset     forget the conversation
-  /quit      end (Ctrl-D too); Ctrl-C ends an answer that is being made"""
+  /reset     clear the conversation
+  /quit      end (Ctrl-D too); Ctrl-C stops the current answer"""
 # Marks that turn the direction of writing, and so can show another text than there is.
 TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 COMMANDS = ("/adapter", "/base", "/help", "/quit", "/exit", "/reset", "/system")
@@ -96,12 +96,12 @@ class Conversation:
             return str(
                 tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             )
-        except Exception as error:  # a template is a program of the model's: it may fail in any way
+        except Exception as error:  # the template is the author's code and may fail in any way
             raise ConfigError.of(
-                "the model's chat template refuses this conversation",
+                "the model's chat template rejects this conversation",
                 where="chat_template",
                 why=f"{type(error).__name__}: {error}"[:300],
-                remedy="leave the system message out, or /reset",
+                remedy="remove the system message (/system), or /reset",
             ) from error
 
 
@@ -113,14 +113,14 @@ def talk(finetuned: FinetunedModel, asking: Asking, prompt: str | None) -> None:
     """Answer one prompt (given, or on standard input), or hold a conversation.
 
     Raises:
-        TrainerError: the model cannot be loaded, or there is nothing to answer.
+        TrainerError: the model cannot be loaded, or there is no prompt.
     """
     is_terminal = prompt is None and sys.stdin.isatty()
     if prompt is None and not is_terminal:
         prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
     if prompt is not None and not prompt.strip():
         raise ConfigError.of(
-            "there is nothing to answer",
+            "there is no prompt",
             where="standard input" if not is_terminal else "--prompt",
             why="it is empty",
             remedy='lora-trainer chat RUN --prompt "..."',
@@ -186,10 +186,11 @@ def _converse(talked: Conversation) -> None:
     """Read turns until the end of the input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and a history, where Python has it
-    typer.echo(f"{_who(talked)} answers; /help lists what else can be typed", err=True)
+    typer.echo(f"{_who(talked)} answers; /help lists the commands", err=True)
     if not talked.opened.prompt_format.has_template:
         typer.echo(
-            "it continues each text on its own: it was trained without a chat template", err=True
+            "it continues each text separately, because it was trained without a chat template",
+            err=True,
         )
     typer.echo(err=True)
     while True:
@@ -199,13 +200,13 @@ def _converse(talked: Conversation) -> None:
             typer.echo()
             return
         except KeyboardInterrupt:
-            typer.echo("\n(/quit or Ctrl-D ends)", err=True)
+            typer.echo("\n(end with /quit or Ctrl-D)", err=True)
             continue
         if text.startswith("/") and text.split()[0] in COMMANDS:
             if not _obey(talked, text):
                 return
         elif text.startswith("/") and " " not in text:
-            typer.echo(f"no such command; {HELP.strip()}", err=True)
+            typer.echo(f"unknown command; {HELP.strip()}", err=True)
         elif text:
             _answer_shown(talked, text)
 
@@ -229,7 +230,7 @@ def _obey(talked: Conversation, text: str) -> bool:
         typer.echo(HELP, err=True)
     elif command == "/reset":
         talked.turns.clear()
-        typer.echo("(the conversation is forgotten)\n", err=True)
+        typer.echo("(the conversation is cleared)\n", err=True)
     elif command == "/system":
         talked.system = rest.strip() or None
         typer.echo("(system message set)\n" if talked.system else "(no system message)\n", err=True)
@@ -293,10 +294,10 @@ def _refuse_long(tokens: int, model: Any) -> None:
     limit = sizes.positions(model.config)
     if limit and tokens >= limit:
         raise ConfigError.of(
-            "the conversation is longer than the model can read",
+            "the conversation is longer than the model's context",
             where=f"{tokens} tokens",
-            why=f"the model knows {limit} positions",
-            remedy="/reset begins a new one; or ask something shorter",
+            why=f"the model has {limit} positions",
+            remedy="/reset starts a new one; or write a shorter prompt",
         )
 
 

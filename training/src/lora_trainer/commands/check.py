@@ -80,8 +80,8 @@ def _check_disk(settings: Settings) -> None:
         raise StorageError.of(
             "the disk is nearly full",
             where=f"output_dir: {folder}",
-            why=f"{free / 2**20:.0f} MB are free, a run needs {LEAST_DISK_BYTES >> 20} at least",
-            remedy=f"free some room: du -sh {folder.parent}/*",
+            why=f"{free / 2**20:.0f} MB are free, a run needs at least {LEAST_DISK_BYTES >> 20} MB",
+            remedy=f"free disk space; what takes it: du -sh {folder.parent}/*",
         )
 
 
@@ -151,7 +151,7 @@ def check_all(settings: Settings, *, sample_rows: int = 0) -> None:
     if not any(isinstance(fault, DataError) for fault in faults):
         faults += _faults_of(lambda s: _check_rows(s, sample_rows), settings)
     raise_all(_unique(faults))
-    typer.echo("nothing wrong was found")
+    typer.echo("no problems found")
 
 
 def _unique(faults: list[TrainerError]) -> list[TrainerError]:

@@ -1,4 +1,4 @@
-"""What Docker gave a container, checked before anything else: mounts, config file, memory, GPU.
+"""Check a container before anything else: mounts, config file, memory, GPU.
 
 The entrypoint sets LORA_CONTAINER for the commands that train; the rest of its variables are
 those of docker-compose.training.yml. Paths are the container's own here: what is printed names
@@ -61,7 +61,7 @@ def find_config(environ: Mapping[str, str]) -> tuple[Path, str]:
             return path, ""
         stat = path.stat()
         raise AccessError.of(
-            "the config file cannot be read",
+            "the config file is not readable",
             where=str(path),
             why=f"its mode is {stat.st_mode & 0o777:o}, owner {stat.st_uid}, the container runs as "
             f"{_user()}",
@@ -102,17 +102,17 @@ def _check_mounts(environ: Mapping[str, str], workspace: Path) -> None:
         except OSError as error:
             if error.errno == errno.EROFS:
                 raise AccessError.of(
-                    f"{folder} cannot be written",
+                    f"{folder} is not writable",
                     where=str(folder),
                     why="it is mounted read-only",
                     remedy="mount it without :ro",
                 ) from error
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StorageError.of(
-                    f"{folder} cannot be written",
+                    f"{folder} is not writable",
                     where=str(folder),
                     why="the disk is full",
-                    remedy="free some room on the host: df -h",
+                    remedy="free disk space on the host: df -h",
                 ) from error
             refused.append(folder)
     if refused:
@@ -120,7 +120,7 @@ def _check_mounts(environ: Mapping[str, str], workspace: Path) -> None:
     datasets = workspace / "datasets"
     if not os.access(datasets, os.R_OK | os.X_OK):
         raise AccessError.of(
-            "the datasets cannot be read",
+            "the datasets are not readable",
             where=str(datasets),
             why=f"the folder belongs to {' '.join(_owners([datasets])) or 'nobody'}, the container "
             f"runs as {_user()}",
@@ -148,7 +148,7 @@ def _not_ours(folders: Sequence[Path], environ: Mapping[str, str]) -> Exception:
             )
     belongs = "it belongs" if len(folders) == 1 else "they belong"
     return AccessError.of(
-        f"{folders[0]} cannot be written",
+        f"{folders[0]} is not writable",
         where=names,
         why=f"{belongs} to {' '.join(owners)}, the container runs as {_user()}",
         remedy=remedy,
@@ -183,8 +183,8 @@ def _shared_memory_warnings() -> Iterator[str]:
         return
     if total < LEAST_SHARED_BYTES:
         yield (
-            f"{SHARED_MEMORY} has {total >> 20} MB; several processes exchange data there: "
-            "docker run --shm-size 8g"
+            f"{SHARED_MEMORY} has {total >> 20} MB; processes exchange data there: docker run "
+            "--shm-size 8g"
         )
 
 
@@ -203,7 +203,7 @@ def _gpu_warnings(environ: Mapping[str, str]) -> Iterator[str]:
         if has_driver
         else (
             "no GPU is visible",
-            "the NVIDIA Container Toolkit put no driver into this container",
+            "the NVIDIA Container Toolkit has not mounted a driver into this container",
             f"docker run --gpus all; if that fails, set up the toolkit: {TOOLKIT}",
         )
     )
@@ -227,9 +227,9 @@ def _host_gpu_notes(environ: Mapping[str, str], stack: str) -> Iterator[str]:
         raise UnavailableError.of(
             "this host has no NVIDIA GPU, or no driver for it",
             where=f"the stack {stack}",
-            why=f"{path} does not exist, so Docker has no GPU to give to the trainer",
-            remedy=f"without a GPU: {compose_up('cpu')}, or ./run.sh, which chooses by itself; "
-            "with one: install its driver and the NVIDIA Container Toolkit",
+            why=f"{path} does not exist, so Docker cannot give the trainer a GPU",
+            remedy=f"without a GPU: {compose_up('cpu')}, or ./run.sh, which chooses "
+            "automatically; with a GPU: install its driver and the NVIDIA Container Toolkit",
         ) from None
     version = re.search(r"\D(\d{3,}\.[\d.]+)", text)
     driver = version[1] if version else ""
@@ -238,8 +238,8 @@ def _host_gpu_notes(environ: Mapping[str, str], stack: str) -> Iterator[str]:
         raise UnavailableError.of(
             f"the driver is too old for the stack {stack}",
             where=str(path),
-            why=f"it is {driver}, needed is {known.driver}",
-            remedy="update the driver, or leave the GPU alone: ./run.sh --cpu",
+            why=f"it is {driver}, and {known.driver} is required",
+            remedy="update the driver, or train on the CPU: ./run.sh --cpu",
         )
     yield (
         f"the GPU's driver {driver} is loaded. If Docker cannot select the device driver "

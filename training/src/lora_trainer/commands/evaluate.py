@@ -1,4 +1,4 @@
-"""What an adapter is worth on any data: `lora-trainer evaluate RUN --dataset FILE`.
+"""Evaluate an adapter on any data: `lora-trainer evaluate RUN --dataset FILE`.
 
 The same rows through the base model and through the adapter: loss, perplexity, token
 accuracy, and the share of answers that are exactly the expected ones.

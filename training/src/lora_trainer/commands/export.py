@@ -1,4 +1,4 @@
-"""Take the adapter out of a checkpoint, in PEFT's format: `lora-trainer export`.
+"""Export the adapter of a checkpoint in PEFT's format: `lora-trainer export`.
 
 For a run that is not finished, or a step that is not the last one. A finished run's
 folder gives a copy of its final adapter.
@@ -58,7 +58,7 @@ def export_adapter(named: str, target: Path, *, has_base: bool = False) -> None:
 
     Raises:
         UnavailableError: there is none, or it does not verify.
-        ConfigError, StorageError: the target is there already, or has no room.
+        ConfigError, StorageError: the target already exists, or has no room.
     """
     path = Path(named).expanduser().absolute()
     refuse_existing(target)
@@ -113,7 +113,7 @@ def load_newest_checkpoint(path: Path, named: str) -> TakenCheckpoint:
     raise UnavailableError.of(
         "there is no checkpoint" if path.exists() else "there is no such folder",
         where=named,
-        why=f"a run's folder holds {CHECKPOINTS}/step-000100/ and the like",
+        why=f"a run's folder contains {CHECKPOINTS}/step-000100/ and so on",
         remedy=f"ls {path if path.is_dir() else path.parent}",
     )
 
@@ -142,7 +142,7 @@ def _read(checkpoint: Path) -> TakenCheckpoint:
     raw = read_state(checkpoint)
     state = state_from(raw["state"])
     if step_of(checkpoint.name) not in (None, state.step):
-        raise CorruptCheckpointError(f"it holds the checkpoint of step {state.step}")
+        raise CorruptCheckpointError(f"it contains the checkpoint of step {state.step}")
     try:
         weights = load_file(checkpoint / "adapter.safetensors")
     except SafetensorError as error:
@@ -243,7 +243,7 @@ def _card_facts(checkpoint: TakenCheckpoint, finetuned: FinetunedModel, source: 
         use_dora=config.lora.use_dora,
         modules_to_save=tuple(config.lora.modules_to_save),
         target_parameters=tuple(config.lora.lora_target_parameters),
-        notes=("Taken from a checkpoint; the run may have gone on.",),
+        notes=("Exported from a checkpoint; the run may have continued since.",),
     )
 
 

@@ -1,4 +1,4 @@
-"""A trained adapter: found by the folder that a user names, and put on its base model.
+"""Find a trained adapter by folder, and load it on its base model.
 
 `find` needs no torch: what is wrong with the folder is reported at once. `open_model` then
 loads base model, tokenizer and adapter as training had them.
@@ -67,7 +67,7 @@ def find(named: str, **model_keys: str | None) -> FinetunedModel:
         raise ConfigError.of(
             "this run has no final adapter yet",
             where=named,
-            why="it holds checkpoints, from which training resumes, and no final_model",
+            why="it has checkpoints, from which training resumes, but no final_model",
             remedy=f"lora-trainer export {named} TARGET, then use TARGET",
         )
     if (path / "config.json").is_file() or (not path.exists() and _reads_like_model(named)):
@@ -77,7 +77,7 @@ def find(named: str, **model_keys: str | None) -> FinetunedModel:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Tell whether a folder is one of a run's checkpoints."""
+    """Return whether a folder is one of a run's checkpoints."""
     return (path / "manifest.json").is_file() and (path / "state.json").is_file()
 
 
@@ -104,7 +104,7 @@ def config_of_run(run: Path) -> Config:
             "the run's recorded configuration cannot be read",
             where=str(run / RESOLVED),
             why=f"{type(error).__name__}: it is missing, damaged, or of another version",
-            remedy="name the adapter's folder itself, with --model BASE_MODEL",
+            remedy="use the adapter's folder, with --model BASE_MODEL",
         ) from error
 
 
@@ -113,7 +113,7 @@ def _adapter(folder: Path, run: Path | None) -> FinetunedModel:
         raise UnavailableError.of(
             "the adapter has no safetensors weights",
             where=str(folder),
-            why=f"{ADAPTER_WEIGHTS} is not there; pickled weights can run code and are not read",
+            why=f"{ADAPTER_WEIGHTS} is missing; pickled weights can run code and are not loaded",
             remedy="save it again with model.save_pretrained(folder, safe_serialization=True)",
         )
     refuse_changed(folder)
@@ -134,7 +134,7 @@ def refuse_changed(folder: Path) -> None:
         raise UnavailableError.of(
             "the adapter has changed since it was exported",
             where=str(folder / ADAPTER_WEIGHTS),
-            why=f"its hash is not the one in {CHECKSUMS}: damaged, or replaced",
+            why=f"its hash does not match {CHECKSUMS}: damaged or replaced",
             remedy="export it again from a checkpoint: lora-trainer export RUN/checkpoints/STEP "
             f"TARGET; if you replaced it yourself: rm {folder / CHECKSUMS}",
         )
@@ -169,7 +169,7 @@ def _nothing_there(named: str, path: Path) -> TrainerError:
     return UnavailableError.of(
         "there is no trained adapter" if path.exists() else "there is no such folder",
         where=named,
-        why=f"a run's folder holds {FINAL}/, an adapter's folder holds {ADAPTER_CONFIG}",
+        why=f"a run's folder contains {FINAL}/, an adapter's folder contains {ADAPTER_CONFIG}",
         remedy=f"did you mean {' or '.join(runs[:3])} ?" if runs else f"ls {near}",
     )
 
@@ -192,7 +192,7 @@ class LoadedModel:
 
     @property
     def has_adapter(self) -> bool:
-        """Tell whether an adapter stands on the base model."""
+        """Return whether an adapter stands on the base model."""
         return self.finetuned.adapter is not None
 
 
@@ -257,7 +257,7 @@ def locate_base(finetuned: FinetunedModel) -> Any:
     try:
         return load.locate(finetuned.config.model)
     except UnavailableError as error:
-        other = "if it is elsewhere by now: --model FOLDER_OR_HUB_ID"
+        other = "if it has moved: --model FOLDER_OR_HUB_ID"
         problems = [replace(p, remedy=f"{p.remedy}; {other}") for p in error.problems]
         raise UnavailableError(problems if finetuned.adapter else error.problems) from error
 
@@ -284,7 +284,7 @@ def _with_adapter(base: Any, finetuned: FinetunedModel) -> Any:
                 "the adapter does not fit this base model",
                 str(finetuned.adapter),
                 str(error).strip().splitlines()[0][:300],
-                f"name the model that it was trained on: --model (it names "
+                f"use the model that it was trained on: --model (it names "
                 f"{_base_of(finetuned.adapter)[0] if finetuned.adapter else ''})",
             )
         ) from error

@@ -122,9 +122,9 @@ def _no_rows(finetuned: FinetunedModel) -> ConfigError:
     error: Any = ConfigError.of(
         "there are no rows to use",
         where="--dataset",
-        why="none is given, and the run had no held-out rows of its own"
+        why="no dataset was given, and the run has no held-out rows"
         if finetuned.run
-        else "none is given, and an adapter alone names no data",
+        else "no dataset was given, and an adapter alone has none",
         remedy="--dataset FILE_FOLDER_OR_HUB_ID",
     )
     return error

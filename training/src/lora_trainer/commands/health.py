@@ -1,4 +1,4 @@
-"""Whether a run is well: `lora-trainer health`, for one on this machine or in a container.
+"""Check a run's health: `lora-trainer health`, on this machine or in a container.
 
 Shows its state, what each endpoint answers, the GPU and recent errors of its log; of a run that
 has ended, how and why. Every problem comes with a remedy. `health-check.sh` finds the container
@@ -40,7 +40,7 @@ Outcome = Literal["", "finished", "stopped", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is not well, and what helps."""
+    """A problem and its remedy."""
 
     what: str
     remedy: str
@@ -91,7 +91,7 @@ class Report:
 
     @property
     def is_healthy(self) -> bool:
-        """Tell whether nothing is wrong; a run that finished or was stopped is well."""
+        """Return whether nothing is wrong; a run that finished or was stopped is well."""
         return not self.problems
 
     def problem(self, what: str, remedy: str) -> None:
@@ -108,7 +108,7 @@ class Report:
         if is_memory:
             self.problem(
                 f"the kernel killed a process for memory ({_memory_limit()} allowed)",
-                "a larger LORA_MEMORY, or --per_device_train_batch_size 1 "
+                "raise LORA_MEMORY, or use --per_device_train_batch_size 1 "
                 "--gradient_checkpointing true",
             )
         elif not block and exit_code == KILLED:
@@ -147,13 +147,13 @@ class Report:
     def _unanswered(self) -> None:
         if self.runs_in == "nothing":
             self.problem(
-                f"no run was found, and nothing answers at {self.url}",
+                f"no run was found, and no server answers at {self.url}",
                 "./training/run.sh starts one",
             )
             return
         self.problem(
             f"{self.url} does not answer",
-            "./training/run.sh logs; if the port is another one: HEALTH_PORT=PORT",
+            "./training/run.sh logs; if it uses another port: HEALTH_PORT=PORT",
         )
 
     def to_json(self) -> str:
@@ -262,16 +262,16 @@ def _look_at_container(report: Report, containers: list[Container], log: str) ->
         case "created" if why := trainer.state.get("Error"):
             report.outcome = "failed"
             report.problem(
-                f"the engine could not start the container: {why}",
-                "./training/run.sh names the remedy",
+                f"Docker could not start the container: {why}",
+                "./training/run.sh shows the remedy",
             )
         case "restarting":
             report.problem(
-                f"the container crashed and is restarted (exit code {trainer.exit_code})",
+                f"the container crashed and was restarted (exit code {trainer.exit_code})",
                 "./training/run.sh logs",
             )
         case "running" if trainer.health == "unhealthy":
-            report.problem("Docker finds the container unhealthy", "see /health")
+            report.problem("Docker reports the container as unhealthy", "see /health")
 
 
 def _look_at_folder(report: Report, outputs: Path) -> str:
@@ -309,7 +309,7 @@ def fetch(url: str, path: str, token: str) -> tuple[int, str]:
     address = urlsplit(url)
     if address.scheme != "http" or not address.hostname:
         raise ConfigError.of(
-            "the address is not understood",
+            "the address is invalid",
             where=f"--url {url}",
             why="it must be http://HOST:PORT",
             remedy="lora-trainer health --url http://127.0.0.1:8080",

@@ -1,7 +1,7 @@
 """Merge an adapter into its base model, for servers that load whole models only.
 
-The result is read back from the disk and asked the same as base model and adapter: it is
-kept where the logits are equal.
+The result is read back from disk and compared with base model and adapter: it is kept if the logits
+are equal.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def merge(finetuned: FinetunedModel, target: Path) -> None:
     """Write base model and adapter as one model, tokenizer and card included.
 
     Raises:
-        ConfigError: there is no adapter, or the target is there already.
+        ConfigError: there is no adapter, or the target already exists.
         StorageError, MemoryKilledError: disk or memory have no room for it.
         InternalError: the merged model answers otherwise; nothing is left behind.
     """
@@ -54,17 +54,17 @@ def merge(finetuned: FinetunedModel, target: Path) -> None:
         raise ConfigError.of(
             "there is no adapter to merge",
             where=finetuned.name,
-            why="it is a whole model already",
-            remedy="name a run's folder, or an adapter's",
+            why="it is already a complete model",
+            remedy="use a run's folder or an adapter's folder",
         )
     refuse_existing(target)
     if finetuned.config.lora.init_lora_weights == "loftq":
         raise ConfigError.of(
             "a LoftQ adapter cannot be merged",
             where="lora.init_lora_weights: loftq",
-            why="it makes up for the rounding of its quantized base model, and a merged model "
-            "is not rounded",
-            remedy="serve the adapter on the base model as it was quantized for training",
+            why="it corrects the rounding of its quantized base model, but a merged model is not "
+            "rounded",
+            remedy="serve the adapter on the base model quantized as in training",
         )
     # Quantized weights cannot take a sum: the adapter goes into the model as it was before.
     whole = finetuned.as_loaded(use_4bit=False, use_8bit=False)
@@ -80,7 +80,7 @@ def merge(finetuned: FinetunedModel, target: Path) -> None:
     written = sum(one.stat().st_size for one in target.glob("*.safetensors"))
     typer.echo(f"the merged model was written to {target} ({size(written)}, {stored.dtype})")
     typer.echo(
-        f"its logits are those of base model and adapter (largest difference {difference:.1e})"
+        f"its logits equal those of base model and adapter (largest difference {difference:.1e})"
     )
 
 
@@ -182,11 +182,12 @@ def _merge(finetuned: FinetunedModel, stored: Stored, target: Path) -> float:
         difference = float((_logits(merged, asked) - expected).abs().max() / expected.abs().max())
         if not difference <= TOLERANCES[stored.dtype]:
             raise InternalError.of(
-                "the merged model does not answer as base model and adapter do",
+                "the merged model differs from base model and adapter",
                 where=str(target),
-                why=f"a logit differs by {difference:.1e} of the largest; rounding to "
-                f"{stored.dtype} explains {TOLERANCES[stored.dtype]:.0e}; nothing was kept",
-                remedy="serve the adapter beside its base model, and report this model's type",
+                why=f"a logit differs by {difference:.1e} of the largest, more than rounding to "
+                f"{stored.dtype} explains ({TOLERANCES[stored.dtype]:.0e}); nothing was kept",
+                remedy="serve the adapter beside its base model, and report this model type as a "
+                "bug",
             )
     return difference
 

@@ -1,4 +1,4 @@
-"""A folder that a command makes: whole or not at all, and never over something."""
+"""Create a target folder atomically, and never overwrite anything."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def refuse_existing(target: Path) -> None:
     parents = [one for one in target.absolute().parents if one.exists()]
     if parents and not parents[0].is_dir():
         raise ConfigError.of(
-            "the target lies below a file",
+            "a parent of the target is a file",
             where=str(target),
             why=f"{parents[0]} is not a folder",
-            remedy="name another target",
+            remedy="use another target",
         )
     is_empty = target.is_dir() and not any(target.iterdir())
     if os.path.lexists(target) and not is_empty:
         raise ConfigError.of(
-            "the target is there already",
+            "the target already exists",
             where=str(target),
             why="it is a file" if target.is_file() else "it is a folder that is not empty",
-            remedy=f"name another target, or move it aside: mv {target} {target}.old",
+            remedy=f"use another target, or move it away: mv {target} {target}.old",
         )
 
 
@@ -50,10 +50,11 @@ def refuse_full_disk(target: Path, needed_bytes: int) -> None:
     free, needed = free_disk_bytes(target), needed_bytes + ASIDE_BYTES
     if free < needed:
         raise StorageError.of(
-            "the disk has no room for the result",
+            "not enough disk space for the result",
             where=str(target),
-            why=f"{size(needed)} are needed, {size(free)} are free",
-            remedy=f"free some room (df -h {target.absolute().parent}), or name a target elsewhere",
+            why=f"{size(needed)} are required, {size(free)} are free",
+            remedy=f"free disk space (df -h {target.absolute().parent}), or use a target on "
+            "another disk",
         )
 
 

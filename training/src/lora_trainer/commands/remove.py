@@ -73,7 +73,7 @@ def _leaves(folder: Path) -> list[Path]:
 
 
 def _is_own(entry: Path, path: Path) -> bool:
-    """Tell whether a file in one of a run's folders is the run's."""
+    """Return whether a file in one of a run's folders is the run's."""
     match entry.name:
         case "checkpoints":
             name = path.parts[0]

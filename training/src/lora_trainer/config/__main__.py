@@ -1,4 +1,4 @@
-"""Renew the table of keys in a page: `python -m lora_trainer.config docs/reference.md`."""
+"""Update the table of keys in a page: `python -m lora_trainer.config docs/reference.md`."""
 
 import sys
 from pathlib import Path

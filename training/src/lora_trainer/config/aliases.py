@@ -1,8 +1,8 @@
-"""The other spellings of keys: those of Axolotl, LLaMA-Factory, TRL and Hugging Face."""
+"""Aliases of keys: the spellings of Axolotl, LLaMA-Factory, TRL and Hugging Face."""
 
 from __future__ import annotations
 
-# alias -> canonical leaf name; the comment names whose spelling it is.
+# alias -> canonical leaf name; comments name the source of the spelling.
 ALIASES: dict[str, str] = {
     # Axolotl
     "base_model": "model_name_or_path",
@@ -85,7 +85,7 @@ ALIASES: dict[str, str] = {
     "model": "model_name_or_path",
     "model_name": "model_name_or_path",
 }
-# Aliases whose values are of another kind than their leaf's: `sources` translates them.
+# Aliases whose values have another type than their leaf: `layers` translates them.
 CONVERTED_ALIASES = frozenset(
     {
         "assistant_only_loss", "attn_implementation", "bfloat16", "completion_only_loss",
@@ -95,7 +95,7 @@ CONVERTED_ALIASES = frozenset(
         "train_on_inputs", "train_on_prompt",
     }
 )  # fmt: skip
-# Leaves that may also be written as "a, b".
+# Leaves whose value may also be written as "a, b".
 COMMA_LISTS = frozenset(
     {
         "health_allowed_hosts", "lora_target_modules", "lora_target_parameters",

@@ -1,4 +1,4 @@
-"""The command line's values: `--key value`, `--key=value`, `--no-key`, `--set section.key=v`."""
+"""Values from the command line: `--key value`, `--key=value`, `--no-key`, `--set section.key=v`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BARE = {"resume": "auto"}  # what a flag without a value means
 
 @dataclass(frozen=True, slots=True)
 class _Flag:
-    """One flag; `text` is None where no value follows it."""
+    """One flag; `text` is None if no value follows it."""
 
     key: str
     section: str
@@ -31,7 +31,7 @@ class _Flag:
 
 
 def read_arguments(arguments: Sequence[str]) -> Layer:
-    """Return the values of the command line; a flag that is given twice is a problem."""
+    """Return the values of the command line; a repeated flag is a problem."""
     layer = Layer("command line", Path())
     rest = list(arguments)
     previous = "the start"
@@ -41,8 +41,8 @@ def read_arguments(arguments: Sequence[str]) -> Layer:
             flag = _with_more_words(_split(word, rest), rest)
             _take(layer, flag)
             previous = flag.location
-        else:  # not shown: it may be a secret that went astray
-            what = f"argument {len(arguments) - len(rest)} belongs to no flag"
+        else:  # not shown: it may be a misplaced secret
+            what = f"argument {len(arguments) - len(rest)} does not follow a flag"
             layer.problems.append(Problem(what, f"after {previous}", remedy="write --key value"))
     return layer
 
@@ -65,7 +65,7 @@ def _plain(value: Any) -> Any:
 
 
 def _split(word: str, rest: list[str]) -> _Flag:
-    """Return the flag that a word begins, its value taken off the rest where it needs one."""
+    """Return the flag that a word starts, and remove its value from the rest if it takes one."""
     name, equals, text = word[2:].partition("=")
     value: str | None = text if equals else None
     location = f"--{shown_key(name)}"
@@ -115,7 +115,7 @@ def _take(layer: Layer, flag: _Flag) -> None:
         what = f"{flag.key} is a section"
         keys = ", ".join(list(sections()[flag.key].model_fields)[:3])
         layer.problems.append(
-            Problem(what, flag.location, remedy=f"name one of its keys: {keys}, ...")
+            Problem(what, flag.location, remedy=f"use one of its keys: {keys}, ...")
         )
     elif not _is_known(flag.key):
         layer.problems.append(_unknown(flag))
@@ -127,7 +127,7 @@ def _take(layer: Layer, flag: _Flag) -> None:
         _take_negated(layer, flag)
     elif flag.text is None:
         remedy = f"write --{flag.key} VALUE, or --set {flag.key}=VALUE"
-        layer.problems.append(Problem(f"{flag.key} lacks its value", flag.location, remedy=remedy))
+        layer.problems.append(Problem(f"{flag.key} needs a value", flag.location, remedy=remedy))
     else:
         value: Any = from_text(flag.key, flag.text)
         layer.add(flag.key, value, flag.location, section=flag.section)
@@ -136,10 +136,10 @@ def _take(layer: Layer, flag: _Flag) -> None:
 def _take_negated(layer: Layer, flag: _Flag) -> None:
     if flag.text is not None:
         remedy = f"write --{flag.key} true or false"
-        layer.problems.append(Problem("a --no- flag takes no value", flag.location, remedy=remedy))
+        layer.problems.append(Problem("--no- flags take no value", flag.location, remedy=remedy))
     elif not (_is_foreign(flag.key) or accepts(ALIASES.get(flag.key, flag.key), False)):
         remedy = f"write --{flag.key} VALUE"
-        what = f"{flag.key} is not switched on or off"
+        what = f"{flag.key} is not a true/false option"
         layer.problems.append(Problem(what, flag.location, remedy=remedy))
     else:
         layer.add(flag.key, False, flag.location, section=flag.section)

@@ -1,7 +1,7 @@
-"""What the keys and values of Axolotl, LLaMA-Factory, TRL and Transformers mean here.
+"""The meaning of keys and values of Axolotl, LLaMA-Factory, TRL and Transformers.
 
-`interpret` answers for a key and its value: a leaf with a value, nothing (what is
-asked for is what happens anyway), or a refusal that says what to write instead.
+`interpret` maps a key and its value to a leaf with a value, to nothing (it asks for the default
+behaviour), or to an error that names the equivalent to use.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """The key gives this leaf this value."""
+    """The key sets this leaf to this value."""
 
     leaf: str
     value: Any
@@ -35,14 +35,14 @@ class Means:
 
 @dataclass(frozen=True, slots=True)
 class Ignored:
-    """The key has no effect; without a reason there is nothing to say about it."""
+    """The key has no effect; with a reason, that is reported."""
 
     reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The key asks for something that is not done here."""
+    """The key asks for something that is not supported."""
 
     why: str
     remedy: str = ""
@@ -71,87 +71,90 @@ OPTIMIZERS = {
     "paged_adamw": "paged_adamw_32bit",
 }  # fmt: skip
 
-# key -> the values that ask for what happens anyway (ANY: all of them), and why.
+# key -> the values that ask for the default behaviour (ANY: all values), and the reason.
 NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
-    "adapter": (("lora", "qlora"), "a LoRA adapter is what is trained; use_4bit makes it QLoRA"),
-    "finetuning_type": (("lora",), "a LoRA adapter is what is trained"),
-    "peft_type": (("LORA",), "a LoRA adapter is what is trained"),
-    "use_peft": ((True, False), "a LoRA adapter is what is trained"),
-    "task_type": (("CAUSAL_LM",), "causal language models are what is trained"),
+    "adapter": (("lora", "qlora"), "training is always LoRA; use_4bit makes it QLoRA"),
+    "finetuning_type": (("lora",), "training is always LoRA"),
+    "peft_type": (("LORA",), "training is always LoRA"),
+    "use_peft": ((True, False), "training is always LoRA"),
+    "task_type": (("CAUSAL_LM",), "only causal language models are trained"),
     "bias": (("none",), "biases are not trained"),
-    "stage": (("sft",), "supervised fine-tuning is what is done, no preference training"),
-    "rl": ((), "supervised fine-tuning is what is done, no preference training"),
-    "log_level": (ANY, "the console shows the run, train.log what libraries print"),
-    "log_level_replica": (ANY, "the console shows the run, train.log what libraries print"),
-    "disable_tqdm": (ANY, "progress is one line on a terminal, and log lines elsewhere"),
+    "stage": (("sft",), "supervised fine-tuning only, no preference training"),
+    "rl": ((), "supervised fine-tuning only, no preference training"),
+    "log_level": (ANY, "the console shows the run; library output goes to train.log"),
+    "log_level_replica": (ANY, "the console shows the run; library output goes to train.log"),
+    "disable_tqdm": (ANY, "progress is shown on one line in a terminal, as log lines elsewhere"),
     "strict": (ANY, "unknown keys are always errors"),
     "loss_watchdog_threshold": (ANY, "a loss that is not finite ends the run"),
     "loss_watchdog_patience": (ANY, "a loss that is not finite ends the run"),
-    "local_rank": (ANY, "nproc says how many processes train"),
+    "local_rank": (ANY, "nproc sets the number of processes"),
     "ddp_find_unused_parameters": (ANY, "gradients are summed without a wrapper"),
     "dataloader_pin_memory": (ANY, "batches come from memory-mapped files"),
     "dataloader_prefetch_factor": (ANY, "batches come from memory-mapped files"),
-    "dataloader_drop_last": ((False,), "every row is trained"),
+    "dataloader_drop_last": ((False,), "every row is used"),
     "shuffle_merged_datasets": ((True,), "rows are shuffled each epoch"),
     "include_num_input_tokens_seen": (ANY, "tokens are always counted"),
     "include_tokens_per_second": (ANY, "tokens per second are always shown"),
     "xformers_attention": ((False,), "the fastest exact attention is used"),
     "sdp_attention": (ANY, "the fastest exact attention is used"),
     "s2_attention": ((False,), "attention is exact"),
-    "gc_steps": (ANY, "memory is released where it runs out"),
+    "gc_steps": (ANY, "memory is released when it runs out"),
     "eval_table_size": ((0,), "use sample_count"),
     "unfrozen_parameters": ((), "the base model stays frozen"),
     "use_tensorboard": ((True,), "use report_to: tensorboard"),
-    "do_train": ((True, False), "the command says what is done"),
-    "do_eval": (ANY, "evaluation follows from eval_dataset, eval_fraction and eval_steps"),
-    "overwrite_output_dir": (ANY, "resume and on_finished say what happens to earlier results"),
-    "overwrite_cache": (ANY, "tokenized data is kept by content"),
+    "do_train": ((True, False), "the command selects what to do"),
+    "do_eval": (ANY, "eval_dataset, eval_fraction and eval_steps control evaluation"),
+    "overwrite_output_dir": (ANY, "resume and on_finished control what happens to earlier results"),
+    "overwrite_cache": (ANY, "tokenized data is cached by content"),
     "resume_from_checkpoint": (
         (True, False),
-        "a run resumes from its own checkpoints; resume: never starts over",
+        "a run resumes from its own checkpoints; to start over, use resume: never",
     ),
-    "auto_resume_from_checkpoints": ((True,), "resume: auto does so"),
+    "auto_resume_from_checkpoints": ((True,), "resume: auto already does this"),
     "packing": (ANY, "examples are concatenated without padding and never see one another"),
     "sample_packing": (ANY, "examples are concatenated without padding"),
     "eval_sample_packing": (ANY, "examples are concatenated without padding"),
     "pad_to_sequence_len": (ANY, "examples are concatenated without padding"),
-    "group_by_length": (ANY, "without padding there is nothing to save by it"),
+    "group_by_length": (ANY, "without padding it would save nothing"),
     "tf32": (ANY, "the precision is chosen by measurement"),
     "eval_strategy": (("steps",), "use eval_steps or evals_per_epoch"),
     "evaluation_strategy": (("steps",), "use eval_steps or evals_per_epoch"),
     "save_strategy": (("steps",), "use save_steps or saves_per_epoch"),
     "logging_strategy": (("steps",), "use logging_steps"),
-    "logging_dir": (ANY, "logs go into the output folder"),
+    "logging_dir": (ANY, "logs are written to the output folder"),
     "logging_first_step": (ANY, "use logging_steps"),
     "plot_loss": (ANY, "the loss is always plotted"),
-    "save_safetensors": ((True,), "safetensors is what is saved"),
+    "save_safetensors": ((True,), "weights are always saved as safetensors"),
     "save_only_model": ((False,), "checkpoints can always be resumed from"),
-    "metric_for_best_model": (("eval_loss", "loss"), "the best checkpoint has the least eval_loss"),
-    "greater_is_better": ((False,), "the best checkpoint has the least eval_loss"),
-    "model_type": (ANY, "the model's own files say it"),
-    "tokenizer_type": (ANY, "the model's own files say it"),
+    "metric_for_best_model": (
+        ("eval_loss", "loss"),
+        "the best checkpoint has the lowest eval_loss",
+    ),
+    "greater_is_better": ((False,), "the best checkpoint has the lowest eval_loss"),
+    "model_type": (ANY, "the model's own files define it"),
+    "tokenizer_type": (ANY, "the model's own files define it"),
     "special_tokens": (ANY, OWN_TOKENS),
     "eos_token": (ANY, OWN_TOKENS),
     "pad_token": (ANY, OWN_TOKENS),
     "tokens": (([],), "no tokens are added; the tokenizer's own are used"),
     "roles_to_train": ((["assistant"],), "use train_on"),
     "train_on_eos": (("turn",), "the end of every trained turn is trained"),
-    "bnb_4bit_compute_dtype": (ANY, "bf16 and fp16 decide"),
+    "bnb_4bit_compute_dtype": (ANY, "use bf16 and fp16"),
     "quantization_method": (("bnb", "bitsandbytes"), "bitsandbytes quantizes"),
-    "gradient_checkpointing_kwargs": (ANY, "the variant is chosen for you"),
+    "gradient_checkpointing_kwargs": (ANY, "the variant is chosen automatically"),
     "dataloader_num_workers": (ANY, "batches come from memory-mapped files"),
-    "remove_unused_columns": (ANY, "only the columns of the format are read"),
-    "ddp_timeout": (ANY, "stall_timeout_seconds watches over the run"),
+    "remove_unused_columns": (ANY, "only the columns of the row format are read"),
+    "ddp_timeout": (ANY, "use stall_timeout_seconds"),
     "deepspeed": (ANY, SHARED),
     "fsdp": (ANY, SHARED),
     "fsdp_config": (ANY, SHARED),
     "wandb_project": (ANY, "set the environment variable WANDB_PROJECT"),
     "wandb_entity": (ANY, "set the environment variable WANDB_ENTITY"),
-    "wandb_name": (ANY, "run_name is what trackers show"),
+    "wandb_name": (ANY, "trackers show run_name"),
     "wandb_run_id": (ANY, "set the environment variable WANDB_RUN_ID"),
     "wandb_mode": (ANY, "set the environment variable WANDB_MODE"),
-    "wandb_watch": (ANY, "figures are logged, not weights"),
-    "wandb_log_model": (ANY, "the model stays in the output folder"),
+    "wandb_watch": (ANY, "trackers log metrics, not weights"),
+    "wandb_log_model": (ANY, "nothing is uploaded; the model stays in the output folder"),
     "push_to_hub": (ANY, "nothing is pushed; results stay in the output folder"),
     "hub_model_id": (ANY, "nothing is pushed; results stay in the output folder"),
     "hub_strategy": (ANY, "nothing is pushed; results stay in the output folder"),
@@ -162,13 +165,13 @@ NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     **no_meaning(),
 }
 
-# What to write instead of a key that is refused; else it is to be removed.
+# The replacement for a rejected key; without one, the remedy is to remove it.
 REMEDIES = {
     "stage": "write stage: sft, or train preferences elsewhere, such as with TRL",
     "rl": "remove rl, or train preferences elsewhere, such as with TRL",
     "finetuning_type": "write finetuning_type: lora, and a learning rate for LoRA, such as 2e-4",
-    "save_strategy": "write save_steps, e.g. 50, or saves_per_epoch; 0 saves at the end alone",
-    "eval_strategy": "write eval_steps, e.g. 50, or evals_per_epoch; 0 evaluates at the end alone",
+    "save_strategy": "write save_steps, e.g. 50, or saves_per_epoch; 0: only at the end",
+    "eval_strategy": "write eval_steps, e.g. 50, or evals_per_epoch; 0: only at the end",
     "evaluation_strategy": "write eval_steps, e.g. 50, or evals_per_epoch",
     "logging_strategy": "write logging_steps, e.g. 1",
     "use_tensorboard": "write report_to: none",
@@ -208,7 +211,7 @@ PRECISIONS = {
 
 
 def interpret(key: str, value: Any) -> Meaning | None:
-    """Return what a key with a value means; None for a key that nobody knows."""
+    """Return the meaning of a key and its value; None for an unknown key."""
     leaf = ALIASES.get(key, key)
     if key in STRATEGIES and value in ("no", False, "epoch"):
         per_epoch, steps = STRATEGIES[key]
@@ -228,7 +231,7 @@ def interpret(key: str, value: Any) -> Meaning | None:
     if key == "chat_template" and isinstance(value, str) and value in FAMILY_TEMPLATES:
         return Ignored("the tokenizer's own chat template is used, as its model's family has it")
     if leaf in SECRET_KEYS and isinstance(value, str) and PLACEHOLDER.fullmatch(value):
-        return Ignored("it holds a placeholder")
+        return Ignored("it contains a placeholder")
     if leaf in DATASETS and (unreadable := unreadable_datasets(value)):
         return Refused(*unreadable)
     if key in CONVERSIONS:
@@ -236,8 +239,8 @@ def interpret(key: str, value: Any) -> Meaning | None:
         return meaning if isinstance(meaning, Meaning) else Means(leaf, meaning)
     if key in ("val_set_size", "val_size") and type(value) in (int, float) and value > 1:
         return Refused(
-            "a number of rows is not supported, only a share",
-            "write a share such as 0.05, or name an eval_dataset",
+            "a number of rows is not supported, only a fraction",
+            "write a fraction such as 0.05, or set eval_dataset",
         )
     return Means(leaf, normalise(leaf, value))
 
@@ -252,7 +255,7 @@ def _judge(key: str, value: Any) -> Meaning:
 
 
 def normalise(leaf: str, value: Any) -> Any:
-    """Return a leaf's value with the accepted spellings of the same thing made one."""
+    """Return a leaf's value in its canonical spelling."""
     if leaf in COMMA_LISTS and isinstance(value, str):
         return _list_of(leaf, value)
     if isinstance(value, str) and GROUPED.fullmatch(value) and _is_number(leaf):
@@ -266,7 +269,7 @@ def normalise(leaf: str, value: Any) -> Any:
     if leaf == "optim" and isinstance(value, str):
         return OPTIMIZERS.get(value, value)
     if (leaf, value) == ("lr_scheduler_type", "constant_with_warmup"):
-        return "constant"  # our constant follows a warmup too
+        return "constant"  # our constant schedule also has a warmup
     return value
 
 
@@ -281,7 +284,7 @@ def _list_of(leaf: str, text: str) -> str | list[str]:
     if leaf == "lora_target_modules" and text in ("all", "all-linear"):
         return "all-linear"
     if leaf == "lora_target_modules" and not NAMES.fullmatch(text):
-        return text  # PEFT takes it for a regular expression
+        return text  # PEFT treats it as a regular expression
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
@@ -297,7 +300,7 @@ def _one_of(values: dict[str, Any]) -> Callable[[Any], Any]:
 
 
 def _switch(when_true: Any, when_false: Any = None) -> Callable[[Any], Any]:
-    """Return the conversion of a truth value; None leaves the leaf alone."""
+    """Return a converter for true/false values; None leaves the leaf unset."""
 
     def convert(value: Any) -> Any:
         if not isinstance(value, bool):

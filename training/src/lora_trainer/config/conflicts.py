@@ -1,4 +1,4 @@
-"""Values that are right one by one but not together, and those that have no effect."""
+"""Values that conflict with each other, and values that have no effect."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Check = Callable[[Config], bool]
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """Keys that disagree when `applies`; those that the user gave are named as the place."""
+    """Keys that conflict when `applies`; the place lists those that the user set."""
 
     keys: tuple[str, ...]
     applies: Check
@@ -28,7 +28,7 @@ def _is_evaluated(config: Config) -> bool:
 
 
 def _is_evaluated_last(config: Config) -> bool:
-    """Tell whether evaluation is at the end only."""
+    """Return whether evaluation is at the end only."""
     return config.training.eval_steps == config.training.evals_per_epoch == 0
 
 
@@ -44,7 +44,7 @@ def _changes_base(config: Config) -> bool:
     return str(config.lora.init_lora_weights).startswith(("pissa", "olora"))
 
 
-# A run without a name has its files in the output folder itself, beside the folders of named runs.
+# A run without a name writes to the output folder itself, beside the folders of named runs.
 NAMES_OF_A_RUNS_FILES = frozenset(
     {
         "checkpoints", "config.digest", "config.resolved.json", "data.json", "done",
@@ -52,24 +52,26 @@ NAMES_OF_A_RUNS_FILES = frozenset(
         "memory.json", "plan.json", "report.html", "results.json", "server.json", "train.log",
     }
 )  # fmt: skip
-AS_PARAMETERS = "PEFT adapts a parameter by a sum of matrices, with nothing between them"
+AS_PARAMETERS = (
+    "PEFT adapts a parameter by adding a product of matrices; nothing can be applied between them"
+)
 EVALUATION = ("eval_dataset", "eval_fraction")
-HOLD_OUT = "name an eval_dataset, or set eval_fraction, e.g. 0.05"
-NOT_AS_TRAINED = "the converted adapter would not give what was trained"
+HOLD_OUT = "set eval_dataset or eval_fraction, e.g. 0.05"
+NOT_AS_TRAINED = "the converted adapter would differ from the trained one"
 CONFLICTS = (
     Conflict(
         ("use_4bit", "use_8bit"),
         lambda c: c.model.use_4bit and c.model.use_8bit,
         "use_4bit and use_8bit are both true",
-        "a model is loaded in one precision",
-        "switch one of them off",
+        "a model is loaded in a single precision",
+        "turn one of them off",
     ),
     Conflict(
         ("bf16", "fp16"),
         lambda c: c.model.bf16 is True and c.model.fp16 is True,
         "bf16 and fp16 are both true",
-        "a model computes in one precision",
-        "switch one of them off, or leave both at auto",
+        "a model computes in a single precision",
+        "turn one of them off, or leave both at auto",
     ),
     Conflict(
         ("use_flash_attention", "bf16", "fp16"),
@@ -79,78 +81,78 @@ CONFLICTS = (
             and c.model.fp16 is not True
         ),
         "use_flash_attention: flash-attn needs bf16 or fp16",
-        "flash-attn does not compute in float32",
+        "flash-attn does not support float32",
         "set bf16 to auto, or use_flash_attention to true",
     ),
     Conflict(
         ("use_flash_attention", "padding_free"),
         lambda c: c.model.use_flash_attention == "flash-attn" and c.training.padding_free is False,
         "use_flash_attention: flash-attn needs padding_free",
-        "its kernel is called on concatenated examples",
+        "flash-attn is only used on concatenated examples",
         "set padding_free to auto, or use_flash_attention to true",
     ),
     Conflict(
         ("init_lora_weights", "use_4bit", "use_8bit"),
         lambda c: _is_pissa(c) and _is_quantized(c),
         "init_lora_weights: pissa needs a model that is not quantized",
-        "it decomposes the weights, which 4 and 8 bits do not hold",
+        "it decomposes the full-precision weights, which a quantized model does not have",
         "use init_lora_weights: true, or load the model unquantized",
     ),
     Conflict(
         ("init_lora_weights", "use_4bit", "use_8bit"),
         lambda c: str(c.lora.init_lora_weights).startswith("olora") and _is_quantized(c),
         "init_lora_weights: olora needs a model that is not quantized",
-        "it decomposes the weights and writes them back, which 4 and 8 bits would round again",
+        "it decomposes the weights and writes them back, which would round them again",
         "use init_lora_weights: true, or load the model unquantized",
     ),
     Conflict(
         ("init_lora_weights", "use_4bit"),
         lambda c: c.lora.init_lora_weights == "loftq" and not c.model.use_4bit,
         "init_lora_weights: loftq needs use_4bit",
-        "it corrects the rounding to 4 bits",
+        "it corrects the rounding error of 4-bit weights",
         "set use_4bit: true, or use init_lora_weights: true",
     ),
     Conflict(
         ("init_lora_weights", "use_dora"),
         lambda c: c.lora.init_lora_weights == "loftq" and c.lora.use_dora,
-        "init_lora_weights: loftq does not go with use_dora",
-        "DoRA's magnitudes are taken from the rounded weights before LoftQ corrects them",
-        "switch use_dora off, or use init_lora_weights: true",
+        "init_lora_weights: loftq cannot be combined with use_dora",
+        "DoRA computes its magnitudes from the rounded weights, before LoftQ corrects them",
+        "turn use_dora off, or use init_lora_weights: true",
     ),
     Conflict(
         ("init_lora_weights", "modules_to_save"),
         lambda c: _changes_base(c) and bool(c.lora.modules_to_save),
-        "init_lora_weights: pissa and olora do not go with modules_to_save",
+        "init_lora_weights: pissa and olora cannot be combined with modules_to_save",
         NOT_AS_TRAINED,
         "remove modules_to_save, or use init_lora_weights: true",
     ),
     Conflict(
         ("init_lora_weights", "use_dora"),
         lambda c: _changes_base(c) and c.lora.use_dora,
-        "init_lora_weights: pissa and olora do not go with use_dora",
+        "init_lora_weights: pissa and olora cannot be combined with use_dora",
         NOT_AS_TRAINED,
-        "switch use_dora off, or use init_lora_weights: true",
+        "turn use_dora off, or use init_lora_weights: true",
     ),
     Conflict(
         ("init_lora_weights", "lora_r"),
         lambda c: c.lora.init_lora_weights == "orthogonal" and c.lora.lora_r % 2 == 1,
         "init_lora_weights: orthogonal needs an even lora_r",
-        "A takes one half of an orthogonal matrix's rows, B the other",
+        "A takes one half of the rows of an orthogonal matrix, B the other half",
         "use an even lora_r, e.g. 16",
     ),
     Conflict(
         ("lora_target_parameters", "lora_dropout"),
         lambda c: bool(c.lora.lora_target_parameters) and c.lora.lora_dropout > 0,
-        "lora_target_parameters does not go with lora_dropout",
+        "lora_target_parameters cannot be combined with lora_dropout",
         AS_PARAMETERS,
         "--lora_dropout 0, or remove lora_target_parameters",
     ),
     Conflict(
         ("lora_target_parameters", "use_dora"),
         lambda c: bool(c.lora.lora_target_parameters) and c.lora.use_dora,
-        "lora_target_parameters does not go with use_dora",
+        "lora_target_parameters cannot be combined with use_dora",
         AS_PARAMETERS,
-        "switch use_dora off, or remove lora_target_parameters",
+        "turn use_dora off, or remove lora_target_parameters",
     ),
     Conflict(
         ("lora_target_parameters", "init_lora_weights"),
@@ -159,35 +161,36 @@ CONFLICTS = (
             and c.lora.init_lora_weights not in (True, False, "gaussian")
         ),
         "lora_target_parameters needs init_lora_weights: true, false or gaussian",
-        "PEFT's other inits read the weight of a linear layer",
+        "PEFT's other initializations need the weight of a linear layer",
         "use init_lora_weights: true, or remove lora_target_parameters",
     ),
     Conflict(
         ("lora_target_parameters", "use_4bit", "use_8bit"),
         lambda c: bool(c.lora.lora_target_parameters) and _is_quantized(c),
         "lora_target_parameters needs a model that is not quantized",
-        "PEFT adds the adapter to the numbers themselves, which 4 and 8 bits do not hold",
+        "PEFT adds the adapter to the full-precision weights, which a quantized model does not "
+        "have",
         "load the model unquantized, or remove lora_target_parameters",
     ),
     Conflict(
         ("adapter_name_or_path", "init_lora_weights"),
         lambda c: c.lora.adapter_name_or_path is not None and c.lora.init_lora_weights is not True,
         "adapter_name_or_path and init_lora_weights are both set",
-        "the first weights are those of the adapter",
+        "training starts from the weights of that adapter",
         "remove one of the two",
     ),
     Conflict(
         ("loraplus_lr_ratio", "learning_rate"),
         lambda c: (c.lora.loraplus_lr_ratio or 0) * c.training.learning_rate > 10,
         "loraplus_lr_ratio times learning_rate is over 10",
-        "it is the learning rate of every B matrix",
+        "the product is the learning rate of every B matrix",
         "lower one of them; a ratio of 16 with 1e-4 is usual",
     ),
     Conflict(
         EVALUATION,
         lambda c: c.data.eval_dataset is not None and c.data.eval_fraction > 0,
         "eval_dataset and eval_fraction are both set",
-        "the held-out rows come from one of them",
+        "held-out rows come from a single source",
         "remove one of the two",
     ),
     Conflict(
@@ -201,8 +204,8 @@ CONFLICTS = (
         ("load_best_model_at_end", "eval_steps"),
         lambda c: c.training.load_best_model_at_end and _is_evaluated(c) and _is_evaluated_last(c),
         "load_best_model_at_end with eval_steps 0",
-        "evaluated at the end only, there is nothing to choose from",
-        "set eval_steps, e.g. to save_steps",
+        "with a single evaluation there is nothing to choose from",
+        "set eval_steps, e.g. to the value of save_steps",
     ),
     Conflict(
         ("early_stopping_patience", *EVALUATION),
@@ -217,28 +220,28 @@ CONFLICTS = (
             c.training.early_stopping_patience > 0 and _is_evaluated(c) and _is_evaluated_last(c)
         ),
         "early_stopping_patience with eval_steps 0",
-        "evaluated at the end only, nothing can stop early",
-        "set eval_steps, e.g. to save_steps",
+        "with a single evaluation at the end, nothing can stop early",
+        "set eval_steps, e.g. to the value of save_steps",
     ),
     Conflict(
         ("eval_generate", *EVALUATION),
         lambda c: c.training.eval_generate and not _is_evaluated(c),
         "eval_generate without held-out data",
-        "it answers the held-out prompts",
+        "it generates answers to held-out prompts",
         HOLD_OUT,
     ),
     Conflict(
         ("use_dora", "parallelism"),
         lambda c: c.lora.use_dora and c.training.parallelism == "deepspeed",
-        "use_dora does not go with parallelism: deepspeed",
-        "DoRA reads a frozen weight outside of its layer, when DeepSpeed has let go of it",
-        "--parallelism fsdp, or switch use_dora off",
+        "use_dora cannot be combined with parallelism: deepspeed",
+        "DoRA reads a frozen weight outside its layer, after DeepSpeed has released it",
+        "--parallelism fsdp, or turn use_dora off",
     ),
     Conflict(
         ("lora_target_parameters", "parallelism"),
         lambda c: bool(c.lora.lora_target_parameters) and c.training.parallelism == "deepspeed",
-        "lora_target_parameters does not go with parallelism: deepspeed",
-        "the sum of a tensor and its adapter is made outside of the layer that DeepSpeed fills",
+        "lora_target_parameters cannot be combined with parallelism: deepspeed",
+        "the tensor and its adapter are added outside the layer that DeepSpeed gathers",
         "--parallelism fsdp, or remove lora_target_parameters",
     ),
     Conflict(
@@ -247,7 +250,7 @@ CONFLICTS = (
             c.training.offload_param_device != "none" and c.training.parallelism != "deepspeed"
         ),
         "offload_param_device without parallelism: deepspeed",
-        "it is DeepSpeed that brings a layer from the host's memory to the GPU",
+        "only DeepSpeed can move layers from host memory to the GPU",
         "--parallelism deepspeed",
     ),
     Conflict(
@@ -255,20 +258,20 @@ CONFLICTS = (
         lambda c: c.training.max_steps == 0,
         "max_steps is 0",
         "nothing would be trained",
-        "use -1 to train as long as num_train_epochs says",
+        "use -1 to train for num_train_epochs",
     ),
     Conflict(
         ("run_name",),
         lambda c: (c.output.run_name or "").casefold() in NAMES_OF_A_RUNS_FILES,
-        "run_name is the name of a file or folder that every run writes",
-        "a run without a run_name writes it into output_dir itself",
+        "run_name is reserved: every run writes a file or folder of that name",
+        "a run without a run_name writes it to output_dir itself",
         "use another run_name",
     ),
 )
 
 
 def find_conflicts(config: Config, given: Mapping[str, Given], misfits: set[str]) -> list[Problem]:
-    """Return the problems of values that disagree; those of a misfit value are left out."""
+    """Return the conflicts between values; conflicts with an invalid value are left out."""
     problems = [
         Problem(conflict.what, _locations(conflict.keys, given), conflict.why, conflict.remedy)
         for conflict in CONFLICTS
@@ -278,7 +281,7 @@ def find_conflicts(config: Config, given: Mapping[str, Given], misfits: set[str]
     if steps is not None and ratio and not misfits & {"warmup_steps", "warmup_ratio"}:
         where = _locations(("warmup_steps", "warmup_ratio"), given)
         what = "warmup_steps and warmup_ratio are both set"
-        why = "both say how long the learning rate rises"
+        why = "both set the length of the warmup"
         problems.append(Problem(what, where, why, "remove one of the two"))
     command = given.get("on_end_command")
     if command is not None and command.origin.kind == "file":
@@ -292,7 +295,7 @@ def _locations(keys: tuple[str, ...], given: Mapping[str, Given]) -> str:
     return ", ".join(given[key].origin.location for key in keys if key in given)
 
 
-# Keys that do nothing unless something else is set.
+# Keys that have no effect unless something else is set.
 IDLE: tuple[tuple[str, Check, str], ...] = (
     ("bnb_4bit_quant_type", lambda c: not c.model.use_4bit, "use_4bit is off"),
     ("bnb_4bit_use_double_quant", lambda c: not c.model.use_4bit, "use_4bit is off"),
@@ -309,7 +312,7 @@ IDLE: tuple[tuple[str, Check, str], ...] = (
 
 
 def find_warnings(config: Config, given: Mapping[str, Given]) -> list[str]:
-    """Return what the user should know that stops nothing."""
+    """Return warnings that do not stop the run."""
     warnings = [
         f"{given[key].origin.location}: {key} has no effect: {reason}"
         for key, is_idle, reason in IDLE

@@ -1,4 +1,4 @@
-"""What each key takes, in words: from the schema, for error messages and the table of keys."""
+"""What values each key accepts, as text, for error messages and the table of keys."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def section_schema(name: str) -> Spec:
 
 
 def spec_at(leaf: str, inner: Pointer = ()) -> Spec:
-    """Return the JSON Schema of a key, or of a part of its value ({}: nothing is known)."""
+    """Return the JSON Schema of a key or of part of its value; {} if unknown."""
     schema = section_schema(leaf_sections()[leaf])
     spec: Spec = schema["properties"][leaf]
     for part in inner:
@@ -51,7 +51,7 @@ def spec_at(leaf: str, inner: Pointer = ()) -> Spec:
 
 
 def keys_at(leaf: str, inner: Pointer) -> list[str]:
-    """Return the keys that an object within a value may have."""
+    """Return the allowed keys of an object within a value."""
     spec = spec_at(leaf, inner)
     choices = [_followed(choice, spec) for choice in (spec, *spec.get("anyOf", []))]
     return [key for choice in choices for key in choice.get("properties", {})]
@@ -63,7 +63,7 @@ def _followed(spec: Spec, schema: Spec) -> Spec:
 
 
 def words_of(spec: Spec, root: Spec | None = None) -> str:
-    """Return the type of a spec in words: `true or false, or auto`."""
+    """Return the type of a spec as text: `true or false, or auto`."""
     root = root or spec
     if "$ref" in spec:
         return "{" + ", ".join(_followed(spec, root)["properties"]) + "}"
@@ -81,7 +81,7 @@ def words_of(spec: Spec, root: Spec | None = None) -> str:
 
 
 def limits_of(spec: Spec) -> str:
-    """Return the range of a spec's numbers or the pattern of its text; empty if it has none."""
+    """Return the range or pattern of a spec; empty if it has none."""
     for choice in spec.get("anyOf", []):
         if limits := limits_of(choice):
             return limits
@@ -115,14 +115,14 @@ def exceeded_limit(spec: Spec, kinds: set[str]) -> str:
 
 
 def choices_of(spec: Spec) -> list[str]:
-    """Return the words that a spec names as its values."""
+    """Return the enumerated values of a spec."""
     inner = [word for choice in spec.get("anyOf", []) for word in choices_of(choice)]
     constant = [spec["const"]] if isinstance(spec.get("const"), str) else []
     return [*spec.get("enum", []), *constant, *spec.get("examples", []), *inner]
 
 
 def expectation(leaf: str, inner: Pointer = ()) -> str:
-    """Return what a key, or a part of its value, takes: `a number, at least 0, at most 10`."""
+    """Return the values that a key or part of it accepts: `a number, at least 0, at most 10`."""
     spec = spec_at(leaf, inner)
     limits = limits_of(spec)
     return f"it takes: {words_of(spec)}{f' ({limits})' if limits else ''}"

@@ -1,4 +1,4 @@
-"""The entries of a dataset list, as Axolotl writes them too."""
+"""Entries of a dataset list, in Axolotl's form too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DATASET_TYPES = {
     "sharegpt": "sharegpt",
     "completion": "text",
 }
-# Axolotl's key -> the values that ask for what happens anyway: the format is detected.
+# Axolotl's key -> the values that change nothing, because the format is detected.
 DETECTED: dict[str, tuple[Any, ...]] = {
     "ds_type": ("json", "csv", "parquet", "arrow", "text"),
     "message_field_role": ("role", "from"),
@@ -42,7 +42,7 @@ LIST_FORM = """write --dataset '["a.jsonl", {"path": "b.jsonl", "weight": 2}]'""
 
 
 def normalise_datasets(value: Any) -> Any:
-    """Return a dataset, or a list of them, with what needs no saying left out."""
+    """Return a dataset, or a list of them, without redundant keys."""
     if isinstance(value, dict):
         value = [value]
     return [_entry(entry) for entry in value] if isinstance(value, list) else value
@@ -88,9 +88,9 @@ def _is_idle(key: str, value: Any) -> bool:
 
 
 def unreadable_datasets(value: Any) -> tuple[str, str] | None:
-    """Return why a dataset cannot be read as it is written, and the remedy; None if it can."""
+    """Return why a dataset entry is invalid, and the remedy; None if it is valid."""
     if isinstance(value, str) and value.lstrip().startswith(("{", "[{", '["')):
-        return "it begins like JSON, but cannot be read as such", LIST_FORM
+        return "it starts like JSON but is not valid JSON", LIST_FORM
     for number, entry in enumerate(value if isinstance(value, list) else [], 1):
         for key in (*DETECTED, "message_property_mappings", "roles"):
             if not isinstance(entry, dict) or key not in entry or _is_idle(key, entry[key]):

@@ -1,4 +1,4 @@
-"""The config file of a start that names none."""
+"""The default config file, when no --config is given."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ BESIDE = Path(__file__).parents[3] / NAME  # where train_lora.py is
 
 
 def find_config(environ: Mapping[str, str]) -> tuple[Path | None, str]:
-    """Return the config file to take, and why that one; None where there is none at all.
+    """Return the config file to use and the reason; None if there is none.
 
-    LORA_TRAINER_CONFIG names it, else it is `config.json` of the current folder, else the one
+    LORA_TRAINER_CONFIG names it; else it is `config.json` in the current folder, else the one
     beside train_lora.py.
     """
     if named := environ.get("LORA_TRAINER_CONFIG", "").strip():

@@ -1,4 +1,4 @@
-"""The environment's values: `LORA_TRAINER_<KEY>` for every key, and a few known names."""
+"""Values from the environment: `LORA_TRAINER_<KEY>` for every key, and a few known names."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .literal import from_text
 from .schema import SECRET_KEYS, leaf_sections
 
 PREFIX = "LORA_TRAINER_"
-# Read elsewhere in the program; no keys of the configuration.
+# Read elsewhere in the program; not configuration keys.
 RESERVED = frozenset(
     f"{PREFIX}{name}" for name in ("CONFIG", "DEBUG", "CACHE", "EVENTS_FD", "LOG_DIR")
 )
-# Names that other tools use too; the first that is set wins, LORA_TRAINER_* before all.
+# Names shared with other tools; the first one set wins, LORA_TRAINER_* before all.
 WELL_KNOWN = (
     ("HF_TOKEN", "hf_token"),
     ("HF_TOKEN_FILE", "hf_token"),
@@ -53,7 +53,7 @@ def _names_of(leaf: str) -> list[str]:
 def _unknown(name: str) -> Problem:
     key = name.removeprefix(PREFIX)
     remedy = did_you_mean(key, [*leaf_sections(), *ALIASES], lambda leaf: PREFIX + leaf.upper())
-    why = f"variables that begin with {PREFIX} set a key of the configuration"
+    why = f"variables starting with {PREFIX} set configuration keys"
     return Problem(f"{name} is an unknown setting", name, why, remedy or f"unset {name}")
 
 
@@ -69,7 +69,7 @@ def _take(layer: Layer, name: str, leaf: str, text: str) -> None:
 
 
 def _read_secret(layer: Layer, name: str, path: Path) -> str:
-    """Return the secret in a file; a missing, empty or strange file is a problem."""
+    """Return the secret in a file; a missing, empty or invalid file is a problem."""
     why = ""
     try:
         with path.open("rb") as file:
@@ -80,7 +80,7 @@ def _read_secret(layer: Layer, name: str, path: Path) -> str:
     except UnicodeDecodeError:
         why = "it is not UTF-8 text"
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "the name is no valid path"
+        why = getattr(error, "strerror", None) or "the name is not a valid path"
     if not why:
         return secret
     remedy = f"mount the secret there, or unset {name}"

@@ -1,4 +1,4 @@
-"""The config file: found, read, and taken apart into a layer of values."""
+"""Find and read the config file into a layer of values."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class ConfigFile:
 def read_file(path: Path, file_format: str = "") -> ConfigFile:
     """Return the values of a config file, JSON or YAML; `file_format` says whose it is.
 
-    Keys stand in their section or at the top level; both may be mixed. Another trainer's file
-    gets that trainer's defaults.
+    Keys may be in their section or at the top level. A file of another trainer gets that trainer's
+    defaults.
 
     Raises:
-        ConfigError: the file is not there or cannot be decoded.
-        AccessError: it may not be read.
+        ConfigError: the file does not exist or cannot be decoded.
+        AccessError: no permission to read it.
     """
     layer = Layer("file", path.parent)
     document = parse(_read_text(path), path)
@@ -56,14 +56,14 @@ def read_file(path: Path, file_format: str = "") -> ConfigFile:
                 _take(layer, document, key, value)
     steps = layer.given.get("warmup_steps")
     if steps is not None and steps.value == 0 and "warmup_ratio" in layer.given:
-        del layer.given["warmup_steps"]  # to transformers, 0 steps leave it to the ratio
+        del layer.given["warmup_steps"]  # in transformers, 0 steps means: use the ratio
     if trainer is not None:
         complete(layer, trainer, keys, path)
     return ConfigFile(layer, trainer, keys)
 
 
 def _is_superseded(layer: Layer, document: Document, key: str, keys: Mapping[str, Any]) -> bool:
-    """Tell whether a strategy of the Trainer makes a number of steps idle."""
+    """Return whether a strategy of the Trainer makes a number of steps idle."""
     names = {
         "eval_steps": ("eval_strategy", "evaluation_strategy"),
         "save_steps": ("save_strategy",),
@@ -79,7 +79,7 @@ def _is_superseded(layer: Layer, document: Document, key: str, keys: Mapping[str
 def parse(text: str, path: Path) -> Document:
     """Return the text of a config file as a document: JSON by its suffix or its first brace.
 
-    YAML under a name in .json is taken for what it is: in a container every config has one.
+    YAML in a file named .json is accepted: in a container every config has that name.
     """
     suffix = path.suffix.lower()
     is_json = suffix == ".json" or (suffix not in SUFFIXES and text.lstrip().startswith("{"))
@@ -88,7 +88,7 @@ def parse(text: str, path: Path) -> Document:
 
 
 def _begins_with_key(text: str) -> bool:
-    """Tell whether the first line that is no comment is a key of YAML's."""
+    """Return whether the first non-comment line is a YAML key."""
     lines = (line.strip() for line in text.splitlines())
     first = next((line for line in lines if line and not line.startswith(("#", "---"))), "")
     return bool(re.match(r"[A-Za-z_]\w*:(\s|$)", first))
@@ -128,25 +128,25 @@ def _read_text(path: Path) -> str:
         raise ConfigError.of(
             f"the config file {path} is a folder",
             str(path),
-            "Docker makes a folder where a file that it should mount does not exist",
-            f"remove the folder on the host (rmdir), put the file in its place, or name "
-            f"a file in it: --config {path}/config.json",
+            "Docker creates a folder when the file to be mounted does not exist",
+            "remove the folder on the host (rmdir) and put the file there, or name a file in it: "
+            f"--config {path}/config.json",
         ) from None
     except PermissionError:
         raise AccessError.of(
-            f"the config file {path} may not be read",
+            f"no permission to read the config file {path}",
             str(path),
-            "its permissions, or a folder's above it, keep this user out",
+            "the permissions of the file or of a parent folder deny access to this user",
             f"chmod a+r {path}",
         ) from None
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "the name is no valid path"
+        why = getattr(error, "strerror", None) or "the name is not a valid path"
         raise ConfigError.of(f"the config file {str(path)!r} cannot be read", why=why) from None
     if len(raw) > MAX_BYTES:
         raise ConfigError.of(
             f"the config file {path} is larger than {MAX_BYTES // 1024} KiB",
             str(path),
-            "a configuration is a few hundred lines",
+            "a configuration file has at most a few hundred lines",
             "name the config file, not the dataset",
         )
     try:
@@ -160,11 +160,11 @@ def _read_text(path: Path) -> str:
 
 
 def _neighbours(path: Path) -> dict[str, str]:
-    """Return where and remedy of a missing file: what lies beside it."""
+    """Return place and remedy for a missing file, from the names beside it."""
     try:
         names = sorted(p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES)
     except OSError:
-        where = f"{path.parent} is no folder that can be read"
+        where = f"{path.parent} is not a readable folder"
         return {"where": where, "remedy": f"ls -ld {path.parent}"}
     close = difflib.get_close_matches(path.name, names, n=3) or names[:5]
     remedy = f"did you mean {' or '.join(str(path.parent / name) for name in close)}?"

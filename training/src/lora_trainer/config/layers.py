@@ -1,8 +1,8 @@
-"""What one source gives: values under canonical names, each with its origin.
+"""The values of one source under canonical names, each with its origin.
 
-A `Layer` collects the values of one source (the file, the environment, the command
-line), translates other trainers' spellings, and finds unknown keys, keys in the
-wrong section and values that are given twice.
+A `Layer` collects the values of one source (the file, the environment, the command line),
+translates other trainers' spellings, and reports unknown keys, keys in the wrong section and
+duplicates.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """One value that a source gives; relative paths in it start at `folder`."""
+    """One value from a source; its relative paths start at `folder`."""
 
     leaf: str
     value: Any
@@ -48,7 +48,7 @@ class Given:
     pointer: Pointer = ()
 
     def location(self, inner: Pointer = ()) -> str:
-        """Return where the value, or a part of it, stands."""
+        """Return the location of the value or of a part of it."""
         if self.document:
             return self.document.location((*self.pointer, *inner))
         return self.origin.location
@@ -56,7 +56,7 @@ class Given:
 
 @dataclass(slots=True)
 class Layer:
-    """The values of one source, and what is wrong with them."""
+    """The values of one source, and their problems."""
 
     kind: OriginKind
     folder: Path
@@ -74,13 +74,13 @@ class Layer:
         document: Document | None = None,
         pointer: Pointer = (),
     ) -> None:
-        """Take a value under the key that the user wrote; `section` is where it stood.
+        """Add a value under the key that the user wrote in `section`.
 
-        Null in a file, like an empty YAML entry, says that the key is not given.
+        Null in a file, like an empty YAML entry, means that the key is not set.
         """
         meaning = interpret(key, value)
         if meaning is None and key not in section_names() and value in (None, "", []):
-            return  # a line that other trainers' templates leave blank
+            return  # left blank in the templates of other trainers
         if meaning is None:
             self.problems.append(unknown_key(key, location, section, value))
         elif isinstance(meaning, Ignored):
@@ -95,7 +95,7 @@ class Layer:
                 Problem(
                     f"{key} does not belong in {section}",
                     location,
-                    f"it is a key of {home}",
+                    f"it belongs to {home}",
                     f"move it to {home}, or to the top level",
                 )
             )
@@ -108,7 +108,10 @@ class Layer:
             other = self.given[meaning.leaf].origin.location
             self.problems.append(
                 Problem(
-                    f"{name} is given twice", location, f"also by {other}", "keep one of the two"
+                    f"{name} is given twice",
+                    location,
+                    f"{other} sets the same key",
+                    "keep one of the two",
                 )
             )
         else:
@@ -118,9 +121,9 @@ class Layer:
             )
 
     def _is_said(self, key: str, meaning: Means, pointer: Pointer) -> bool:
-        """Tell whether the value adds nothing to one that is given under another spelling.
+        """Return whether the value is implied by one already set under another spelling.
 
-        Axolotl's lora_target_linear adds all linear layers to the modules that are named.
+        Axolotl's lora_target_linear adds all linear layers to the named modules.
         """
         other = self.given.get(meaning.leaf)
         if other is None or other.pointer == pointer == ():
@@ -134,13 +137,15 @@ class Layer:
 
 
 def unknown_key(key: str, location: str, section: str = "", value: Any = None) -> Problem:
-    """Return the problem of a key that means nothing here."""
+    """Return the problem of an unknown key."""
     if key in section_names():
         why = f"{key} is a section of its own"
-        return Problem(f"{key} is no key of {section}", location, why, "move it to the top level")
+        return Problem(
+            f"{key} is not a key of {section}", location, why, "move it to the top level"
+        )
     remedy = guess_key(key, value, section_names())
     if key.startswith(("_", "//", "#")) and not remedy:
-        remedy = "for comments write the configuration as YAML, which has them"
+        remedy = "to write comments, use YAML"
     return Problem(f"{shown_key(key)} is an unknown key", location, remedy=remedy)
 
 
@@ -163,7 +168,7 @@ def guess_key(
 
 
 def did_you_mean(word: str, choices: Iterable[str], form: Callable[[str], str] = str) -> str:
-    """Return a question naming the closest choices, aliases by their leaf, or nothing."""
+    """Return "did you mean" with the closest keys, or an empty string."""
     word = word[:100].lower().replace("-", "_")
     close = difflib.get_close_matches(word, list(choices), n=3, cutoff=0.7)
     named = dict.fromkeys(form(ALIASES.get(match, match)) for match in close)
@@ -171,7 +176,7 @@ def did_you_mean(word: str, choices: Iterable[str], form: Callable[[str], str] =
 
 
 def given_text(value: Any, *, is_secret: bool = False) -> str:
-    """Return a value and its type in words; a secret's type alone."""
+    """Return a value and its type as text; for a secret only the type."""
     shown, kind = repr(value), "a number"
     if value is None:
         return "null"

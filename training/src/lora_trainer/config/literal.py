@@ -1,4 +1,4 @@
-"""Values written as text, in the environment and on the command line."""
+"""Parse values given as text in the environment or on the command line."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from .text import read_yaml
 
 
 def from_text(key: str, text: str) -> Any:
-    """Return the value that a text stands for under a key.
+    """Parse the text given for a key.
 
-    The text is read as YAML (so `1e-4`, `false`, `[q_proj, v_proj]` and JSON mean what
-    they say) where the key takes such a value, and as itself otherwise: a run may be
-    named 2024.
+    The text is parsed as YAML (`1e-4`, `false`, `[q_proj, v_proj]`, JSON) if the key accepts the
+    result, and used as it is otherwise: a run may be named 2024.
     """
     document = read_yaml(text, "")
     parsed = text if document.problems else document.value
     if isinstance(parsed, str) and not text.lstrip().startswith(('"', "'")):
-        parsed = text  # as it stands, with a # that YAML takes for a comment
+        parsed = text  # unparsed: YAML would drop what follows a #
     if key in CONVERTED_ALIASES or key in NO_MEANING:
         return parsed
     leaf = ALIASES.get(key, key)
@@ -34,7 +33,7 @@ def from_text(key: str, text: str) -> Any:
 
 
 def accepts(leaf: str, value: Any) -> bool:
-    """Return whether a leaf takes the value."""
+    """Return whether a leaf accepts the value."""
     try:
         sections()[leaf_sections()[leaf]].model_validate({leaf: normalise(leaf, value)})
     except ValidationError:

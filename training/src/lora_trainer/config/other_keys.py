@@ -152,7 +152,7 @@ REFUSED: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
         use_galore use_apollo use_badam use_adam_mini use_muon adafactor optim_args
         optim_target_modules adam_epsilon2 adam_beta3 torchdistx_path embedding_lr
         embedding_lr_scale lr_groups""", ()),
-    ("a LoRA adapter is what is trained", """
+    ("training is always LoRA", """
         use_llama_pro lisa_n_layers relora peft_layers_to_transform peft_layers_pattern
         peft_layer_replication peft_trainable_token_indices peft_ensure_weight_tying
         lora_rank_pattern lora_alpha_pattern lora_fan_in_fan_out create_new_adapter

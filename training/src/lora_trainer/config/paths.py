@@ -1,7 +1,7 @@
-"""Where relative paths start: at the config file's folder, elsewhere at the current one.
+"""Resolve relative paths: from the config file's folder, otherwise from the current one.
 
-What no source names is in the checkout's `public`, where there is one: results, and the
-datasets that a name alone stands for.
+Without a setting, results and datasets given by name are in the checkout's `public`, if there is
+one.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt"
 
 
 def locate_paths(config: Config, given: Mapping[str, Given]) -> dict[str, Any]:
-    """Return the leaves that hold paths, with those paths made absolute.
+    """Return the leaves that contain paths, with absolute paths.
 
-    Folders and the token's file are always made so. A dataset is looked for beside the
-    config file (or in the current folder, if another source or the default names it), then
-    in datasets_dir, by default the checkout's; one that looks like a file but is nowhere is
-    made absolute too, for the data check to complain about. A model or a chat template is
-    taken for a path if it is there, or if it begins with `.`, `/` or `~`. Everything else,
-    such as a hub id, is left.
+    Folders and the token file always become absolute. A dataset is looked up beside the config file
+    (or in the current folder, if another source or the default names it), then in datasets_dir, by
+    default the checkout's; a missing file becomes absolute too, and the data check reports it. A
+    model or chat template is a path if it exists or starts with `.`, `/` or `~`. Everything else,
+    such as a hub id, is unchanged.
     """
     values: dict[str, Any] = {}
     for section in (config.model, config.lora, config.data, config.output, config.monitoring):
@@ -81,12 +80,12 @@ def _is_explicit(text: str) -> bool:
 
 
 def absolute(text: str, folder: Path) -> str:
-    """Return a path as absolute, symbolic links kept; a `~` of nobody is left in."""
-    # Looking up a user whose name holds a null byte raises; no file has such a name either.
+    """Return an absolute path, keeping symbolic links and the `~` of an unknown user."""
+    # Looking up a user name with a null byte raises; no file has such a name either.
     expanded = text if "\0" in text else os.path.expanduser(text)  # noqa: PTH111
     return os.path.abspath(folder / expanded)  # noqa: PTH100
 
 
 def exists(path: str) -> bool:
-    """Return whether there is something, False too for names that no file can have."""
+    """Return whether a path exists; False for names that no file can have."""
     return os.path.exists(path)  # noqa: PTH110  (Path.exists raises for such names)

@@ -1,9 +1,9 @@
-"""Which source wins: the later one, also where it gives a value's rival.
+"""Precedence of sources: the later one wins, also over alternatives to its keys.
 
 Held-out rows come from `eval_dataset` or from `eval_fraction`, and the warmup's length
-from `warmup_steps` or from `warmup_ratio`. When a later source gives one of a pair, the
-other one of an earlier source gives way, as the same key would. Both of one source stay,
-for `conflicts` to complain about.
+from `warmup_steps` or from `warmup_ratio`. When a later source sets one of a pair, the other one
+from an earlier source is dropped, as the same key would be. Both in one source are kept, and
+`conflicts` reports them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 
 from .layers import Given, Layer
 
-# Each of a pair, and the value with which it asks for nothing and so displaces nothing.
+# Each key of a pair, and its neutral value, which displaces nothing.
 RIVALS = (
     (("eval_dataset", None), ("eval_fraction", 0)),
     (("warmup_steps", None), ("warmup_ratio", None)),
     (("eval_steps", None), ("evals_per_epoch", 0)),
     (("save_steps", None), ("saves_per_epoch", 0)),
 )
-# What a file asks of its held-out rows has no subject once they are left out.
+# Settings for the file's held-out rows, dropped together with them.
 NEEDS_HELD_OUT = (
     "early_stopping_patience",
     "early_stopping_threshold",
@@ -33,7 +33,7 @@ NEEDS_HELD_OUT = (
 
 
 def merge(layers: Sequence[Layer]) -> tuple[dict[str, Given], list[str]]:
-    """Return the winning values of sources, the later ones first in rank, and warnings."""
+    """Return the winning values and warnings; later sources take precedence."""
     given = {leaf: value for layer in layers for leaf, value in layer.given.items()}
     rank = {leaf: n for n, layer in enumerate(layers) for leaf in layer.given}
     for pair in RIVALS:
@@ -45,9 +45,9 @@ def merge(layers: Sequence[Layer]) -> tuple[dict[str, Given], list[str]]:
 
 
 def _drop_strange_held_out(given: dict[str, Given]) -> list[str]:
-    """Leave out the held-out rows that a file names beside another dataset than is trained on.
+    """Drop a file's eval_dataset when another source replaces its dataset.
 
-    They would say nothing about the data that the command line or the environment names.
+    Those rows say nothing about the data named on the command line or in the environment.
     """
     data, held_out = given.get("dataset"), given.get("eval_dataset")
     if data is None or held_out is None or held_out.value is None:
@@ -65,6 +65,6 @@ def _drop_strange_held_out(given: dict[str, Given]) -> list[str]:
     givers = {"environment": "in the environment", "argument": "as an argument"}
     giver = givers.get(kind, "on the command line")
     return [
-        f"eval_dataset of {file} is left out, since dataset is given {giver}: "
-        "name --eval_dataset or --eval_fraction"
+        f"eval_dataset of {file} is ignored because dataset is set {giver}: use --eval_dataset or "
+        "--eval_fraction"
     ]

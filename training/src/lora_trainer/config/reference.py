@@ -1,4 +1,4 @@
-"""The keys as text: a Markdown table for docs/reference.md, and the help of the command line."""
+"""The keys as a Markdown table for docs/reference.md and as command-line help."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def help_text() -> str:
 
 
 def replace_block(text: str) -> str:
-    """Return a page's text with the table between its marks renewed.
+    """Return a page's text with an updated table between its markers.
 
     Raises:
-        ValueError: the marks are not there.
+        ValueError: the markers are missing.
     """
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the text has no {BEGIN} ... {END}")
+        raise ValueError(f"the text does not contain {BEGIN} ... {END}")
     return f"{before}{begin}\n{key_table()}{end}{after}"

@@ -1,9 +1,9 @@
-"""What the user asked for: the schema of every key, its default, its limits and its aliases.
+"""The schema of every key: type, default, limits and description.
 
 Leaf names are unique over all sections and spelled as in Hugging Face's
-TrainingArguments and PEFT, so a config may be flat or sectioned. Reading files,
-environment and command line, and telling where a value came from, is `sources`'
-work; what the values mean on this machine is `plan`'s. Nothing here imports torch.
+TrainingArguments and PEFT, so a config may be flat or sectioned. `settings` reads files,
+environment and command line and records where each value came from; `plan` resolves the values for
+this machine. Imports no torch.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ Init = Annotated[
 
 
 class Section(BaseModel):
-    """A frozen group of keys; unknown keys and silent conversions are errors."""
+    """A frozen group of keys; unknown keys and implicit conversions are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
-    """Which base model, and how it is loaded."""
+    """The base model and how it is loaded."""
 
     model_name_or_path: str = Field(
         EMBEDDED_MODEL,
@@ -132,7 +132,7 @@ class DatasetSource(Section):
 
 
 class DataSection(Section):
-    """The training data: rows, their format, and which of their tokens are trained."""
+    """The training data: rows, their format, and which tokens are supervised."""
 
     dataset: str | list[str | DatasetSource] = Field(
         "demo/train.jsonl",
@@ -186,7 +186,7 @@ class DataSection(Section):
 
 
 class TrainingSection(Section):
-    """The optimisation."""
+    """Optimization."""
 
     per_device_train_batch_size: Count = Field(4, description="Examples per micro-batch")
     per_device_eval_batch_size: Count = Field(8, description="Examples per evaluation batch")
@@ -203,7 +203,9 @@ class TrainingSection(Section):
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
         "cosine", description="Learning rate schedule after the warmup"
     )
-    warmup_ratio: Fraction = Field(0.03, description="Fraction of steps used for the warmup, which begins at 0")
+    warmup_ratio: Fraction = Field(
+        0.03, description="Fraction of steps used for the warmup, which begins at 0"
+    )
     warmup_steps: CountOrZero | None = Field(None, description="Overrides warmup_ratio")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay")
@@ -255,7 +257,7 @@ class TrainingSection(Section):
 
 
 class OutputSection(Section):
-    """Where results go and what is kept."""
+    """Output folder, checkpoints and resuming."""
 
     output_dir: str = Field(
         "outputs",
@@ -284,7 +286,7 @@ class OutputSection(Section):
 
 
 class MonitoringSection(Section):
-    """What is shown, logged and watched."""
+    """Logging, status server and watchdog."""
 
     logging_steps: Count = Field(1, description="Steps between log entries")
     quiet: bool = Field(False, description="Print only warnings and errors")
@@ -330,7 +332,7 @@ class MonitoringSection(Section):
 
 
 class Config(Section):
-    """Everything a run was asked to do."""
+    """The complete configuration of a run."""
 
     model: ModelSection = Field(default_factory=ModelSection)
     lora: LoraSection = Field(default_factory=LoraSection)
@@ -340,11 +342,11 @@ class Config(Section):
     monitoring: MonitoringSection = Field(default_factory=MonitoringSection)
 
     def digest(self) -> str:
-        """Return the sha256 (16 hex digits) of the values that decide the trained weights.
+        """Return the sha256 (16 hex digits) of the values that affect the trained weights.
 
-        Base model, adapter, data and template count by their content, and the length by the
-        schedule that follows from it: `identity` holds those parts. What is only shown,
-        logged or stored elsewhere does not count.
+        Base model, adapter, data and template are compared by content, and the length by its
+        schedule: `identity` covers those. Keys that only affect display, logging or location are
+        excluded.
         """
         kept = self.model_dump(mode="json", exclude={"output", "monitoring"})
         for section, key in NOT_IN_DIGEST:
@@ -377,7 +379,7 @@ SECRET_KEYS = frozenset({"hf_token", "webhook_url"})
 
 
 def section_names() -> tuple[str, ...]:
-    """Return the names of the sections, in the order of the schema."""
+    """Return the names of the sections, in schema order."""
     return tuple(Config.model_fields)
 
 
@@ -392,5 +394,5 @@ def sections() -> dict[str, type[Section]]:
 
 
 def leaf_sections() -> dict[str, str]:
-    """Return leaf key -> the section that holds it; unique by a test."""
+    """Return leaf key -> its section; a test ensures that leaf names are unique."""
     return {leaf: name for name, kind in sections().items() for leaf in kind.model_fields}

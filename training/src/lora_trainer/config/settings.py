@@ -1,4 +1,4 @@
-"""The sources put together: one frozen configuration, and where each value came from."""
+"""Merge all sources into one frozen configuration, with the origin of each value."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .validation import find_misfits
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the user asked for, the origin of every leaf, and what to tell about it."""
+    """The configuration, the origin of every leaf, and warnings."""
 
     config: Config
     origins: Mapping[str, Origin]
@@ -54,7 +54,7 @@ def resolve(
     arguments: Sequence[str],
     values: Mapping[str, Any] = MappingProxyType({}),
 ) -> Settings:
-    """Return the settings that the sources make together, paths made absolute.
+    """Merge all sources into settings with absolute paths.
 
     `arguments` are those of a command line, `values` those of a call from Python.
 

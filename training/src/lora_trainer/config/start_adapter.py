@@ -1,8 +1,8 @@
-"""The adapter that training starts from: found, and held against the configuration.
+"""Find the adapter that training starts from and compare it with the configuration.
 
-`adapter_name_or_path` names a run's folder, a checkpoint's, or one in PEFT's format. Rank,
-alpha, targets and the like are the adapter's: keys that are not given are taken from it,
-given ones must agree. Only safetensors are read, and nothing here needs torch.
+`adapter_name_or_path` names a run's folder, a checkpoint's, or one in PEFT's format. Rank, alpha,
+targets and similar keys come from the adapter: unset keys are taken from it, set ones must agree.
+Only safetensors are read. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .layers import Given
 from .schema import EMBEDDED_MODEL, Config
 
 KEY = "adapter_name_or_path"
-# Keys that an adapter decides; the first of each is PEFT's name.
+# Keys determined by an adapter, each with PEFT's name first.
 SHAPE_KEYS = (
     ("r", "lora_r"),
     ("lora_alpha", "lora_alpha"),
@@ -30,7 +30,7 @@ SHAPE_KEYS = (
     ("use_dora", "use_dora"),
     ("modules_to_save", "modules_to_save"),
 )
-# PEFT's keys that nothing here trains, with the values that switch them off.
+# PEFT features that are not supported, with the values that disable them.
 UNTRAINED = {
     "bias": ("none",),
     "rank_pattern": ({},),
@@ -67,9 +67,9 @@ EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 @dataclass(frozen=True, slots=True)
 class StartAdapter:
-    """An adapter on the disk: its weights' file, its keys here, and the base it was trained on.
+    """An adapter on disk: its weights file, its keys in our spelling, and its base model.
 
-    `run` is the folder of the run that trained it, where that is known.
+    `run` is the folder of the run that trained it, if known.
     """
 
     weights: Path
@@ -86,10 +86,10 @@ class StartAdapter:
 
 
 def find_adapter(named: str) -> StartAdapter:
-    """Find what `adapter_name_or_path` names.
+    """Find the adapter that `adapter_name_or_path` names.
 
     Raises:
-        ConfigError: it is not there, is pickled, or is an adapter that cannot be trained here.
+        ConfigError: it does not exist, is pickled, or cannot be trained further.
     """
     path = Path(named)
     if (path / CONFIG).is_file():
@@ -114,7 +114,7 @@ def find_adapter(named: str) -> StartAdapter:
 
 
 def adopt(config: Config, given: Mapping[str, Given]) -> tuple[dict[str, Any], list[Problem]]:
-    """Return the leaves that the adapter decides, and the given ones that disagree with it."""
+    """Return the leaves determined by the adapter, and the set ones that disagree with it."""
     assert config.lora.adapter_name_or_path is not None
     try:
         adapter = find_adapter(config.lora.adapter_name_or_path)
@@ -131,7 +131,7 @@ def adopt(config: Config, given: Mapping[str, Given]) -> tuple[dict[str, Any], l
     if "model_name_or_path" not in given:
         values |= {"model_name_or_path": adapter.base, "model_revision": adapter.revision}
     elif _plain(base) != adapter.base and not any(Path(p).is_dir() for p in (base, adapter.base)):
-        # Folders are compared by their content, once the model is loaded.
+        # Folders are compared by content, once the model is loaded.
         problems.append(
             _disagreement(
                 "model_name_or_path", base, adapter.base, given["model_name_or_path"], adapter
@@ -141,7 +141,7 @@ def adopt(config: Config, given: Mapping[str, Given]) -> tuple[dict[str, Any], l
 
 
 def _plain(base: str) -> str:
-    """Return the name of a base model, the embedded one's for the hub's of it."""
+    """Return the name of a base model; the embedded model's hub id maps to the embedded name."""
     return EMBEDDED_MODEL if base == EMBEDDED_HUB_ID else base
 
 
@@ -157,18 +157,20 @@ def _in_peft_format(folder: Path, run: Path | None) -> StartAdapter:
     if is_changed(folder / WEIGHTS):
         raise _unusable(
             folder,
-            f"{WEIGHTS} is not the one in {CHECKSUMS}: damaged, or replaced",
-            f"name a checkpoint of its run; if you replaced it yourself: rm {folder / CHECKSUMS}",
+            f"{WEIGHTS} does not match {CHECKSUMS}: damaged or replaced",
+            f"use a checkpoint of its run; if you replaced it yourself: rm {folder / CHECKSUMS}",
         )
     facts = _read(folder / CONFIG)
     if facts.get("peft_type") != "LORA":
-        raise _unusable(folder, f"it is no LoRA adapter ({facts.get('peft_type')})", "use another")
+        raise _unusable(
+            folder, f"it is not a LoRA adapter ({facts.get('peft_type')})", "use another"
+        )
     extra = [key for key, off in UNTRAINED.items() if facts.get(key) not in (None, *off)]
     if extra:
         raise _unusable(
             folder,
-            f"its {CONFIG} sets {', '.join(f'{key}: {facts[key]!r}' for key in extra)}, "
-            "which nothing here trains",
+            f"its {CONFIG} sets {', '.join(f'{key}: {facts[key]!r}' for key in extra)}, which is "
+            "not supported",
             "merge that adapter into its base with PEFT, and train on the merged model",
         )
     _refuse_changed_base(folder, facts.get("init_lora_weights"), "export it with PEFT's conversion")
@@ -193,12 +195,12 @@ def _checkpoint(folder: Path) -> StartAdapter:
     try:
         lora = {leaf: cell["value"] for leaf, cell in recorded["lora"].items()}
         model = {leaf: cell["value"] for leaf, cell in recorded["model"].items()}
-        lora.setdefault("lora_target_parameters", [])  # a key that older runs do not have
+        lora.setdefault("lora_target_parameters", [])  # older runs do not have this key
         values = {leaf: lora[leaf] for _, leaf in SHAPE_KEYS}
         base, revision = str(model["model_name_or_path"]), model["model_revision"]
     except (KeyError, TypeError, AttributeError) as error:
         raise _unusable(
-            folder, f"{run / RESOLVED} does not say how it was trained", f"ls {run}"
+            folder, f"{run / RESOLVED} does not record how it was trained", f"ls {run}"
         ) from error
     _refuse_changed_base(
         folder, lora.get("init_lora_weights"), f"lora-trainer export {folder} TARGET, then TARGET"
@@ -208,7 +210,7 @@ def _checkpoint(folder: Path) -> StartAdapter:
 
 
 def _checked(adapter: StartAdapter) -> StartAdapter:
-    """Refuse keys of wrong types; what is null is what switches it off."""
+    """Reject keys of wrong types; null disables a key."""
     values = dict(adapter.values)
     for leaf in ("modules_to_save", "lora_target_parameters"):
         values[leaf] = list(values[leaf] or [])
@@ -225,7 +227,9 @@ def _checked(adapter: StartAdapter) -> StartAdapter:
         ) from error
     if not adapter.base:
         raise _unusable(
-            adapter.folder, "it names no base model", f"set base_model_name_or_path in its {CONFIG}"
+            adapter.folder,
+            "it does not name a base model",
+            f"set base_model_name_or_path in its {CONFIG}",
         )
     return StartAdapter(
         adapter.weights,
@@ -238,7 +242,7 @@ def _checked(adapter: StartAdapter) -> StartAdapter:
 
 
 def _agrees(leaf: str, mine: Any, theirs: Any) -> bool:
-    """Compare values; targets that no list names are compared on the loaded model."""
+    """Compare values; target modules not given as a list are compared on the loaded model."""
     if leaf == "lora_target_modules" and not (isinstance(mine, list) and isinstance(theirs, list)):
         return True
     if isinstance(mine, list) and isinstance(theirs, list):
@@ -250,10 +254,10 @@ def _disagreement(
     leaf: str, mine: Any, theirs: Any, given: Given, adapter: StartAdapter
 ) -> Problem:
     return Problem(
-        f"{leaf} {mine} is not that of the adapter, {theirs}",
+        f"{leaf} {mine} differs from the adapter's {theirs}",
         given.origin.location,
         f"training starts from {adapter.folder}, which has {leaf} {theirs}",
-        f"remove {leaf}, which is then taken from the adapter, or name another {KEY}",
+        f"remove {leaf} to take it from the adapter, or use another {KEY}",
     )
 
 
@@ -265,7 +269,7 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _is_sound(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint verifies."""
+    """Return whether a checkpoint verifies."""
     try:
         verify(checkpoint)
     except CorruptCheckpointError:
@@ -276,7 +280,7 @@ def _is_sound(checkpoint: Path) -> bool:
 def _refuse_changed_base(folder: Path, init: Any, remedy: str) -> None:
     if isinstance(init, str) and init.startswith(BASE_CHANGING):
         raise _unusable(
-            folder, f"its init, {init}, changed the base model that it belongs to", remedy
+            folder, f"its initialization, {init}, changed the base model that it belongs to", remedy
         )
 
 
@@ -293,7 +297,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _pickled(folder: Path) -> ConfigError:
     return _unusable(
         folder,
-        f"{PICKLED} is pickled, which can run code when loaded; nothing here opens it",
+        f"{PICKLED} is pickled, which can run code when loaded; it was not opened",
         "save it again with model.save_pretrained(folder, safe_serialization=True)",
     )
 

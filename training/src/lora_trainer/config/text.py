@@ -1,8 +1,8 @@
-"""Read JSON and YAML text into plain values, remembering the line of each.
+"""Parse JSON and YAML into plain values with the line number of each.
 
-JSON is read by the standard library, so its errors are JSON's. YAML is read in its
-1.2 core schema, in which `1e-4` is a number and `yes`, `on` and `1:30` are text;
-aliases, tags and merge keys, which configurations do not need, are refused.
+JSON is parsed by the standard library. YAML uses its 1.2 core schema, in which `1e-4` is a number
+and `yes`, `on` and `1:30` are text; aliases, tags and merge keys are rejected, because
+configurations do not need them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..errors import Problem
 
 Pointer = tuple[str | int, ...]
 MAX_DEPTH = 20
-MAX_BYTES = 256 * 1024  # far above any configuration; bounds the time of a wrong file
+MAX_BYTES = 256 * 1024  # far above any configuration; bounds the time spent on a wrong file
 NULLS = frozenset({"", "~", "null", "Null", "NULL"})
 BOOLEANS = {
     "true": True,
@@ -39,7 +39,7 @@ BLANK = re.compile(r"[ \t\n\r]*")
 
 @dataclass(slots=True)
 class Document:
-    """A text's value, the line of each of its parts, and what is wrong with it."""
+    """A parsed value, the line of each part, and its problems."""
 
     name: str
     value: Any = None
@@ -47,7 +47,7 @@ class Document:
     problems: list[Problem] = field(default_factory=list)
 
     def location(self, pointer: Pointer) -> str:
-        """Return `file:line /json/pointer`; the line is that of the nearest part known."""
+        """Return `file:line /json/pointer`; the line of the nearest known part."""
         known = pointer
         while known and known not in self.lines:
             known = known[:-1]
@@ -55,14 +55,14 @@ class Document:
         return f"{self.name}:{line} {json_pointer(pointer)}".rstrip()
 
     def add(self, pointer: Pointer, line: int) -> None:
-        """Note where a part is; a key that is already there is a problem."""
+        """Record the line of a part; a duplicate key is a problem."""
         if pointer in self.lines:
             first = self.lines[pointer]
             self.problems.append(
                 Problem(
-                    f"{shown_key(str(pointer[-1]))} is there twice",
+                    f"{shown_key(str(pointer[-1]))} is a duplicate key",
                     f"{self.name}:{line} {json_pointer(pointer)}",
-                    f"it was given on line {first} already",
+                    f"it is already set on line {first}",
                     "keep one of the two",
                 )
             )
@@ -70,7 +70,7 @@ class Document:
             self.lines[pointer] = line
 
     def refuse(self, what: str, line: int, pointer: Pointer = (), remedy: str = "") -> None:
-        """Note a problem with a part of the text."""
+        """Record a problem with a part of the text."""
         where = f"{self.name}:{line} {json_pointer(pointer)}".rstrip()
         self.problems.append(Problem(what, where, remedy=remedy))
 
@@ -83,19 +83,19 @@ class _TextError(Exception):
 
 
 def shown_key(key: str) -> str:
-    """Return a key as it may be printed: short, on one line."""
+    """Return a key for printing: short, on one line."""
     key = key if key.isprintable() and key else repr(key)
     return key if len(key) <= 60 else key[:57] + "..."
 
 
 def json_pointer(pointer: Pointer) -> str:
-    """Return the RFC 6901 form of a path of keys and indices."""
+    """Return a path of keys and indices as an RFC 6901 JSON pointer."""
     steps = (shown_key(str(part)).replace("~", "~0").replace("/", "~1") for part in pointer)
     return "".join(f"/{part}" for part in steps)
 
 
 def read_json(text: str, name: str) -> Document:
-    """Read JSON; whatever is wrong is among the document's problems."""
+    """Parse JSON; errors are the document's problems."""
     document = Document(name)
     try:
         json.loads(text)
@@ -104,12 +104,12 @@ def read_json(text: str, name: str) -> Document:
     except json.JSONDecodeError as error:
         remedy = _json_remedy(text, error)
         document.refuse(
-            f"this is no JSON: {error.msg} in column {error.colno}", error.lineno, remedy=remedy
+            f"invalid JSON: {error.msg} in column {error.colno}", error.lineno, remedy=remedy
         )
     except _TextError as error:
         document.refuse(error.what, error.line)
     except RecursionError:
-        document.refuse(f"nested deeper than {MAX_DEPTH} levels", 1)
+        document.refuse(f"nested more than {MAX_DEPTH} levels deep", 1)
     except ValueError:  # an integer of more digits than Python converts
         document.refuse("a number has thousands of digits", 1)
     return document
@@ -119,11 +119,11 @@ def _json_remedy(text: str, error: json.JSONDecodeError) -> str:
     rest = text[error.pos : error.pos + 1]
     before = text[: error.pos].rstrip()[-1:]
     if rest in ("#", "/"):
-        return "JSON has no comments; write the configuration as YAML, which has them"
+        return "JSON does not allow comments; use YAML for a configuration with comments"
     if before == "," and rest in ("}", "]", '"'):
         return "remove the comma after the last entry"
     if "Expecting ',' delimiter" in error.msg:
-        return "put a comma behind the entry before, or close the text's quotes"
+        return "add a comma after the previous entry, or close the quotes"
     return ""
 
 
@@ -135,17 +135,17 @@ def _blank(text: str, at: int) -> int:
 
 @dataclass(slots=True)
 class _JsonReader:
-    """Walks over text that is known to be JSON."""
+    """Walks through valid JSON text to find the line of each value."""
 
     text: str
     starts: list[int]
     document: Document
 
     def read(self, at: int, pointer: Pointer) -> tuple[Any, int]:
-        """Return the value at an offset, and the offset behind it."""
+        """Return the value at an offset, and the offset after it."""
         line = bisect_right(self.starts, at)
         if len(pointer) > MAX_DEPTH:
-            raise _TextError(f"nested deeper than {MAX_DEPTH} levels", line)
+            raise _TextError(f"nested more than {MAX_DEPTH} levels deep", line)
         self.document.lines.setdefault(pointer, line)
         if self.text[at] == "{":
             return self._read_object(at, pointer)
@@ -154,7 +154,7 @@ class _JsonReader:
         value, end = json.JSONDecoder().raw_decode(self.text, at)
         if isinstance(value, float) and not math.isfinite(value):
             self.document.refuse(
-                "NaN, Infinity and numbers beyond 1e308 are refused", line, pointer
+                "NaN, Infinity and numbers beyond 1e308 are not allowed", line, pointer
             )
             value = None
         return value, end
@@ -166,7 +166,7 @@ class _JsonReader:
             key, end = json.JSONDecoder().raw_decode(self.text, at)
             inner = (*pointer, key)
             self.document.add(inner, bisect_right(self.starts, at))
-            at = _blank(self.text, _blank(self.text, end) + 1)  # over the colon
+            at = _blank(self.text, _blank(self.text, end) + 1)  # skip the colon
             value, at = self.read(at, inner)
             values.setdefault(key, value)
             at = self._over_comma(at)
@@ -187,7 +187,7 @@ class _JsonReader:
 
 
 def read_yaml(text: str, name: str) -> Document:
-    """Read YAML; whatever is wrong is among the document's problems."""
+    """Parse YAML; errors are the document's problems."""
     document = Document(name)
     try:
         events = iter(yaml.parse(text, Loader=yaml.BaseLoader))
@@ -195,21 +195,23 @@ def read_yaml(text: str, name: str) -> Document:
         document.value = _yaml_value(first, events, (), document)
         rest = [event for event in events if not _is_frame(event)]
         if rest:
-            document.refuse("one YAML document a file; a second one starts here", _line(rest[0]))
+            document.refuse(
+                "only one YAML document per file; a second one starts here", _line(rest[0])
+            )
     except StopIteration:
         document.value = None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
         what = error.problem or error.context or "cannot be read"
-        document.refuse(f"this is no YAML: {what} in column {column}", line)
+        document.refuse(f"invalid YAML: {what} in column {column}", line)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        document.refuse("this is no YAML: a control character, which YAML forbids", line)
+        document.refuse("invalid YAML: control characters are not allowed in YAML", line)
     except _TextError as error:
         document.refuse(error.what, error.line)
     except (RecursionError, ValueError):  # ValueError: an escape beyond Unicode
-        document.refuse("this is no YAML", 1)
+        document.refuse("invalid YAML", 1)
     return document
 
 
@@ -227,11 +229,11 @@ def _yaml_value(
 ) -> Any:
     line = _line(event)
     if len(pointer) > MAX_DEPTH:
-        raise _TextError(f"nested deeper than {MAX_DEPTH} levels", line)
+        raise _TextError(f"nested more than {MAX_DEPTH} levels deep", line)
     if isinstance(event, yaml.AliasEvent):
-        raise _TextError("YAML aliases (*name) are not read; repeat the value", line)
+        raise _TextError("YAML aliases (*name) are not supported; repeat the value", line)
     if getattr(event, "tag", None) is not None:
-        raise _TextError("YAML tags (!name) are not read; put text in quotes", line)
+        raise _TextError("YAML tags (!name) are not supported; quote the text", line)
     document.lines.setdefault(pointer, line)
     if isinstance(event, yaml.ScalarEvent):
         return _yaml_scalar(event, line, pointer, document)
@@ -243,7 +245,7 @@ def _yaml_value(
     values: dict[str, Any] = {}
     while not isinstance(event := next(events), yaml.MappingEndEvent):
         if not isinstance(event, yaml.ScalarEvent):
-            raise _TextError("a key must be a word", _line(event))
+            raise _TextError("a key must be a plain word", _line(event))
         inner = (*pointer, event.value)
         document.add(inner, _line(event))
         values.setdefault(event.value, _yaml_value(next(events), events, inner, document))
@@ -262,6 +264,6 @@ def _yaml_scalar(event: yaml.ScalarEvent, line: int, pointer: Pointer, document:
         return int(text)
     is_number = NUMBER.fullmatch(text) is not None
     if NOT_FINITE.fullmatch(text) or (is_number and math.isinf(float(text))):
-        document.refuse("NaN, Infinity and numbers beyond 1e308 are refused", line, pointer)
+        document.refuse("NaN, Infinity and numbers beyond 1e308 are not allowed", line, pointer)
         return None
     return float(text) if is_number else text

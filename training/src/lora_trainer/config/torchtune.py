@@ -72,7 +72,7 @@ class Key:
 
 
 def is_torchtune(keys: Mapping[str, Any]) -> bool:
-    """Tell whether a file has torchtune's components."""
+    """Return whether a file has torchtune's components."""
     return any(isinstance(value, Mapping) and NAME in value for value in keys.values())
 
 
@@ -83,7 +83,7 @@ def component(keys: Mapping[str, Any], section: str) -> str:
 
 
 def is_full(keys: Mapping[str, Any]) -> bool:
-    """Tell whether all weights of the model are trained."""
+    """Return whether all weights of the model are trained."""
     return "lora_" not in component(keys, "model")
 
 
@@ -145,7 +145,7 @@ def _meaning(
     elif section == "lr_scheduler":
         yield Key("lr_scheduler_type", SCHEDULES.get(name, name), at)
     elif section == "loss" and ".rlhf." in path:
-        why = "supervised fine-tuning is what is done, no preference training"
+        why = "training is always supervised fine-tuning"
         layer.problems.append(
             Problem(f"loss cannot be {name}", document.location(at), why, PREFERENCES)
         )

@@ -29,7 +29,7 @@ LORA_KEYS = frozenset({"lora_r", "lora_rank", "lora_alpha", "r", "peft_type", "u
 
 @dataclass(frozen=True, slots=True)
 class Trainer:
-    """Another trainer: how its files are known, and what they mean.
+    """Another trainer: how to recognise its files, and its defaults.
 
     `name` is what --config_format calls it. `telltales`: all keys of one of the sets are in no
     other trainer's file. `defaults` takes the leaves that a file gives and its own keys. `is_full`
@@ -153,7 +153,7 @@ TRAINERS = (
         (frozenset({"finetuning_type"}), frozenset({"stage", "cutoff_len"}),
          frozenset({"stage", "template"})),
         _llama_factory,
-        lambda _: False,  # finetuning_type: full is refused where it stands
+        lambda _: False,  # an explicit finetuning_type: full is rejected elsewhere
         "finetuning_type: lora",
         "the tokenizer's own chat template is used; rows that are too long lose their end",
     ),
@@ -220,14 +220,14 @@ def take_format(arguments: Collection[str]) -> tuple[str, list[str]]:
 
 
 def complete(layer: Layer, trainer: Trainer, keys: Values, path: Path) -> None:
-    """Add the trainer's defaults to what a file gives, and say so once."""
+    """Add the trainer's defaults to a file's values, and report it once."""
     if trainer.is_full(keys):
         layer.problems.append(
             Problem(
                 "full fine-tuning is not supported, only LoRA",
                 str(path),
-                f"a file of {trainer.title} without {trainer.lora} trains all weights, with a "
-                "learning rate that is too low for an adapter",
+                f"a file of {trainer.title} without {trainer.lora} means full fine-tuning, whose "
+                "learning rate is too low for an adapter",
                 f"write {trainer.lora}, and {LORA_RATE}",
             )
         )
@@ -248,7 +248,7 @@ def complete(layer: Layer, trainer: Trainer, keys: Values, path: Path) -> None:
         added.append(f"{leaf} {value}")
     layer.warnings.append(
         f"{path}: read as a file of {trainer.title}, with its defaults: {', '.join(added)}; "
-        f"what differs: {trainer.differs}"
+        f"differences: {trainer.differs}"
     )
 
 
@@ -320,7 +320,7 @@ def _missing(
     named = {ALIASES.get(key, key) for key, value in keys.items() if value}
     return [
         Problem(
-            f"{path.name} names no {what}",
+            f"{path.name} does not name a {what}",
             str(path),
             f"a file of {trainer.title} has to, and the default job's is not meant",
             f"--{leaf} {example}",

@@ -1,7 +1,7 @@
 """Values that are not valid UTF-8, such as the names of files from other systems.
 
-They cannot be written to the plan, the events or the model card, so they are refused
-before anything is done.
+They cannot be written to the plan, the events or the model card, so they are rejected before
+anything starts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WHY = "plans, events and model cards are written in UTF-8"
 
 
 def find_undecodable(given: Mapping[str, Given]) -> dict[str, list[Problem]]:
-    """Return the problems of each leaf that holds text which is not valid UTF-8."""
+    """Return the problems of each leaf whose text is not valid UTF-8."""
     problems: dict[str, list[Problem]] = {}
     for leaf, one in given.items():
         for pointer, text in _texts(one.value):
@@ -62,7 +62,7 @@ def _undecodable_part(path: Path) -> Path:
 def _remedy(text: str, folder: Path) -> str:
     path = folder / text
     if not path.exists():
-        return "write the name in UTF-8"
+        return "rename it in UTF-8"
     part = _undecodable_part(path)
     return f"mv -- {shell_word(part)} {shell_word(part.with_name(as_utf8(part.name)))}"
 

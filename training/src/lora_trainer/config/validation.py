@@ -1,4 +1,4 @@
-"""Values held against the schema: every misfit becomes a problem with its place."""
+"""Validate values against the schema: every error becomes a problem with its place."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .literal import from_text
 from .schema import SECRET_KEYS, leaf_sections, sections
 from .text import Pointer, shown_key
 
-Errors = list[tuple[Pointer, str]]  # the part of the value, and pydantic's name for what it is
+Errors = list[tuple[Pointer, str]]  # the part of the value, and pydantic's name for its type
 
 
 def find_misfits(given: Mapping[str, Given]) -> dict[str, list[Problem]]:
-    """Return the problems of each leaf whose value the schema refuses."""
+    """Return the problems of each leaf whose value is invalid."""
     misfits: dict[str, list[Problem]] = {}
     for name, kind in sections().items():
         values = {leaf: g.value for leaf, g in given.items() if leaf_sections()[leaf] == name}
@@ -39,7 +39,7 @@ def find_misfits(given: Mapping[str, Given]) -> dict[str, list[Problem]]:
 
 
 def _inner_path(value: Any, location: Pointer) -> Pointer:
-    """Return the path within a value, without the names that pydantic gives union members."""
+    """Return the path within a value, without pydantic's names of union members."""
     path: list[str | int] = []
     for part in location:
         is_index = isinstance(value, list) and isinstance(part, int)
@@ -50,7 +50,7 @@ def _inner_path(value: Any, location: Pointer) -> Pointer:
 
 
 def _problems(given: Given, errors: Errors) -> list[Problem]:
-    """Return one problem for each innermost part that misfits."""
+    """Return one problem for each innermost invalid part."""
     paths = dict.fromkeys(path for path, _ in errors)
     innermost = [
         path for path in paths if not any(p != path and p[: len(path)] == path for p in paths)
@@ -89,7 +89,7 @@ def _problem(given: Given, path: Pointer, kinds: set[str]) -> Problem:
 
 
 def _required_keys(leaf: str, path: Pointer) -> list[str]:
-    """Return the keys without which an object within a value is incomplete."""
+    """Return the required keys that an object within a value lacks."""
     definitions = spec_at(leaf, path)["$defs"].values()
     return [key for definition in definitions for key in definition.get("required", [])]
 

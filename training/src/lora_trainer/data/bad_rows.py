@@ -1,7 +1,6 @@
-"""Rows as they are read, what makes one unusable, and the policy for unusable ones.
+"""Rows as read from files, what makes a row unusable, and the policy for such rows.
 
-A row's text never leaves this package: a finding names the file, the line, the
-field, types and lengths, nothing else.
+A row's text never leaves this package: findings only contain file, line, field, types and lengths.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from ..errors import DataError, Problem
 
 MAX_ROW_BYTES = 1_000_000
 MAX_DEPTH = 64
-"""Nesting of a row; deeper ones overflow the stack of JSON, pickle and Jinja alike."""
+"""Maximum nesting of a row; deeper ones overflow the stack of JSON, pickle and Jinja."""
 MAX_LISTED = 20
-"""Bad rows that an error lists one by one."""
+"""Maximum number of bad rows listed in an error."""
 
 BadRowPolicy = Literal["error", "skip"]
 RowValue = dict[str, Any] | str
@@ -26,7 +25,7 @@ RowValue = dict[str, Any] | str
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a dataset, where it stands, as `file:line`, and its size where measured."""
+    """One row of a dataset, its location as `file:line`, and its size if measured."""
 
     value: RowValue
     where: str
@@ -35,20 +34,20 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be used: where it stands and why."""
+    """An unusable row: its location and the reason."""
 
     where: str
     reason: str
 
 
 def shown_name(name: object) -> str:
-    """Return a field name fit for a message: quoted, printable, at most 40 characters."""
+    """Return a field name for a message: quoted, printable, at most 40 characters."""
     text = str(name)
     return ascii(text if len(text) <= 40 else text[:37] + "...")
 
 
 def fault_in(value: RowValue) -> str | None:
-    """Return what makes a row unusable whatever its format is, or None.
+    """Return what makes a row unusable in any format, or None.
 
     Finds NUL characters, text that is not UTF-8, deep nesting and rows of 1 MB or more.
     """
@@ -76,7 +75,7 @@ def measure(value: RowValue) -> tuple[int, str | None]:
                 if depth > MAX_DEPTH:
                     return (
                         size,
-                        f"field {shown_name(name)} is nested deeper than {MAX_DEPTH} levels",
+                        f"field {shown_name(name)} is nested more than {MAX_DEPTH} levels deep",
                     )
                 values = [*item.keys(), *item.values()] if isinstance(item, dict) else item
                 stack.extend((part, depth + 1) for part in values)
@@ -87,9 +86,9 @@ def measure(value: RowValue) -> tuple[int, str | None]:
 
 
 def _text_fault(text: str) -> tuple[int, str | None]:
-    """Return a text's length in bytes and what is wrong with it."""
+    """Return a text's length in bytes and its fault, if any."""
     if "\0" in text:
-        return 0, "holds a NUL character"
+        return 0, "contains a NUL character"
     if text.isascii():
         return len(text), None
     try:
@@ -99,12 +98,12 @@ def _text_fault(text: str) -> tuple[int, str | None]:
 
 
 def oversize_reason() -> str:
-    """Say that a row is too big to be one."""
-    return f"the row has {MAX_ROW_BYTES:,} bytes or more"
+    """Return the fault of a row that is too large."""
+    return f"the row is {MAX_ROW_BYTES:,} bytes or larger"
 
 
 class BadRowLog:
-    """Counts the rows that were read and the bad ones, and refuses a dataset by its policy."""
+    """Counts rows and bad rows, and rejects a dataset according to the policy."""
 
     def __init__(self, policy: BadRowPolicy = "error", max_fraction: float = 0.05) -> None:
         self.policy = policy
@@ -116,27 +115,27 @@ class BadRowLog:
 
     @property
     def is_refused(self) -> bool:
-        """Tell whether the rows seen so far are enough to refuse the dataset for good."""
+        """Return whether the rows seen so far are enough to reject the dataset."""
         return self.policy == "error" and self.total > 0
 
     def add(self, bad: BadRow) -> None:
-        """Count a bad row; reasons that differ by a number only are counted together."""
+        """Count a bad row; reasons that differ only by a number are counted together."""
         self.total += 1
         self.reasons[re.sub(r"\d[\d,]*", "N", bad.reason)] += 1
         if len(self.first) < MAX_LISTED:
             self.first.append(bad)
 
     def check(self) -> None:
-        """Judge the rows once all are read.
+        """Apply the policy once all rows are read.
 
         Raises:
-            DataError: bad rows where none are allowed, or a larger share than allowed.
+            DataError: there are more bad rows than allowed.
         """
         if problems := self.problems():
             raise DataError(problems)
 
     def problems(self) -> list[Problem]:
-        """Return why the dataset is refused, the first bad rows listed; empty if it is not."""
+        """Return why the dataset is rejected, with the first bad rows; empty if it is accepted."""
         if self.total == 0:
             return []
         fraction = self.total / max(self.rows_read, self.total)
@@ -147,10 +146,10 @@ class BadRowLog:
             head = Problem(
                 what=f"{counted}: {fraction:.1%}, "
                 f"more than max_bad_rows_share ({self.max_fraction:.1%})",
-                remedy="fix the rows listed, or raise max_bad_rows_share",
+                remedy="fix the listed rows, or raise max_bad_rows_share",
             )
         else:
-            remedy = "fix the rows listed, or set on_bad_rows to skip to leave them out"
+            remedy = "fix the listed rows, or set on_bad_rows: skip to leave them out"
             if fraction > self.max_fraction:
                 remedy = (
                     f"fix the rows listed: {fraction:.1%} are too many to skip "
@@ -161,7 +160,7 @@ class BadRowLog:
 
 
 def listed_problems(first: Sequence[BadRow], total: int) -> list[Problem]:
-    """Return one finding for each of the first rows, and how many more there are."""
+    """Return one finding per row for the first rows, and the number of the others."""
     listed = [Problem(what=bad.reason, where=bad.where) for bad in first[:MAX_LISTED]]
     if total > len(listed):
         listed.append(Problem(what=f"and {total - len(listed):,} more"))

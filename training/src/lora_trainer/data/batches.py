@@ -1,7 +1,7 @@
-"""Which examples make up a step: a pure function of (seed, epoch, step).
+"""The sampler: which examples make up a step is a pure function of (seed, epoch, step).
 
-Nothing about the order is kept in a checkpoint but the step, and it does not depend on
-the number of processes: those share out a step's examples, they do not choose them.
+A checkpoint stores only the step, and the order does not depend on the number of processes: these
+divide a step's examples, they do not choose them.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Sampler:
-    """The order of `rows` examples, `step_examples` of them a step, shuffled every epoch.
+    """The order of `rows` examples in steps of `step_examples`, shuffled every epoch.
 
-    An epoch's last step may be smaller; no example is left out or seen twice.
-    `rows_of_epoch` chooses an epoch's rows where sources are weighted: always `rows` of
-    them, other ones each epoch; without it they are 0 to rows - 1.
+    An epoch's last step may be smaller; no example is skipped or repeated.
+    `rows_of_epoch` chooses an epoch's rows if sources are weighted: always `rows` of them,
+    different ones each epoch; without it they are 0 to rows - 1.
     """
 
     rows: int
     step_examples: int
     seed: int
     rows_of_epoch: Callable[[int], NDArray[np.int64]] | None = None
-    # Drawing a million rows takes 30 ms, so the epoch at hand is kept.
+    # Shuffling a million rows takes 30 ms, so the current epoch is kept.
     _drawn: dict[int, NDArray[np.int64]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -63,14 +63,14 @@ class Sampler:
         return self.epoch_order(epoch)[start : start + self.step_examples]
 
     def epoch_at(self, step: int) -> float:
-        """Return how many epochs are done after `step` steps."""
+        """Return the number of epochs completed after `step` steps."""
         return step / self.steps_per_epoch
 
 
 def split_micro_batches(
     rows: Sequence[int] | NDArray[np.int64], examples: int
 ) -> Iterator[NDArray[np.int64]]:
-    """Share out a step's rows to micro-batches of at most `examples` rows, in order."""
+    """Split a step's rows into micro-batches of at most `examples` rows, in order."""
     array = np.asarray(rows, dtype=np.int64)
     for start in range(0, len(array), examples):
         yield array[start : start + examples]

@@ -1,17 +1,17 @@
-"""Tokenized datasets on disk: written once, then memory-mapped by every later run.
+"""Cache of tokenized datasets on disk: written once, then memory-mapped by later runs.
 
 A cache entry is a directory of plain little-endian arrays and a manifest:
 
     ids.bin              T token ids, uint16 where the vocabulary fits, else uint32
     trained.bin          T times uint8: whether the token is a target of the loss
     offsets.bin          N + 1 times int64: where each row begins
-    trained_counts.bin   N times int32: trained tokens of each row
-    row_hashes.bin       N times uint64: equal for rows that say the same
-    sources.bin          N times uint16: the number of the dataset that a row is from
+    trained_counts.bin   N times int32: supervised tokens of each row
+    row_hashes.bin       N times uint64: equal for rows with the same content
+    sources.bin          N times uint16: the index of the dataset of a row
     manifest.json        counts, types and sha256 of the above, and the data report
 
-N rows, T tokens. Nothing is pickled. An entry appears under its name only when complete;
-one that does not verify is made again.
+N rows, T tokens. Nothing is pickled. An entry gets its name only when complete; one that fails
+verification is rebuilt.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ..host.scratch import release, scratch_folder
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 VERIFIED_BYTES = 500_000_000
-"""Files of up to this size together are hashed on opening (about 0.4 s); above, sizes are."""
+"""Files up to this total size are verified by hash on opening (0.4 s), larger ones by size."""
 TYPES = {
     "ids": ("<u2", "<u4"),
     "trained": ("|u1",),
@@ -49,18 +49,18 @@ TYPES = {
 }
 
 
-class CacheFault(ValueError):  # noqa: N818 - a finding, fixed by making the entry again
-    """A cache entry that is damaged or of another version."""
+class CacheFault(ValueError):  # noqa: N818 - a finding, fixed by rebuilding the entry
+    """A cache entry is damaged or from another version."""
 
 
 class TokenizedDataset:
-    """N tokenized rows, memory-mapped; rows are read from disk as they are asked for."""
+    """N tokenized rows, memory-mapped; rows are read from disk on access."""
 
     def __init__(self, directory: Path) -> None:
         """Open a cache entry.
 
         Raises:
-            CacheFault: it is damaged or of another version.
+            CacheFault: it is damaged or from another version.
         """
         self.directory = directory
         self.manifest = _verified_manifest(directory)
@@ -78,31 +78,31 @@ class TokenizedDataset:
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Return a row's token ids and which of them are trained, both of shape (T,)."""
-        index = range(len(self))[index]  # refuses what is out of range, knows -1
+        index = range(len(self))[index]  # rejects indices out of range, accepts -1
         row = slice(int(self._offsets[index]), int(self._offsets[index + 1]))
         ids = np.array(self._ids[row], dtype=np.int64)
         return ids, np.array(self._trained[row], dtype=np.bool_)
 
     @property
     def token_count(self) -> int:
-        """Return the number of tokens of all rows together."""
+        """Return the total number of tokens."""
         return int(self._offsets[-1])
 
     @property
     def digest(self) -> str:
-        """Return a sha256 over what is trained on: ids, masks and row limits."""
+        """Return a sha256 of the training content: ids, masks and row boundaries."""
         hashes = [self.manifest["files"][name]["sha256"] for name in ("ids", "trained", "offsets")]
         return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
     @property
     def report(self) -> dict[str, Any]:
-        """Return the data report that was written with the rows."""
+        """Return the data report stored with the rows."""
         report: dict[str, Any] = self.manifest["report"]
         return report
 
 
 class CacheWriter:
-    """Appends rows to a cache entry that is being made; see `new_entry`."""
+    """Appends rows to a new cache entry; see `new_entry`."""
 
     def __init__(self, directory: Path, vocab_size: int) -> None:
         self.directory = directory
@@ -129,10 +129,10 @@ class CacheWriter:
         row_hashes: NDArray[Any],
         source: int,
     ) -> None:
-        """Append rows: their tokens one after the other, and each row's length and hash.
+        """Append rows: their concatenated tokens, and each row's length and hash.
 
         Raises:
-            StorageError: the disk is full or does not write.
+            StorageError: the disk is full or writing failed.
         """
         assert len(ids) == len(trained) == lengths.sum(), "tokens and lengths belong together"
         if len(lengths) == 0:
@@ -149,10 +149,10 @@ class CacheWriter:
             self._append("sources", np.full(len(lengths), source))
 
     def finish(self, key: str, report: Mapping[str, Any]) -> None:
-        """Write everything through to the disk, the manifest last.
+        """Flush everything to disk, the manifest last.
 
         Raises:
-            StorageError: the disk is full or does not write.
+            StorageError: the disk is full or writing failed.
         """
         files = {
             name: {
@@ -192,7 +192,7 @@ class CacheWriter:
 
 
 def cache_key(inputs: Mapping[str, Any]) -> str:
-    """Return the name of the entry for all that its content depends on."""
+    """Return the name of the entry: a hash of everything its content depends on."""
     text = json.dumps({"format_version": FORMAT_VERSION, **inputs}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -201,7 +201,7 @@ def open_entry(cache_dir: Path, key: str) -> TokenizedDataset | None:
     """Open an entry, or return None where there is none.
 
     Raises:
-        CacheFault: there is one, but it is damaged.
+        CacheFault: the entry is damaged.
     """
     directory = cache_dir / key
     return TokenizedDataset(directory) if directory.is_dir() else None
@@ -209,11 +209,11 @@ def open_entry(cache_dir: Path, key: str) -> TokenizedDataset | None:
 
 @contextmanager
 def new_entry(cache_dir: Path, key: str, vocab_size: int) -> Iterator[CacheWriter]:
-    """Give a writer for an entry; on leaving without a fault it takes its place under its name.
+    """Yield a writer for an entry, which gets its name when the block ends without an error.
 
     Raises:
-        StorageError: the disk is full or does not write.
-        AccessError: the cache directory may not be written.
+        StorageError: the disk is full or writing failed.
+        AccessError: no permission to write to the cache.
     """
     with _storage_faults(cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -224,18 +224,18 @@ def new_entry(cache_dir: Path, key: str, vocab_size: int) -> Iterator[CacheWrite
         with _storage_faults(cache_dir):
             writer = CacheWriter(directory, vocab_size)
         yield writer
-        assert (directory / MANIFEST).is_file(), "an entry is finished before it is left"
+        assert (directory / MANIFEST).is_file(), "an entry must be finished before the block ends"
         with _storage_faults(cache_dir):
             _put_in_place(directory, cache_dir / key)
     finally:
         if writer is not None:
-            with contextlib.suppress(OSError):  # what a full disk could not take
+            with contextlib.suppress(OSError):  # data that a full disk rejected
                 writer.close()
         unfinished.close()
 
 
 def _put_in_place(directory: Path, target: Path) -> None:
-    """Rename a complete entry to its name, in place of a damaged one."""
+    """Rename a complete entry to its final name, replacing a damaged one."""
     release(directory)
     follow_umask(directory)
     if target.exists():
@@ -262,9 +262,9 @@ def _verified_manifest(directory: Path) -> dict[str, Any]:
         hashes = {name: str(files[name]["sha256"]) for name in TYPES}
         actual = {name: (directory / f"{name}.bin").stat().st_size for name in TYPES}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CacheFault(f"its manifest does not read ({type(error).__name__})") from error
+        raise CacheFault(f"its manifest cannot be read ({type(error).__name__})") from error
     if not (is_current and is_known and is_described):
-        raise CacheFault("it is of another version")
+        raise CacheFault("it is from another version")
     if sizes != actual:
         raise CacheFault("a file has another size than its manifest says")
     if sum(sizes.values()) <= VERIFIED_BYTES:
@@ -296,7 +296,7 @@ def _verify_shapes(arrays: Mapping[str, NDArray[Any]]) -> None:
         len(arrays[name]) == rows for name in ("trained_counts", "row_hashes", "sources")
     )
     if rows < 0 or not has_shapes or offsets[0] != 0 or offsets[-1] != tokens:
-        raise CacheFault("its files do not belong together")
+        raise CacheFault("its files are inconsistent")
     if np.any(np.diff(offsets) < 0):
         raise CacheFault("its rows overlap")
 
@@ -309,15 +309,15 @@ def _storage_faults(cache_dir: Path) -> Iterator[None]:
         raise
     except PermissionError as error:
         raise AccessError.of(
-            "the cache of tokenized data may not be written",
+            "no permission to write to the cache of tokenized data",
             where=str(cache_dir),
-            remedy="make it writable for this user, or set dataset_cache_dir to another place",
+            remedy="make it writable for this user, or set dataset_cache_dir to another folder",
         ) from error
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise StorageError.of(
-            "the disk is full" if is_full else "the cache of tokenized data cannot be written",
+            "the disk is full" if is_full else "writing to the cache of tokenized data failed",
             where=str(cache_dir),
             why=error.strerror or "",
-            remedy="free some space, or set dataset_cache_dir to a larger disk",
+            remedy="free disk space, or set dataset_cache_dir to a folder on a larger disk",
         ) from error

@@ -1,4 +1,4 @@
-"""How rows differ from the text that is trained, in words and with what to do about it."""
+"""Report how the training text differs from the rows, with remedies."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from collections.abc import Mapping
 
 from .examples import Change
 
-_KEEP = "name a chat_template that keeps it"
+_KEEP = "set a chat_template that keeps it"
 REMEDIES = {
     Change.THOUGHTS_DROPPED: "split conversations so that each such answer is the last, "
     f"or set train_on to last, or {_KEEP}",
     Change.WORDS_DROPPED: "look at rows with lora-trainer check --show-sample, "
-    "then name a chat_template that writes answers as they are",
+    "then set a chat_template that leaves answers unchanged",
     Change.THOUGHTS_ADDED: "add the reasoning to the answers, "
-    "or name a chat_template that writes answers as they are",
+    "or set a chat_template that leaves answers unchanged",
     Change.SYSTEM_DROPPED: _KEEP,
     Change.QUESTION_CHANGED: f"look at rows with lora-trainer check --show-sample, then {_KEEP}",
-    Change.START_SPELLED: "leave it out of the rows",
-    Change.END_SPELLED: "leave it out of the rows",
-    Change.MARKER_UNKNOWN: "write the rows as messages, for the model's own chat template",
+    Change.START_SPELLED: "remove it from the rows",
+    Change.END_SPELLED: "remove it from the rows",
+    Change.MARKER_UNKNOWN: "write the rows as messages for the model's own chat template",
 }
-"""Of the changes that deserve a warning; the others are facts of a template."""
+"""Remedies of the changes that deserve a warning; others are properties of the template."""
 _BY_TEXT = {change.value: change for change in Change}
 
 
 def warnings_of(rows_changed: Mapping[str, int], rows: int) -> list[str]:
-    """Return the changes that lose or add something that is trained, each with its remedy."""
+    """Return the changes that lose or add supervised text, each with its remedy."""
     return [
         f"{count:,} of {rows:,} rows: {text} ({remedy})"
         for text, count in rows_changed.items()
@@ -34,7 +34,7 @@ def warnings_of(rows_changed: Mapping[str, int], rows: int) -> list[str]:
 
 
 def facts_of(rows_changed: Mapping[str, int], system_prompt: str = "") -> list[str]:
-    """Return the changes that a chat template makes to any conversation.
+    """Return the changes that the chat template makes to every conversation.
 
     `system_prompt` is the one that the template adds.
     """

@@ -48,7 +48,7 @@ def unrecognised(rows: Sequence[RowValue], where: str) -> TrainerError:
     names = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
     listed = ", ".join(shown_name(name) for name in names[:_MOST_NAMED]) or "none"
     if {"chosen", "rejected"} <= set(names):
-        why = f"preference data (chosen, rejected) is not trained on; its fields are {listed}"
+        why = f"preference data (chosen, rejected) is not supported; its fields are {listed}"
         mapping = {"prompt": "prompt", "completion": "chosen"}
     else:
         why = f"its fields are {listed}; the formats and their fields: {standard_fields()}"
@@ -116,7 +116,7 @@ def check_columns(rows: Iterable[RowValue], columns: Mapping[str, str], where: s
     known = {name for names in STANDARD_FIELDS.values() for name in names}
     if unknown := sorted(set(columns) - known):
         raise ConfigError.of(
-            f"dataset_columns maps no field {', '.join(map(shown_name, unknown))}",
+            f"dataset_columns maps unknown fields: {', '.join(map(shown_name, unknown))}",
             where=where,
             why="its keys are standard fields: " + standard_fields(),
             remedy=f"write {_flag({'<standard field>': '<column>'})}",
@@ -124,8 +124,8 @@ def check_columns(rows: Iterable[RowValue], columns: Mapping[str, str], where: s
     present = {name for row in rows if isinstance(row, dict) for name in row}
     if missing := sorted(set(columns.values()) - present):
         raise ConfigError.of(
-            f"dataset_columns names {', '.join(map(shown_name, missing))}, "
-            "which no row looked at has",
+            f"dataset_columns names {', '.join(map(shown_name, missing))}, which none of the "
+            "first rows has",
             where=where,
             remedy=f"name one of {', '.join(sorted(map(shown_name, present))[:12])}",
         )

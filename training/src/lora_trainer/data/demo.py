@@ -3,11 +3,11 @@
     python -m lora_trainer.data.demo public/datasets/demo
 
 writes `train.jsonl` and `eval.jsonl`, the same bytes on every machine. The task is small
-enough for a 135M model and objective: an answer is right only if it is the record, to the
-character. Two things are held out. The *wordings*: training rows are composed from the
-grammar below (opener x clause x object x time x closer), held-out rows are sentences
-written one by one, each used once. And the *pairs*: each room and device of a held-out
-row occur often in training, but never together.
+enough for a 135M model and objective: an answer is right only if it equals the record exactly. Two
+things are held out. The *wordings*: training rows are composed from the grammar below (opener x
+clause x object x time x closer), held-out rows are sentences written one by one, each used once.
+And the *pairs*: the room and device of a held-out row each occur often in training, but never
+together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 SEED = 7
 TRAIN_ROWS = 480
-SYSTEM = "Home control."  # short, and said: without it the template adds a longer one of its own
+SYSTEM = "Home control."  # short, but present: without it the template adds its own longer one
 
 ROOMS = (
     "kitchen", "bedroom", "bathroom", "office", "garage",
@@ -199,13 +199,13 @@ class Row:
     record: str
 
     def to_json(self) -> str:
-        """Return the row as a line of OpenAI messages."""
+        """Return the row as a line of OpenAI-style messages."""
         turns = (("system", SYSTEM), ("user", self.request), ("assistant", self.record))
         return json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]})
 
 
 def held_out_pairs() -> frozenset[tuple[str, str]]:
-    """Return the (room, device) pairs that training never sees: two devices of each room."""
+    """Return the (room, device) pairs excluded from training: two devices per room."""
     count = len(DEVICES)
     return frozenset(
         (room, DEVICES[(index + step) % count])
@@ -215,14 +215,14 @@ def held_out_pairs() -> frozenset[tuple[str, str]]:
 
 
 def sentence(text: str) -> str:
-    """Tidy the spaces of a composed request, capitalise it and end it."""
+    """Normalize spaces of a composed request, capitalise it and add punctuation."""
     text = " ".join(text.split())
     text = text[0].upper() + text[1:]
     return text if text[-1] in ".?!" else text + "."
 
 
 def fill(wording: str, intent: str, room: str, device: str, rng: random.Random) -> Row:
-    """Fill a wording's slots and write down the record that it asks for."""
+    """Fill a wording's slots and create the record that it asks for."""
     level = rng.choice(list(LEVELS))
     time = rng.choice(list(TIMES))
     record = {

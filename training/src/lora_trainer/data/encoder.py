@@ -1,6 +1,6 @@
-"""Turn raw rows into tokens, a chunk at a time; what runs in each tokenizing process.
+"""Turn raw rows into tokens, chunk by chunk; runs in each tokenizing process.
 
-Nothing here needs torch, and a tokenizing process keeps it out: 0.06 GB instead of 0.25.
+Without torch a tokenizing process takes 0.06 GB instead of 0.25.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .instructions import RowError
 TooLong = Literal["truncate", "drop", "error"]
 TrainOn = Literal["assistant", "last", "all", "completion"]
 TOO_LONG = "longer than max_seq_length"
-NOTHING_LEFT = "no trained token is left after truncation"
+NOTHING_LEFT = "no supervised token is left after truncation"
 CODE_FILES = (
     "columns.py",
     "encoder.py",
@@ -39,7 +39,7 @@ CODE_FILES = (
     "template.py",
     "turns.py",
 )
-"""A new version of these may tokenize differently: tokens cached by an old one are not reused."""
+"""A new version of these may tokenize differently, so their tokens are not reused."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -60,30 +60,30 @@ class Encoder(Protocol):
     """Tokenizes examples."""
 
     def encode(self, example: Example) -> Encoded:
-        """Tokenize an example; a RowError says why it cannot be."""
+        """Tokenize an example; raises a RowError with the reason if that fails."""
         ...
 
     def flaws(self, example: Example, encoded: Encoded) -> tuple[str, ...]:
-        """Return what is wrong with the mask of an example that is not truncated yet."""
+        """Return the fault of the loss mask of an example that is not truncated yet."""
         ...
 
 
 class EncoderFactory(Protocol):
-    """Makes the same encoder in any process, and knows without making it what it depends on."""
+    """Creates the same encoder in any process, and hashes what it depends on."""
 
     @property
     def digest(self) -> str:
-        """Return a hash that changes with the tokenizer, its template and what is trained."""
+        """Return a hash that changes with the tokenizer, its template and the supervised turns."""
         ...
 
     def __call__(self) -> Encoder:
-        """Make the encoder."""
+        """Create the encoder."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkSettings:
-    """How the rows of one dataset are converted and cut."""
+    """How the rows of one dataset are converted and truncated."""
 
     format: FormatName
     columns: Mapping[str, str]
@@ -93,7 +93,7 @@ class ChunkSettings:
 
 @dataclass(slots=True)
 class EncodedChunk:
-    """The tokens of N rows one after the other, and what happened to the rows without any."""
+    """The concatenated tokens of N rows, and what happened to rows without tokens."""
 
     ids: NDArray[np.uint32]
     loss_mask: NDArray[np.bool_]
@@ -111,9 +111,9 @@ class EncodedChunk:
 
 @dataclass(frozen=True)
 class TokenizerFactory:
-    """Makes an encoder from the tokenizer in a directory.
+    """Creates an encoder from the tokenizer in a folder.
 
-    `chat_template` is the template's text where it is not the tokenizer's own.
+    `chat_template` is the template's text if it is not the tokenizer's own.
     """
 
     tokenizer_dir: Path
@@ -123,7 +123,7 @@ class TokenizerFactory:
 
     @property
     def digest(self) -> str:
-        """Hash the tokenizer's files, the template, what is trained, and the code that does it."""
+        """Hash the tokenizer's files, the template, the supervised turns and the code."""
         versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers")]
         digest = hashlib.sha256("\0".join([*versions, self.train_on]).encode())
         digest.update(f"\0{self.chat_template!r}\0".encode())
@@ -140,8 +140,8 @@ class TokenizerFactory:
         """Load the tokenizer.
 
         Raises:
-            UnavailableError: it is not there, or does not load.
-            ConfigError: the chat template is no valid Jinja.
+            UnavailableError: it is missing or does not load.
+            ConfigError: the chat template is not valid Jinja.
         """
         from transformers import AutoTokenizer
 
@@ -156,13 +156,14 @@ class TokenizerFactory:
                 "the tokenizer cannot be loaded",
                 where=str(self.tokenizer_dir),
                 why=f"{type(error).__name__} from transformers",
-                remedy="fetch the model again, with its tokenizer.json and tokenizer_config.json",
+                remedy="download the model again, with its tokenizer.json and "
+                "tokenizer_config.json",
             ) from error
         return TokenizerEncoder(tokenizer, self.chat_template, self.train_on)
 
 
 class TokenizerEncoder:
-    """Tokenizes with a tokenizer of transformers and its chat template."""
+    """Tokenizes with a transformers tokenizer and its chat template."""
 
     def __init__(
         self,
@@ -183,7 +184,7 @@ class TokenizerEncoder:
         except ConfigError as error:
             if chat_template is not None:
                 raise
-            # Plain text needs no template: a fault only once a conversation comes.
+            # Plain text needs no template; a missing one is an error only for conversations.
             self._no_template = error
 
     def encode(self, example: Example) -> Encoded:
@@ -196,16 +197,16 @@ class TokenizerEncoder:
             raise RowError(error.why) from None
 
     def flaws(self, example: Example, encoded: Encoded) -> tuple[str, ...]:
-        """Audit the mask."""
+        """Audit the loss mask."""
         return tuple(flaw.value for flaw in self._mask.audit(example, encoded, self._tokenizer))
 
 
 def encode_chunk(
     rows: Sequence[Row | BadRow], encoder: Encoder, settings: ChunkSettings, is_check: bool = False
 ) -> EncodedChunk:
-    """Convert and tokenize rows; where `is_check`, convert them only, to find the bad ones.
+    """Convert and tokenize rows; if `is_check`, only convert them, to find bad rows.
 
-    Rows that were bad already on reading pass through, so that all findings stay in order.
+    Rows that were already bad when read pass through, so that findings stay in order.
     """
     pieces: list[Encoded] = []
     hashes: list[int] = []
@@ -225,7 +226,7 @@ def encode_chunk(
             continue
         except TrainerError:
             raise
-        except Exception as error:  # its message and its frames may quote the row
+        except Exception as error:  # its message and frames may quote the row
             raise InternalError.of(
                 "a row cannot be tokenized", where=row.where, why=_cause(error)
             ) from None
@@ -244,19 +245,19 @@ def encode_chunk(
 def _fit(
     encoded: Encoded, where: str, settings: ChunkSettings, chunk: EncodedChunk
 ) -> Encoded | None:
-    """Bring an example to the longest length allowed, or say in the chunk why it is left out."""
+    """Truncate an example to the maximum length, or record in the chunk why it is dropped."""
     length, limit = len(encoded.input_ids), settings.max_seq_length
     chunk.longest = max(chunk.longest, length)
     if length <= limit:
         return encoded
     if settings.too_long == "error":
-        chunk.too_long.append(BadRow(where, f"has {length:,} tokens, {limit:,} are allowed"))
+        chunk.too_long.append(BadRow(where, f"has {length:,} tokens, the limit is {limit:,}"))
         return None
     if settings.too_long == "drop":
         chunk.dropped[TOO_LONG] += 1
         return None
     if not any(encoded.loss_mask[1:limit]):
-        # The first token is never predicted, so to train it alone is to train nothing.
+        # The first token is never predicted, so supervising only it trains nothing.
         chunk.dropped[NOTHING_LEFT] += 1
         return None
     chunk.truncated += 1
@@ -264,7 +265,7 @@ def _fit(
 
 
 def _cause(error: Exception) -> str:
-    """Return an error's type and the line of code that raised it, without its message."""
+    """Return an exception's type and the line of code that raised it, without its message."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

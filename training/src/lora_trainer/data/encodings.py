@@ -1,7 +1,7 @@
 """Guess the encoding of text that is not UTF-8, for the command that converts it.
 
-A guess is made from which letters the bytes would be: right for running text, None where
-no encoding gives plausible text. Nothing is converted here.
+The guess depends on the letters that the bytes would stand for: right for running text, None if no
+encoding gives plausible text. Nothing is converted here.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ DESCRIPTIONS = {
     "CP949": "Korean",
     "BIG5": "Chinese, traditional",
 }
-"""Encodings by the names that iconv knows."""
+"""Encodings by their iconv names."""
 
 
 def holds_utf8(sample: bytes) -> bool:
-    """Return whether any line holds a character beyond ASCII as valid UTF-8."""
+    """Return whether any line contains a non-ASCII character in valid UTF-8."""
     return any(not line.isascii() and _decoded(line, "utf-8") for line in sample.splitlines())
 
 
 def guess_encoding(sample: bytes) -> str | None:
-    """Return the name that iconv knows of the encoding that a sample looks like, or None."""
+    """Return the iconv name of the most likely encoding of a sample, or None."""
     runs = _HIGH_RUNS.findall(sample)
     if not runs:
         return None
-    # Letters with accents stand among plain ones; those of other scripts stand together.
+    # Accented letters occur among plain ones; letters of other scripts occur in groups.
     is_western = sum(map(len, runs)) < 1.8 * len(runs)
     candidates = _WESTERN_CANDIDATES if is_western else _OTHER_CANDIDATES
     return next((name for name, codec, fits in candidates if _fits(sample, codec, fits)), None)
@@ -58,7 +58,7 @@ def _fits(sample: bytes, codec: str, fits: Callable[[str], bool]) -> bool:
 
 
 def _decoded(sample: bytes, codec: str) -> str:
-    """Return the text, "" where it is none; the end of a sample may cut a character."""
+    """Return the decoded text, "" if invalid; the sample may end within a character."""
     for cut in range(4):
         try:
             return sample[: len(sample) - cut].decode(codec)
@@ -77,7 +77,7 @@ def _of(pattern: re.Pattern[str], fraction: float) -> Callable[[str], bool]:
 
 
 def _cyrillic(text: str) -> bool:
-    """Tell the Cyrillic encodings apart: in running text most letters are small ones."""
+    """Choose among the Cyrillic encodings: most letters of running text are lowercase."""
     letters = [c for c in text if _CYRILLIC.match(c)]
     small = sum(unicodedata.category(c) == "Ll" for c in letters)
     return len(letters) >= 0.8 * len(text) and small >= 0.5 * len(letters)
@@ -100,7 +100,7 @@ _OTHER_CANDIDATES: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
     ("CP1251", "cp1251", _cyrillic),
     ("KOI8-R", "koi8_r", _cyrillic),
     ("CP949", "cp949", _of(_HANGUL, 0.9)),
-    # The 6,763 characters of common Chinese: GB18030 makes characters of almost any bytes.
+    # The 6,763 characters of GB2312: GB18030 decodes almost any bytes to characters.
     ("GB18030", "gb2312", _of(_HAN, 0.8)),
     ("BIG5", "big5", _of(_HAN, 0.8)),
     ("CP1252", "cp1252", _of_set(_WESTERN, 0.97)),

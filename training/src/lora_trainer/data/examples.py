@@ -1,4 +1,4 @@
-"""The one shape that every dataset format is brought to, and what a tokenized example is."""
+"""The common form of rows of every dataset format, and tokenized examples."""
 
 from __future__ import annotations
 
@@ -8,31 +8,33 @@ from typing import Any
 
 
 class Change(Enum):
-    """A difference between a row and the text that is made of it."""
+    """A difference between a row and its training text."""
 
-    THOUGHTS_DROPPED = "the chat template leaves out the reasoning of an answer"
-    WORDS_DROPPED = "the chat template leaves out or rewrites words of an answer"
+    THOUGHTS_DROPPED = "the chat template drops the reasoning of an answer"
+    WORDS_DROPPED = "the chat template drops or rewrites words of an answer"
     THOUGHTS_ADDED = (
-        "the chat template adds an empty reasoning block to an answer, and it is trained"
+        "the chat template adds an empty reasoning block to an answer, and it is supervised"
     )
-    WORDS_ADDED = "the chat template adds words to an answer, and they are trained"
+    WORDS_ADDED = "the chat template adds words to an answer, and they are supervised"
     SPACE_STRIPPED = "the chat template strips white space around an answer"
-    SYSTEM_DROPPED = "the chat template leaves out a system prompt"
+    SYSTEM_DROPPED = "the chat template drops a system prompt"
     SYSTEM_ADDED = "the chat template adds a system prompt of its own"
-    QUESTION_CHANGED = "the chat template leaves out or rewrites words of a question or tool result"
-    START_SPELLED = "the text spells out the start token, which the tokenizer adds: it is kept once"
-    END_SPELLED = "the text spells out the end token: it is kept once"
-    MARKER_UNKNOWN = "the text holds a marker such as <|im_start|> that is no token of this model"
+    QUESTION_CHANGED = "the chat template drops or rewrites words of a question or tool result"
+    START_SPELLED = "the text contains the start token, which the tokenizer adds: it is kept once"
+    END_SPELLED = "the text contains the end token: it is kept once"
+    MARKER_UNKNOWN = (
+        "the text contains a marker such as <|im_start|> that is not a token of this model"
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation in OpenAI's messages form, as chat templates take it.
+    """A conversation as OpenAI messages, as chat templates expect it.
 
-    `messages` hold role (system, user, assistant, tool, ...), content and, where
-    the row has them, tool_calls and further fields, untouched for the template.
-    `muted` are the numbers of turns that say of themselves not to be trained. Of the first
-    `prompt_turns` messages, a row's own prompt, only `train_on: all` trains any.
+    `messages` contain role (system, user, assistant, tool, ...), content and, if the row has them,
+    tool_calls and further fields, unchanged for the template. `muted` are the indices of turns
+    marked as not supervised. The first `prompt_turns` messages are the row's own prompt, supervised
+    only with `train_on: all`.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -43,7 +45,7 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A plain prompt and the completion to learn; no chat template is involved."""
+    """A plain prompt and its supervised completion, without a chat template."""
 
     prompt: str
     completion: str
@@ -51,7 +53,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Plain text, every token of which is trained."""
+    """Plain text; every token is supervised."""
 
     text: str
 
@@ -61,7 +63,7 @@ Example = Chat | Completion | Text
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A tokenized example: T token ids and, for each, whether it is a target of the loss."""
+    """A tokenized example: T token ids, and for each whether it is a target of the loss."""
 
     input_ids: list[int]
     loss_mask: list[bool]

@@ -1,7 +1,7 @@
-"""What a chat template makes of a conversation: what it must not lose, and what it changes.
+"""Compare a conversation with the text of its chat template: losses and changes.
 
-Lost answers, tool calls and tools are refused. The rest is counted over the rows, because
-templates do it on purpose: reasoning of earlier turns, system prompts, white space.
+Lost answers, tool calls and tools are errors. Other changes are counted over the rows, because
+templates make them on purpose: reasoning of earlier turns, system prompts, white space.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _THOUGHTS_TAG = re.compile(r"</?think(?:ing)?>|\[/?THINK\]")
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking", "thoughts")
 _PROBE = "probe4817"
 _WORD = re.compile(r"[^\W\d_]+")
-_SENTENCE_WORDS = 5  # roles and tags have fewer
-_NO_ANSWER = "the chat template leaves out what the assistant says in a turn"
+_SENTENCE_WORDS = 5  # longer than any role or tag
+_NO_ANSWER = "the chat template drops the content of an assistant turn"
 
 
 def changes_of(
@@ -33,7 +33,7 @@ def changes_of(
     spans: Sequence[Span],
     template: ChatTemplate,
 ) -> tuple[Change, ...]:
-    """Return how the text differs from the conversation, in its trained turns and its prompts."""
+    """Return how the text differs from the conversation, in supervised turns and in prompts."""
     changes: set[Change] = set()
     for turn in turns:
         pieces = whole.pieces_of(turn) if whole.is_traced else whole.pieces
@@ -60,7 +60,7 @@ def changes_of(
 def _changes_of_answer(
     answer: dict[str, Any], text: str, trained: str, template: ChatTemplate
 ) -> set[Change]:
-    """Compare an answer with what the template writes of it, and with what is trained of that."""
+    """Compare an answer with the template's text for it and with the supervised part of that."""
     content = answer.get("content")
     content = content if isinstance(content, str) else ""
     before, _, words = _split_thoughts(content)
@@ -70,7 +70,7 @@ def _changes_of_answer(
     if not all(_is_in(thought, text) for thought in thoughts):
         changes.add(Change.THOUGHTS_DROPPED)
     if not _is_in(words.strip(), text):
-        # Beside a call, words are reasoning to some templates, which they leave out.
+        # Some templates treat words beside a tool call as reasoning and drop them.
         is_call = bool(answer.get("tool_calls"))
         changes.add(Change.THOUGHTS_DROPPED if is_call else Change.WORDS_DROPPED)
     elif not any(thoughts) and content not in text and content.strip() in text:
@@ -82,12 +82,12 @@ def _changes_of_answer(
 
 
 def _is_in(own: str, text: str) -> bool:
-    """Tell whether a text holds another one, white space aside."""
+    """Return whether a text contains another one, ignoring white space."""
     return own in text or _squeezed(own) in _squeezed(text)
 
 
 def _split_thoughts(content: str) -> tuple[str, str, str]:
-    """Return an answer's reasoning without its tags, the closing tag, and the words behind it."""
+    """Return an answer's reasoning without its tags, the closing tag, and the text after it."""
     ends = list(_THOUGHTS_END.finditer(content))
     if not ends:
         return "", "", content
@@ -96,7 +96,7 @@ def _split_thoughts(content: str) -> tuple[str, str, str]:
 
 
 def _added(trained: str, own: Sequence[str], template: ChatTemplate) -> Change | None:
-    """Return what is trained beside an answer and special tokens, None where nothing is."""
+    """Return what is supervised besides the answer and special tokens, or None."""
     trained = trained.replace("\0", " ")
     if _rest_of(_plain(trained, template), sorted(own, key=len, reverse=True)):
         squeezed = [_squeezed(_plain(text, template)) for text in own]
@@ -109,20 +109,20 @@ def _added(trained: str, own: Sequence[str], template: ChatTemplate) -> Change |
 
 
 def _rest_of(text: str, known: Sequence[str]) -> str:
-    """Return what is left of a text without each of the known ones, once."""
+    """Return a text after removing each known string once."""
     for one in filter(None, known):
         text = text.replace(one, " ", 1)
     return text.strip()
 
 
 def _plain(text: str, template: ChatTemplate) -> str:
-    """Return text with a space in place of special tokens and the tags of reasoning."""
+    """Return text with special tokens and reasoning tags replaced by spaces."""
     return _THOUGHTS_TAG.sub(" ", _without_special_tokens(template.tokenizer, text))
 
 
 @lru_cache(maxsize=8)
 def _system_prompts(template: ChatTemplate) -> tuple[bool, bool]:
-    """Tell whether a template writes a system prompt: where a row has none, where it has one."""
+    """Return whether a template writes a system prompt: for rows without one, for rows with one."""
     own = {"role": "system", "content": _PROBE}
     return _adds_sentences(template, []), _adds_sentences(template, [own])
 
@@ -153,7 +153,7 @@ def default_system_prompt(template: ChatTemplate) -> str:
 
 
 def _without_special_tokens(tokenizer: Any, text: str) -> str:
-    """Return text with a space in place of each special token."""
+    """Return text with each special token replaced by a space."""
     pattern = _special_pattern(tokenizer)
     return pattern.sub(" ", text) if pattern else text
 
@@ -167,12 +167,12 @@ def _special_pattern(tokenizer: Any) -> re.Pattern[str] | None:
 
 
 def _squeezed(text: str) -> str:
-    """Return text with each run of white space as one space."""
+    """Return text with runs of white space collapsed to one space."""
     return " ".join(text.split())
 
 
 def check_tools(chat: Chat, whole: Rendering, template: ChatTemplate) -> None:
-    """Refuse a text that names none of the tools, calls of them left aside."""
+    """Reject a text that names none of the tools outside tool calls."""
     names = {name for tool in chat.tools if (name := _function_name(tool))}
     callers = {n for n, m in enumerate(chat.messages) if m.get("role") in ("assistant", "tool")}
     texts = [whole.text[p.start : p.end] for p in whole.pieces if p.owner not in callers]
@@ -185,11 +185,11 @@ def check_tools(chat: Chat, whole: Rendering, template: ChatTemplate) -> None:
 def check_answer(
     answer: dict[str, Any], text: str, spans: Sequence[Span], own: str, template: ChatTemplate
 ) -> None:
-    """Refuse a turn whose own trained words lack a tool call or what the assistant says."""
+    """Reject a turn whose supervised text lacks a tool call or the assistant's content."""
     content = answer.get("content")
     content = content.strip() if isinstance(content, str) else ""
     calls = Counter(map(_function_name, answer.get("tool_calls") or ()))
-    # What the turn says may name a function too.
+    # The turn's content may mention a function, too.
     texts = [value for key, value in answer.items() if key != "role" and isinstance(value, str)]
     answers = [value for value in texts if value.strip() in own]
     for name, count in calls.items():
@@ -199,14 +199,16 @@ def check_answer(
             raise TemplateFault(
                 f"the chat template does not write {calls_lost}: {_remedy(template.tokenizer)}"
             )
-    # Only the ending: a prompt may write the opening of a reasoning block in the answer, and
-    # templates leave out the reasoning of earlier turns.
+    # Only the ending: a prompt may write the start of the answer's reasoning block, and templates
+    # drop the reasoning of earlier turns.
     lines = _THOUGHTS_END.split(content)[-1].strip().splitlines()
     ending = lines[-1].strip()[-_CHECKED_CHARACTERS:] if lines else ""
     if ending not in own and not any(ending in text[a:b] for a, b in spans):
         if ending in text:
-            raise TemplateFault("the chat template does not show where an assistant's turn lies")
-        # Words beside a call are reasoning to some templates (gpt-oss), which they leave out.
+            raise TemplateFault(
+                "the position of an assistant turn in the chat template's text cannot be determined"
+            )
+        # Some templates (gpt-oss) treat words beside a call as reasoning and drop them.
         if not calls:
             raise TemplateFault(_NO_ANSWER)
     if content and not own.strip():
@@ -222,7 +224,7 @@ def _remedy(tokenizer: Any) -> str:
 
 
 def _function_name(entry: Any) -> str:
-    """Return the name in the description of a tool or in a call of one, "" without any."""
+    """Return the name in a tool's description or in a tool call, "" if it has none."""
     function = entry.get("function", entry) if isinstance(entry, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     return name if isinstance(name, str) else ""

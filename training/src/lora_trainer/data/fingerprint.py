@@ -1,4 +1,4 @@
-"""Fingerprints of content: of whole files, remembered between runs, and of single examples."""
+"""Content hashes: of files, remembered between runs, and of single examples."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .examples import Chat, Completion, Example
 MEMORY_NAME = "file-hashes.json"
 MAX_REMEMBERED = 10_000
 READ_BYTES = 1 << 20
-# A file written within this time may change again without a new time stamp.
+# A file written within this time may change again with the same time stamp.
 SETTLED_SECONDS = 2.0
 
 
 def stamp_of(stat: os.stat_result) -> tuple[int, int, int, int]:
-    """Return what changes when a file is written: size, mtime, ctime and inode.
+    """Return a file's size, mtime, ctime and inode, which change when it is written.
 
     `touch -r` and `rsync --inplace --times` restore the mtime; no program can set the ctime.
     """
@@ -30,7 +30,7 @@ def stamp_of(stat: os.stat_result) -> tuple[int, int, int, int]:
 
 
 class FileHashes:
-    """The sha256 of files; unchanged ones (see `stamp_of`) are not read again."""
+    """The sha256 of files; unchanged files (see `stamp_of`) are not read again."""
 
     def __init__(self, cache_dir: Path) -> None:
         self._memory_path = cache_dir / MEMORY_NAME
@@ -55,7 +55,7 @@ class FileHashes:
         return digest.hexdigest()
 
     def save(self) -> None:
-        """Remember what was hashed; losing it costs time only, so no fault is raised."""
+        """Save the hashes; losing them only costs time, so errors are ignored."""
         if not self._is_changed:
             return
         newest = dict(list(self._known.items())[-MAX_REMEMBERED:])
@@ -63,7 +63,7 @@ class FileHashes:
             self._memory_path.parent.mkdir(parents=True, exist_ok=True)
             parent, prefix = self._memory_path.parent, f"{MEMORY_NAME}.tmp-"
             remove_abandoned(parent, f"{prefix}*", is_own=True)
-            # Not mkstemp, whose file nobody else could read.
+            # Not mkstemp, whose file other users could not read.
             beside = parent / f"{prefix}{os.getpid()}-{threading.get_ident()}"
             beside.write_text(json.dumps(newest), encoding="utf-8")
             beside.replace(self._memory_path)
@@ -78,9 +78,9 @@ class FileHashes:
 
 
 def example_hash(example: Example) -> int:
-    """Return 64 bits that are equal for examples that say the same.
+    """Return a 64-bit hash that is equal for examples with the same content.
 
-    Case and white space do not count, nor does the format that a row came in.
+    Case, white space and the row format are ignored.
     """
     if isinstance(example, Chat):
         fields: Any = ["chat", *map(_turn, example.messages), list(example.tools)]

@@ -1,4 +1,4 @@
-"""Bring rows of every common dataset format to one shape, and detect which format they have.
+"""Detect the format of rows and convert them to the common form.
 
     messages     {"messages": [{"role", "content", "tool_calls"?, "weight"?}], "tools"?}  OpenAI's
     sharegpt     {"conversations": [{"from", "value"}], "system"?, "tools"?}
@@ -49,10 +49,10 @@ ANSWER_FIELDS: dict[str, tuple[str, ...]] = {
 def detect_format(
     rows: Iterable[RowValue], columns: Mapping[str, str] | None = None, where: str = ""
 ) -> FormatName:
-    """Return the format of most of the first rows.
+    """Return the most common format of the first rows.
 
     Raises:
-        DataError: no row has a known format.
+        DataError: no row has a supported format.
         ConfigError: `columns` names a field or a column that does not exist.
     """
     first = [row for row, _ in zip(rows, range(ROWS_TO_DETECT), strict=False)]
@@ -68,7 +68,7 @@ def detect_format(
 def unused_fields(
     rows: Iterable[RowValue], format: FormatName, columns: Mapping[str, str]
 ) -> list[str]:
-    """Return the fields of rows that are not trained and do not tell how to train."""
+    """Return the fields of rows that are neither training text nor instructions."""
     unused: dict[str, None] = {}
     for row in rows:
         fields = renamed(row, columns)
@@ -99,7 +99,7 @@ def to_example(
     """Convert one row.
 
     Raises:
-        RowError: a field is missing, empty or of a wrong type, or no turn can be trained.
+        RowError: a field is missing, empty or of the wrong type, or no turn can be supervised.
     """
     fields = renamed(row, columns or {})
     if isinstance(fields, str):
@@ -148,7 +148,7 @@ def _completion(row: dict[str, Any]) -> Example:
     prompt, completion = row.get("prompt"), row.get("completion")
     for field in (*SYSTEM_FIELDS, *INPUT_FIELDS):
         if isinstance(row.get(field), str) and row[field].strip():
-            raise RowError(f"field '{field}' has no place beside a completion: put it in 'prompt'")
+            raise RowError(f"field '{field}' is not allowed with a completion: put it in 'prompt'")
     if isinstance(prompt, list) and isinstance(completion, list):
         asked = turns_of(prompt, "prompt")
         turns = [*asked, *turns_of(completion, "completion")]
@@ -199,7 +199,7 @@ def _alpaca_text(row: dict[str, Any]) -> Completion:
 
 
 def _conversation(row: dict[str, Any]) -> Chat:
-    """Convert OpenAI's messages and ShareGPT's conversations, whose turns tell them apart."""
+    """Convert OpenAI messages and ShareGPT conversations, recognised by their turns."""
     field = next((name for name in CONVERSATION_FIELDS if _has(row, name)), None)
     if field is None:
         raise RowError("field 'messages' is missing")
@@ -222,17 +222,17 @@ def _chat(turns: list[Turn], row: dict[str, Any], field: str, prompt_turns: int 
     if not answers:
         raise RowError(f"field '{field}' has no assistant turn")
     if all(turn.is_supervised is False for turn in answers):
-        raise RowError(f"field '{field}' says of every assistant turn that it is not trained")
+        raise RowError(f"field '{field}' marks every assistant turn as not supervised")
     has_asked_tool = False
     for index, message in enumerate(messages):
         has_asked_tool = has_asked_tool or "tool_calls" in message
         if message["role"] == "tool" and not has_asked_tool and _is_first_reply(messages, index):
-            raise RowError(f"field '{field}[{index}]' is a tool's answer before any call")
+            raise RowError(f"field '{field}[{index}]' is a tool result before any tool call")
     return Chat(tuple(messages), tools_of(row), muted, prompt_turns)
 
 
 def _is_first_reply(messages: list[dict[str, Any]], index: int) -> bool:
-    """Tell whether no assistant turn, which may hold a call as text, precedes."""
+    """Return whether no assistant turn, which may contain a call as text, comes before."""
     return all(message["role"] != "assistant" for message in messages[:index])
 
 
@@ -242,7 +242,7 @@ def _system(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _optional_text(row: dict[str, Any], field: str, other: str) -> str:
-    """Return a field's text; where it has none, that of another one, which may be no text."""
+    """Return a field's text, or else the value of another field."""
     text = "" if row.get(field) is None else string_of(row[field], field).strip()
     also = row.get(other)
     return text or (also.strip() if isinstance(also, str) else "")

@@ -1,6 +1,6 @@
-"""Open datasets of the Hugging Face hub, and say in plain words why one does not open.
+"""Open datasets on the Hugging Face hub, and explain why one does not open.
 
-Code that a dataset repository carries is never run.
+Code in a dataset repository is never run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 def open_hub_dataset(spec: SourceSpec) -> Any:
-    """Fetch a dataset, or take it from the hub's local cache; return a `datasets.Dataset`.
+    """Download a dataset or use the hub's local cache; return a `datasets.Dataset`.
 
     Raises:
         UnavailableError: no such dataset, no network.
@@ -25,8 +25,8 @@ def open_hub_dataset(spec: SourceSpec) -> Any:
         DataError: the subset or split does not exist, or its files cannot be parsed.
         StorageError: the disk is full.
     """
-    # The library reads its switches on import: no bars in container logs, and no word of what
-    # is loaded, private names among it, to a download counter elsewhere.
+    # The library reads these at import: no progress bars in container logs, and no telemetry about
+    # dataset names, which may be private.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
     import datasets
@@ -40,7 +40,7 @@ def open_hub_dataset(spec: SourceSpec) -> Any:
 
 
 def hub_fingerprint(dataset: Any) -> str:
-    """Return what changes with a hub dataset's content: `datasets`' own fingerprint."""
+    """Return the fingerprint of a hub dataset, which changes with its content."""
     return str(dataset._fingerprint)
 
 
@@ -54,20 +54,20 @@ def _explained(error: Exception, spec: SourceSpec) -> TrainerError:
     chain = causes(error)
     names = {kind.__name__ for link in chain for kind in type(link).__mro__}
     where = f"{spec.path_or_id} on the hub"
-    # The library hides the hub's own error; a dataset's name may hold the word "gated".
+    # The library hides the hub's error; a dataset's name may contain the word "gated".
     if "GatedRepoError" in names or any("is a gated dataset" in str(link) for link in chain):
         return AccessError.of(
             "the dataset is gated",
             where=where,
-            why="its owner lets only accepted users in",
+            why="its owner grants access per account",
             remedy=f"accept the terms on https://huggingface.co/datasets/{hub_id(spec)}, "
             "then set HF_TOKEN to a token of that account",
         )
     if any(isinstance(link, OSError) and link.errno == 28 for link in chain):
         return StorageError.of(
-            "the disk is full while fetching the dataset",
+            "the disk is full while downloading the dataset",
             where=where,
-            remedy="free some space, or set HF_HOME to a larger disk",
+            remedy="free disk space, or set HF_HOME to a folder on a larger disk",
         )
     if any(
         os.environ.get(switch, "0").lower() in ("1", "true", "yes", "on")
@@ -76,13 +76,13 @@ def _explained(error: Exception, spec: SourceSpec) -> TrainerError:
         return UnavailableError.of(
             "the dataset is not in the hub's local cache",
             where=where,
-            why=f"{' or '.join(OFFLINE_SWITCHES)} forbids to fetch it",
+            why=f"{' or '.join(OFFLINE_SWITCHES)} forbids downloading it",
             remedy=f"unset {OFFLINE_SWITCHES[0]}, or {_local_remedy(spec)}",
         )
     if names & {"DatasetNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError"}:
         revision = f" at revision {spec.revision!r}" if spec.revision else ""
         return UnavailableError.of(
-            f"the hub has no such dataset{revision}, or hides it",
+            f"the hub has no such dataset{revision}, or it is private",
             where=where,
             remedy=f"check the id; set HF_TOKEN if it is private; or {_local_remedy(spec)}",
         )
@@ -107,16 +107,16 @@ def _explained(error: Exception, spec: SourceSpec) -> TrainerError:
             "the dataset has no such split or subset, or cannot be converted",
             where=where,
             why=f"{type(error).__name__} for split {spec.split!r}, subset {spec.subset!r}",
-            remedy=f"look them up on https://huggingface.co/datasets/{hub_id(spec)}",
+            remedy=f"the page lists them: https://huggingface.co/datasets/{hub_id(spec)}",
         )
     return DataError.of(
         "the dataset cannot be loaded",
         where=where,
         why=f"{type(error).__name__}; datasets that need code of their own are not run",
-        remedy="fetch its data files and name them as a local path",
+        remedy="download its data files and use the local path",
     )
 
 
 def _local_remedy(spec: SourceSpec) -> str:
     near = near_local_path(spec)
-    return f"did you mean the local path {near} ?" if near else "name a local file instead"
+    return f"did you mean the local path {near} ?" if near else "use a local file instead"

@@ -1,4 +1,4 @@
-"""Rows of JSON files: one object a line, an array, objects one after the other."""
+"""Read rows of JSON files: one object per line, an array, or concatenated objects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .resolve import DataFile
 
 
 class DuplicateKeyError(ValueError):
-    """An object with one key twice: which of the two values is meant cannot be known."""
+    """An object contains a key twice, so its value is ambiguous."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         counts = Counter(key for key, _ in pairs)
         twice = next(key for key, count in counts.items() if count > 1)
-        raise DuplicateKeyError(f"an object has the key {shown_name(twice)} twice: keep one")
+        raise DuplicateKeyError(f"an object contains the key {shown_name(twice)} twice: keep one")
     return value
 
 
@@ -34,10 +34,10 @@ _ARRAY_LINES = "is a JSON list, expected an object"
 
 
 def rows_of_json(stream: BinaryIO, file: DataFile, split: str) -> Iterator[Row | BadRow]:
-    """Yield the rows of a JSON file, as what it holds and whatever its name says.
+    """Yield the rows of a JSON file, according to its content, whatever its name.
 
     Raises:
-        DataError: the file holds no JSON, or JSON of another shape.
+        DataError: the file is not JSON, or JSON without rows.
     """
     if _holds_lines(stream, file):
         yield from _line_rows(stream, file)
@@ -46,14 +46,14 @@ def rows_of_json(stream: BinaryIO, file: DataFile, split: str) -> Iterator[Row |
 
 
 def _holds_lines(stream: BinaryIO, file: DataFile) -> bool:
-    """Tell a file with one value a line from one that is a document of many lines."""
+    """Return whether a file has one value per line and is not one multi-line document."""
     start = stream.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()
     stream.seek(0)
     filled = (line for _, line in iter_lines(stream) if line is None or line.strip())
     first, second = next(filled, None), next(filled, b"")
     stream.seek(0)
     if start.startswith(b"["):
-        # Lines that are arrays each; an array on one line, or on many, is a document.
+        # One array per line; a single array on one line, or over many, is a document.
         return bool(second) and first is not None and _is_json(first)
     if first is not None and first.strip() == b"{":
         return False
@@ -74,7 +74,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def _line_rows(stream: BinaryIO, file: DataFile) -> Iterator[Row | BadRow]:
-    """Yield one row a line; a file whose first lines are all of another kind is one fault."""
+    """Yield one row per line; a file whose first lines are all of another kind is one error."""
     lines = decoded_lines(stream, file)
     held: list[BadRow] = []
     first_text = ""
@@ -98,9 +98,9 @@ def _line_rows(stream: BinaryIO, file: DataFile) -> Iterator[Row | BadRow]:
 
 
 def _no_json_lines(held: list[BadRow], first_text: str, file: DataFile) -> TrainerError:
-    """Return the error of a file none of whose lines is a JSON object."""
+    """Return the error for a file in which no line is a JSON object."""
     why, remedy = _explained(held, first_text, file)
-    return DataError.of("the file does not hold JSON lines", held[0].where, why, remedy)
+    return DataError.of("the file is not JSON lines", held[0].where, why, remedy)
 
 
 def _explained(held: list[BadRow], first_text: str, file: DataFile) -> tuple[str, str]:
@@ -115,18 +115,18 @@ def _explained(held: list[BadRow], first_text: str, file: DataFile) -> tuple[str
         program = "import ast,json,sys\nfor l in sys.stdin: print(json.dumps(ast.literal_eval(l)))"
         escaped = program.replace("\n", "\\n")
         return (
-            "its lines are Python dictionaries, whose quotes are not JSON's",
+            "its lines are Python dictionaries, whose quotes are not valid JSON",
             f"python3 -c $'{escaped}' < {source} > {target}",
         )
-    count = f"not one of the first {len(held)} lines is a JSON object; the first: {held[0].reason}"
+    count = f"none of the first {len(held)} lines is a JSON object; the first one: {held[0].reason}"
     if "," in first_text and not first_text.lstrip().startswith(("{", '"')):
         renamed = shell_word(file.path.with_suffix(".csv"))
-        return f"{count}; its first line reads like CSV", f"mv {source} {renamed}"
-    return count, "write one JSON object a line, or name the file by what it holds"
+        return f"{count}; its first line looks like CSV", f"mv {source} {renamed}"
+    return count, "write one JSON object per line, or rename the file to match its content"
 
 
 def _is_python(text: str) -> bool:
-    """Tell whether a line is a dictionary as Python prints it."""
+    """Return whether a line is a dictionary as Python prints it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -136,17 +136,17 @@ def _is_python(text: str) -> bool:
 
 
 def _line_row(where: str, text: str) -> tuple[Row | BadRow, bool]:
-    """Return a line's row, and whether the line is no JSON or not that of a row at all."""
+    """Return a line's row, and whether the line is not JSON or not an object."""
     try:
-        # Without its line break: a row that is cut off would be reported on the next line.
+        # Without its line break: a truncated row would be reported on the next line.
         value = _DECODER.decode(text.rstrip("\r\n"))
     except DuplicateKeyError as error:
         return BadRow(where, str(error)), False
     except json.JSONDecodeError as error:
-        nul = ", a NUL character stands in it" if "\0" in text else ""
-        return BadRow(where, f"broken JSON, at column {error.colno}{nul}"), True
+        nul = ", it contains a NUL character" if "\0" in text else ""
+        return BadRow(where, f"invalid JSON at column {error.colno}{nul}"), True
     except (ValueError, RecursionError):
-        return BadRow(where, "JSON with a number too long or nested too deeply"), False
+        return BadRow(where, "JSON with too long a number or too deep nesting"), False
     row = _row(value, where)
     return row, isinstance(row, BadRow)
 
@@ -158,7 +158,7 @@ def _row(value: Any, where: str) -> Row | BadRow:
 
 
 def _document_rows(stream: BinaryIO, file: DataFile, split: str) -> Iterator[Row | BadRow]:
-    """Yield the rows of an array, of {"data": [...]}, or of objects one after the other."""
+    """Yield the rows of an array, of {"data": [...]}, or of concatenated objects."""
     content = stream.read().removeprefix(BYTE_ORDER_MARK)
     if not content.strip():
         return
@@ -169,7 +169,7 @@ def _document_rows(stream: BinaryIO, file: DataFile, split: str) -> Iterator[Row
 
 
 def _rows_in(documents: list[Any], file: DataFile, split: str) -> list[Any]:
-    if len(documents) != 1:  # none where all is white space to Unicode, though not to bytes
+    if len(documents) != 1:  # none if everything is Unicode white space
         return documents
     (document,) = documents
     if isinstance(document, dict):
@@ -182,7 +182,7 @@ def _rows_in(documents: list[Any], file: DataFile, split: str) -> list[Any]:
 
 
 def _documents(content: bytes, file: DataFile) -> list[Any]:
-    """Return the JSON values of a file: most often one."""
+    """Return the JSON values of a file, usually one."""
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -193,7 +193,7 @@ def _documents(content: bytes, file: DataFile) -> list[Any]:
     start = len(text) - len(text.lstrip())
     try:
         while start < len(text):
-            # Only objects stand one after the other; what follows anything else is broken.
+            # Only objects may be concatenated; anything after another value is an error.
             if values and not (isinstance(values[-1], dict) and text[start] == "{"):
                 raise json.JSONDecodeError("Extra data", text, start)
             value, start = _DECODER.raw_decode(text, start)
@@ -202,7 +202,7 @@ def _documents(content: bytes, file: DataFile) -> list[Any]:
                 start += 1
     except json.JSONDecodeError as error:
         raise DataError.of(
-            f"broken JSON, at column {error.colno}",
+            f"invalid JSON at column {error.colno}",
             where=f"{file.shown}:{error.lineno}",
             remedy=f"python3 -m json.tool {shell_word(file.path)}",
         ) from error
@@ -210,6 +210,6 @@ def _documents(content: bytes, file: DataFile) -> list[Any]:
         raise DataError.of(str(error), where=file.shown) from error
     except (ValueError, RecursionError) as error:
         raise DataError.of(
-            "JSON with a number too long or nested too deeply", where=file.shown
+            "JSON with too long a number or too deep nesting", where=file.shown
         ) from error
     return values

@@ -1,4 +1,4 @@
-"""The lines of a dataset file as bytes and as text, and a file that is in another encoding."""
+"""Read the lines of a dataset file as bytes or text; reject other encodings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def iter_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Yield (line number, line) without a byte order mark; None stands for too long a line."""
+    """Yield (line number, line) without a byte order mark; None for a line that is too long."""
     number = 0
     while line := stream.readline(MAX_ROW_BYTES + 2):
         number += 1
@@ -48,7 +48,7 @@ def decoded_lines(stream: BinaryIO, file: DataFile) -> Iterator[tuple[str, str] 
 
 
 class LineDecoder:
-    """Decodes lines; the first one that is not UTF-8 decides whether the whole file is not."""
+    """Decodes lines; the first one that is not UTF-8 decides whether to reject the whole file."""
 
     def __init__(self, stream: BinaryIO, file: DataFile) -> None:
         self._stream = stream
@@ -59,7 +59,7 @@ class LineDecoder:
         """Return a line as text.
 
         Raises:
-            UnicodeDecodeError: this line is not UTF-8, others are.
+            UnicodeDecodeError: this line is not UTF-8, but others are.
             DataError: the file is in another encoding.
         """
         try:
@@ -80,7 +80,7 @@ class LineDecoder:
 
 
 def refuse_other_encoding(sample: bytes, file: DataFile, number: int) -> None:
-    """Refuse a file whose text, from line `number` on, looks like another encoding than UTF-8.
+    """Reject a file whose text, from line `number` on, looks like another encoding.
 
     Raises:
         DataError: it does.

@@ -1,14 +1,13 @@
-"""The mask: which tokens of an example are trained.
+"""The loss mask: which tokens of an example are supervised.
 
-Trained is what the model itself must generate: from the end of the generation
-prompt up to and including the token that ends the turn. The separator behind it, a
-newline most often, is the next prompt's and is not trained. A template that carries
-`{% generation %}` marks is taken at its word instead.
+Supervised tokens are those that the model must generate: from the end of the generation prompt up
+to and including the token that ends the turn. The separator after it, usually a newline, belongs to
+the next prompt and is not supervised. In a template with `{% generation %}` tags, the tags decide
+instead.
 
-Where a turn begins in the text is seen while the template runs (see `template`).
-Where the generation prompt ends in it is found by rendering the conversation up to
-the turn, as it will be rendered when the model is asked: what the two renderings
-share behind the turn's beginning is the prompt, the rest is the model's.
+The start of a turn is observed while the template runs (see `template`). The end of its generation
+prompt is found by rendering the conversation up to the turn, as for inference: what both renderings
+share after the turn's start is the prompt, the rest is supervised.
 """
 
 from __future__ import annotations
@@ -28,21 +27,21 @@ from .template import ChatTemplate, Rendering, Span, TemplateFault
 
 TrainOn = Literal["assistant", "last", "all", "completion"]
 
-# Where a prompt that a turn follows only in part may be cut: behind a line, else behind a tag.
+# Where to cut a prompt that matches a turn only partly: after a line, else after a tag.
 _EDGES = (re.compile(r".*\n", re.DOTALL), re.compile(r".*[>\]:]", re.DOTALL))
 
 
 class Flaw(Enum):
-    """Why an encoded example does not teach what it should."""
+    """Why the loss mask of an example is invalid."""
 
-    TRAINS_NOTHING = "no token is trained"
-    END_NOT_TRAINED = "the token that ends the assistant's turn is not trained"
+    TRAINS_NOTHING = "no token is supervised"
+    END_NOT_TRAINED = "the token that ends the assistant's turn is not supervised"
     NO_END = "no token ends the assistant's turn"
 
 
 @dataclass(frozen=True, slots=True)
 class Marked:
-    """A conversation as text, and the parts of it that are trained: in order, none touching."""
+    """A conversation as text, and its supervised spans: sorted, not touching."""
 
     text: str
     spans: tuple[Span, ...]
@@ -52,16 +51,15 @@ class Marked:
 def encode(
     example: Example, tokenizer: Any, template: ChatTemplate | None, train_on: TrainOn
 ) -> Encoded:
-    """Tokenize an example and mark the tokens that are targets of the loss.
+    """Tokenize an example and compute its loss mask.
 
     Conversations are tokenized as the template writes them: it adds its own special
-    tokens. Completions and texts get what the tokenizer adds, and an end token. A token
-    that lies across the edge of a trained part is trained: no character of an answer
-    is lost to the loss.
+    tokens. Completions and texts get what the tokenizer adds, and an end token. A token across the
+    edge of a supervised span is supervised: no character of an answer is lost.
 
     Raises:
-        TemplateFault: the template refuses the conversation.
-        ConfigError: the tokenizer or its template cannot do it for any example.
+        TemplateFault: the template rejects the conversation.
+        ConfigError: the tokenizer or its template cannot do this for any example.
     """
     if train_on == "completion":
         has_prompt = isinstance(example, Completion) or (
@@ -81,7 +79,7 @@ def encode(
 
 
 def audit(example: Example, encoded: Encoded, tokenizer: Any) -> tuple[Flaw, ...]:
-    """Find what is wrong with the mask of an example that is not truncated yet."""
+    """Return the fault of the loss mask of an example that is not truncated yet, or None."""
     if not any(encoded.loss_mask):
         return (Flaw.TRAINS_NOTHING,)
     if not isinstance(example, Chat):
@@ -91,18 +89,18 @@ def audit(example: Example, encoded: Encoded, tokenizer: Any) -> tuple[Flaw, ...
     runs = _run_ends(encoded.loss_mask)
     if all(ids[_skip_blank(ids, end, tokenizer, step=-1)] in ends for end in runs):
         return ()
-    # Whether an end is written at all shows behind the last turn: no prompt follows it.
+    # Only the last turn, which no prompt follows, shows whether an end token is written.
     behind = _skip_blank(ids, runs[-1] + 1, tokenizer, step=1)
     is_written = behind < len(ids) and ids[behind] in ends
     return (Flaw.END_NOT_TRAINED if is_written else Flaw.NO_END,)
 
 
 def mark(chat: Chat, template: ChatTemplate, train_on: TrainOn) -> Marked:
-    """Write a conversation as text and find the parts of it that are trained.
+    """Render a conversation and find its supervised spans.
 
     Raises:
-        TemplateFault: the template refuses the conversation, hides its turns or leaves out
-            answers, tool calls or tools; or the conversation holds the template's control tokens.
+        TemplateFault: the template rejects the conversation, hides its turns or drops answers, tool
+        calls or tools; or the conversation contains the template's control tokens.
     """
     template.refuse_control_tokens([*chat.messages, *chat.tools])
     messages, tools = template.normalize(chat.messages, chat.tools)
@@ -128,10 +126,10 @@ def mark(chat: Chat, template: ChatTemplate, train_on: TrainOn) -> Marked:
 
 
 def _trained_turns(chat: Chat, train_on: TrainOn) -> list[int]:
-    """Return the numbers of the assistant's turns that are trained.
+    """Return the indices of the supervised assistant turns.
 
     Raises:
-        TemplateFault: the row masks all of them.
+        TemplateFault: the row excludes all of them.
     """
     start = 0 if train_on == "all" else chat.prompt_turns
     turns = [n for n, m in enumerate(chat.messages) if m.get("role") == "assistant" and n >= start]
@@ -139,12 +137,12 @@ def _trained_turns(chat: Chat, train_on: TrainOn) -> list[int]:
         turns = turns[-1:]
     trained = [turn for turn in turns if turn not in chat.muted]
     if turns and not trained:
-        raise TemplateFault("train_on is last, and the last turn says that it is not trained")
+        raise TemplateFault("train_on is last, and the last turn is marked as not supervised")
     return trained
 
 
 def _all_but(muted: frozenset[int], whole: Rendering) -> list[Span]:
-    """Return the whole text without what the muted turns wrote."""
+    """Return the whole text without the muted turns."""
     if not muted:
         return [(0, len(whole.text))]
     _refuse_hidden_turns(whole)
@@ -152,7 +150,7 @@ def _all_but(muted: frozenset[int], whole: Rendering) -> list[Span]:
 
 
 def _marks_of(whole: Rendering, turns: Sequence[int], chat: Chat) -> Iterable[Span]:
-    """Return the template's own marks, of the trained turns only."""
+    """Return the template's own generation spans, of supervised turns only."""
     assistants = [n for n, m in enumerate(chat.messages) if m.get("role") == "assistant"]
     if turns == assistants:
         return whole.generation_spans
@@ -165,7 +163,7 @@ def _marks_of(whole: Rendering, turns: Sequence[int], chat: Chat) -> Iterable[Sp
 
 
 def _is_within(mark: Span, turn: int, whole: Rendering) -> bool:
-    """Tell whether a mark begins in a turn, or behind it and before the next message."""
+    """Return whether a span starts in a turn, or between it and the next message."""
     first = min((piece.start for piece in whole.pieces_of(turn)), default=len(whole.text))
     others = (p.start for p in whole.pieces if p.owner not in (turn, None) and p.start > first)
     return first <= mark[0] < min(others, default=len(whole.text))
@@ -173,11 +171,13 @@ def _is_within(mark: Span, turn: int, whole: Rendering) -> bool:
 
 def _refuse_hidden_turns(whole: Rendering) -> None:
     if not whole.is_traced:
-        raise TemplateFault("the chat template does not show which turn a part of its text is of")
+        raise TemplateFault(
+            "it cannot be determined to which turn a part of the chat template's text belongs"
+        )
 
 
 class _Turns:
-    """Finds the trained parts of a conversation whose template was followed message by message."""
+    """Finds the supervised spans of a conversation rendered message by message."""
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class _Turns:
         self._messages = messages
         self._tools = tools
         self._whole = whole
-        # One prompt rendering for each kind of predecessor keeps long conversations linear.
+        # One prompt rendering per kind of predecessor keeps long conversations linear.
         self._cues: dict[str, str] = {}
 
     def spans(self, turns: Sequence[int]) -> list[Span]:
@@ -210,31 +210,31 @@ class _Turns:
         """Return how many characters at the start of a turn the generation prompt writes."""
         text = self._whole.text[first:last]
         if not turn:
-            # Before the assistant's own first turn a template may put a default system turn.
+            # A template may insert a default system turn before the first assistant turn.
             cue = self._cue_after_user()
             inside = text.find(cue)
             return inside + len(cue) if inside >= 0 else _follow(cue, text)
         prompted = _follow(self._cue(turn, first), text)
         if not prompted and text.startswith(cue := self._cue_after_user()):
-            # Some templates write no prompt behind a tool's result, yet head the turn there.
+            # Some templates write no prompt after a tool result, but the turn has a header there.
             return len(cue)
         return prompted
 
     def _end(self, turn: int, end: int) -> int:
-        """Let an end-of-text token that is written behind the last message end its turn."""
+        """Count an end-of-text token after the last message as the end of its turn."""
         text = self._whole.text
         eos = self._template.tokenizer.eos_token
         is_last = turn == len(self._messages) - 1
         return len(text) if is_last and eos and text[end:].strip() == eos else end
 
     def _cue(self, turn: int, first: int) -> str:
-        """Return the generation prompt of a turn, as far as the turn may repeat it."""
+        """Return the part of a turn's generation prompt that the turn may repeat."""
         before = str(self._messages[turn - 1].get("role"))
         if before not in self._cues:
             try:
                 self._cues[before] = self._render_cue(turn, first)
             except TemplateFault:
-                # A conversation that no user has spoken in yet, say: refused by itself only.
+                # For example, a conversation without a user turn is rejected on its own.
                 self._cues[before] = self._cue_after_user()
         return self._cues[before]
 
@@ -248,14 +248,14 @@ class _Turns:
         leading = self._whole.text[here:first]
         if prompt.text.startswith(leading, there):
             return prompt.text[there + len(leading) :]
-        # The last message before a prompt may be written otherwise (tools put in front of
-        # it, say), but it ends as it does in the whole.
+        # The last message before a prompt may be rendered differently (with tools in front of it,
+        # for example), but its end is the same as in the full text.
         tail = leading[-32:]
         position = prompt.text.rfind(tail, there) if tail else -1
         return prompt.text[position + len(tail) :] if position >= 0 else ""
 
     def _cue_after_user(self) -> str:
-        """Return the generation prompt that answers a conversation's first question."""
+        """Return the generation prompt after a conversation's first question."""
         if "" not in self._cues:
             users = [message for message in self._messages if message.get("role") == "user"]
             probe, _ = self._template.normalize(users[:1] or [{"role": "user", "content": "Hello"}])
@@ -272,12 +272,15 @@ def _spans_by_prefix(
     whole: Rendering,
     turns: Sequence[int],
 ) -> list[Span]:
-    """Find turns from renderings of shorter conversations alone, if these are prefixes."""
+    """Find turns only from renderings of shorter conversations, if these are prefixes."""
     spans: list[Span] = []
     for turn in turns:
         prompt = template.trace(messages[:turn], tools, True).text
         if not whole.text.startswith(prompt):
-            raise TemplateFault("the chat template does not show where the assistant's turns begin")
+            raise TemplateFault(
+                "the start of the assistant's turns in the chat template's text cannot be "
+                "determined"
+            )
         through = template.trace(messages[: turn + 1], tools).text
         end = _common_length(through, whole.text)
         spans.append((len(prompt), _strip(whole.text, len(prompt), end)))
@@ -285,11 +288,11 @@ def _spans_by_prefix(
 
 
 def _follow(cue: str, turn: str) -> int:
-    """Return how many characters at the start of a turn are written by the generation prompt.
+    """Return the number of characters that a turn shares with its generation prompt.
 
-    A prompt may say more than the turn repeats: it opens a reasoning block, and the
-    turn's reasoning was dropped. What they share may then run on into the answer by
-    chance, so it ends with the last whole line, or the last whole tag.
+    A prompt may contain more than the turn repeats: it opens a reasoning block, and the turn's
+    reasoning was dropped. The common prefix may then extend into the answer by chance, so it ends
+    at the last complete line or tag.
     """
     if turn.startswith(cue):
         return len(cue)
@@ -310,7 +313,7 @@ def _common_length(a: str, b: str) -> int:
 
 
 def _strip(text: str, start: int, end: int) -> int:
-    """Return `end` without the white space before it, but not below `start`."""
+    """Move `end` back over white space, but not below `start`."""
     return start + len(text[start:end].rstrip())
 
 
@@ -327,7 +330,7 @@ def _join(spans: Iterable[Span]) -> tuple[Span, ...]:
 
 
 def _cover(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Tell of each token whether it shares a character with a span; all are in order."""
+    """Return for each token whether it overlaps a span; both are sorted."""
     loss_mask = [False] * len(offsets)
     remaining = iter(spans)
     span = next(remaining, None)
@@ -341,7 +344,7 @@ def _cover(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
 
 
 def end_tokens(tokenizer: Any) -> frozenset[int]:
-    """Return the tokens that can end a turn: the special ones, into which no plain text is split.
+    """Return the tokens that can end a turn: the special ones, which plain text never produces.
 
     Added tokens that are not special, such as tags of tool calls, are content.
     """

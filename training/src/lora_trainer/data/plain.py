@@ -1,4 +1,4 @@
-"""Tokenize plain text: what the tokenizer adds, and an end token, each of them once."""
+"""Tokenize plain text with the tokenizer's own tokens and an end token, each once."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _MARKER = re.compile(r"<\|[\w-]{2,40}\|>|<(?:start|end)_of_turn>")
 
 
 def tokenize(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[list[int], list[Span]]:
-    """Return the token ids of a text, and the characters that each stands for.
+    """Return the token ids of a text and the character span of each.
 
     Raises:
-        ConfigError: the tokenizer does not know the characters.
+        ConfigError: the tokenizer does not report character spans.
     """
     if not tokenizer.is_fast:
         raise ConfigError.of(
             "the model has only a slow tokenizer",
             where="model_name_or_path",
-            why="it cannot tell which characters a token stands for",
+            why="it does not report which characters a token covers",
             remedy="use a model with a tokenizer.json",
         )
     encoding = tokenizer(
@@ -37,16 +37,16 @@ def tokenize(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[list[
 
 
 def encode_plain(tokenizer: Any, text: str, start: int) -> Encoded:
-    """Encode text that is trained from character `start` on, and its end token.
+    """Encode text supervised from character `start` on, with its end token.
 
-    A start or an end token that the text spells out itself is not added once more.
+    A start or end token that the text already contains is not added again.
     """
     end = tokenizer.eos_token_id
     if end is None:
         raise ConfigError.of(
             "the tokenizer has no end token",
             where="model_name_or_path",
-            why="a model that never sees an end never stops",
+            why="a model trained without an end token never stops",
         )
     ids, offsets = tokenize(tokenizer, text, add_special_tokens=True)
     changes: list[Change] = []
@@ -70,12 +70,12 @@ def encode_plain(tokenizer: Any, text: str, start: int) -> Encoded:
 
 
 def _is_added(offset: Span) -> bool:
-    """Tell a token that the tokenizer adds from one that stands for characters."""
+    """Return whether a token was added by the tokenizer and stands for no characters."""
     return offset[0] == offset[1]
 
 
 def _last_word(offsets: Sequence[Span], text: str) -> int | None:
-    """Return the position of the last token that is not white space."""
+    """Return the position of the last non-white-space token."""
     for position in range(len(offsets) - 1, -1, -1):
         first, last = offsets[position]
         if text[first:last].strip():

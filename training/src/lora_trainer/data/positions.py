@@ -1,7 +1,7 @@
-"""Where tokenized rows stand in their files: found again by what they say.
+"""Find the file and line of tokenized rows by their content hashes.
 
-A cache entry keeps a hash of each row's content, not its line. Reading the sources once more
-(50 to 90 us a row) is only worth it where a row has to be named.
+A cache entry stores a hash of each row's content, not its line. Reading the sources again (50 to 90
+us per row) is only worthwhile to name a row in a message.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from .resolve import SourceSpec
 
 
 def find_rows(specs: Sequence[SourceSpec], hashes: Collection[int]) -> dict[int, list[str]]:
-    """Return, for each row hash, every `file:line` that says the same, in the sources' order.
+    """Return every `file:line` with the same content for each row hash, in source order.
 
     Raises:
-        TrainerError: a source cannot be read any more.
+        TrainerError: a source can no longer be read.
     """
     positions: dict[int, list[str]] = {}
     for spec, (format, rows) in zip(specs, formatted_rows(specs), strict=True):

@@ -2,9 +2,8 @@
 
     sources --read--> rows --chunks, on all cores--> tokens --in order--> cache entry
 
-`prepare` is what a start calls. It opens the cache entry of exactly these sources,
-tokenizer, template and settings if there is one, and makes it otherwise. The entry is
-the same to the byte whatever the number of processes.
+`prepare` opens the cache entry for exactly these sources, tokenizer, template and settings, or
+creates it. The entry has the same bytes whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ from .tokenizer_pool import EncodingPool, Task
 CHUNK_ROWS = 512
 CHUNK_BYTES = 500_000
 IN_PROCESS_ROWS = 2_000
-"""Up to so many rows, starting processes (1 to 2 s) takes longer than they save."""
+"""Up to this many rows, starting processes (1 to 2 s) takes longer than it saves."""
 MOST_PROCESSES = 9
-"""Unless more are asked for. Each takes 0.1 GB, and all together shall stay below 1 GB; from
-about 12 on, reading the rows (50 to 90 us each, one process) is what takes the time."""
+"""The default limit. Each takes 0.1 GB, and the total should stay below 1 GB; beyond about 12,
+reading the rows (50 to 90 us each, in one process) is the bottleneck."""
 ROWS_TO_LOOK_AT = 10_000
-"""Rows read in search of good ones to detect a format from."""
+"""Maximum number of rows read to find good ones for format detection."""
 MOST_UNUSED_NAMED = 20
 
 Progress = Callable[[int], None]
@@ -50,7 +49,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class PrepareSettings:
-    """What a user decides on rows: how long they may be, and what becomes of bad ones."""
+    """User settings for rows: maximum length, and the handling of bad rows."""
 
     max_seq_length: int
     too_long: TooLong
@@ -60,7 +59,7 @@ class PrepareSettings:
 
 @dataclass(frozen=True, slots=True)
 class DataSplits:
-    """Tokenized data to train and to evaluate on; the rows of each by index, in row order.
+    """Tokenized training and evaluation data; the rows of each by index, in row order.
 
     With `eval_fraction` both indices point into the same dataset.
     """
@@ -76,7 +75,7 @@ class DataSplits:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A dataset that was found: its local files, or the opened hub dataset."""
+    """A resolved dataset: its local files, or the opened hub dataset."""
 
     spec: SourceSpec
     files: tuple[DataFile, ...]
@@ -92,7 +91,7 @@ class _Source:
         return islice(rows, self.spec.max_samples)
 
     def identity(self, hashes: FileHashes) -> dict[str, Any]:
-        """Return what the rows depend on."""
+        """Return everything the rows depend on."""
         identity: dict[str, Any] = {
             "format": self.spec.format,
             "columns": dict(self.spec.columns),
@@ -113,7 +112,7 @@ class _Source:
         return {**identity, "content": contents}
 
     def stamps(self) -> list[tuple[int, ...]]:
-        """Return what changes when a file is written."""
+        """Return a stamp that changes when a file is written."""
         stamps: list[tuple[int, ...]] = []
         for file in self.files:
             with reading_faults(file.shown):
@@ -131,14 +130,14 @@ def prepare(
     num_workers: int = 0,
     progress: Progress | None = None,
 ) -> tuple[TokenizedDataset, DataReport]:
-    """Return the tokenized rows of datasets, from the cache where they are in it.
+    """Return the tokenized rows of datasets, from the cache if possible.
 
-    `encoder` must be picklable: every process makes its own. `num_workers` of 0 takes
-    every core that this process may use, up to nine. `progress` receives the rows done so far.
+    `encoder` must be picklable: every process creates its own. `num_workers` 0 uses every core
+    available to this process, up to nine. `progress` receives the number of rows done.
 
     Raises:
-        DataError: no data, bad rows, wrong masks, too long rows; as the settings say.
-        AccessError, UnavailableError, StorageError: a source or the cache is out of reach.
+        DataError: no data, bad rows, invalid masks or too long rows, according to the settings.
+        AccessError, UnavailableError, StorageError: a source or the cache cannot be accessed.
     """
     sources = _open_all(specs)
     stamps = [source.stamps() for source in sources]
@@ -168,9 +167,9 @@ def prepare(
         counts = _tokenize(sources, encoder, settings, pool, writer, progress)
         if stamps != [source.stamps() for source in sources]:
             raise DataError.of(
-                "a dataset changed while it was read",
+                "a dataset changed while it was being read",
                 where=", ".join(source.spec.path_or_id for source in sources),
-                remedy="start again once it is written",
+                remedy="start again when it is complete",
             )
         writer.finish(key, counts)
     dataset = TokenizedDataset(cache_dir / key)
@@ -186,9 +185,9 @@ def prepare_splits(
 ) -> DataSplits:
     """Prepare the training data and the held-out data; `options` are those of `prepare`.
 
-    Held-out rows come from `eval_specs` or, where there are none, are `eval_fraction` of
-    the training rows. Rows that say the same never stand on both sides: such a row is
-    left out of training, and said.
+    Held-out rows come from `eval_specs` or, without them, are `eval_fraction` of the training rows.
+    Rows with the same content are never on both sides: they are left out of training, with a
+    warning.
 
     Raises:
         DataError: no row is left on one side.
@@ -204,10 +203,10 @@ def prepare_splits(
     repeated = len(every) - len(train_rows)
     if len(train_rows) == 0:
         raise DataError.of(
-            "every training row stands in eval_dataset too",
-            remedy="name another eval_dataset, or set eval_fraction instead",
+            "every training row is also in eval_dataset",
+            remedy="use another eval_dataset, or set eval_fraction instead",
         )
-    warning = f"{repeated:,} training rows stand in eval_dataset too and are left out of training"
+    warning = f"{repeated:,} training rows are also in eval_dataset and are left out of training"
     return DataSplits(
         train,
         train_rows,
@@ -229,13 +228,13 @@ def formatted_rows(
 
 
 def _default_processes() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
+    affinity = getattr(os, "sched_getaffinity", None)  # available on Linux
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
     return min(cores, MOST_PROCESSES)
 
 
 def _open_all(specs: Sequence[SourceSpec]) -> list[_Source]:
-    """Find all sources, and report all that cannot be found at once."""
+    """Resolve all sources, and report all missing ones at once."""
     sources: list[_Source] = []
     faults: list[TrainerError] = []
     for spec in specs:
@@ -258,7 +257,7 @@ def _tokenize(
     writer: CacheWriter,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Write the tokens of all sources; return the counts for the report."""
+    """Tokenize all sources into the cache; return the counts for the report."""
     tally = Tally(BadRowLog(settings.on_bad_rows, settings.max_bad_rows_share))
     formats: list[FormatName] = []
     unused: dict[str, None] = {}
@@ -274,7 +273,7 @@ def _tokenize(
             )
             for chunk in _chunks(rows):
                 numbers.append(number)
-                # Once refused, the rest is only counted, so that all is reported at once.
+                # Once rejected, the rest is only counted, so that everything is reported at once.
                 yield chunk, chunk_settings, tally.log.is_refused
 
     with closing(_encoded(tasks(), encoder, pool)) as chunks:
@@ -303,7 +302,7 @@ def _tokenize(
 def _encoded(
     tasks: Iterator[Task], encoder: EncoderFactory, pool: EncodingPool
 ) -> Generator[EncodedChunk, None, None]:
-    """Run tasks in order: here for a small dataset or a single core, else in processes."""
+    """Run tasks in order: in this process for a small dataset or a single core, else in a pool."""
     first: list[Task] = []
     count = 0
     for task in tasks:
@@ -321,7 +320,7 @@ def _encoded(
 
 
 def _with_format(source: _Source) -> tuple[FormatName, Iterator[Row | BadRow], list[str]]:
-    """Return a source's format, all of its rows, and their fields that the format has no use for.
+    """Return a source's format, all its rows, and the fields that the format does not use.
 
     The first good rows decide.
     """
@@ -342,13 +341,13 @@ def _with_format(source: _Source) -> tuple[FormatName, Iterator[Row | BadRow], l
             check_columns(values, spec.columns, spec.path_or_id)
         format = cast(FormatName, spec.format)
     else:
-        # Without a good row there is none to convert, and the bad ones will be reported.
+        # Without a good row there is nothing to convert, and the bad ones are reported.
         format = detect_format(values, spec.columns, spec.path_or_id) if good else "text"
     return format, chain(looked_at, rows), unused_fields(values, format, spec.columns)
 
 
 def _chunks(rows: Iterator[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
-    """Group rows, few enough to bound the memory of all that are under way."""
+    """Group rows into chunks small enough to bound the memory of those in flight."""
     chunk: list[Row | BadRow] = []
     size = 0
     for row in rows:

@@ -1,7 +1,7 @@
-"""How a model was asked during training, and which tokens end its answers.
+"""The prompt format used in training, and the tokens that end answers.
 
-There is one definition, taken from the trained rows, for everything that asks the model or
-hands it on: the answers of an evaluation, `chat`, the exported generation config, the
+This is the single definition, derived from the training rows, for everything that prompts or
+exports the model: the answers of an evaluation, `chat`, the exported generation config, the
 tokenizer and the model card. It travels with the adapter as `prompt_format.json`.
 """
 
@@ -22,17 +22,17 @@ Kind = Literal["chat", "completion", "text"]
 FILE = "prompt_format.json"
 CHAT_FORMATS = frozenset({"messages", "sharegpt", "alpaca", "alpaca_chat"})
 MOST_ROWS = 4096
-"""Rows that are looked at for the tokens that end answers, spread evenly over the data."""
+"""Number of rows inspected for end tokens, spread evenly over the data."""
 LEAST_FRACTION = 0.01
-"""A special token ends answers if at least this share of them ends with it: a row that was cut
-at max_seq_length may stop at any token."""
+"""A special token is an end token if at least this fraction of answers ends with it: a row
+truncated at max_seq_length may stop at any token."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptFormat:
-    """The format of the trained rows: `chat` goes through the chat template, the others do not.
+    """The format of the training rows: only `chat` uses the chat template.
 
-    `end_token_ids` are the tokens that end an answer, the most frequent one first.
+    `end_token_ids` are the tokens that end an answer, most frequent first.
     """
 
     kind: Kind
@@ -40,25 +40,25 @@ class PromptFormat:
 
     @property
     def has_template(self) -> bool:
-        """Tell whether prompts are written by the chat template."""
+        """Return whether prompts use the chat template."""
         return self.kind == "chat"
 
     def stops(self, tokenizer: Any, generation: Any) -> list[int]:
-        """Return the ids at which generation stops: the trained ends first, then the base's own.
+        """Return the ids at which generation stops: the trained end tokens, then the base model's.
 
         `generation` is the base model's generation config.
         """
         return list(dict.fromkeys((*self.end_token_ids, *base_ends(tokenizer, generation))))
 
     def save(self, folder: Path) -> None:
-        """Write it into an adapter's folder."""
+        """Write it to an adapter's folder."""
         (folder / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
 def format_of_rows(rows: Rows, formats: Iterable[str], tokenizer: Any) -> PromptFormat:
-    """Read the format off the trained rows; `formats` are those of their datasets.
+    """Derive the format from the training rows; `formats` are those of their datasets.
 
-    Rows that end with no special token leave the tokenizer's own end.
+    If rows do not end with a special token, the tokenizer's own end token is used.
     """
     names = set(formats)
     kind: Kind = "text"
@@ -133,7 +133,7 @@ def _trained_ends(rows: Rows, tokenizer: Any) -> tuple[int, ...]:
 def _last_visible(
     ids: Sequence[int] | Any, trained: Any, position: int, tokenizer: Any, special: frozenset[int]
 ) -> int:
-    """Return the last trained token up to `position` that is not white space."""
+    """Return the last supervised token up to `position` that is not white space."""
     while (
         position > 0
         and trained[position - 1]
@@ -145,14 +145,14 @@ def _last_visible(
 
 
 def _end_of_template(tokenizer: Any) -> tuple[int, ...]:
-    """Return the special token that the chat template writes behind an answer, if there is one."""
+    """Return the special token that the chat template writes after an answer, if any."""
     from .mask import end_tokens
 
     answer = "forty-two"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # a template is a program of the model's: it may fail in any way
+    except Exception:  # the template is the author's code and may fail in any way
         return ()
     _, match, behind = text.rpartition(answer)
     ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if match else []

@@ -1,8 +1,8 @@
 """Read datasets row by row: local files of every common kind, and the hub through `datasets`.
 
-Memory stays bounded whatever a file's size, except for JSON arrays, which have to be
-parsed whole. What is wrong with one row is yielded in its place, with file and line;
-what is wrong with a whole file is raised, once. All file kinds may be gzip'd.
+Memory stays bounded whatever a file's size, except for JSON arrays, which must be parsed whole. A
+bad row is yielded as a finding with file and line; a bad file is raised as one error. Files of
+every kind may be gzipped.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ ARROW_ROWS_AT_ONCE = 256
 
 
 def iter_rows(spec: SourceSpec) -> Iterator[Row | BadRow]:
-    """Yield the rows of a dataset in order, each fit for use or a finding why it is not.
+    """Yield the rows of a dataset in order, each usable or a finding that says why it is not.
 
     Raises:
-        DataError: no such file, an unreadable file, no row at all.
+        DataError: no such file, an unreadable file, or no rows.
         AccessError: a permission is missing.
         UnavailableError: the hub, or the dataset on it, cannot be reached.
     """
@@ -62,7 +62,7 @@ def rows_of_hub(dataset: Any, spec: SourceSpec) -> Iterator[Row | BadRow]:
 
 
 def _judged(rows: Iterable[Row | BadRow], spec: SourceSpec) -> Iterator[Row | BadRow]:
-    """Measure each row and find what no format can use."""
+    """Measure each row and find those unusable in any format."""
     has_rows = False
     for part in rows:
         has_rows = True
@@ -92,14 +92,14 @@ def _read_file(named: DataFile, spec: SourceSpec) -> Iterator[Row | BadRow]:
 
 @contextmanager
 def _opened(file: DataFile) -> Iterator[tuple[BinaryIO, DataFile]]:
-    """Open a file, unpacked where its content is gzip'd, whatever its name says."""
+    """Open a file, decompressed if its content is gzipped, whatever its name."""
     with reading_faults(file.shown), file.path.open("rb") as raw:
         is_gzip = raw.read(len(GZIP)) == GZIP
         raw.seek(0)
         if file.is_gzip and not is_gzip:
             plain = file.path.with_name(file.path.name[: -len(".gz")])
             raise DataError.of(
-                "the file is not gzip'd, though its name ends in .gz",
+                "the name ends in .gz, but the file is not gzipped",
                 where=file.shown,
                 remedy=f"mv {shell_word(file.path)} {shell_word(plain)}",
             )
@@ -111,7 +111,7 @@ def _opened(file: DataFile) -> Iterator[tuple[BinaryIO, DataFile]]:
             if file.kind not in ("parquet", "arrow"):
                 yield cast(BinaryIO, io.BufferedReader(cast(Any, unpacked))), file
                 return
-            # These are read from their end: unpack to disk, not to memory.
+            # These are read from their end: decompress to disk, not to memory.
             with tempfile.TemporaryFile() as copy:
                 shutil.copyfileobj(unpacked, copy)
                 copy.seek(0)
@@ -120,25 +120,25 @@ def _opened(file: DataFile) -> Iterator[tuple[BinaryIO, DataFile]]:
 
 @contextmanager
 def reading_faults(shown: str) -> Iterator[None]:
-    """Name every fault of reading a dataset file as an error of ours."""
+    """Turn every error of reading a dataset file into one of ours."""
     try:
         yield
     except TrainerError:
         raise
     except PermissionError as error:
         raise AccessError.of(
-            "a dataset file may not be read",
+            "no permission to read a dataset file",
             where=shown,
             remedy=f"chmod a+r {shell_word(shown)}",
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError.of(
-            "the gzip file is damaged or ends early",
+            "the gzip file is damaged or truncated",
             where=shown,
-            remedy=f"gzip -t {shell_word(shown)}, then fetch it again",
+            remedy=f"check it (gzip -t {shell_word(shown)}), then download it again",
         ) from error
     except FileNotFoundError as error:
-        raise DataError.of("a dataset file has vanished", where=shown) from error
+        raise DataError.of("a dataset file has disappeared", where=shown) from error
     except OSError as error:
         raise StorageError.of(
             "a dataset file cannot be read", where=shown, why=error.strerror or ""
@@ -151,7 +151,7 @@ def _text_rows(stream: BinaryIO, file: DataFile) -> Iterator[Row | BadRow]:
 
 
 class _CsvLines:
-    """The lines that the csv module is fed; knows whether one was too long to pass on."""
+    """The lines passed to the csv module; records whether one was too long."""
 
     def __init__(self, stream: BinaryIO, file: DataFile) -> None:
         self.lines = iter_lines(stream)
@@ -170,13 +170,13 @@ class _CsvLines:
         try:
             return self.decoder.decode(line, self.number)
         except UnicodeDecodeError:
-            # Bad UTF-8 becomes surrogates, which `fault_in` finds and names by their field.
+            # Invalid UTF-8 becomes surrogates, which `fault_in` reports by field.
             return line.decode(errors="surrogateescape")
 
 
 def _csv_rows(stream: BinaryIO, file: DataFile) -> Iterator[Row | BadRow]:
     lines = _CsvLines(stream, file)
-    # The csv module's limit is global; its default of 128 KiB refuses rows that we take.
+    # The csv module's limit is global; its default of 128 KiB rejects rows that we accept.
     csv.field_size_limit(MAX_ROW_BYTES)
     first_line = next(lines, "")
     if not first_line:
@@ -189,9 +189,9 @@ def _csv_rows(stream: BinaryIO, file: DataFile) -> Iterator[Row | BadRow]:
         header = []
     if not any(header) or len(set(header)) < len(header) or any(fault_in(h) for h in header):
         raise DataError.of(
-            "the first line is no header: its column names are empty, repeated or not text",
+            "the first line is not a header: its column names are empty, repeated or not text",
             where=f"{file.shown}:1",
-            remedy="put the names of the columns, such as prompt,completion, on the first line",
+            remedy="put the column names, such as prompt,completion, on the first line",
         )
     while True:
         start = lines.number + 1
@@ -201,7 +201,7 @@ def _csv_rows(stream: BinaryIO, file: DataFile) -> Iterator[Row | BadRow]:
         except StopIteration:
             return
         except csv.Error:
-            fields, fault = [], "broken CSV: a quote that is not closed, or a stray line end"
+            fields, fault = [], "invalid CSV: an unclosed quote or a stray line break"
         where = f"{file.shown}:{start}"
         if lines.is_oversized:
             lines.is_oversized = False
@@ -215,7 +215,7 @@ def _csv_rows(stream: BinaryIO, file: DataFile) -> Iterator[Row | BadRow]:
 
 
 def _delimiter(header_line: str, kind: FileKind) -> str:
-    """Return the field delimiter; spreadsheets in much of Europe write `;` into .csv files."""
+    """Return the field delimiter; spreadsheets in much of Europe use `;` in .csv files."""
     if kind == "tsv":
         return "\t"
     if "," in header_line:
@@ -248,7 +248,7 @@ def _arrow_batches(stream: BinaryIO, file: DataFile) -> Iterator[pyarrow.RecordB
             f"the file is not readable as {file.kind}",
             where=file.shown,
             why=f"{type(error).__name__} while decoding it",
-            remedy="fetch or write it again: it is damaged, or of another type than its name says",
+            remedy="download or write it again: it is damaged, or its type does not match its name",
         ) from error
 
 
@@ -266,10 +266,10 @@ def _arrow_rows(
 
 
 def _python_rows(piece: Any) -> Iterator[dict[str, Any] | str]:
-    """Yield rows as dicts, or as the reason why a row cannot be one."""
+    """Yield rows as dicts, or the reason why a row cannot be converted."""
     try:
         values = piece.to_pylist()
-    except (ValueError, OverflowError):  # bad UTF-8, or a date that Python does not have
+    except (ValueError, OverflowError):  # invalid UTF-8, or a date outside Python's range
         if piece.num_rows > 1:
             for index in range(piece.num_rows):
                 yield from _python_rows(piece.slice(index, 1))
@@ -281,7 +281,7 @@ def _python_rows(piece: Any) -> Iterator[dict[str, Any] | str]:
 
 
 def _without_missing(value: Any) -> Any:
-    """Drop the None of struct fields: Arrow fills in what other rows' structs have."""
+    """Drop None from struct fields: Arrow adds the fields of other rows' structs."""
     if isinstance(value, dict):
         return {k: _without_missing(v) for k, v in value.items() if v is not None}
     if isinstance(value, list):

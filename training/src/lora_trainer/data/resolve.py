@@ -1,4 +1,4 @@
-"""Find what a dataset's name stands for: a file, a folder of files, or a dataset on the hub."""
+"""Resolve a dataset's name to a file, a folder of files, or a dataset on the hub."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(frozen=True, slots=True)
 class SourceSpec:
-    """One dataset as the user names it.
+    """One dataset as configured.
 
     `columns` maps a standard field name (messages, prompt, text, ...) to the column
-    that holds it. `weight` says how often its rows are seen in an epoch. A relative
+    that holds it. `weight` is how often its rows are used per epoch. A relative
     path is looked for in `datasets_dir` too. `split` and `subset` choose within a hub
     dataset, `split` also among the files of a folder.
     """
@@ -64,7 +64,7 @@ class SourceSpec:
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A local file to read; `shown` is the name that messages use."""
+    """A local file to read; `shown` is its name in messages."""
 
     path: Path
     shown: str
@@ -73,11 +73,11 @@ class DataFile:
 
 
 def locate(spec: SourceSpec) -> tuple[DataFile, ...] | None:
-    """Return the local files that a source stands for, or None where it is a hub id.
+    """Return the local files of a source, or None for a hub id.
 
     Raises:
-        DataError: a local path that does not exist, or holds no data.
-        AccessError: a folder that cannot be listed.
+        DataError: a local path does not exist or contains no data.
+        AccessError: a folder cannot be listed.
     """
     name = spec.path_or_id
     if name.startswith(HUB_PREFIX):
@@ -89,7 +89,7 @@ def locate(spec: SourceSpec) -> tuple[DataFile, ...] | None:
         raise DataError.of(
             "the dataset does not exist",
             where=name,
-            remedy=_did_you_mean(spec) or "give an existing file or folder, or a hub id",
+            remedy=_did_you_mean(spec) or "use an existing file or folder, or a hub id",
         )
     if path.is_dir():
         return _files_in(path, spec)
@@ -98,9 +98,9 @@ def locate(spec: SourceSpec) -> tuple[DataFile, ...] | None:
     file = _data_file(path, str(path))
     if file is None:
         raise DataError.of(
-            "the dataset's file type is not known",
+            "the dataset's file type is not supported",
             where=str(path),
-            remedy=f"name it by its content, one of {', '.join(KINDS)}, each also with .gz",
+            remedy=f"use a file name that ends in one of {', '.join(KINDS)}, optionally with .gz",
         )
     return (file,)
 
@@ -111,7 +111,7 @@ def hub_id(spec: SourceSpec) -> str:
 
 
 def near_local_path(spec: SourceSpec) -> str:
-    """Return an existing local path close to the one that was named, or an empty string."""
+    """Return an existing local path with a similar name, or an empty string."""
     for folder in _folders(spec):
         parent = (folder / Path(spec.path_or_id).expanduser()).parent
         try:
@@ -142,7 +142,7 @@ def _existing(spec: SourceSpec) -> Path | None:
             path.stat()
         except PermissionError as error:
             raise AccessError.of(
-                "a folder on the way to the dataset may not be entered",
+                "no permission to open a parent folder of the dataset",
                 where=str(path),
                 remedy=f"chmod a+x {shell_word(path.parent)}",
             ) from error
@@ -153,7 +153,7 @@ def _existing(spec: SourceSpec) -> Path | None:
 
 
 def _reads_like_hub_id(name: str) -> bool:
-    """Tell `owner/name` from a mistyped path: no file ending, no folder here of that name."""
+    """Return whether a name is `owner/name`: no file extension, no local folder of that name."""
     if not HUB_ID.fullmatch(name) or _kind_of(name)[0] is not None:
         return False
     return "/" not in name or not Path(name.split("/", maxsplit=1)[0]).is_dir()
@@ -171,7 +171,7 @@ def _data_file(path: Path, shown: str) -> DataFile | None:
 
 
 def _files_in(folder: Path, spec: SourceSpec) -> tuple[DataFile, ...]:
-    """Return the data files below a folder, in name order, of the split that was asked for."""
+    """Return the data files of a split below a folder, in name order."""
 
     def refuse(error: OSError) -> None:
         raise AccessError.of(
@@ -195,9 +195,9 @@ def _files_in(folder: Path, spec: SourceSpec) -> tuple[DataFile, ...]:
     files = [file for file in candidates if file.kind != "txt"] or candidates
     if not files:
         raise DataError.of(
-            "the dataset folder holds no data file",
+            "the dataset folder contains no data files",
             where=str(folder),
-            remedy=f"put files there that end in one of {', '.join(KINDS)}, each also with .gz",
+            remedy=f"add files that end in one of {', '.join(KINDS)}, optionally with .gz",
         )
     return _of_split(files, folder, spec.split)
 
@@ -214,8 +214,8 @@ def _of_split(files: list[DataFile], folder: Path, split: str) -> tuple[DataFile
         raise DataError.of(
             f"the dataset folder has no split {split!r}",
             where=str(folder),
-            why=f"its files are of the splits {', '.join(sorted(named))}",
-            remedy="set the split to one of them, or name a file instead of the folder",
+            why=f"its splits are {', '.join(sorted(named))}",
+            remedy="set the split to one of them, or use a file instead of the folder",
         )
     return chosen
 

@@ -1,4 +1,4 @@
-"""Count what becomes of a dataset's rows, refuse it where it must be, report on it."""
+"""Count what happens to a dataset's rows, reject it if necessary, and report."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from .encoder import EncodedChunk
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """What became of the rows of a dataset; fit for JSON.
+    """What happened to the rows of a dataset; serializable as JSON.
 
-    `formats` has one for each source. `longest_tokens` is before truncation, the other
-    lengths are after it. `rows_changed` counts the rows that the chat template or the tokenizer
-    writes otherwise than they stand, by the kind of change. `cache` says whether the tokens
-    were made, reused, or remade and why; `processes_restarted` how many processes ended
-    while they were made.
+    `formats` has one entry per source. `longest_tokens` is before truncation, the other lengths are
+    after it. `rows_changed` counts the rows whose training text differs from the row, by the kind
+    of change. `cache` says whether the tokens were created, reused, or rebuilt and why;
+    `processes_restarted` is the number of tokenizing processes that died.
     """
 
     rows_read: int
@@ -74,22 +73,23 @@ class Tally:
 
     @property
     def is_hopeless(self) -> bool:
-        """Tell whether the masks are wrong so often that the rest need not be looked at."""
+        """Return whether so many masks are invalid that the rest need not be checked."""
         return len(self.flawed) >= MAX_LISTED
 
     def judge(self, rows_used: int) -> None:
-        """Refuse a dataset for all that is wrong with it, at once.
+        """Reject a dataset with all its problems at once.
 
         Raises:
-            DataError: as the settings say.
+            DataError: depending on the settings.
         """
         problems = self.log.problems()
         if self.flawed:
             least = "at least " if self.is_hopeless else ""
             problems.append(
                 Problem(
-                    what=f"{least}{len(self.flawed):,} rows would not teach what they should",
-                    why="the mask audit finds no trained token, or an untrained end of a turn",
+                    what=f"{least}{len(self.flawed):,} rows have an invalid loss mask",
+                    why="the audit found rows without a supervised token, or with an unsupervised "
+                    "end of a turn",
                     remedy="lora-trainer check --show-sample prints rows with their masks; "
                     "then fix the rows, train_on or chat_template",
                 )
@@ -99,8 +99,8 @@ class Tally:
             problems.append(
                 Problem(
                     what=f"{self.too_long_total:,} rows are longer than max_seq_length",
-                    remedy=f"set max_seq_length to {self.longest} (the longest row), "
-                    "or too_long to truncate or drop",
+                    remedy=f"set max_seq_length: {self.longest} (the longest row), or too_long: "
+                    "truncate or drop",
                 )
             )
             problems.extend(listed_problems(self.too_long, self.too_long_total))
@@ -118,7 +118,7 @@ class Tally:
 
 
 def report_on(dataset: TokenizedDataset, cache: str, processes_restarted: int = 0) -> DataReport:
-    """Complete the counts that were stored with a dataset."""
+    """Complete the counts stored with a dataset."""
     lengths = dataset.lengths
     p50, p90, p99 = (int(p) for p in np.percentile(lengths, (50, 90, 99)))
     return DataReport(

@@ -1,6 +1,6 @@
-"""What the first bytes of a file say it is, where its name says something else.
+"""Detect a file's type from its first bytes when its name says something else.
 
-A fault of the whole file is one error that names the cause, not one for each of its lines.
+A wrong file is one error that names the cause, not one error per line.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _BINARY: tuple[tuple[bytes, str, str], ...] = (
     (b"\x28\xb5\x2f\xfd", "compressed with Zstandard", "zstd -d {file} -o {base}.unpacked.{kind}"),
     (b"\xfd7zXZ\0", "compressed with xz", "xz -dc {file} > {base}.unpacked.{kind}"),
     (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "7z x {file}"),
-    (b"%PDF", "a PDF document", "export its text as JSON lines, one object for each row"),
+    (b"%PDF", "a PDF document", "export its text as JSON lines, one object per row"),
     (b"SQLite format 3\0", "an SQLite database", "export a table as CSV: sqlite3 -csv -header"),
     (b"\xd0\xcf\x11\xe0", "an Excel workbook", "save it as CSV UTF-8 from the spreadsheet"),
     (b"\x89HDF", "an HDF5 file", "export its rows as JSON lines"),
-    (b"\x80\x04\x95", "a Python pickle", "write it as JSON lines: a pickle may run any code"),
-    (b"\x80\x05\x95", "a Python pickle", "write it as JSON lines: a pickle may run any code"),
+    (b"\x80\x04\x95", "a Python pickle", "write it as JSON lines: a pickle can run any code"),
+    (b"\x80\x05\x95", "a Python pickle", "write it as JSON lines: a pickle can run any code"),
 )
 _COLUMNAR: dict[str, tuple[bytes, ...]] = {
     "parquet": (b"PAR1",),
@@ -55,10 +55,10 @@ _HUB_ANSWERS = (
 
 
 def refuse_other_content(head: bytes, file: DataFile) -> None:
-    """Refuse a file that is not what its name says, from its first `HEAD_BYTES`.
+    """Reject a file whose first `HEAD_BYTES` do not match its name.
 
     Raises:
-        DataError: with what the file is, and the command that makes data of it.
+        DataError: with the actual file type, and the command that converts it.
     """
     if not head or head.startswith(_COLUMNAR.get(file.kind, ())):
         return
@@ -109,14 +109,14 @@ def _text(head: bytes, file: DataFile) -> tuple[str, str] | None:
     if text.startswith(_LFS):
         folder, name = shell_word(file.path.parent), shell_word(file.path.name)
         pull = f"git -C {folder} lfs pull --include {name}"
-        return "a pointer of Git LFS: its content was not fetched", pull
+        return "a Git LFS pointer: its content was not downloaded", pull
     if file.kind == "txt":
         return None
     if _HTML.match(text):
-        remedy = "fetch the file itself: the hub gives it under /resolve/, GitHub under /raw/"
+        remedy = "download the file itself: use /resolve/ in the URL on the hub, /raw/ on GitHub"
         return "a web page", remedy
     if len(head) < 400 and text.startswith(_HUB_ANSWERS):
-        return "a server's error message", "fetch it again, with access to it"
+        return "a server's error message", "download it again, with the required access"
     return None
 
 
@@ -129,7 +129,7 @@ def _other_kind(head: bytes, file: DataFile) -> tuple[str, str] | None:
 
 
 def _kind_of_text(head: bytes) -> str | None:
-    """Return the kind of data file that text looks like."""
+    """Return the kind of data file that a text looks like."""
     text = head.removeprefix(BYTE_ORDER_MARK).lstrip()
     if b"\0" in text:
         return None

@@ -1,8 +1,8 @@
 """Choose rows by index: evaluation rows without leaks, and weighted epochs.
 
-Rows are never copied. All choices follow from the hashes of the rows' content, so
-they stay the same when the order of the rows, the machine or the process count changes,
-and rows that say the same always go together.
+Rows are never copied. All choices depend only on the hashes of the rows' content, so they do not
+change with the order of rows, the machine or the process count, and rows with the same content stay
+together.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def split_rows(
     """Return the rows to train on and the rows to evaluate on, both in row order.
 
     Raises:
-        DataError: there are not two rows that differ.
+        DataError: all rows are the same.
     """
     if eval_fraction == 0:
         return np.arange(len(row_hashes)), np.arange(0)
@@ -31,8 +31,8 @@ def split_rows(
     if len(distinct) < 2:
         raise DataError.of(
             "eval_fraction needs at least two different rows",
-            why=f"the dataset has {len(row_hashes)} rows, all of them saying the same",
-            remedy="set eval_fraction to 0, or name an eval_dataset",
+            why=f"the dataset has {len(row_hashes)} rows, all with the same content",
+            remedy="set eval_fraction: 0, or use an eval_dataset",
         )
     ranking = np.argsort(_mixed(distinct, seed), kind="stable")
     taken = np.cumsum(counts[ranking])
@@ -45,7 +45,7 @@ def split_rows(
 def rows_not_in(
     row_hashes: NDArray[np.uint64], index: Index, other_hashes: NDArray[np.uint64]
 ) -> Index:
-    """Return the rows of `index` that no row of another dataset repeats."""
+    """Return the rows of `index` whose content is not in another dataset."""
     return index[~np.isin(row_hashes[index], other_hashes)]
 
 
@@ -59,8 +59,8 @@ def epoch_rows(
 ) -> Index:
     """Return the rows of an epoch: each source's rows `weight` times, in row order.
 
-    A weight of 2.25 takes every row of a source twice and a quarter of them, another
-    one each epoch, a third time.
+    A weight of 2.25 uses every row of a source twice, and a quarter of them (a different one each
+    epoch) a third time.
     """
     if all(weight == 1 for weight in weights):
         return index
@@ -71,7 +71,7 @@ def epoch_rows(
         drawn.extend([rows] * whole)
         count = round((weight - whole) * len(rows))
         if count:
-            # The row number keeps rows apart that say the same.
+            # The row number distinguishes rows with the same content.
             keys = row_hashes[rows] ^ _mixed(rows.astype(np.uint64), 0)
             chosen = np.argsort(_mixed(keys, seed * 1_000_003 + epoch + 1), kind="stable")[:count]
             drawn.append(rows[chosen])

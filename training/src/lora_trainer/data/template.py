@@ -1,9 +1,8 @@
-"""Chat templates: conversation -> text, and which message wrote which part of that text.
+"""Chat templates: render a conversation and record which message wrote which part.
 
-A template is a Jinja program that comes with the model. It is rendered by the
-environment that transformers itself compiles templates with, so the text is the
-one that the tokenizer's `apply_chat_template` gives. For the mask, a second
-compilation of the same program reports each message that a loop takes up; as the
+A template is a Jinja program that comes with the model. It is rendered in the same environment that
+transformers uses, so the text equals that of the tokenizer's `apply_chat_template`. For the loss
+mask, a second compilation of the same program reports each message that a loop visits; as the
 program runs lazily, every piece of text that it then yields belongs to that message.
 """
 
@@ -29,19 +28,19 @@ from ..errors import ConfigError
 Message = Mapping[str, Any]
 Span = tuple[int, int]
 
-# Printed by a template in place of a chat, this gives the messages and tools as
-# transformers hands them to every template, whatever this version normalizes.
+# Rendered in place of a chat, this returns messages and tools as transformers passes them to
+# templates, including any normalization of this version.
 _ECHO = "{{ [messages, tools] | tojson }}"
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PROBE = "probe7391"
 _TRACER = "lora_trainer_trace_"
 
 
-class TemplateFault(ValueError):  # noqa: N818 - the fault is the row's, not ours
+class TemplateFault(ValueError):  # noqa: N818 - a fault of the row, not ours
     """A template cannot render a conversation, or its mask cannot be found.
 
-    `why` never holds a word of the conversation; whoever knows the file and line
-    makes the `DataError`.
+    `why` never contains text of the conversation; the caller, which knows file and line, creates
+    the `DataError`.
     """
 
     def __init__(self, why: str) -> None:
@@ -51,9 +50,9 @@ class TemplateFault(ValueError):  # noqa: N818 - the fault is the row's, not our
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Characters `start` to `end` of a rendered chat, written while message `owner` was taken up.
+    """Characters `start` to `end` of a rendered chat, written while message `owner` was current.
 
-    `owner` is None for text outside of every message, such as the generation prompt.
+    `owner` is None for text outside any message, such as the generation prompt.
     """
 
     start: int
@@ -63,7 +62,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """A rendered chat with its origin: pieces in order, and the template's own generation marks."""
+    """A rendered chat: its pieces in order, and the template's own generation spans."""
 
     text: str
     pieces: tuple[Piece, ...]
@@ -71,15 +70,15 @@ class Rendering:
 
     @property
     def is_traced(self) -> bool:
-        """Tell whether the template was seen to take up any message."""
+        """Return whether the template visited any message in a loop."""
         return any(piece.owner is not None for piece in self.pieces)
 
     def pieces_of(self, owner: int) -> list[Piece]:
-        """Return what message number `owner` wrote."""
+        """Return the text written by message `owner`."""
         return [piece for piece in self.pieces if piece.owner == owner]
 
     def written_by(self, owner: int, spans: Sequence[Span]) -> str:
-        """Return what message number `owner` wrote of the spans; all where no message is seen."""
+        """Return the spans written by message `owner`; all if no message was visited."""
         pieces = self.pieces_of(owner) if self.is_traced else self.pieces
         shared = ((max(a, p.start), min(b, p.end)) for p in pieces for a, b in spans)
         return "\0".join(self.text[start:end] for start, end in shared if start < end)
@@ -87,13 +86,12 @@ class Rendering:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A tokenizer's chat template, or the one given in its place; can be pickled.
+    """A tokenizer's chat template, or its replacement; picklable.
 
-    `tools_text` is the template for conversations with tools, which some tokenizers
-    keep apart; most often it is `text` again. `takes_parts` tells that the template
-    writes only contents given as lists of parts, as those of vision models do; plain
-    strings are then brought to that form, or they would silently vanish.
-    `control_tokens` are the special tokens by which the template tells turns apart.
+    `tools_text` is the template for conversations with tools, which is separate in some tokenizers;
+    usually it equals `text`. `takes_parts` means that the template only renders contents given as
+    lists of parts, like those of vision models; plain strings are then converted, because they
+    would silently vanish. `control_tokens` are the special tokens that separate turns.
     """
 
     tokenizer: Any = field(repr=False)
@@ -104,10 +102,10 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: Any, override: str | None = None) -> ChatTemplate:
-        """Take the tokenizer's template, or `override`.
+        """Create it from the tokenizer's template or `override`.
 
         Raises:
-            ConfigError: there is no template, or it is no valid Jinja.
+            ConfigError: there is no template, or it is not valid Jinja.
         """
         try:
             text = tokenizer.get_chat_template(override)
@@ -116,7 +114,7 @@ class ChatTemplate:
             raise ConfigError.of(
                 "the tokenizer has no chat template",
                 where="chat_template",
-                why="the data are conversations, and nothing says how to write them as text",
+                why="the data are conversations, which need a template to become text",
                 remedy=f"set chat_template to {' or '.join(_fitting(tokenizer))}, "
                 "or use the model's chat version",
             ) from error
@@ -126,7 +124,7 @@ class ChatTemplate:
             _compile_traced(tools_text)
         except TemplateError as error:
             raise ConfigError.of(
-                "the chat template is no valid Jinja template",
+                "the chat template is not a valid Jinja template",
                 where=f"chat_template, line {getattr(error, 'lineno', '?')}",
                 why=str(error),
             ) from error
@@ -140,21 +138,21 @@ class ChatTemplate:
 
     @property
     def has_generation_spans(self) -> bool:
-        """Tell whether the template itself marks what the assistant generates."""
+        """Return whether the template marks the assistant's text with generation tags."""
         return bool(_GENERATION_MARK.search(self.text))
 
     def refuse_control_tokens(self, chat: Sequence[object]) -> None:
-        """Refuse a part of a row, of any nesting, that could forge or end a turn.
+        """Reject any text in a row, at any depth, that could forge or end a turn.
 
-        The tokenizer does not tell a token that the row spells out from the template's own.
+        The tokenizer cannot distinguish a token in the row's text from the template's own.
 
         Raises:
-            TemplateFault: a text of the row holds a control token.
+            TemplateFault: a text of the row contains a control token.
         """
         for part in chat:
             if isinstance(part, str):
                 if any(token in part for token in self.control_tokens):
-                    raise TemplateFault("its content holds a control token of the chat template")
+                    raise TemplateFault("its content contains a control token of the chat template")
             elif isinstance(part, Mapping):
                 self.refuse_control_tokens([*part.keys(), *part.values()])
             elif isinstance(part, list | tuple):
@@ -169,7 +167,7 @@ class ChatTemplate:
         """Return the conversation as text.
 
         Raises:
-            TemplateFault: the template refuses the conversation.
+            TemplateFault: the template rejects the conversation.
         """
         source = self.tools_text if tools else self.text
         return self._apply(source, messages, tools, add_generation_prompt)
@@ -177,10 +175,10 @@ class ChatTemplate:
     def normalize(
         self, messages: Sequence[Message], tools: Sequence[Message] = ()
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Return messages and tools as templates get to see them; `trace` takes these.
+        """Return messages and tools as templates see them, for `trace`.
 
         Raises:
-            TemplateFault: a message is of a type that no template can take.
+            TemplateFault: a message has a type that templates cannot handle.
         """
         echo = self._apply(_ECHO, messages, tools, add_generation_prompt=False)
         plain_messages, plain_tools = json.loads(echo)
@@ -192,20 +190,21 @@ class ChatTemplate:
         tools: list[dict[str, Any]],
         add_generation_prompt: bool = False,
     ) -> Rendering:
-        """Render normalized messages and learn which message wrote which part of the text.
+        """Render normalized messages and record which message wrote which part of the text.
 
         Raises:
-            TemplateFault: the template refuses the conversation.
+            TemplateFault: the template rejects the conversation.
         """
         source = self.tools_text if tools else self.text
         program = _compile_traced(source)
         tracer = _Tracer(messages)
-        chunks = [""]  # transformers 4.50 takes an empty list for "not tracking"
+        chunks = [""]  # transformers 4.50 treats an empty list as "not tracking"
         generation_spans: list[Span] = []
         pieces: list[Piece] = []
         position = 0
         environment: Any = program.environment
-        # transformers' tracker re-joins `chunks` at every mark: only where there are marks.
+        # transformers' tracker re-joins `chunks` at every tag, so it is used only if there are
+        # tags.
         tracker = (
             environment.activate_tracker(chunks, generation_spans)
             if _GENERATION_MARK.search(source)
@@ -249,7 +248,7 @@ class ChatTemplate:
             return text
 
     def _find_control_tokens(self) -> tuple[str, ...]:
-        """Look at a plain conversation: tokens of tools, images or reasoning are not in it."""
+        """Render a plain conversation: it has no tokens of tools, images or reasoning."""
         roles = ("user", "assistant", "user")
         probe = [{"role": role, "content": _PROBE} for role in roles]
         try:
@@ -259,7 +258,7 @@ class ChatTemplate:
         text += self.tokenizer.eos_token or ""
         added = self.tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special}
-        # A default system prompt may show how to think; answers do spell those tokens out.
+        # A default system prompt may contain reasoning tags; answers may contain them, too.
         tokens = [t for t in special if len(t) > 2 and t in text and "think" not in t.lower()]
         return tuple(sorted(tokens))
 
@@ -306,13 +305,13 @@ class _Tracer:
         self._has_message.append(False)
 
     def take(self, item: object = None) -> None:
-        # Loops over parts or tool calls of a message stay within that message.
+        # Loops over parts or tool calls stay within the current message.
         self.owner = self._outer[-1]
         self._has_message[-1] = False
         self.note(item)
 
     def note(self, item: object) -> None:
-        # Loops over positions name their message inside: `set message = messages[i]`.
+        # Loops over positions select the message inside: `set message = messages[i]`.
         number = self._numbers.get(id(item))
         if number is not None and self._has_message and not self._has_message[-1]:
             self.owner = number
@@ -324,7 +323,7 @@ class _Tracer:
 
 
 class _LoopReporter(NodeTransformer):
-    """Makes each loop of a template report to the tracer; adds no character of output."""
+    """Makes each loop of a template report to the tracer; does not change the output."""
 
     def visit_For(self, node: nodes.For) -> list[nodes.Node]:  # noqa: N802 - jinja's naming
         self.generic_visit(node)
@@ -348,7 +347,7 @@ def _call(method: str, arguments: Sequence[nodes.Expr], line: int) -> nodes.Expr
 
 @lru_cache
 def _compile_traced(source: str) -> Template:
-    # Any template's environment will do; this one is compiled anyhow.
+    # The environment of any template will do; this one is compiled anyway.
     environment = _compile_jinja_template(_ECHO).environment
     program = _LoopReporter().visit(environment.parse(source))
     template: Template = environment.from_string(program.set_environment(environment))
@@ -357,20 +356,20 @@ def _compile_traced(source: str) -> Template:
 
 @contextmanager
 def _own_faults(source: str) -> Iterator[None]:
-    """Turn whatever a template raises into a TemplateFault without a word of the data."""
+    """Turn any exception of a template into a TemplateFault without text of the data."""
     try:
         yield
     except Exception as error:
-        # A template is a program of the model's, and may fail in any way.
+        # A template is code of the model's author and may fail in any way.
         raise TemplateFault(_explain(error, source)) from None
 
 
 def _explain(error: Exception, source: str) -> str:
-    # A template may put row text into its own message: only words of its source are repeated.
+    # A template may put row text into its message: only words from its source are repeated.
     message = str(error).strip()
     if isinstance(error, UndefinedError):
         names = [name for name in re.findall(r"'([\w ]+)'", message) if name in source]
         return f"the template needs {names[-1]!r}" if names else "the template needs a field"
     if isinstance(error, TemplateError) and message and message in source:
-        return f"the template refuses the conversation: {message}"
+        return f"the template rejects the conversation: {message}"
     return f"the template cannot render the conversation ({type(error).__name__})"

@@ -1,8 +1,8 @@
-"""Tokenize on all cores: own processes, one pipe each, results in the order of the tasks.
+"""Tokenize on all cores: a pool of processes with one pipe each, results in task order.
 
-Why not `multiprocessing`: its children import the main module again, with torch in it,
-and outlive a parent that is killed. These start from this module alone, keep torch out,
-and end when their standard input does. Started by `EncodingPool`, never by hand.
+Not `multiprocessing`: its children import the main module, including torch, and outlive a killed
+parent. These import only this module, without torch, and exit when their standard input closes.
+Started by `EncodingPool`, never by hand.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from .encoder import ChunkSettings, EncodedChunk, EncoderFactory, encode_chunk
 Task = tuple[Sequence[Row | BadRow], ChunkSettings, bool]
 CHILD_PROGRAM = "from lora_trainer.data.tokenizer_pool import serve; serve()"
 CHUNKS_AHEAD = 2
-"""Tasks that wait for each process: enough to keep it busy, few enough to bound memory."""
+"""Tasks queued per process: enough to keep it busy, few enough to bound memory."""
 
 
 class EncodingPool:
     """Processes that tokenize chunks of rows.
 
-    One that ends within a chunk is replaced, and the chunk is done again, once.
+    A process that dies within a chunk is replaced, and the chunk is repeated once.
 
     Raises:
-        MemoryKilledError: a second process was killed within a chunk, by the kernel most often.
-        InternalError: a second process ended by itself within a chunk.
+        MemoryKilledError: a second process was killed within a chunk, usually by the kernel.
+        InternalError: a second process exited by itself within a chunk.
     """
 
     def __init__(self, factory: EncoderFactory, processes: int) -> None:
@@ -62,11 +62,11 @@ class EncodingPool:
         for child in self._children:
             child.wait()
             for stream in (child.stdin, child.stdout):
-                with contextlib.suppress(OSError):  # a pipe whose reader has gone
+                with contextlib.suppress(OSError):  # the reader of the pipe is gone
                     cast(BinaryIO, stream).close()
 
     def encode(self, tasks: Iterable[Task]) -> Iterator[EncodedChunk]:
-        """Yield each task's result, in order, taking up new tasks only as results are used."""
+        """Yield each task's result in order, starting new tasks only as results are consumed."""
         waiting: deque[Future[EncodedChunk]] = deque()
         for task in tasks:
             waiting.append(self._threads.submit(self._ask, task))
@@ -76,7 +76,7 @@ class EncodingPool:
             yield waiting.popleft().result()
 
     def _ask(self, task: Task) -> EncodedChunk:
-        """Give a task to this thread's process, or a second one, and wait for the result."""
+        """Send a task to this thread's process, or to a replacement, and wait for the result."""
         try:
             answer = self._answer(task)
         except (OSError, EOFError, pickle.UnpicklingError):
@@ -86,7 +86,7 @@ class EncodingPool:
             try:
                 answer = self._answer(task)
             except (OSError, EOFError, pickle.UnpicklingError) as error:
-                if self._local.child is None:  # it could not even be started
+                if self._local.child is None:  # it could not be started
                     raise
                 raise _ended(self._local.child.wait(), task) from error
         if isinstance(answer, EncodedChunk):
@@ -103,11 +103,11 @@ class EncodingPool:
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(part for part in sys.path if part),
-            "TOKENIZERS_PARALLELISM": "false",  # one thread a process: there is one for each core
+            "TOKENIZERS_PARALLELISM": "false",  # one process per core
             "TRANSFORMERS_VERBOSITY": "error",
         }
         with self._lock:
-            if self._is_closing:  # its processes are killed, and none is to follow
+            if self._is_closing:  # the pool is being closed: do not start another process
                 raise CancelledError
             child = subprocess.Popen(
                 [sys.executable, "-c", CHILD_PROGRAM],
@@ -123,18 +123,18 @@ class EncodingPool:
 
 def serve() -> None:
     """Answer tasks from standard input until it ends; runs in a child."""
-    # The parent decides when to stop: a terminal's Ctrl-C reaches the whole group.
+    # The parent decides when to stop: Ctrl-C in a terminal reaches the whole group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.modules["torch"] = cast(Any, None)  # transformers then does without
+    sys.modules["torch"] = cast(Any, None)  # transformers works without torch then
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not mix with the answers
+    os.dup2(2, 1)  # library output must not mix with the results
     tasks = cast(io.BufferedReader, sys.stdin.buffer)
     encoder = None
     factory: EncoderFactory = pickle.load(tasks)  # noqa: S301 - from our own parent
     while True:
         try:
             rows, settings, is_check = pickle.load(tasks)  # noqa: S301 - from our own parent
-        except (EOFError, pickle.UnpicklingError):  # the parent has closed it, or died
+        except (EOFError, pickle.UnpicklingError):  # the parent closed it or died
             return
         try:
             encoder = encoder or factory()
@@ -153,19 +153,19 @@ def _send(stream: BinaryIO, value: Any) -> None:
 
 
 def _ended(exit_code: int, task: Task) -> TrainerError:
-    """Return the error of a process that ended within a chunk of rows, as one before it did."""
+    """Return the error for a second process that died within the same chunk of rows."""
     rows = task[0]
     where = rows[0].where if len(rows) == 1 else f"{rows[0].where} to {rows[-1].where}"
     if exit_code == -signal.SIGKILL:
         return MemoryKilledError.of(
-            "a tokenizing process was killed twice within the same rows",
+            "a tokenizing process was killed twice on the same rows",
             where=where,
-            why="the kernel does so when memory runs out",
-            remedy="set preprocessing_num_workers to a smaller number, or look at these rows",
+            why="usually by the kernel, when memory runs out",
+            remedy="lower preprocessing_num_workers, or check these rows",
         )
     return InternalError.of(
-        "a tokenizing process ended by itself, twice within the same rows",
+        "a tokenizing process exited by itself twice on the same rows",
         where=where,
         why=f"exit status {exit_code}",
-        remedy="set preprocessing_num_workers to 1 to see its error, or look at these rows",
+        remedy="set preprocessing_num_workers: 1 to see its error, or check these rows",
     )

@@ -1,4 +1,4 @@
-"""Bring the turns of a conversation to OpenAI's messages form, whoever's spelling they have."""
+"""Convert the turns of a conversation in any common spelling to OpenAI messages."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A message, and what it says of its own training: None where it says nothing."""
+    """A message, and whether it is marked as supervised: None if it is not marked."""
 
     message: dict[str, Any]
     is_supervised: bool | None = None
 
 
 def turns_of(value: Any, field: str) -> list[Turn]:
-    """Convert a list of turns, also one written as JSON text.
+    """Convert a list of turns, or JSON text of one.
 
     Raises:
-        RowError: a turn that is not one.
+        RowError: a turn is invalid.
     """
     turns = parsed_list(value)
     if turns is None:
@@ -64,12 +64,12 @@ def _turn(turn: Any, field: str) -> Turn:
         raise RowError(f"field '{field}.role' {problem}")
     known = ROLES.get(role.strip().lower())
     if known is None:
-        raise RowError(f"field '{field}.{role_key}' is none of {', '.join(ROLES)}")
+        raise RowError(f"field '{field}.{role_key}' is not one of {', '.join(ROLES)}")
     wanted = is_supervised(turn, field, is_assistant=known in ("assistant", "function_call"))
     if known == "function_call":
         calls = _tool_calls(turn.get(content_key), f"{field}.{content_key}")
         return Turn({"role": "assistant", "content": "", "tool_calls": calls}, wanted)
-    # Columnar files fill in None where other messages have a field: as if absent.
+    # Columnar files add None for fields of other messages: treat as absent.
     taken = (role_key, content_key, "tool_calls", "function_call")
     rest = {
         key: value
@@ -92,7 +92,7 @@ def _content(value: Any, field: str, message: dict[str, Any]) -> str:
         value = "".join(_part(part, f"{field}[{index}]") for index, part in enumerate(value))
     if isinstance(value, dict) and message["role"] == "tool":
         value = json.dumps(value, ensure_ascii=False, default=str)
-    # Tools may return nothing, a system prompt may be emptied on purpose.
+    # Tools may return nothing, and a system prompt may be empty on purpose.
     may_be_empty = message["role"] in ("tool", "system", "developer") or "tool_calls" in message
     return string_of(value, field) if may_be_empty else text_of(value, field)
 
@@ -101,14 +101,14 @@ def _part(part: str | dict[str, Any], field: str) -> str:
     if isinstance(part, str):
         return part
     if part.get("type", "text") != "text":
-        raise RowError(f"field '{field}' is not text; only text is trained on")
+        raise RowError(f"field '{field}' is not text; only text is supported")
     return string_of(part.get("text"), f"{field}.text")
 
 
 def _tool_calls(value: Any, field: str) -> list[dict[str, Any]]:
-    """Bring calls to {"type": "function", "function": {"name", "arguments"}}.
+    """Convert calls to {"type": "function", "function": {"name", "arguments"}}.
 
-    Arguments become objects, as chat templates expect them; OpenAI writes them as text.
+    Arguments become objects, as chat templates expect; OpenAI writes them as text.
     """
     calls = _parsed(value, field)
     calls = calls if isinstance(calls, list) else [calls]
@@ -134,10 +134,10 @@ def _tool_calls(value: Any, field: str) -> list[dict[str, Any]]:
 
 
 def tools_of(row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """Return a row's tools, also in OpenAI's older spelling as functions.
+    """Return a row's tools, or functions in OpenAI's older spelling.
 
     Raises:
-        RowError: they are no list of descriptions.
+        RowError: they are not a list of descriptions.
     """
     if not row.get("tools") and row.get("functions"):
         functions = _parsed(row["functions"], "functions")
@@ -154,7 +154,7 @@ def tools_of(row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
 
 
 def _parsed(value: Any, field: str) -> Any:
-    """Return a value that may be written as JSON text, as in CSV cells."""
+    """Parse a value that may be JSON text, as in CSV cells."""
     if not isinstance(value, str):
         return value
     try:
@@ -167,7 +167,7 @@ def _parsed(value: Any, field: str) -> Any:
 
 
 def parsed_list(value: Any) -> list[Any] | None:
-    """Return a list, also one that is written as JSON text; None where it is neither."""
+    """Return a list, parsed from JSON text if necessary; None for anything else."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -179,7 +179,7 @@ def parsed_list(value: Any) -> list[Any] | None:
 
 
 def string_of(value: Any, field: str) -> str:
-    """Return a text; a RowError names the field where it is none."""
+    """Return a text; raises a RowError with the field if it is not text."""
     if value is None:
         raise RowError(f"field '{field}' is missing")
     if not isinstance(value, str):
@@ -188,7 +188,7 @@ def string_of(value: Any, field: str) -> str:
 
 
 def text_of(value: Any, field: str) -> str:
-    """Return a text that is not blank; a RowError names the field where it is not."""
+    """Return a non-blank text; raises a RowError with the field otherwise."""
     text = string_of(value, field)
     if not text.strip():
         raise RowError(f"field '{field}' is empty")

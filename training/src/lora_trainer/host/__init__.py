@@ -1,1 +1,1 @@
-"""The operating system's side: disk, temporary folders, signals, output streams."""
+"""Operating system services: disk, temporary folders, signals, output streams."""

@@ -1,4 +1,4 @@
-"""What every writer needs: names and content that outlive a power cut, modes by the umask.
+"""Durable writes: files and names survive a power cut; permissions follow the umask.
 
 Imports nothing of the package.
 """
@@ -16,7 +16,7 @@ BLOCK_BYTES = 1 << 20
 
 
 def sync(path: Path) -> None:
-    """Have the disk keep a file's content, or a folder's names."""
+    """Flush a file's content or a folder's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -25,7 +25,7 @@ def sync(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file in one move, so that neither a reader nor a power cut meets half of it."""
+    """Write a file atomically: neither a reader nor a power cut leaves half of it."""
     beside = path.with_name(f".{path.name}.writing")
     with beside.open("wb") as file:
         file.write(content)
@@ -36,25 +36,25 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text as UTF-8 in one move; half of a surrogate pair becomes a question mark."""
+    """Write text atomically as UTF-8; lone surrogates become question marks."""
     write_bytes(path, text.encode("utf-8", errors="replace"))
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all."""
+    """Write JSON atomically."""
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def follow_umask(folder: Path) -> None:
-    """Give a folder and all that is in it the modes that a plain `open` and `mkdir` give here.
+    """Apply the umask to a folder and its content, as plain `open` and `mkdir` would.
 
-    safetensors and `tempfile` make files that only their owner can read; a server that runs as
-    another user then finds no adapter. Only for folders that this process has just made.
+    safetensors and `tempfile` create files that only their owner can read, so that a server of
+    another user could not read the adapter. Only for folders that this process has just created.
 
     Raises:
-        OSError: a probe could not be written there.
+        OSError: a test file could not be written there.
     """
-    # The umask cannot be read without setting it, which other threads would notice.
+    # Reading the umask means setting it, which would affect other threads.
     probe_file, probe_folder = folder / ".mode", folder / ".mode.d"
     probe_file.touch()
     probe_folder.mkdir()
@@ -76,9 +76,9 @@ def _set_mode(path: Path, mode: int) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write down the hashes of a folder's files, for `sha256sum --check SHA256SUMS` and readers.
+    """Write the hashes of a folder's files, for `sha256sum --check SHA256SUMS` and readers.
 
-    The model card is left out: its figures may follow later.
+    The model card is left out, because its figures may be added later.
     """
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
     files = [path for path in files if path.name not in (CHECKSUMS, "README.md")]
@@ -87,7 +87,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def is_changed(path: Path) -> bool:
-    """Tell whether a file is not the one whose hash is beside it; False if none is."""
+    """Return whether a file differs from the hash stored beside it; False if there is no hash."""
     recorded = recorded_checksum(path)
     return recorded is not None and _sha256(path) != recorded
 

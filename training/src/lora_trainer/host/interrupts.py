@@ -1,14 +1,15 @@
-"""Stop signals of a command, from its first line to its exit code.
+"""Handle stop signals from a command's first line to its exit code.
 
-An exception that a signal handler raises may be swallowed: by an import, a destructor, a
-callback. So there are three stages, one after the other:
+An exception raised in a signal handler may be swallowed by an import, a destructor or a callback.
+So there are three stages:
 
-1. `install`: nothing is open yet. A signal prints its block and ends the process at once.
-2. `unwind`: a command has begun to change things. A signal raises KeyboardInterrupt and
-   is remembered, so that a run that has not begun does not begin (`handled`).
-3. `finish`: the exit code is settled; a signal ends the process with it.
+1. `install`: nothing has started yet. A signal prints its block and ends the process at once.
+2. `unwind`: the command has started to change things. A signal raises KeyboardInterrupt and is
+recorded, so that a run that has not started does not start (`handled`).
+3. `finish`: the exit code
+is final; a signal ends the process with it.
 
-Imports next to nothing: what runs before `install` is what a signal may still interrupt.
+Imports almost nothing: until `install` runs, a signal still kills the process.
 """
 
 from __future__ import annotations
@@ -25,38 +26,38 @@ Handler = Callable[[int, FrameType | None], object]
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 MEANINGS = {
-    signal.SIGINT: (130, "interrupted before it began"),
+    signal.SIGINT: (130, "interrupted before the run began"),
     signal.SIGTERM: (143, "stopped by signal"),
 }
-received: list[int] = []  # the signals so far, by whichever stage
+received: list[int] = []  # the signals received so far, in any stage
 _is_installed = False
 
 
 def install() -> None:
-    """Answer stop signals from now on; those that are ignored, as by nohup, stay ignored."""
+    """Handle stop signals from now on; ignored ones, as under nohup, stay ignored."""
     global _is_installed  # noqa: PLW0603  signal handlers belong to the process
     _is_installed = True
     _set(_end_at_once)
 
 
 def unwind() -> None:
-    """Let a stop signal unwind the command from now on, where `install` was called."""
+    """From now on a stop signal unwinds the command, if `install` was called."""
     if _is_installed:
         sys.unraisablehook = _report_unraisable
         _set(_raise)
 
 
 def finish(exit_code: int) -> None:
-    """Let a stop signal end the process with the exit code that is settled."""
+    """From now on a stop signal ends the process with its final exit code."""
     _set(lambda *_: os._exit(exit_code))
 
 
 @contextlib.contextmanager
 def handled(handler: Handler, numbers: Iterable[int]) -> Iterator[None]:
-    """Give signals to the handler while a run goes on; after it they change nothing.
+    """Pass signals to the handler during a run; afterwards they have no effect.
 
     Raises:
-        KeyboardInterrupt: one has come before, and was swallowed by whatever it met.
+        KeyboardInterrupt: one arrived earlier and was swallowed.
     """
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         yield
@@ -74,14 +75,14 @@ def handled(handler: Handler, numbers: Iterable[int]) -> Iterator[None]:
 
 
 def block() -> tuple[int, str]:
-    """Return the exit code and the last block of a command that a signal ended."""
+    """Return the exit code and the final error block of a command ended by a signal."""
     number = signal.Signals(received[0]) if received else signal.SIGINT
     code, meaning = MEANINGS[number]
     lines = (
-        "stopped before it began; nothing was changed",
+        "stopped before the run began; nothing was changed",
         "  where:  start of the command",
         f"  why:    received {number.name}",
-        "  remedy: start the same command again",
+        "  remedy: run the same command again",
         f"exit code {code} ({meaning})",
     )
     return code, "\n".join(lines)
@@ -107,10 +108,10 @@ def _raise(number: int, _frame: FrameType | None) -> None:
 
 
 def _report_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
-    """Keep quiet of a KeyboardInterrupt that a callback swallowed: `handled` raises it again."""
+    """Do not print a KeyboardInterrupt swallowed by a callback: `handled` raises it again."""
     if not (received and isinstance(unraisable.exc_value, KeyboardInterrupt)):
         sys.__unraisablehook__(unraisable)
 
 
 def _pass_over(_number: int, _frame: FrameType | None) -> None:
-    """Do nothing: the run is over, and what it ended with is on its way out."""
+    """Do nothing: the run is over and the process is exiting."""

@@ -1,7 +1,7 @@
-"""What a container's mounts and port are called on the host, for all that a person reads.
+"""Translate a container's paths and port to those of the host, in printed text.
 
-Compose sets LORA_HOST_OUTPUTS and its kin (docker-compose.training.yml). Only printed text is
-translated: events, the status server and files keep the container's own paths.
+Compose sets LORA_HOST_OUTPUTS and related variables (docker-compose.training.yml). Events, the
+status server and files keep the container's paths.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 
-# Inside, /public is another name of the same mounts: a config's ../public/outputs leads there.
+# Inside, /public is an alias of the same mounts: ../public/outputs in a config resolves to it.
 MOUNTS = {
     "LORA_HOST_DATASETS": ("/workspace/datasets", "/public/datasets"),
     "LORA_HOST_OUTPUTS": ("/workspace/outputs", "/public/outputs"),
@@ -24,7 +24,7 @@ DEFAULT_PORT = "8080"
 
 
 def on_host(text: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Return the text with every path of a mount, and the server's address, as the host has it."""
+    """Return the text with mount paths and the server's address as seen on the host."""
     names = tuple(
         (inside, host)
         for variable, paths in MOUNTS.items()
@@ -42,6 +42,6 @@ def on_host(text: str, environ: Mapping[str, str] = os.environ) -> str:
 
 @lru_cache(maxsize=8)
 def _paths(names: tuple[tuple[str, str], ...]) -> re.Pattern[str]:
-    """Return what matches these paths whole, alone or as the beginning of a longer one."""
+    """Return a pattern that matches these paths, alone or as the start of a longer path."""
     paths = "|".join(re.escape(inside) for inside, _ in names)
     return re.compile(rf"(?<![\w./-])(?:{paths})(?![\w-]|\.\w)")

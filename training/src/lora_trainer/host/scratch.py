@@ -1,8 +1,8 @@
-"""Folders for work in progress: removed at the end, and after a kill by the next start.
+"""Temporary folders: removed at the end, or after a kill by the next start.
 
-Each holds a lock while its process lives, which the kernel frees whatever ends that process.
-So a folder whose lock is free is abandoned; a process id would not tell in containers that
-share a folder. Imports nothing of the package.
+Each contains a lock that its process holds and that the kernel releases however the process ends. A
+folder whose lock is free is abandoned; process ids are not comparable between containers that share
+a folder. Imports nothing from the package.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ LOCK = ".in-use"
 TEMPORARY = "lora-trainer-"  # how this program's folders in /tmp begin
 # Versions before the lock made one at every start, and a kill left it there, empty.
 UNLOCKED = re.compile(TEMPORARY + r"[a-z0-9_]{8}")
-# A folder without a lock is about to get one, or was made by a version without locks.
+# A folder without a lock is about to get one, or is from a version without locks.
 UNLOCKED_SECONDS = 3600.0
 
 
 @contextlib.contextmanager
 def scratch_folder(parent: Path, prefix: str, own_pattern: str = "") -> Iterator[Path]:
-    """Make a folder that does not outlive its use, and remove those of processes that died.
+    """Create a temporary folder, and remove those left by dead processes.
 
-    In a folder of the program's own, `own_pattern` names what is unfinished there, whether it
-    has a lock or not; elsewhere only what begins with the prefix and has a lock is removed. A
-    folder that is to stay is renamed, after `release`.
+    In a folder that belongs to the program, `own_pattern` matches unfinished entries with or
+    without a lock; elsewhere only entries with the prefix and a lock are removed. To keep the
+    folder, call `release` and rename it.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     remove_abandoned(parent, own_pattern or f"{prefix}*", is_own=bool(own_pattern))
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     try:
-        # Nobody may see the lock before it is held.
+        # The lock must not be visible before it is held.
         descriptor = os.open(folder / f"{LOCK}.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             with contextlib.suppress(OSError):  # a file system without locks
@@ -53,15 +53,15 @@ def scratch_folder(parent: Path, prefix: str, own_pattern: str = "") -> Iterator
 
 
 def release(folder: Path) -> None:
-    """Take the lock's file out of a folder that is about to get its final name."""
+    """Remove the lock file from a folder that is about to get its final name."""
     for name in (LOCK, f"{LOCK}.new"):
         (folder / name).unlink(missing_ok=True)
 
 
 def remove_abandoned(parent: Path, pattern: str, *, is_own: bool) -> None:
-    """Remove this user's files and folders of a pattern whose process is no more.
+    """Remove this user's files and folders matching a pattern whose process has died.
 
-    What has no lock is removed only where all of that pattern is the program's own.
+    Entries without a lock are removed only if the whole pattern belongs to the program.
     """
     for left in abandoned(parent, pattern, is_own=is_own):
         remove(left)

@@ -1,8 +1,8 @@
-"""The way out of this process for text: streams that strike out secrets, whoever prints.
+"""Output streams of this process that redact secrets, whoever prints.
 
-`redacted` puts one in place of standard output and one in place of standard error, so that
-messages, tracebacks and the warnings of libraries all pass. A disk or a terminal that takes
-nothing more costs the text and never the exit code.
+`redacted` replaces standard output and standard error, so that messages, tracebacks and library
+warnings all pass through it. A full disk or a closed terminal loses text but never changes the exit
+code.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .mounts import on_host
 
 
 class RedactedStream:
-    """A text stream that strikes secrets out of each piece of text written to it.
+    """A text stream that redacts secrets from everything written to it.
 
-    What a full disk does not take is lost, and `error` is why. A reader that is gone is an
-    error, by which a command ends that only prints.
+    Text that a full disk rejects is lost, and `error` keeps the reason. A closed pipe raises, which
+    ends a command that only prints.
     """
 
     def __init__(self, stream: TextIO, redaction: Redaction) -> None:
@@ -30,13 +30,13 @@ class RedactedStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write the text without secrets, with the host's names of paths."""
+        """Write the text without secrets, with the host's paths."""
         with self._losing():
             self._stream.write(on_host(self.redaction.text(text)))
         return len(text)
 
     def flush(self) -> None:
-        """Write what is held back."""
+        """Flush buffered text."""
         with self._losing():
             self._stream.flush()
 
@@ -55,14 +55,14 @@ class RedactedStream:
             self.write(line)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "buffer":  # bytes would pass unseen
+        if name == "buffer":  # bytes would bypass redaction
             raise AttributeError(name)
         return getattr(self._stream, name)
 
 
 @contextlib.contextmanager
 def redacted(redaction: Redaction) -> Iterator[RedactedStream]:
-    """Strike secrets out of what is printed; give what is in place of standard output."""
+    """Redact secrets from everything printed; yield the replacement of standard output."""
     before = sys.stdout, sys.stderr
     out, err = (RedactedStream(one, redaction) for one in before)
     sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
@@ -73,14 +73,14 @@ def redacted(redaction: Redaction) -> Iterator[RedactedStream]:
 
 
 def strike(redaction: Redaction) -> None:
-    """Strike out what this redaction knows from now on, where `redacted` is in force."""
+    """Use this redaction from now on, if `redacted` is active."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, RedactedStream):
             stream.redaction = redaction
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print to standard output, or to another stream, if it takes anything."""
+    """Print to standard output or another stream; ignore a stream that cannot be written."""
     stream = stream or sys.stdout
     with contextlib.suppress(OSError, ValueError):
         stream.write(f"{text}\n")
@@ -88,12 +88,12 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 def complain(text: str) -> None:
-    """Print to standard error, if it takes anything."""
+    """Print to standard error; ignore it if it cannot be written."""
     say(text, sys.stderr)
 
 
 def let_go() -> None:
-    """Let the interpreter end with its exit code: a full disk would make it 120 or worse."""
+    """Let the interpreter exit with its code: on a full disk it would be 120 or worse."""
     for stream in (sys.stdout, sys.stderr):
         if stream is None:
             continue

@@ -85,17 +85,17 @@ class VirtualEnvironment:
         return stamp if stamp.digest and stamp.digest == self.stack_digest(stamp.stack) else None
 
     def is_borrowed(self, stamp: Stamp) -> bool:
-        """Tell whether the environment belongs to another checkout, which still exists."""
+        """Return whether the environment belongs to another checkout, which still exists."""
         is_other = self.checkout not in (stamp.checkout, self.venv.parent)
         return is_other and (stamp.checkout / "src").is_dir()
 
     def is_ready(self) -> bool:
-        """Tell whether the trainer can be started as it is."""
+        """Return whether the trainer can be started as it is."""
         stamp = self.packages()
         return stamp is not None and (stamp.checkout == self.checkout or self.is_borrowed(stamp))
 
     def has_tests(self) -> bool:
-        """Tell whether the tests' packages are there."""
+        """Return whether the tests' packages are there."""
         with contextlib.suppress(OSError):
             return (self.venv / "stamp-test").read_text().strip() == self.digest(*self.test_locks)
         return False

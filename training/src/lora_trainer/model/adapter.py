@@ -16,13 +16,13 @@ from ..config.start_adapter import StartAdapter
 from ..errors import ConfigError, TrainerError
 from .targets import choose_targets, is_linear, linear_remedy, targeted
 
-# These inits move part of the base weights into the adapter: the saved adapter must be
+# These initializations move part of the base weights into the adapter: the saved adapter must be
 # converted to fit the untouched base model (PEFT doubles its rank for that).
 BASE_CHANGING_INITS = ("pissa", "olora")
 
 
 def changes_base(section: LoraSection) -> bool:
-    """Tell whether the init alters the base weights."""
+    """Return whether the initialization changes the base weights."""
     init = section.init_lora_weights
     return isinstance(init, str) and init.startswith(BASE_CHANGING_INITS)
 
@@ -30,7 +30,7 @@ def changes_base(section: LoraSection) -> bool:
 def add_adapter(model: Any, section: LoraSection, *, seed: int) -> Any:
     """Return the PEFT model; the adapter's first weights depend on the seed alone.
 
-    All that is trained is in float32, whatever the base model is in.
+    Trainable parameters are in float32, whatever the base model's precision.
 
     Raises:
         ConfigError: a target module is not in the model, or cannot be adapted so.
@@ -60,7 +60,7 @@ def add_adapter(model: Any, section: LoraSection, *, seed: int) -> Any:
         adapted = get_peft_model(model, lora)
     except (ValueError, TypeError) as error:  # PEFT's word on what it cannot adapt
         raise ConfigError.of(
-            "PEFT cannot put this adapter on the model",
+            "PEFT cannot add this adapter to the model",
             where="lora_target_modules, lora_target_parameters or modules_to_save",
             why=str(error).split("\n")[0],
             remedy=linear_remedy(model),
@@ -80,7 +80,8 @@ def _refuse_large_rank(model: Any, targets: str | list[str], rank: int) -> None:
         raise ConfigError.of(
             f"lora_r {rank} is too large for pissa and olora on this model",
             where="lora_r",
-            why=f"the largest possible rank is {sides[smallest]}, the smaller side of {smallest}",
+            why=f"the largest possible rank is {sides[smallest]}, the smaller dimension of "
+            f"{smallest}",
             remedy=f"--lora_r {sides[smallest]}",
         )
 
@@ -138,8 +139,8 @@ def read_start(model: Any, start: StartAdapter) -> dict[str, Tensor]:
         raise _misfit(
             model,
             start,
-            f"{len(missing)} of the weights trained here are not in it, and {len(strange)} of its "
-            f"own are not trained here, such as {(missing + strange)[0]}",
+            f"{len(missing)} of the weights trained here are missing in it, and {len(strange)} of "
+            f"its weights are not trained here, such as {(missing + strange)[0]}",
         )
     for name, value in own.items():
         if weights[name].shape != value.shape:
@@ -183,6 +184,6 @@ def _misfit(model: Any, start: StartAdapter, why: str) -> TrainerError:
         where=f"adapter_name_or_path: {start.folder}",
         why=f"{why}; lora_target_modules here: {shown}; of the adapter: "
         f"{theirs if isinstance(theirs, str) else ', '.join(sorted(theirs))}",
-        remedy="remove lora_target_modules, which are then taken from the adapter; or name the "
-        f"base model that it was trained on, {start.base}",
+        remedy="remove lora_target_modules to take them from the adapter; or use the base model "
+        f"that it was trained on, {start.base}",
     )

@@ -1,10 +1,10 @@
 """Attention over concatenated examples: each example sees only itself, no padding exists.
 
-A micro-batch's examples stand one after another in a single row of T tokens; positions
-restart at each example. `PackedAttention` is registered with transformers under its own
-name and runs scaled dot-product attention a segment at a time, so the work is the sum of
-the squares of the lengths, not the square of the sum; or a kernel for variable lengths, where
-there is one, on all segments at once.
+The examples of a micro-batch are concatenated into a single row of T tokens; positions restart at
+each example. `PackedAttention` is registered with transformers under its own name and runs scaled
+dot-product attention a segment at a time, so the work is the sum of the squares of the lengths, not
+the square of the sum; or a kernel for variable lengths, where there is one, on all segments at
+once.
 
 Legend: B batch (1 here), H heads, T tokens, D head width.
 """
@@ -26,7 +26,7 @@ HAS_GROUPS = "enable_gqa" in str(F.scaled_dot_product_attention.__doc__)  # not 
 
 
 class UnsupportedAttentionError(Exception):
-    """A model asks its attention for something that packing does not do; named in the text."""
+    """A model uses an attention feature that packing does not support; the text names it."""
 
 
 class PackedAttention:
@@ -92,7 +92,7 @@ class PackedAttention:
 
 
 def _shares_heads(query_BHTD: Tensor, dropout: float) -> bool:
-    """Tell whether the kernel that PyTorch picks takes fewer key heads than query heads.
+    """Return whether the kernel that PyTorch picks takes fewer key heads than query heads.
 
     Flash attention on a GPU does; where PyTorch picks another kernel, grouped heads would make
     it compute all scores.
@@ -141,10 +141,10 @@ def _causal_window(tokens: int, window: int | None, device: torch.device) -> Ten
 def install(model: nn.Module, kernel: VariableLength | None = None) -> PackedAttention:
     """Register a `PackedAttention` with transformers and switch `model` to it.
 
-    It goes without a mask. transformers 5 builds none for a name that only the registry of
-    attention functions knows, nor looks in the positions for where examples begin, for which
-    the host would wait for the device. 4.50 would build T x (T + 1) numbers at every forward.
-    Both have a few classes look for padding among the tokens where they get no mask.
+    It takes no mask. transformers 5 builds none for a name that is only in the registry of
+    attention functions, and does not search the positions for example boundaries, which would
+    synchronize host and device. 4.50 would build T x (T + 1) numbers in every forward pass. In
+    both, a few classes look for padding tokens if they get no mask.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -1,8 +1,8 @@
-"""On what and how a run computes: device, precision and attention, resolved once.
+"""The backend of a run: device, precision and attention, resolved once.
 
 `usable_machine` compares the GPUs that NVML lists with those that torch can use; `resolve`
-then chooses precision and attention for a base model. All else takes them from here, or
-from the plan that is made from it.
+then chooses precision and attention for a base model. All other code takes them from here, or from
+the plan.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EXACT = ModelSection(bf16=False, use_flash_attention=False)
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What computes, and how. `machine` has the GPUs that are used, and no others.
+    """Device, precision and attention. `machine` only has the GPUs that are used.
 
     `attention` is transformers' own, for padded batches and generation; `packed` names the one
     over concatenated examples, `choice` its kernel for variable lengths, `own` PyTorch's where

@@ -1,4 +1,4 @@
-"""What differs between the supported versions of the libraries, and why; nothing else does.
+"""All differences between the supported versions of the libraries, with reasons.
 
 The `cu121` stack, and any on Python 3.10, has transformers 4.50.3, the others 5.x.
 """

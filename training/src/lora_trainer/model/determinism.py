@@ -1,9 +1,9 @@
-"""The same bytes after a kill, on a GPU too: PyTorch's deterministic algorithms, where they exist.
+"""Deterministic algorithms, so that a resumed run has the same bytes on a GPU, too.
 
-In its mode that only warns, PyTorch leaves the backward pass of flash attention as it is, in an
-order that differs from run to run. So the strict mode is tried first, on a real forward and
-backward pass of the loaded model; an operation that has no deterministic form fails there, and
-is named in the plan instead of ending the run.
+In its warn-only mode, PyTorch leaves the backward pass of flash attention nondeterministic. So the
+strict mode is tried first, on a real forward and backward pass of the loaded model; an operation
+without a deterministic implementation fails there and is named in the plan instead of ending the
+run.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def require(attempt: Callable[[], None]) -> str:
         named = _OPERATION.search(str(error))
         which = named[1] if named else str(error).splitlines()[0][:120]
         return (
-            f"a resumed run may differ in its last digits: {which} has no deterministic form "
-            "on this device"
+            f"a resumed run may differ in its last digits: {which} has no deterministic "
+            "implementation on this device"
         )
     return ""
 

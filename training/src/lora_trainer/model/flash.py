@@ -1,4 +1,4 @@
-"""Which kernel computes attention over concatenated examples: flash-attn's or PyTorch's own.
+"""Choose the kernel for attention over concatenated examples: flash-attn's or PyTorch's.
 
 flash-attn 2 (package `flash_attn`) needs compute capability 8.0, flash-attn 3 (package
 `flash_attn_interface`) needs 9.0. No stack ships either, and none needs it: PyTorch carries
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 STRICT = "flash-attn"
-REMEDY = "--use_flash_attention true takes the fastest kernel that this machine has"
+REMEDY = "--use_flash_attention true uses the fastest kernel available on this machine"
 OLDEST = (2, 6)  # the first release of version 2 that takes every argument we give
 # torch.nn.attention.SDPBackend, which torch 2.1 has under another name.
 BACKENDS = {1: "flash", 2: "memory-efficient", 3: "cuDNN"}
@@ -77,10 +77,13 @@ def choose(
         return Choice(None, "it is switched off")
     kernel, why = _find(machine, precision)
     if kernel is not None and (width := _head_width(model)) > WIDEST:
-        why = f"{kernel.name} takes heads of up to {WIDEST}, this model's have {width}"
+        why = f"{kernel.name} supports head widths up to {WIDEST}, this model has {width}"
         kernel = None
     if dropout := _attention_dropout(model):
-        why = f"kernels for variable lengths drop no weights, attention_dropout is {dropout:g}"
+        why = (
+            "variable-length kernels do not support attention dropout, and attention_dropout is "
+            f"{dropout:g}"
+        )
         kernel = None
     if kernel is None and asked == STRICT:
         raise refusal(why, where)
@@ -101,7 +104,7 @@ def refusal(why: str, where: str = "") -> TrainerError:
 
 
 def caps_scores(model: Any) -> bool:
-    """Tell a model that caps its attention scores, which no kernel of PyTorch's does."""
+    """Return whether a model caps its attention scores, which no kernel of PyTorch's does."""
     return bool(getattr(model, "attn_logit_softcapping", None))
 
 
@@ -115,20 +118,20 @@ def _head_width(model: Any) -> int:
 
 def _find(machine: Machine, precision: str) -> tuple[Kernel | None, str]:
     if not machine.has_gpu:
-        return None, "flash-attn runs on NVIDIA GPUs alone, and no GPU can be used"
+        return None, "flash-attn only runs on NVIDIA GPUs, and no GPU is available"
     weakest = min(machine.gpus, key=lambda gpu: gpu.capability)
     if weakest.capability < AMPERE:
         has = ".".join(str(part) for part in weakest.capability)
         return None, f"flash-attn 2 needs compute capability 8.0, {weakest.name} has {has}"
     if precision == "float32":
-        return None, "flash-attn computes in half precision, and float32 is what is trained in"
+        return None, "flash-attn requires half precision, and training uses float32"
     if weakest.capability[0] == HOPPER and importlib.util.find_spec(FLASH_3.module) is not None:
         return FLASH_3, ""
     if importlib.util.find_spec(FLASH_2.module) is None:
         return None, "the Python package flash-attn is not installed"
     version = importlib.metadata.version(FLASH_2.module)
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
-        return None, f"flash-attn {version} is too old, 2.6 is needed"
+        return None, f"flash-attn {version} is too old, 2.6 is required"
     return FLASH_2, ""
 
 
@@ -142,8 +145,8 @@ def _limit(kernel: Kernel | None, model: Any) -> str:
     if kernel is None or kernel.has_window or not window:
         return ""
     return (
-        f"{kernel.name} has no windows: a micro-batch with an example longer than {window} "
-        "tokens is attended to an example at a time"
+        f"{kernel.name} does not support windows: if an example is longer than {window} tokens, "
+        "attention runs one example at a time"
     )
 
 
@@ -152,9 +155,9 @@ def _find_pytorch(machine: Machine, precision: str, model: Any) -> tuple[Kernel 
 
     kernel = {kernel.module: kernel for kernel in (PYTORCH, PYTORCH_1)}.get(varlen.of_pytorch())
     if kernel is None:
-        return None, "this release of PyTorch has no kernel for variable lengths that is known"
+        return None, "this release of PyTorch has no known variable-length kernel"
     if caps_scores(model):
-        return None, "PyTorch's kernels do not cap scores"
+        return None, "PyTorch's kernels do not support capped attention scores"
     width = _head_width(model) or USUAL_WIDTH
     for gpu in machine.gpus:
         if why := varlen.unfit(kernel.module, gpu.capability, precision, width):
@@ -208,7 +211,7 @@ def reason(asked: Asked, choice: Choice) -> str:
         return choice.limit
     if asked is False or not (asked is True or choice.has_gpu):
         return ""
-    return f"use_flash_attention: PyTorch's own attention runs an example at a time: {choice.why}"
+    return f"use_flash_attention: PyTorch's own attention runs one example at a time: {choice.why}"
 
 
 def varying(choice: Choice, machine: Machine, precision: str) -> str:
@@ -227,8 +230,8 @@ def varying(choice: Choice, machine: Machine, precision: str) -> str:
     ):
         return ""
     return (
-        "a resumed run may differ in its last digits: flash attention in PyTorch 2.1 has no "
-        "deterministic form"
+        "a resumed run may differ in its last digits: flash attention in PyTorch 2.1 is not "
+        "deterministic"
     )
 
 
@@ -243,7 +246,7 @@ class VariableLength:
         self._spans: tuple[Any, Any] = ((), None)
 
     def takes(self, window: int | None, softcap: float | None) -> bool:
-        """Tell whether the kernel computes this attention."""
+        """Return whether the kernel computes this attention."""
         return (window is None or self.kernel.has_window) and (
             softcap is None or self.kernel.has_softcap
         )

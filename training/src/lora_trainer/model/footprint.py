@@ -1,8 +1,8 @@
-"""What a step needs in memory beyond weights and optimizer states: counted, not estimated.
+"""Count the memory of a step beyond weights and optimizer states.
 
-Two cuts of the real model, a few layers each, are built on the meta device with the run's adapter
-and go through a step of the run's own code; what the larger one needs more is what a layer
-needs. Nothing is computed: a count takes some tenths of a second.
+Two truncated copies of the real model, with a few layers each, are built on the meta device with
+the run's adapter and go through a step of the run's own code; the difference is the memory of a
+layer. Nothing is computed: a count takes some tenths of a second.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Footprint:
             except Exception as error:  # models do what they like, on no device but their own too
                 text = (str(error).strip().splitlines() or [""])[0][:LONGEST_FAULT]
                 why = f"{type(error).__name__}: {text}"
-                self.faults = (f"the memory of a step is in no estimate: {why}",)
+                self.faults = (f"the estimate excludes the memory of a step: {why}",)
                 self._counted[work] = 0
         return self._counted[work]
 

@@ -1,9 +1,9 @@
-"""A micro-batch through the model: packed or padded in, summed loss out.
+"""The forward pass of a micro-batch: packed or padded examples in, summed loss out.
 
 Four ways, the fastest first: examples concatenated, through decoder and head; padded, through
 decoder and head; padded, through the model's own forward pass, which makes the logits of every
-position; so, an example at a time. `probe.verify` takes the first that computes what the model
-itself computes.
+position; the same, one example at a time. `probe.verify` selects the first one that is equal to the
+model's own forward pass.
 
 Legend: B examples, L longest, T tokens of all examples, W width, N supervised positions.
 """

@@ -80,7 +80,7 @@ def remove(model: nn.Module) -> None:
 
 
 def is_covered(module: Any) -> bool:
-    """Tell whether a module is a plain LoRA projection: one adapter, no dropout, no DoRA."""
+    """Return whether a module is a plain LoRA projection: one adapter, no dropout, no DoRA."""
     from peft.tuners.lora.layer import Linear
 
     if type(module) is not Linear or type(module.base_layer) is not nn.Linear:

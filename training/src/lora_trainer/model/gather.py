@@ -1,10 +1,9 @@
-"""Keep a part of each frozen layer on every rank, and one layer whole at a time.
+"""Shard frozen layers over the ranks, and gather one layer at a time.
 
-What FSDP does for weights that are never trained, where `fully_shard` cannot: on PyTorch
-2.1.2, and for weights that bitsandbytes packed into bytes. A layer's frozen weights lie in
-one run of bytes, cut into as many parts as there are ranks. They are gathered before the
-layer computes, forward or backward, and let go when the next layer is. There is no
-gradient to scatter: the base is frozen.
+FSDP for frozen weights, where `fully_shard` cannot be used: on PyTorch 2.1.2, and for weights that
+bitsandbytes packed into bytes. A layer's frozen weights are one contiguous buffer, sharded over the
+ranks. They are gathered before the layer computes, forward or backward, and released when the next
+layer is gathered. There are no gradients to scatter: the base is frozen.
 
 Autograd keeps views of the weights for the backward pass. They stay valid because a
 layer's bytes always come back into the same storage, which is resized and never replaced.

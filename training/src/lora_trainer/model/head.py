@@ -1,4 +1,4 @@
-"""The language-model head and its loss, computed only where a label is.
+"""The language-model head and its loss, computed only at supervised positions.
 
 Hidden states of supervised positions go through the head in chunks; each chunk's
 gradient is computed with its loss, so the logits of more than one chunk never exist.

@@ -32,12 +32,12 @@ def explained(
         return AccessError.of(
             "the base model is gated",
             where,
-            "its owner grants access per account; no token is set, or its account has none",
+            "access is granted per account; no token is set, or its account has no access",
             f"open https://huggingface.co/{name}, accept the licence, then export HF_TOKEN=hf_...",
         )
     if "RepositoryNotFoundError" in kinds:
         return UnavailableError.of(
-            "the hub knows no such model, or it is private",
+            "the hub has no such model, or it is private",
             where,
             f"the hub answered {status or '404 or 401'}",
             "check the spelling; for a private model export HF_TOKEN=hf_...",
@@ -46,31 +46,32 @@ def explained(
         return UnavailableError.of(
             "the base model has no such revision",
             f"model_revision: {revision}",
-            f"the hub knows {name}, and no branch, tag or commit of that name in it",
-            f"choose one listed on https://huggingface.co/{name}/tree/main, or leave it out",
+            f"{name} has no branch, tag or commit of that name",
+            f"use one listed on https://huggingface.co/{name}/tree/main, or leave it out",
         )
     if status in (401, 403):
         return AccessError.of(
-            "the hub refuses the token",
+            "the hub rejected the token",
             where,
             f"the hub answered {status}",
-            "make a new one at https://huggingface.co/settings/tokens and export HF_TOKEN=hf_..., "
+            "create a new one at https://huggingface.co/settings/tokens and export "
+            "HF_TOKEN=hf_..., "
             "or unset it for a public model",
         )
     if isinstance(error, PermissionError):
         return AccessError.of("the base model cannot be read", where, str(error), f"ls -l {name}")
     if "trust_remote_code=True" in str(error):
         return ConfigError.of(
-            "the base model needs Python code of its own",
+            "the base model needs custom Python code",
             "trust_remote_code: false",
-            f"the config.json of {name} names code beside it (auto_map), which was not run",
-            "name a model that transformers knows; or read that code, then --trust_remote_code",
+            f"the config.json of {name} refers to Python code (auto_map), which was not run",
+            "use a model supported by transformers; or review that code, then --trust_remote_code",
         )
     if is_offline(error):
         return UnavailableError.of(
             "the base model is not in the hub's local cache",
             where,
-            "HF_HUB_OFFLINE forbids to fetch it",
+            "HF_HUB_OFFLINE forbids downloading it",
             f"HF_HUB_OFFLINE=0 hf download {name}",
         )
     if is_unreachable(error) and not is_local:
@@ -78,7 +79,7 @@ def explained(
             "the hub cannot be reached",
             where,
             f"the hub answered {status}" if status else _root(error),
-            "check the network or proxy; set HF_ENDPOINT to a mirror; or name a local folder",
+            "check the network or proxy; set HF_ENDPOINT to a mirror; or use a local folder",
         )
     why = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
     remedy = f"ls -l {name}" if is_local else f"hf download {name}"
@@ -94,11 +95,11 @@ def _disk_fault(error: BaseException) -> TrainerError | None:
         if isinstance(fault, StorageError):
             (problem,) = fault.problems
             return StorageError.of(
-                "the base model does not fit on the disk of the hub's cache",
+                "the disk of the hub's cache is too small for the base model",
                 where=problem.where,
                 why=problem.why,
-                remedy=f"df -h {HF_HUB_CACHE}; free some room there, or set HF_HOME or "
-                "--model_cache_dir to a larger disk",
+                remedy=f"free disk space there (df -h {HF_HUB_CACHE}), or set HF_HOME to a folder "
+                "on a larger disk",
             )
     return None
 

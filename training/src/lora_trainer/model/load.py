@@ -39,7 +39,7 @@ class ModelSource:
 
     @property
     def is_local(self) -> bool:
-        """Tell whether nothing need be downloaded."""
+        """Return whether nothing need be downloaded."""
         return Path(self.path).is_dir()
 
     def refusal(self, error: BaseException) -> TrainerError:
@@ -68,7 +68,7 @@ def locate(section: ModelSection) -> ModelSource:
 
     Raises:
         UnavailableError: it is not there, or holds no safetensors.
-        AccessError: the hub refuses the token.
+        AccessError: the hub rejected the token.
     """
     name = section.model_name_or_path
     if name == EMBEDDED_MODEL:
@@ -81,14 +81,14 @@ def locate(section: ModelSection) -> ModelSource:
         raise UnavailableError.of(
             "the base model's folder does not exist",
             where=f"model_name_or_path: {name}",
-            why="it is a file" if Path(name).is_file() else "it is a path, and nothing is there",
+            why="it is a file" if Path(name).is_file() else "nothing exists at that path",
             remedy=f"ls {Path(name).parent}",
         )
     return _hub_source(section)
 
 
 def looks_like_path(name: str) -> bool:
-    """Tell a path from a hub id (owner/name): it starts like one, or has more parts."""
+    """Return whether a name is a path and not a hub id such as owner/name."""
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith("/")
 
 
@@ -98,7 +98,7 @@ def local_problems(folder: Path) -> list[TrainerError]:
     if "config.json" not in files:
         return [
             UnavailableError.of(
-                "the folder holds no model",
+                "the folder does not contain a model",
                 where=f"model_name_or_path: {folder}",
                 why="it has no config.json",
                 remedy=f"ls {folder}",
@@ -118,9 +118,9 @@ def _stray_pickles(folder: Path, files: list[str]) -> list[TrainerError]:
         return []
     return [
         UnavailableError.of(
-            "the base model's folder holds pickled files",
+            "the base model's folder contains pickled files",
             where=f"model_name_or_path: {folder}",
-            why=f"{', '.join(pickled[:3])} can run code when loaded; nothing here opens them",
+            why=f"{', '.join(pickled[:3])} can run code when loaded; they were not opened",
             remedy=f"mkdir {folder}.pickled && "
             f"mv {' '.join(str(folder / file) for file in pickled)} {folder}.pickled",
         )
@@ -172,7 +172,8 @@ def _hub_source(section: ModelSection) -> ModelSource:
         # Each file would else be asked for with five retries, 23 seconds long.
         return replace(source, is_cached=True)
     remedy = (
-        f"name a model with {WEIGHTS[0]}; https://huggingface.co/spaces/safetensors/convert adds it"
+        f"use a model with {WEIGHTS[0]}; https://huggingface.co/spaces/safetensors/convert can "
+        "add it"
     )
     for problem in _unsafe_weights(name, [file.rfilename for file in info.siblings or ()], remedy):
         raise problem
@@ -273,7 +274,7 @@ def load_model(
 
 
 def _has_own_code(base_config: Any, section: ModelSection) -> bool:
-    """Tell a model whose class comes from its own repository."""
+    """Return whether a model's class comes from its own repository."""
     return section.trust_remote_code and "AutoModelForCausalLM" in (
         getattr(base_config, "auto_map", None) or {}
     )

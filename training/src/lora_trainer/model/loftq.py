@@ -80,7 +80,8 @@ class _Weights:
         raise ConfigError.of(
             "init_lora_weights: loftq cannot find the full weights",
             where=f"model_name_or_path: {self.folder}",
-            why=f"its files hold no {name}: the layers of this architecture are stored otherwise",
+            why=f"its files do not contain {name}: this architecture stores its layers under "
+            "other names",
             remedy="--init_lora_weights true",
         )
 
@@ -90,6 +91,6 @@ def note(lora: LoraSection, model: ModelSection) -> str:
     if lora.init_lora_weights != INIT:
         return ""
     return (
-        "The adapter began as LoftQ's: it corrects the rounding of the base model to 4 bits "
-        f"({model.bnb_4bit_quant_type}), so put it on the base loaded in the same way."
+        "The adapter was initialized with LoftQ: it corrects the rounding of the base model to 4 "
+        f"bits ({model.bnb_4bit_quant_type}), so load the base model in the same way."
     )

@@ -1,4 +1,4 @@
-"""Which precision this machine computes fast in: measured, never assumed.
+"""Choose a precision that is fast on this machine: measured, never assumed.
 
 GPUs from compute capability 8.0 on have units for bfloat16, those before it for float16. A CPU
 without units emulates both, up to hundreds of times slower than float32, and nothing says so
@@ -57,8 +57,8 @@ def _on_cpu(section: ModelSection) -> tuple[Precision, str]:
         f"{asked} matrix products take {slower:.0f} times as long on this CPU, which emulates them"
     )
     if math.isinf(slower):
-        why = f"this version of PyTorch does not compute {asked} on a CPU"
-    return "float32", f"{key} was asked for, float32 is used: {why}"
+        why = f"this version of PyTorch does not support {asked} on a CPU"
+    return "float32", f"{key} was requested, but float32 is used: {why}"
 
 
 def without_float16(section: ModelSection) -> ModelSection:

@@ -1,12 +1,12 @@
-"""Prove on the loaded model that what we compute is what the model computes.
+"""Verify on the loaded model that our fast paths compute the same as the model itself.
 
-Shortcuts are taken that a model could break silently: examples are concatenated, and the
-decoder and the head are called apart. Each is compared, on a few random tokens, with the
-model's own forward pass on each example alone, and tried with a backward pass. What differs or
-raises gives way to the next: packed by a kernel for variable lengths, packed an example at a
-time, padded, the model's own forward pass over padded examples, and over one example at a time.
-A model that none of them computes is refused by name, as is one that sees later tokens. A base
-model in 4 or 8 bits is compared with itself, in the same bits: rounding explains no more there.
+Fast paths could be silently wrong for a model: examples are concatenated, and decoder and head are
+called separately. Each path is compared, on a few random tokens, with the model's own forward pass
+on each example alone, and tried with a backward pass. A path that differs or raises falls back to
+the next: packed with a variable-length kernel, packed with attention one example at a time, padded,
+the model's own forward pass over padded examples, and over one example at a time. A model for which
+no path works is rejected by name, as is one that sees later tokens. A quantized base model is
+compared with itself in the same precision, so the tolerance is not larger.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ LENGTHS = (9, 24, 5)
 LONGEST_WINDOW = 512
 LONGEST_REASON = 200
 LOOKS_AHEAD = (
-    "its predictions change with later tokens: it, or its configuration (is_decoder, causal), "
-    "is not that of a causal language model"
+    "its predictions depend on later tokens: it is not a causal language model, or its "
+    "configuration (is_decoder, causal) is wrong"
 )
-TEXT_ALONE = "its own forward pass fails on text alone"
+TEXT_ALONE = "its own forward pass fails on text without other inputs"
 OTHER_RANK = "fail in another process"
 
 
@@ -57,7 +57,7 @@ class Difference:
 
     @property
     def is_small(self) -> bool:
-        """Tell whether rounding explains it."""
+        """Return whether rounding explains it."""
         return bool(np.isfinite(self.value)) and abs(self.value) <= self.tolerance
 
 
@@ -111,7 +111,7 @@ def _verify(causal: CausalLM, is_any: Callable[[bool], bool]) -> str:
         fault = _fault(causal, batch, own)
         if not is_any(bool(fault)):
             return "; ".join(reasons)
-        fault = f"decoder and head, called apart, {fault or OTHER_RANK}"
+        fault = f"decoder and head, called separately, {fault or OTHER_RANK}"
         if causal.is_sharded:  # the model's own forward pass would not gather the layers
             raise refusal(causal.inner.config, fault)
         causal.use_whole_forward(fault)
@@ -127,7 +127,7 @@ def _verify(causal: CausalLM, is_any: Callable[[bool], bool]) -> str:
 
 
 def overflows_float16(causal: CausalLM) -> bool:
-    """Tell a model that computes in float16 and whose own loss is not finite there."""
+    """Return whether a model computes in float16 and its own loss is not finite there."""
     return causal.precision == "float16" and not np.isfinite(
         _own_loss(causal, _sample(causal.inner))
     )
@@ -156,7 +156,7 @@ def refusal(config: Any, why: str) -> TrainerError:
         f"models of type {config.model_type} are not supported",
         where="model_name_or_path",
         why=why,
-        remedy="choose another base model; docs/architectures.md lists those that are trained",
+        remedy="use another base model; docs/architectures.md lists the supported ones",
     )
 
 

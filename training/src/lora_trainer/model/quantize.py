@@ -1,4 +1,4 @@
-"""4- and 8-bit base models through bitsandbytes: whether they can be had, and what they need.
+"""4- and 8-bit base models through bitsandbytes: availability and requirements.
 
 Legend of memory: 4 bits keep half a byte a weight and one scale for 64 of them; double
 quantization keeps those scales in 8 bits, with one float32 for 256 of them. 8 bits keep a
@@ -33,7 +33,7 @@ QUANTIZED = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' classes, and PEFT's 
 
 
 def is_quantized(section: ModelSection) -> bool:
-    """Tell whether the base model is to be held in fewer bits."""
+    """Return whether the base model is to be held in fewer bits."""
     return section.use_4bit or section.use_8bit
 
 
@@ -100,12 +100,12 @@ def as_possible(config: Config, *, has_gpu: bool) -> tuple[Config, str]:
         return config, ""
     key = "use_4bit" if model.use_4bit else "use_8bit"
     version = installed_version()
-    lacks = f"bitsandbytes {version} quantizes on GPUs alone" if version else NOT_INSTALLED
+    lacks = f"bitsandbytes {version} only quantizes on GPUs" if version else NOT_INSTALLED
     whole = config.model_copy(
         update={"model": model.model_copy(update={"use_4bit": False, "use_8bit": False})}
     )
     return whole, (
-        f"{key}: the base model is loaded UNQUANTIZED and takes more memory: no GPU can be used, "
+        f"{key}: the base model is loaded UNQUANTIZED and takes more memory: no GPU is available, "
         f"and {lacks} (the stacks cpu and current quantize on a CPU: LORA_STACK=cpu)"
     )
 
@@ -135,14 +135,14 @@ def check_sharding(config: Config) -> None:
         raise ConfigError.of(
             "parallelism: fsdp with a base in 4 or 8 bits needs a newer bitsandbytes",
             where="parallelism",
-            why=f"bitsandbytes {installed_version() or '(none)'} packs weights on a GPU alone, "
-            "which would have to hold all of them first",
+            why=f"bitsandbytes {installed_version() or '(none)'} only packs weights on a GPU, "
+            "which would first have to hold all of them",
             remedy="--parallelism ddp; from driver 580 on, LORA_STACK=current",
         )
 
 
 def is_packed(base_config: Any) -> bool:
-    """Tell whether a base model's own files hold its weights in fewer bits."""
+    """Return whether a base model's own files hold its weights in fewer bits."""
     return getattr(base_config, "quantization_config", None) is not None
 
 
@@ -170,8 +170,8 @@ def apply_stored_quantization(
         raise ConfigError.of(
             f"the base model is quantized by {method}",
             where="model_name_or_path",
-            why="adapters are trained on plain weights, or on those that bitsandbytes packed",
-            remedy="name the model that it was made from, with --use_4bit true",
+            why="only plain weights and weights packed by bitsandbytes are supported",
+            remedy="use the original model, with --use_4bit true",
         )
     kinds = {
         k: stored[k] for k in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant") if k in stored
@@ -199,7 +199,7 @@ def _problem(asked: str, without: str, has_gpu: bool) -> Problem | None:
         return Problem(
             "paged optimizers need a GPU",
             asked,
-            "they move their state between the GPU's memory and this machine's; no GPU can be used",
+            "they move their state between GPU and host memory, and no GPU is available",
             f"--optim {'adamw_8bit' if '8bit' in asked else 'adamw'}",
         )
     if not version:
@@ -213,8 +213,8 @@ def _problem(asked: str, without: str, has_gpu: bool) -> Problem | None:
         return Problem(
             f"{asked} needs a GPU, or a newer bitsandbytes",
             asked,
-            f"bitsandbytes {version} does not train on a CPU, and no GPU can be used; 0.50.2 does, "
-            "in the stacks cpu and current",
+            f"bitsandbytes {version} does not train on a CPU, and no GPU is available; 0.50.2 "
+            "does, in the stacks cpu and current",
             f"{without}, or the stack cpu: LORA_STACK=cpu ./training/run.sh",
         )
     return None
@@ -225,7 +225,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def works_on_cpu() -> bool:
-    """Tell whether the installed bitsandbytes can pack weights, and train with them, on a CPU."""
+    """Return whether the installed bitsandbytes can pack weights, and train with them, on a CPU."""
     return _release(installed_version() or "0") >= FIRST_ON_CPU
 
 
@@ -283,8 +283,8 @@ def refuse_fused_experts(section: ModelSection, model: Any) -> None:
     raise ConfigError.of(
         f"{key} cannot quantize the experts of {model.config.model_type}",
         where=f"model.{key}",
-        why=f"bitsandbytes quantizes linear layers alone, and {reach.listed(fused)} hold "
-        f"{100 * experts / total:.0f}% of the parameters in tensors of three dimensions: these "
+        why=f"bitsandbytes only quantizes linear layers, and {reach.listed(fused)} contain "
+        f"{100 * experts / total:.0f}% of the parameters in three-dimensional tensors: these "
         f"{size(2 * experts)} would stay in 16 bits",
         remedy=f"--{key} false"
         + ("; or LORA_STACK=cu121, where each expert is linear layers" * has_layers),
@@ -292,7 +292,7 @@ def refuse_fused_experts(section: ModelSection, model: Any) -> None:
 
 
 def is_quantized_linear(module: Any) -> bool:
-    """Tell a linear layer that bitsandbytes holds in 4 or 8 bits."""
+    """Return whether a module is a linear layer that bitsandbytes stores in 4 or 8 bits."""
     return type(module).__name__ in QUANTIZED and not hasattr(module, "base_layer")
 
 
@@ -310,7 +310,7 @@ def _compute_as_in_training(module: Any) -> None:
 
 
 def is_prepacked(model: Any) -> bool:
-    """Tell whether a layer's weights were repacked for inference."""
+    """Return whether a layer's weights were repacked for inference."""
     states = (getattr(p, "quant_state", None) for p in model.parameters())
     return any(getattr(state, "packing_format_for_cpu", False) for state in states)
 

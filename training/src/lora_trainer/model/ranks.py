@@ -1,12 +1,12 @@
-"""The processes that train together, as each of them sees it: its rank, and what all agree on.
+"""A rank's view of the processes that train together: its number, and collective operations.
 
-Every rank holds the whole adapter and takes a share of each step's micro-batches; one sum
-of a flat bucket makes their gradients one. A rank alone is the same object, whose sums
-cost nothing. Small words travel over gloo on the CPU, gradients on the training device.
+Every rank holds the whole adapter and computes a share of each step's micro-batches; one all-reduce
+of a flat bucket sums their gradients. A single process is the same object, whose collectives do
+nothing. Small messages use gloo on the CPU, gradients the training device.
 
-Processes meet through a file (`store`), so no port is opened for it; the supervisor
-watches them, so nothing here waits for a clock: a rank whose peer is gone fails with
-`PeerLostError`, says nothing, and is ended or started again with the group.
+The rendezvous uses a file (`store`), so no port is opened; the supervisor watches the ranks, so
+there are no timeouts here: a rank whose peer is gone raises `PeerLostError`, reports nothing, and
+is ended or restarted with the group.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Tell whether this rank speaks and writes for all."""
+        """Return whether this rank speaks and writes for all."""
         return self.rank == 0
 
     def is_any(self, condition: bool) -> bool:
-        """Tell whether any rank says so; every rank must ask."""
+        """Return whether any rank says so; every rank must ask."""
         if self.count == 1:
             return condition
         return bool(self.summed(torch.tensor([float(condition)])).item())
@@ -155,7 +155,7 @@ def _meet(ranks: Ranks, device: str, **where: Any) -> None:
 
 
 def is_peer_lost(error: BaseException) -> bool:
-    """Tell whether an error only says that another rank is gone."""
+    """Return whether an error only says that another rank is gone."""
     if isinstance(error, PeerLostError):
         return True
     # Not memory that has run out; torch's own errors of collectives are RuntimeErrors too.

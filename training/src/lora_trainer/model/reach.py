@@ -1,4 +1,4 @@
-"""How far an adapter reaches: routers that all-linear leaves alone, experts, and what remains.
+"""Report what an adapter covers: routers that all-linear skips, experts, and the rest.
 
 A router chooses the experts that compute a token. LoRA on it shifts the choice under experts
 that stay frozen, and the loss that balances them is not part of ours. transformers 5 holds the
@@ -142,7 +142,7 @@ def suffixes(name: str) -> list[str]:
 
 
 def notes(model: Any, total: int, section: LoraSection) -> tuple[str, ...]:
-    """Say for the plan how far the adapter reaches, what it leaves out and what it costs.
+    """Return what the adapter covers, leaves out and costs, for the plan.
 
     `total` are all parameters of the base model; `model` is the PEFT model.
     """
@@ -177,15 +177,15 @@ def notes(model: Any, total: int, section: LoraSection) -> tuple[str, ...]:
     )
     if asked := [name for name in gates if name in adapted]:
         lines.append(
-            f"the adapter changes routers ({listed(asked)}): other experts are chosen, without "
-            "a loss that balances them"
+            f"the adapter changes routers ({listed(asked)}), and thereby the choice of experts, "
+            "without a balancing loss"
         )
     if copied := {name: tensor for name, tensor in experts.items() if name in wrapped}:
         lines.append(_copied(copied, sizes.layers(base.config) or 1))
     if getattr(sizes.text_config(base.config), "output_router_logits", False):
         lines.append(
-            "the loss that balances the experts (output_router_logits) is not added: the routers, "
-            "which it trains, stay frozen"
+            "the expert-balancing loss (output_router_logits) is not added, because it trains the "
+            "routers, which stay frozen"
         )
     return tuple(lines)
 
@@ -210,10 +210,10 @@ def _copied(experts: dict[str, nn.Parameter], layers: int) -> str:
     """Say what experts cost that are adapted as parameters, and where such an adapter is served."""
     numbers = sum(tensor.numel() * tensor.element_size() for tensor in experts.values())
     return (
-        f"experts are adapted as parameters ({listed(experts)}): a layer computes with a copy of "
-        f"them, {size(numbers // layers)}, which it keeps for the backward pass without "
-        "gradient_checkpointing; versions of vLLM and SGLang load such an adapter without its "
-        "experts and report no error: compare the answers there, or merge the adapter"
+        f"experts are adapted as parameters ({listed(experts)}): each layer uses a copy of them, "
+        f"{size(numbers // layers)}, kept for the backward pass unless gradient_checkpointing is "
+        "on; some versions of vLLM and SGLang silently ignore such experts: compare the answers "
+        "there, or merge the adapter"
     )
 
 

@@ -1,8 +1,8 @@
-"""Share the frozen base model's layers out over the ranks.
+"""Shard the frozen base model's layers over the ranks.
 
-Each rank keeps a part of every decoder layer and gathers the whole layer while it
-computes. Embeddings, head and all that is trained stay whole on every rank: these are a
-small part, and the adapter is then saved and exported as one process does it.
+Each rank keeps a shard of every decoder layer and gathers the whole layer while it computes.
+Embeddings, head and trainable parameters stay whole on every rank: they are small, and the adapter
+is then saved and exported as in a single process.
 
 PyTorch's FSDP2 does it where it can (torch.distributed.fsdp.fully_shard: torch 2.6 and
 newer, weights that are numbers); `gather` does it elsewhere, `zero` where DeepSpeed is asked for.
@@ -71,7 +71,7 @@ def shard(model: Any, decoder: nn.Module, device: str, sharder: Sharder) -> None
         raise UnavailableError.of(
             f"models of type {model.config.model_type} with layerdrop cannot be sharded",
             where="training.parallelism",
-            why="each process would leave other layers out, and wait for ever for the rest",
+            why="each process would skip different layers and wait forever for the others",
             remedy="--parallelism ddp, and nothing offloaded",
         )
     own = {p for layer in layers for p in layer.parameters() if not p.requires_grad}
@@ -93,6 +93,6 @@ def _layers_of(model: Any, decoder: nn.Module) -> nn.ModuleList:
     raise UnavailableError.of(
         f"models of type {model.config.model_type} cannot be sharded",
         where="training.parallelism",
-        why=f"no list of {count} layers was found in it",
+        why=f"it has no list of {count} layers",
         remedy="--parallelism ddp, and nothing offloaded",
     )

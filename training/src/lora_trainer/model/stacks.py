@@ -1,4 +1,4 @@
-"""The installed stack (requirements/): which GPUs it serves, and how its packages are installed.
+"""The installed stack (requirements/): supported GPUs, and how to install packages.
 
 Imports no torch: its build is known by its version. What a stack serves is in `stacks.csv`, which
 `lib/stack.sh` reads too: it chooses a stack before there is any Python.
@@ -29,7 +29,7 @@ class Stack:
     most: tuple[int, int] | None = None
 
     def serves(self, gpu: Gpu) -> bool:
-        """Tell whether torch has code for a GPU."""
+        """Return whether torch has code for a GPU."""
         return gpu.capability >= self.least and (self.most is None or gpu.capability <= self.most)
 
 
@@ -73,13 +73,14 @@ def check_gpus(machine: Machine, stack: str) -> None:
     known = CU121 if stack == CU121.name else CURRENT
     major = machine.driver.partition(".")[0]
     if major.isdigit() and int(major) < known.driver:
-        why = f"the driver is {machine.driver}, the stack {stack} needs {known.driver} or newer"
+        why = f"the driver is {machine.driver}, but the stack {stack} needs {known.driver} or newer"
         raise _unserved(machine, names, why)
     for gpu in machine.gpus:
         if not known.serves(gpu):
             limit = f" to {_dotted(known.most)}" if known.most else " and newer"
             why = (
-                f"its compute capability is {_dotted(gpu.capability)}, the stack {stack} serves "
+                f"its compute capability is {_dotted(gpu.capability)}, but the stack {stack} "
+                "supports "
                 f"{_dotted(known.least)}{limit}"
             )
             raise _unserved(machine, f"GPU {gpu.index}: {gpu.name}", why)
@@ -92,7 +93,7 @@ def unusable(machine: Machine, usable: int, why: str) -> TrainerError:
     return UnavailableError.of(
         "the GPU cannot be used",
         where=", ".join(gpu.name for gpu in machine.gpus),
-        why=f"the driver {machine.driver} lists it, and torch finds {finds}"
+        why=f"the driver {machine.driver} lists it, but torch finds {finds}"
         + (f": {why}" if why else ""),
         remedy=f"nvidia-smi, then restart the machine or the container; {ON_CPU}{fewer}",
     )
@@ -101,9 +102,9 @@ def unusable(machine: Machine, usable: int, why: str) -> TrainerError:
 def unlisted(name: str) -> TrainerError:
     """Return the error of a GPU that torch can use and the driver's library does not list."""
     return UnavailableError.of(
-        "the GPU cannot be read",
+        "NVML does not list the GPU",
         where=name,
-        why="torch can use it, and NVML, which gives its memory and capability, lists no GPU",
+        why="torch can use it, but NVML, which reports its memory and capability, lists no GPU",
         remedy="nvidia-smi must list it; in a container: NVIDIA_DRIVER_CAPABILITIES="
         f"compute,utility; {ON_CPU}",
     )
@@ -121,7 +122,7 @@ def _unserved(machine: Machine, where: str, why: str) -> TrainerError:
     others = f"LORA_STACK={served.name} ./training/run.sh uses it" if served else ""
     driver = f"update the driver to {CURRENT.driver} or newer" if not served else ""
     return UnavailableError.of(
-        "the installed packages do not serve this machine's GPU",
+        "the installed packages do not support this machine's GPU",
         where=where,
         why=why,
         remedy="; ".join(part for part in (others or driver, ON_CPU) if part),

@@ -66,7 +66,7 @@ def named_targets(targets: str | list[str]) -> str | list[str]:
         re.compile(targets)
     except re.error as error:
         raise ConfigError.of(
-            "lora_target_modules is no regular expression",
+            "lora_target_modules is not a valid regular expression",
             where="lora_target_modules",
             why=str(error),
             remedy="write names such as q_proj,v_proj, or an expression such as .*(q|v)_proj",
@@ -87,13 +87,13 @@ def targeted(model: Any, targets: str | list[str]) -> dict[str, Any]:
 
 
 def is_linear(module: Any) -> bool:
-    """Tell whether a module is a linear layer, or a class like one."""
+    """Return whether a module is a linear layer, or a class like one."""
     return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def linear_remedy(model: Any) -> str:
     """Return the remedy that lists the linear layers' names."""
-    return f"name some of {_linear_names(model)}, or use all-linear"
+    return f"use some of {_linear_names(model)}, or all-linear"
 
 
 def left_alone(model: Any) -> dict[str, Any]:
@@ -170,8 +170,8 @@ def _diverted_refusal(names: list[str], why: str) -> TrainerError:
     return ConfigError.of(
         f"{shown} cannot be adapted with {why} on this model",
         where="lora_target_modules",
-        why="PEFT takes these names for the model's experts, so that the linear layers are adapted "
-        f"through their weights, which does not go with {key}",
+        why="PEFT treats these names as the model's experts, so the linear layers are adapted "
+        f"through their weights, which cannot be combined with {key}",
         remedy=f"remove {shown} from lora_target_modules, or {key}",
     )
 
@@ -196,7 +196,7 @@ def _refuse_unknown_modules(
             f"the model has no module named {', '.join(unknown)}",
             where="lora_target_modules or modules_to_save",
             why=f"its linear modules are {_linear_names(model)}",
-            remedy="name some of these, or use all-linear"
+            remedy="use some of these, or all-linear"
             + (f"; for its experts: --lora_target_parameters {','.join(experts)}" * bool(experts)),
         )
 
@@ -219,7 +219,7 @@ def _refuse_unknown_parameters(model: Any, asked: list[str]) -> None:
         where="lora_target_parameters",
         why=f"its experts are {', '.join(experts)}"
         if experts
-        else "it has no experts in one tensor: lora_target_modules reaches its layers",
+        else "it has no experts in a single tensor: use lora_target_modules for its layers",
         remedy=f"--lora_target_parameters {','.join(experts)}"
         if experts
         else "remove lora_target_parameters",

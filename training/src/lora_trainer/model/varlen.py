@@ -1,4 +1,4 @@
-"""Kernels for attention over examples of any lengths, called alike: flash-attn's and PyTorch's.
+"""A common interface to variable-length attention kernels: flash-attn's and PyTorch's.
 
 flash-attn is a package of its own, in two versions. PyTorch carries its kernel too, for GPUs:
 `torch.nn.attention.varlen` from 2.11 on, with windows and grouped heads; in 2.1 flash attention
@@ -103,12 +103,15 @@ def unfit(module: str, capability: Capability, precision: str, width: int) -> st
     if capability < least:
         return f"it needs compute capability {least[0]}.{least[1]} for {precision}, not {has}"
     if is_first and capability > (9, 0):
-        return f"PyTorch 2.1 knows compute capability up to 9.0, not {has}"
+        return f"PyTorch 2.1 supports compute capability up to 9.0, not {has}"
     widest = 256
     if is_first:
         widest = 128 if capability in ((8, 0), (9, 0)) else 64
     if width > widest or width % 8:
-        return f"it takes heads of a multiple of 8 up to {widest}, this model's have {width}"
+        return (
+            f"it needs a head width that is a multiple of 8 and at most {widest}, this model has "
+            f"{width}"
+        )
     is_small_cache = (8, 6) <= capability <= (8, 9) or (12, 0) <= capability <= (12, 1)
     if is_small_cache and 192 < width <= 224:
         return f"it does not train heads of {width} on compute capability {has}"

@@ -1,9 +1,9 @@
-"""Share the frozen layers out by DeepSpeed's ZeRO stage 3, through Accelerate.
+"""Shard the frozen layers with DeepSpeed's ZeRO stage 3, through Accelerate.
 
-DeepSpeed is given the layers' frozen modules and nothing else. The adapter, its optimizer
-and the checkpoint stay as one process has them, so that a run goes on with another number
-of processes, or without DeepSpeed. What it can do that fsdp cannot: leave the layers in
-the host's memory and bring each to the GPU as it computes (`offload_param_device`).
+DeepSpeed only gets the layers' frozen modules. Adapter, optimizer and checkpoint are as in a single
+process, so that a run can resume with another number of processes, or without DeepSpeed. Unlike
+fsdp, it can keep the layers in host memory and move each to the GPU when needed
+(`offload_param_device`).
 
 It is an extra, installed by hand (requirements/deepspeed.txt). Source: https://arxiv.org/abs/1910.02054.
 """
@@ -42,11 +42,11 @@ def check(config: Config) -> None:
         ConfigError: the base is in 4 or 8 bits, DeepSpeed is missing, or torch is too old.
     """
     if is_quantized(config.model):
-        why = "ZeRO does not know the scales that bitsandbytes keeps beside its packed weights"
+        why = "ZeRO does not support the scales that bitsandbytes stores beside packed weights"
         _refuse("with a base in 4 or 8 bits is not supported", why, "--parallelism fsdp")
     torch = importlib.metadata.version("torch")
     if tuple(int(part) for part in torch.split(".")[:2]) < FIRST_TORCH:
-        why = f"with torch {torch} it cannot be tested without a GPU, and was not"
+        why = f"with torch {torch} it is untested, because that needs a GPU"
         _refuse(
             "needs torch 2.6 or newer",
             why,
@@ -57,7 +57,11 @@ def check(config: Config) -> None:
     except importlib.metadata.PackageNotFoundError:
         add = install_remedy(PACKAGE, "deepspeed.txt") or "./training/build.sh --extra deepspeed"
         remedy = f"{add}; or --parallelism fsdp"
-        _refuse("needs DeepSpeed", "the Python package deepspeed, an extra, is not found", remedy)
+        _refuse(
+            "needs DeepSpeed",
+            "the Python package deepspeed, an optional extra, is not installed",
+            remedy,
+        )
 
 
 def _refuse(what: str, why: str, remedy: str) -> None:
@@ -93,7 +97,10 @@ def shard_layers(
 
     for name, module in layers.named_modules():
         if ranks.count > 1 and name.endswith("experts") and isinstance(module, nn.ModuleList):
-            why = f"of {name} each process would gather others, and wait for ever for the rest"
+            why = (
+                f"each process would gather different experts of {name} and wait forever for the "
+                "others"
+            )
             raise _model_refusal(why)
     form_group(ranks, device)
     deepspeed = _imported(device, ranks)
@@ -127,13 +134,13 @@ def names_what_it_cannot() -> Iterator[None]:
     except (IndexError, RuntimeError) as error:
         if is_peer_lost(error) or isinstance(error, torch.cuda.OutOfMemoryError):
             raise
-        why = f"weights are read outside of the module that has them ({error})"
+        why = f"weights are read outside the module that owns them ({error})"
         raise _model_refusal(why) from error
 
 
 def _model_refusal(why: str) -> TrainerError:
     return UnavailableError.of(
-        "DeepSpeed cannot share this model out",
+        "DeepSpeed cannot shard this model",
         where="parallelism: deepspeed",
         why=why,
         remedy="--parallelism fsdp",
@@ -141,7 +148,7 @@ def _model_refusal(why: str) -> TrainerError:
 
 
 def _is_shared(module: nn.Module) -> bool:
-    """Tell whether ZeRO takes a module: all its weights are its own, and frozen.
+    """Return whether ZeRO takes a module: all its weights are its own, and frozen.
 
     Convolutions are small, and read by others than themselves (Mamba's kin do).
     """

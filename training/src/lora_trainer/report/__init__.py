@@ -1,1 +1,1 @@
-"""What people read: console text, charts, the report, the model card. Imports no torch."""
+"""Human-readable output: console text, charts, the report, the model card. Imports no torch."""

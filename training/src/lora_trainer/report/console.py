@@ -1,8 +1,7 @@
-"""A run as it goes, on a terminal or in a container log.
+"""Show a live run on a terminal or in a container log.
 
-On a terminal, lasting lines scroll above a live panel; elsewhere there are plain lines
-only, without control codes. They are written by a thread of its own, so that no
-terminal can hold the supervisor up.
+On a terminal, log lines scroll above a live panel; elsewhere there are only plain lines without
+control codes. A separate thread writes them, so that a slow terminal cannot block the supervisor.
 """
 
 from __future__ import annotations
@@ -302,7 +301,7 @@ def panel_rows(
     if status.checkpoints:
         facts.append(f"checkpoint at step {status.checkpoints[-1].step}")
     if status.ranks:
-        facts.append(f"{len(status.ranks)} processes, the slowest {status.slowest_rank}")
+        facts.append(f"{len(status.ranks)} processes, slowest: {status.slowest_rank}")
     if status.restarts:
         facts.append(f"restarts {len(status.restarts)}")
     facts.append(f"elapsed {duration(status.elapsed_seconds + waited)}")

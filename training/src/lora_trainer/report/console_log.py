@@ -1,7 +1,7 @@
-"""What a run prints, kept in a file too: LORA_TRAINER_LOG_DIR/<run_name>.log.
+"""Also keep console output in a file: LORA_TRAINER_LOG_DIR/<run_name>.log.
 
-A container's own log goes when the container goes; this folder is a mount. A folder or a
-disk that takes nothing costs the file and a warning, never the run or its exit code.
+A container's log is removed with the container; this folder is a mount. If writing fails, the run
+continues with a warning and its exit code does not change.
 """
 
 from __future__ import annotations
@@ -87,4 +87,4 @@ class Transcript:
         if not self._is_lost:
             self._is_lost = True
             why = getattr(error, "strerror", None) or str(error)
-            self._warn(f"warning: the log {self._path} is not kept: {why}")
+            self._warn(f"warning: the log {self._path} is not written: {why}")

@@ -1,4 +1,4 @@
-"""The report of a run: `loss.png` and `report.html`, made of what the run left in its folder.
+"""Create the report of a run, `report.html` and `loss.png`, from the files in its folder.
 
 It reads `events.jsonl`, `config.resolved.json`, `plan.json`, `environment.json` and
 `data.json`, each of which may be missing, and works as well for a run that failed or
@@ -158,7 +158,7 @@ def _warnings(status: RunStatus, history: History) -> list[tuple[str, int]]:
     """Return the warnings, and how often each was given; a loss that is not finite is one."""
     warnings = [(warning.message, warning.count) for warning in status.warnings]
     if status.warnings_left_out:
-        warnings.append((f"{status.warnings_left_out} more warnings are left out here", 1))
+        warnings.append((f"{status.warnings_left_out} more warnings are not shown", 1))
     steps = [point.step for point in history.points(WHOLE) if not math.isfinite(point.loss)]
     if steps:
         more = f" and at {len(steps) - 1} later steps" if steps[1:] else ""
@@ -219,7 +219,7 @@ def _timeline(status: RunStatus, history: History) -> list[tuple[str, str, str]]
         for moment in history.timeline
     ]
     if history.moments_left_out:
-        gap = f"{history.moments_left_out} entries are left out here"
+        gap = f"{history.moments_left_out} entries are not shown"
         entries.insert(KEPT_MOMENTS // 2, ("", "gap", gap))
     return entries
 

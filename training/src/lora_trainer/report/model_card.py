@@ -1,4 +1,4 @@
-"""The model card: what `final_model/README.md` says about the adapter beside it.
+"""The model card of an adapter, `final_model/README.md`.
 
 PEFT leaves a template of empty headings there; this card overwrites it with facts
 of the run, under the front matter by which the Hugging Face hub finds base model,
@@ -31,15 +31,17 @@ HUB_LICENSES = frozenset(
     }
 )  # fmt: skip
 LONGEST_VALUE = 200
-# How the trained model is asked, by the format of the rows that it was trained on.
+# Code that prompts the trained model, by the format of its training rows.
 PROMPTS = {
     "chat": """messages = [{"role": "user", "content": "..."}]
 inputs = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
 )""",
-    "completion": """prompt = "..."  # as in the rows' `prompt`; no chat template was trained
+    "completion": """prompt = "..."  # as in the rows' `prompt`; the model was trained without a
+    chat template
 inputs = tokenizer(prompt, return_tensors="pt")""",
-    "text": """text = "..."  # the beginning of a text; no chat template was trained
+    "text": """text = "..."  # the beginning of a text; the model was trained without a chat
+    template
 inputs = tokenizer(text, return_tensors="pt")""",
 }
 
@@ -229,9 +231,9 @@ def _notes(facts: CardFacts) -> list[str]:
         )
     if facts.target_parameters:
         notes.append(
-            f"It adapts parameters ({', '.join(facts.target_parameters)}). Versions of "
-            "vLLM and SGLang load such an adapter without them and report no error: compare the "
-            "answers there, or merge the adapter into the base model."
+            f"It adapts parameters ({', '.join(facts.target_parameters)}). Some versions of vLLM "
+            "and SGLang silently ignore them when they load the adapter: compare the answers "
+            "there, or merge the adapter into the base model."
         )
     if facts.base_model == EMBEDDED_MODEL:
         notes.append(
@@ -240,8 +242,8 @@ def _notes(facts: CardFacts) -> list[str]:
         )
     if facts.quantization:
         notes.append(
-            f"Trained against the base model in {facts.quantization}; on a base model loaded in "
-            "another precision the answers may differ slightly."
+            f"Trained on the base model in {facts.quantization}; with a base model in another "
+            "precision the answers may differ slightly."
         )
     return notes
 

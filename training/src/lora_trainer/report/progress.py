@@ -1,4 +1,4 @@
-"""Progress of a command that works for minutes: how far, and the time left, on standard error.
+"""Progress and time left of a long command, on standard error.
 
 On a terminal one line is rewritten; elsewhere, as in a log, there is a line every ten seconds.
 """

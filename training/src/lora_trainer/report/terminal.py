@@ -1,4 +1,4 @@
-"""A terminal that may be slow, tiny or gone, and texts that must not steer it.
+"""Write to a terminal that may be slow, tiny or gone, without control sequences.
 
 Text is written straight to the file descriptor: a terminal that is gone, full or stopped
 (Ctrl-S) can neither raise into the run nor spoil the exit code at interpreter shutdown.

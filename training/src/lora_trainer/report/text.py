@@ -1,4 +1,4 @@
-"""A run in words: the lines that stay in a log, the closing tables, and how figures are written."""
+"""A run as text: log lines, closing tables, and number formats."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def lasting_line(event: Event, status: RunStatus) -> Line | None:
             ), "green"
         case events.Resumed():
             skipped = ", ".join(map(one_line, event.skipped))
-            unsound = f"; not sound, passed over: {skipped}" if skipped else ""
+            unsound = f"; skipped damaged checkpoints: {skipped}" if skipped else ""
             return f"resumed at step {event.step} from {one_line(event.path)}{unsound}", "green"
         case events.Warned():
             # Only the first of its kind, and none beyond those that the status keeps.

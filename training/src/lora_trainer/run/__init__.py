@@ -1,1 +1,1 @@
-"""A run on record: its events, status, folder and lock. Imports no torch."""
+"""The record of a run: events, status, folder and lock. Imports no torch."""

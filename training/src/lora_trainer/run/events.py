@@ -1,9 +1,8 @@
-"""The vocabulary that the worker speaks and the supervisor understands: one JSON object a line.
+"""The events that workers send to the supervisor: one JSON object per line.
 
 An event is a frozen dataclass; `event.to_line()` and `parse_line()` are inverse. Every
-event carries `time` (seconds since the epoch, wall clock). Only the worker's and the
-supervisor's facts are in here: no dataset text, except in `Sample`, which shows
-generations for evaluation prompts that the user named.
+event carries `time` (seconds since the epoch, wall clock). Events contain no dataset text, except
+`Sample`, which shows generated answers to the user's evaluation prompts.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Phase = Literal[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """What happened, and when."""
+    """Base class of all events."""
 
     kind: ClassVar[str] = ""
     time: float = field(default_factory=time.time)
@@ -36,7 +35,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStarted(Event):
-    """A run, or a restart of one, begins (said by the supervisor)."""
+    """A run or a restart begins (sent by the supervisor)."""
 
     kind: ClassVar[str] = "run_started"
     run_name: str
@@ -48,7 +47,7 @@ class RunStarted(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseChanged(Event):
-    """The worker enters a phase; `detail` says on what."""
+    """The worker enters a phase; `detail` names its subject."""
 
     kind: ClassVar[str] = "phase"
     phase: Phase
@@ -99,7 +98,7 @@ class StepDone(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFigures:
-    """One rank's own work: its seconds and tokens, without waiting; its memory in bytes."""
+    """One rank's own work: seconds and tokens, without waiting; memory in bytes."""
 
     rank: int
     seconds: float
@@ -117,7 +116,7 @@ class RankFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RanksMeasured(Event):
-    """What each of several ranks did since the last such event, in order of rank."""
+    """The work of each rank since the previous such event, by rank."""
 
     kind: ClassVar[str] = "ranks"
     step: int
@@ -127,7 +126,7 @@ class RanksMeasured(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated(Event):
-    """Held-out figures at a step."""
+    """Evaluation metrics at a step."""
 
     kind: ClassVar[str] = "eval"
     step: int
@@ -178,7 +177,7 @@ class CheckpointSaved(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed(Event):
-    """The run goes on from a checkpoint; `skipped` are newer ones that did not verify."""
+    """The run resumes from a checkpoint; `skipped` are newer ones that failed verification."""
 
     kind: ClassVar[str] = "resumed"
     step: int
@@ -188,7 +187,7 @@ class Resumed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Warned(Event):
-    """Something the user should know that does not stop the run."""
+    """A warning, which does not stop the run."""
 
     kind: ClassVar[str] = "warning"
     message: str
@@ -208,7 +207,7 @@ class MemoryReduced(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restarted(Event):
-    """The worker ended without finishing and is started again (said by the supervisor)."""
+    """The worker ended without finishing and is restarted (sent by the supervisor)."""
 
     kind: ClassVar[str] = "restart"
     attempt: int
@@ -218,9 +217,9 @@ class Restarted(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed(Event):
-    """The worker gives up: its problems (what, where, why, remedy) and its exit code.
+    """The worker failed: its problems (what, where, why, remedy) and its exit code.
 
-    `retry` says why a second try may end otherwise; the supervisor decides on it.
+    `retry` is the reason why a retry may succeed; the supervisor decides.
     """
 
     kind: ClassVar[str] = "failed"
@@ -259,7 +258,7 @@ class Stopped(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended(Event):
-    """The supervisor's last word: the exit code of the whole run."""
+    """The last event, from the supervisor: the exit code of the whole run."""
 
     kind: ClassVar[str] = "ended"
     exit_code: int
@@ -280,12 +279,12 @@ HINTS = {
 LARGEST = 2**63 - 1  # a larger number is no count of anything
 LATEST_TIME = 1e11  # the year 5138
 DEEPEST = 16  # levels of a plan
-# Figures of a run that diverges are infinite or no numbers; of all others none is.
+# Only a diverging run has infinite or NaN values.
 DIVERGING = frozenset({"loss", "grad_norm", "eval_loss", "eval_perplexity", "eval_token_accuracy"})
 
 
 def parse_line(line: str) -> Event | None:
-    """Return the event of a line, None for a line that is not one (torn, or from elsewhere).
+    """Parse a line into an event; None if it is not one (truncated, or something else).
 
     Fields that this version does not know are left out, so that old readers
     replay newer files. A field of another type makes the line no event. Half of a
@@ -306,7 +305,7 @@ def parse_line(line: str) -> Event | None:
 
 
 def is_foreign(line: str) -> bool:
-    """Tell whether a line that is no event is whole JSON, not the torn end of a killed run."""
+    """Return whether a line that is not an event is valid JSON, not a truncated line."""
     try:
         json.loads(line)
     except (ValueError, RecursionError):
@@ -323,7 +322,7 @@ def _encodable(value: Any) -> Any:
 
 
 def _is_of(hint: Any, value: Any) -> bool:
-    """Tell whether a value of JSON is of a field's type; a whole number is a float too."""
+    """Return whether a value of JSON is of a field's type; a whole number is a float too."""
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return _is_shallow(value, DEEPEST)

@@ -1,4 +1,4 @@
-"""The output folder of a run: its place, its files' names, its lock, its events, its archive."""
+"""The output folder of a run: location, file names, lock file and archive."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ LOG = "train.log"
 RESULTS = "results.json"
 LOCK = ".lock"
 FINAL = "final_model"
-MEMORY = "memory.json"  # what the run was cut down to when memory ran out
-SERVER = "server.json"  # where the status server answers, while it does
-# Everything that a run writes, but for its lock, which whoever archives is holding.
+MEMORY = "memory.json"  # the reduced batch sizes after the run was out of memory
+SERVER = "server.json"  # the address of the status server while it runs
+# Everything that a run writes, except its lock, which the archiving process holds.
 OWN = frozenset(
     {
         DONE, EVENTS, RESOLVED, LOG, DIGEST, SERVER, RESULTS, "plan.json", "data.json",
@@ -33,7 +33,7 @@ OWN = frozenset(
         FINAL, f".{FINAL}.writing", MEMORY,
     }
 )  # fmt: skip
-# What a kill leaves of a file that was being written, and of the test of a folder.
+# Left by a kill: partly written files, and the write test of a folder.
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(writing|\d+\.tmp)|\.writable-\d+")
 # Where a run's files wait while it is archived. While it exists, archiving is not complete.
 ARCHIVING = ".archiving"
@@ -47,7 +47,7 @@ def output_folder(settings: Settings) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the output folder and prove that files can be written in it.
+    """Create the output folder and check that it is writable.
 
     Raises:
         AccessError, ConfigError, StorageError: it cannot be, or they cannot.
@@ -87,7 +87,7 @@ def _refusals(folder: Path) -> Iterator[None]:
     except PermissionError as error:
         existing = _existing(folder)
         raise AccessError.of(
-            "the output folder cannot be written",
+            "the output folder is not writable",
             where=f"output_dir: {folder}",
             why=f"{error.strerror}, as user {os.getuid()}",
             remedy=f"chmod -R u+rwX {existing}"
@@ -104,13 +104,13 @@ def _refusals(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.EROFS:
             raise AccessError.of(
-                "the output folder cannot be written",
+                "the output folder is not writable",
                 where=f"output_dir: {folder}",
                 why="it is mounted read-only",
-                remedy="mount it writable, or --output_dir ANOTHER_FOLDER",
+                remedy="mount it read-write, or use --output_dir ANOTHER_FOLDER",
             ) from error
         raise StorageError.of(
-            "the output folder cannot be written",
+            "the output folder is not writable",
             where=f"output_dir: {folder}",
             why=error.strerror or str(error),
             remedy=f"df -h {folder.parent}",
@@ -157,7 +157,7 @@ def finish_archiving(folder: Path) -> Path | None:
 
 
 def is_own(name: str) -> bool:
-    """Tell whether a run writes a file or folder of this name; its lock and archives aside."""
+    """Return whether a run writes a file or folder of this name; its lock and archives aside."""
     temporary = TEMPORARY.fullmatch(name)
     return name in OWN or (temporary is not None and temporary["name"] in (*OWN, None))
 

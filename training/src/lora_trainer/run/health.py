@@ -1,4 +1,4 @@
-"""Whether a run is well at a moment, and if not, why and what helps: status and clock tell."""
+"""Judge from status and clock whether a run is healthy, and if not, why and what to do."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Literal
 from ..errors import MEANINGS
 from .status import RunStatus
 
-QUIET_SECONDS = 1800.0  # outside of training a phase may be silent so long: a model download
-# Short steps leave room for what is not theirs: a busy machine, a page that is read from a disk.
+QUIET_SECONDS = 1800.0  # limit for phases other than training, such as a model download
+# A margin for short steps: a busy machine, pages read from disk.
 LEAST_STALL_SECONDS = 60.0
-AGAIN = "started again with the same command, it resumes from its last checkpoint"
-STALL_STEPS = 20  # a stall is the time of so many steps, each as slow as the slowest recent one
+AGAIN = "run the same command again to resume from the last checkpoint"
+STALL_STEPS = 20  # the stall limit, in steps as slow as the slowest recent one
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether the run is well at a moment, and if not, why and what to do."""
+    """Whether the run is healthy, and if not, why and what to do."""
 
     status: Literal["healthy", "unhealthy"]
     reason: str
@@ -42,17 +42,18 @@ def health(
     limit = stall_timeout(status, stall_timeout_seconds)
     if not reason and not status.is_over and since > limit:
         reason = f"no progress for {since:.0f} s in phase {status.phase} (limit {limit:.0f} s)"
-        remedy = f"see train.log; stopped and {AGAIN}"
+        remedy = f"see train.log; stop the run, then {AGAIN}"
     state: Literal["healthy", "unhealthy"] = "unhealthy" if reason else "healthy"
     return Health(state, reason, since, status.is_training, remedy)
 
 
 def stall_timeout(status: RunStatus, configured_seconds: float) -> float:
-    """Return how long the run may now go without progress; 0 configured: as measured.
+    """Return how long the run may now make no progress; 0 configured: from step times.
 
-    What is configured holds once a process has made its first step: loading a large model
-    takes what it takes. In training the limit follows from the step time; the steps between
-    two logged ones are heard of too (`loop.BEAT_SECONDS`). Other phases have QUIET_SECONDS.
+    The supervisor's watchdog and /health both use it. A configured limit applies after the first
+    step, since loading a large model may take longer. In training the limit is derived from the
+    step time; steps that are not logged also report progress (`loop.BEAT_SECONDS`). Other phases
+    have QUIET_SECONDS.
     """
     is_under_way = status.steps_in_attempt > 0
     if configured_seconds > 0:
@@ -82,15 +83,17 @@ def _fault(status: RunStatus, free_disk_bytes: int | None) -> tuple[str, str]:
     if status.is_over:
         return "", ""
     if status.is_worker_down:
-        reason = f"the worker ended ({_cause(status)}) and is started again"
-        return reason, "nothing to do: it goes on from its last checkpoint"
+        reason = f"the worker ended ({_cause(status)}) and is being restarted"
+        return reason, "nothing to do: it resumes from the last checkpoint"
     if not status.is_loss_finite:
         reason = f"the loss is not finite at step {status.step}"
-        return reason, "a lower --learning_rate or --max_grad_norm, and --resume never"
+        return reason, "start over (--resume never) with a lower --learning_rate or --max_grad_norm"
     needed = bytes_of_next_checkpoint(status)
     if free_disk_bytes is not None and free_disk_bytes < needed:
-        reason = f"the disk has {free_disk_bytes:,} bytes, the next checkpoint needs {needed:,}"
-        return reason, f"make room in {status.output_dir}"
+        reason = (
+            f"the disk has {free_disk_bytes:,} free bytes, the next checkpoint needs {needed:,}"
+        )
+        return reason, f"free disk space in {status.output_dir}"
     return "", ""
 
 

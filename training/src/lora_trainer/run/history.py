@@ -1,4 +1,4 @@
-"""What happened in a run over its time: the series behind its charts, and its timeline.
+"""The history of a run: the series behind its charts, and its timeline.
 
 `History` takes up one event after the other. Work that was lost to a kill and redone
 counts once; the timeline keeps all of it. What is known at the end is in `status`.
@@ -75,7 +75,7 @@ class History:
         self._phases: set[str] = set()  # those of this attempt that the timeline has
 
     def add(self, event: events.Event) -> None:
-        """Take up what the event tells."""
+        """Add an event."""
         match event:
             case events.StepDone(step=step):
                 if step <= self._step:  # a new start from the base model says no `resumed`
@@ -211,7 +211,7 @@ def _timeline_entry(event: events.Event) -> tuple[str, str] | None:
         case events.PhaseChanged(phase=phase, detail=detail):
             return "phase", phase.capitalize() + (f": {detail}" if detail else "")
         case events.Resumed(step=step, skipped=skipped):
-            ending = f"; {len(skipped)} newer checkpoints did not verify" if skipped else ""
+            ending = f"; {len(skipped)} newer checkpoints failed verification" if skipped else ""
             return "resume", f"Resumed from the checkpoint of step {step}{ending}"
         case events.Restarted(attempt=attempt, cause=cause, exit_code=code):
             return "bad", f"Worker ended with exit code {code} ({cause}); restart {attempt}"

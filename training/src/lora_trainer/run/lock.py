@@ -1,6 +1,6 @@
-"""A run's hold on its output folder: the lock.
+"""The lock of an output folder.
 
-The kernel frees the lock of processes that died, so a stale one is taken over at once.
+The kernel releases the lock of dead processes, so there are no stale locks.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ ORPHAN_SECONDS = 120.0
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[IO[str]]:
-    """Hold the output folder alone; give the lock's file, which a worker inherits.
+    """Lock the output folder; yield the lock file, which workers inherit.
 
-    An archiving that a kill interrupted is completed first, so that nobody meets half a run.
+    An interrupted archiving is completed first, so that nobody sees half a run.
 
     Raises:
         BusyError: another run holds it; its process and host are named.
@@ -55,7 +55,7 @@ def hold(folder: Path) -> Iterator[IO[str]]:
 
 
 def check_free(folder: Path) -> None:
-    """Look whether a run holds the folder, and leave it as it is.
+    """Check whether a run holds the folder, without changing it.
 
     Raises:
         BusyError: one does.
@@ -72,16 +72,16 @@ def check_free(folder: Path) -> None:
 def _busy(folder: Path, holder: str) -> BusyError:
     return BusyError(
         Problem(
-            "another run holds this output folder",
+            "another run is using this output folder",
             where=str(folder),
             why=f"its lock is held by {holder}",
-            remedy="wait for it, stop it, or give another --run_name",
+            remedy="wait for it, stop it, or use another --run_name",
         )
     )
 
 
 def is_alive(holder: str) -> bool:
-    """Tell whether the process that a lock names may be running; one elsewhere may."""
+    """Return whether the process that a lock names may be running; one elsewhere may."""
     words = holder.split()
     if len(words) != 4 or not words[1].isdigit() or words[3] != socket.gethostname():
         return True
@@ -92,7 +92,7 @@ def is_alive(holder: str) -> bool:
 
 
 def is_held(folder: Path) -> bool:
-    """Tell whether a process, as far as can be seen from here, is running the folder's run.
+    """Return whether a process, as far as can be seen from here, is running the folder's run.
 
     The lock itself is not tried: for that moment a run could not begin.
     """

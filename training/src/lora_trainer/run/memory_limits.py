@@ -1,8 +1,8 @@
-"""What a run does when memory runs out: smaller batches, then gradient checkpointing.
+"""Handle out-of-memory: smaller batches, then gradient checkpointing.
 
-The loss of a step is normalised over all of its targets, so the size of a micro-batch changes
-memory and time and no figure. What did not fit is done again in smaller pieces at the same
-step, and the smaller size is kept, also by later starts (`memory.json`). Imports no torch.
+The loss of a step is normalised over all its targets, so the micro-batch size only affects memory
+and time. The step that did not fit is repeated in smaller micro-batches, and the smaller size is
+kept for later starts, too (`memory.json`). Imports no torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..units import size
 from .events import Event, MemoryReduced, Warned
 from .folder import MEMORY
 
-START_AGAIN = "--resume never (this run is moved aside) or another --run_name"
+START_AGAIN = "--resume never (this run is archived) or another --run_name"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,7 +40,9 @@ class MemoryLimits:
         """Say where this is less than the sizes that are configured."""
         kept = []
         if 0 < self.micro_batch_examples < micro_batch_examples:
-            kept.append(f"micro-batches of {self.micro_batch_examples} not {micro_batch_examples}")
+            kept.append(
+                f"micro-batches of {self.micro_batch_examples} instead of {micro_batch_examples}"
+            )
         if 0 < self.eval_batch_examples < eval_batch_examples:
             kept.append(f"evaluation batches of {self.eval_batch_examples}")
         if self.gradient_checkpointing:
@@ -48,8 +50,8 @@ class MemoryLimits:
         if not kept:
             return ()
         return (
-            f"memory ran out earlier in this run, which keeps to {', '.join(kept)}; remove "
-            f"{MEMORY} from the output folder to try the configured sizes again",
+            f"this run was out of memory earlier and now uses {', '.join(kept)}; remove {MEMORY} "
+            "from the output folder to try the configured sizes again",
         )
 
 
@@ -160,7 +162,7 @@ def why_nothing_fits(plan: Mapping[str, Any]) -> tuple[str, str]:
     needed, limit = plan.get("least_memory_bytes", 0), plan.get("memory_limit_bytes", 0)
     why = (
         f"one example at a time with gradient checkpointing needs about {size(needed)}, and "
-        f"{size(limit)} are there"
+        f"{size(limit)} are available"
     )
     fitting = [str(one) for one in plan.get("smaller_plans", ())]
     if not fitting:
@@ -179,8 +181,8 @@ def reduction(sizes: BatchSizes, step: int, cause: str) -> list[Event]:
             cause=cause,
         ),
         Warned(
-            message=f"memory ran out at step {step + 1}; from now on {sizes.text()}, evaluation "
-            f"batches of {sizes.eval_batch_examples}: no figure changes by it ({cause})"
+            message=f"out of memory at step {step + 1}; from now on {sizes.text()}, evaluation "
+            f"batches of {sizes.eval_batch_examples}: losses do not change ({cause})"
         ),
     ]
 

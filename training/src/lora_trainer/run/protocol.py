@@ -1,4 +1,4 @@
-"""The contract between the supervisor and the worker processes that it starts."""
+"""The contract between the supervisor and its worker processes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..redaction import Redaction
 EVENTS_FD = "LORA_TRAINER_EVENTS_FD"
 # The worker's handler of this signal writes the stacks of all its threads to its log.
 STACKS_SIGNAL = signal.SIGUSR1
-# The exit code of a rank that only noticed that another one was gone.
+# The exit code of a rank that ended only because another rank was gone.
 PEER_LOST = 76
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """What the supervisor tells the worker to do."""
+    """The supervisor's instructions to a worker."""
 
     config: Config
     output_dir: Path

@@ -1,7 +1,6 @@
-"""`events.jsonl`, the recording of a run: one writer, and how everyone reads it.
+"""`events.jsonl`, the recording of a run: its writer and its reader.
 
-A killed writer leaves half a line, which is no event; a line that this version does not know is
-none either. Both are passed over.
+Lines truncated by a kill and events unknown to this version are skipped.
 """
 
 from __future__ import annotations

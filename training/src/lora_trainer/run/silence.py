@@ -1,8 +1,7 @@
-"""How long a run has made no progress, counted so that only the run can be to blame.
+"""Measure how long a run has made no progress, excluding suspended time.
 
-The monotonic clock, since the wall clock is set forward and back. A gap between two looks
-does not count either: the machine was suspended, or this process was stopped, and with it,
-most likely, the worker.
+It uses the monotonic clock, because the wall clock may be changed. Gaps between two checks do not
+count: the machine was suspended, or this process was stopped, probably with the worker.
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-# Looks come about once a second; a busy machine delays them a little.
+# Checks come about once a second, later on a busy machine.
 LONGEST_GAP_SECONDS = 3.0
 
 
 class Silence:
-    """Seconds without progress while somebody looked; read from any thread."""
+    """Seconds without progress while being checked; readable from any thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -23,11 +22,11 @@ class Silence:
         self._looked = clock()
 
     def begin(self, seconds: float = 0.0) -> None:
-        """Count from now on; so many seconds have passed already."""
+        """Start counting, from the given number of seconds."""
         self._seconds, self._looked = seconds, self._clock()
 
     def look(self) -> float:
-        """Add the time since the last look; return the seconds counted so far."""
+        """Add the time since the last check; return the seconds counted so far."""
         now = self._clock()
         self._seconds, self._looked = self._seconds + self._since(now), now
         return self._seconds

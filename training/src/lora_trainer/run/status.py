@@ -1,4 +1,4 @@
-"""What is known of a run: a pure fold over its events.
+"""The status of a run: a pure fold over its events.
 
 `fold` makes the next `RunStatus` from the last one and an event; `replay` does so for
 the lines of an `events.jsonl`, with the same result at any time. A status stays small

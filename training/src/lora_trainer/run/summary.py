@@ -60,7 +60,7 @@ class RunSummary:
 
 
 def is_run(folder: Path) -> bool:
-    """Tell whether a folder holds a run's files."""
+    """Return whether a folder holds a run's files."""
     return any((folder / name).is_file() for name in MARKS)
 
 

@@ -1,8 +1,8 @@
-"""Figures that `events.jsonl` may lack: they travel in checkpoints, and a resumed run repeats them.
+"""Metrics missing from `events.jsonl`: checkpoints carry them, and a resumed run repeats them.
 
-The worker never waits for the supervisor, which writes the recording. What is still on its way
-when both are killed is lost, while the checkpoint that was saved meanwhile counts those steps as
-done. So a checkpoint carries the figures that the recording lacks by then. Imports no torch.
+The worker never waits for the supervisor, which writes the recording. Events in flight when both
+are killed are lost, although a checkpoint may already count those steps as done. So a checkpoint
+carries the metrics that the recording does not have yet. Imports no torch.
 """
 
 from __future__ import annotations

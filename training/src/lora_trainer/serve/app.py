@@ -1,8 +1,8 @@
-"""The status server's pages: what is answered under which path.
+"""The routes of the status server.
 
-Starlette routes to `views`; `gate` stands in front. `/events` streams server-sent
-events: each stream takes what it has not had from the run's ring, so a slow client
-holds nothing back and is sent `reset` when the ring has moved on without it.
+Starlette routes requests to `responses`, behind `auth`. `/events` streams server-sent events: each
+stream reads new events from the run's ring buffer, so a slow client blocks nothing and receives
+`reset` when it has fallen behind the buffer.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Pages:
         ]
 
     async def health(self, _request: Request) -> Response:
-        """Tell whether the run is well."""
+        """Return whether the run is well."""
         view = responses.health_view(self.live, self.gauges)
         return answer(view, 200 if view["status"] == "healthy" else 503)
 
@@ -237,7 +237,7 @@ class Files:
     def _file(self, name: str) -> Response:
         file = self._files.get(name)
         if file is None:
-            raise HTTPException(404, "there is nothing here")
+            raise HTTPException(404, "not found")
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
         return Response(file(), media_type=kind)
 
@@ -301,5 +301,5 @@ def _whole(request: Request, name: str, default: int, most: int) -> int:
     if text is None:
         return default
     if not (text.isascii() and text.isdigit() and int(text[:9]) >= 1 and len(text) <= 9):
-        raise HTTPException(400, f"{name} is a whole number from 1 to {most}")
+        raise HTTPException(400, f"{name} must be a whole number from 1 to {most}")
     return min(int(text), most)

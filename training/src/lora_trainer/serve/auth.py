@@ -1,8 +1,8 @@
-"""Who may ask the status server what: method, Host, token; and the headers of every answer.
+"""Access control of the status server: method, Host, token; and the headers of every response.
 
-A page of another site can make a browser send requests here, and with a name of its own
-that it points at this address it could read the answers (DNS rebinding): names that are
-not this server's are refused. Nothing here imports a web framework.
+A page of another site can make a browser send requests here, and with a host name that resolves to
+this address it could read the answers (DNS rebinding): unknown host names are rejected. Imports no
+web framework.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ HEADERS = (
 class AccessGuard:
     """Wraps the server's application; lets through what is allowed.
 
-    Everything but /health wants the token, if there is one: as `Authorization: Bearer`,
-    or as the cookie that `/?token=` sets once. The cookie holds a digest of the token,
-    and its name the port, because browsers send cookies to all ports of a host.
+    Everything except /health requires the token, if there is one: as `Authorization: Bearer`, or as
+    the cookie that `/?token=` sets. The cookie holds a digest of the token, and its name the port,
+    because browsers send cookies to all ports of a host.
     """
 
     def __init__(self, app: App, *, names: Iterable[str], token: str, port: int) -> None:
@@ -73,11 +73,9 @@ class AccessGuard:
 
         if scope["method"] not in METHODS:
             extra = ((b"allow", b", ".join(name.encode() for name in METHODS)),)
-            await refuse(send_guarded, 405, "only GET and HEAD are answered", extra)
+            await refuse(send_guarded, 405, "only GET and HEAD are allowed", extra)
         elif not self._is_known(headers.get(b"host", ""), scope):
-            await refuse(
-                send_guarded, 421, "this host name is not served: see health_allowed_hosts"
-            )
+            await refuse(send_guarded, 421, "unknown host name: add it to health_allowed_hosts")
         elif self._token and scope["path"] != OPEN_PATH and not self._is_allowed(headers):
             await self._ask(scope, send_guarded)
         else:
@@ -113,7 +111,7 @@ class AccessGuard:
             headers = ((b"location", b"/"), (b"set-cookie", cookie.encode()))
             await refuse(send, 303, "", headers)
             return
-        text = "a token is needed: Authorization: Bearer TOKEN, or open /?token=TOKEN once"
+        text = "a token is required: send Authorization: Bearer TOKEN, or open /?token=TOKEN once"
         await refuse(send, 401, text, ((b"www-authenticate", b"Bearer"),))
 
 

@@ -1,7 +1,7 @@
-"""What this machine's memory, disk and GPUs are doing, read every few seconds.
+"""Readings of this machine's memory, disk and GPUs every few seconds.
 
-GPU facts come from NVML, so they are there before torch is; memory counts against the
-cgroup's limit where there is one. What cannot be read is None, never guessed.
+GPU values come from NVML, so they are available before torch is imported; memory is relative to the
+cgroup's limit, if there is one. What cannot be read is None, never guessed.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Gauges:
 
     @property
     def has_gpu(self) -> bool:
-        """Tell whether there is a GPU; before NVML has answered, by the driver's own files."""
+        """Return whether there is a GPU; before NVML has answered, by the driver's own files."""
         if self.latest is not None:
             return bool(self.latest.gpus)
         try:

@@ -1,9 +1,8 @@
-"""Connections that cost little whatever a client does: bounds that uvicorn leaves open.
+"""Connection limits that uvicorn does not have, so that no client can overload the server.
 
-uvicorn (0.54) limits the size of a request's head and the time that an idle connection
-is kept, but not the time a head may take, the number of connections, or how long a
-client may leave an answer unread. Each has its bound here, and a full house makes room
-by closing the connection that has waited longest without asking for anything.
+uvicorn (0.54) limits the size of request headers and the idle time of connections, but not the time
+to send headers, the number of connections, or how long a response may stay unread. Each has a limit
+here; at the maximum number of connections, the longest idle one is closed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The figures of a run for Prometheus: its text format, or OpenMetrics.
+"""The metrics of a run in Prometheus' text format or OpenMetrics.
 
 Names and units follow Prometheus' conventions: base units as suffixes (`_seconds`,
 `_bytes`, `_ratio`), `_total` for what only grows, `_info` for labels. What is not known
@@ -73,10 +73,10 @@ class Figures:
             ("healthy", "Whether /health answers 200", judged.status == "healthy"),
             (
                 "progress_age_seconds",
-                "Time since the run last got on",
+                "Time since the run last made progress",
                 judged.seconds_since_progress,
             ),
-            ("training", "Whether optimizer steps are being made", judged.is_training),
+            ("training", "Whether the run is in training", judged.is_training),
         ]
 
     def _host(self) -> list[Figure]:
@@ -84,12 +84,16 @@ class Figures:
         if host is None:
             return []
         return [
-            ("host_memory_used_bytes", "Memory in use, of the cgroup's", host.memory_used_bytes),
-            ("host_memory_limit_bytes", "Memory that may be used", host.memory_limit_bytes),
-            ("host_cpu_ratio", "Share of the processors' time in use", host.cpu_percent / 100),
-            ("disk_free_bytes", "Free room where the outputs go", host.disk_free_bytes),
-            ("disk_size_bytes", "Size of the disk of the outputs", host.disk_total_bytes),
-            ("shm_free_bytes", "Free room in /dev/shm", host.shm_free_bytes),
+            (
+                "host_memory_used_bytes",
+                "Memory in use, within the cgroup's limit",
+                host.memory_used_bytes,
+            ),
+            ("host_memory_limit_bytes", "Memory limit", host.memory_limit_bytes),
+            ("host_cpu_ratio", "CPU utilization", host.cpu_percent / 100),
+            ("disk_free_bytes", "Free disk space for outputs", host.disk_free_bytes),
+            ("disk_size_bytes", "Size of the output disk", host.disk_total_bytes),
+            ("shm_free_bytes", "Free space in /dev/shm", host.shm_free_bytes),
             ("shm_size_bytes", "Size of /dev/shm", host.shm_total_bytes),
         ]
 
@@ -100,7 +104,7 @@ class Figures:
             ("gpu_memory_size_bytes", "GPU memory", lambda gpu: gpu.memory_total_bytes),
             (
                 "gpu_utilization_ratio",
-                "Share of time in which the GPU computed",
+                "GPU utilization",
                 lambda gpu: _ratio(gpu.utilization_percent),
             ),
             ("gpu_temperature_celsius", "GPU temperature", lambda gpu: gpu.temperature_celsius),
@@ -149,11 +153,11 @@ def _infos(status: RunStatus) -> Iterator[Metric]:
         "config_digest": status.config_digest,
         "version": __version__,
     }
-    yield InfoMetricFamily(f"{PREFIX}_run", "Which run this is", run)
+    yield InfoMetricFamily(f"{PREFIX}_run", "Run name and version", run)
     if status.plan:
         keys = ("device", "precision", "attention")
         plan = {key: str(status.plan.get(key, "")) for key in keys}
-        yield InfoMetricFamily(f"{PREFIX}_plan", "How it is computed", plan)
+        yield InfoMetricFamily(f"{PREFIX}_plan", "Device, precision and attention", plan)
 
 
 def _gauges(figures: Iterable[Figure]) -> Iterator[Metric]:
@@ -165,14 +169,18 @@ def _gauges(figures: Iterable[Figure]) -> Iterator[Metric]:
 def _run(status: RunStatus, is_running: bool) -> list[Figure]:
     fraction = status.step / status.total_steps if status.total_steps else None
     return [
-        ("running", "Whether the run was started and is not over", is_running),
-        ("start_time_seconds", "When the run began, since the epoch", status.started_time),
-        ("elapsed_seconds", "Time that the run has taken", status.elapsed_seconds),
-        ("remaining_seconds", "Time that the run will still take", status.eta_seconds),
-        ("exit_code", "How the run ended", status.exit_code),
-        ("step", "Optimizer steps that stand; fewer after a resume", status.step),
-        ("planned_steps", "Optimizer steps of the whole run", status.total_steps or None),
-        ("progress_ratio", "Share of the steps that is done", fraction),
+        ("running", "Whether the run is in progress", is_running),
+        (
+            "start_time_seconds",
+            "Start time of the run, in seconds since the epoch",
+            status.started_time,
+        ),
+        ("elapsed_seconds", "Elapsed time of the run", status.elapsed_seconds),
+        ("remaining_seconds", "Estimated time left", status.eta_seconds),
+        ("exit_code", "Exit code of the run", status.exit_code),
+        ("step", "Completed optimizer steps; may decrease after a resume", status.step),
+        ("planned_steps", "Planned optimizer steps", status.total_steps or None),
+        ("progress_ratio", "Fraction of the steps completed", fraction),
         (
             "checkpoint_age_seconds",
             "Time since the newest checkpoint was saved",
@@ -186,18 +194,18 @@ def _training(status: RunStatus) -> list[Figure]:
     if (step := status.latest) is not None:
         figures += [
             ("epoch", "Passes over the data", step.epoch),
-            ("loss", "Loss of the last step, per trained token", step.loss),
+            ("loss", "Loss of the last step, per supervised token", step.loss),
             ("learning_rate", "Learning rate of the last step", step.learning_rate),
             ("gradient_norm", "Norm of the gradient before clipping", step.grad_norm),
             ("step_duration_seconds", "Duration of the last step", step.step_seconds),
-            ("tokens_per_second", "Recent speed, trained or not", status.tokens_per_second),
+            ("tokens_per_second", "Recent speed, all tokens", status.tokens_per_second),
             ("worker_memory_bytes", "Memory of the worker at the last step", step.memory_bytes),
             ("worker_gpu_memory_bytes", "GPU memory of the worker", step.gpu_memory_bytes),
-            ("worker_memory_peak_bytes", "Most of it so far", status.peak_memory_bytes),
-            ("worker_gpu_memory_peak_bytes", "Most of it so far", status.peak_gpu_memory_bytes),
+            ("worker_memory_peak_bytes", "Peak so far", status.peak_memory_bytes),
+            ("worker_gpu_memory_peak_bytes", "Peak so far", status.peak_gpu_memory_bytes),
         ]
         if step.loss_scale:
-            figures.append(("loss_scale", "Multiple of the loss in float16", step.loss_scale))
+            figures.append(("loss_scale", "Loss scale in float16", step.loss_scale))
     if (held_out := status.last_eval) is not None:
         figures += [
             ("eval_loss", "Held-out loss", held_out.eval_loss),
@@ -211,16 +219,16 @@ def _training(status: RunStatus) -> list[Figure]:
         figures += [
             ("checkpoint_step", "Step of the newest checkpoint", saved.step),
             ("checkpoint_size_bytes", "Size of the newest checkpoint", saved.bytes),
-            ("checkpoint_duration_seconds", "Time that saving it took", saved.seconds),
+            ("checkpoint_duration_seconds", "Time to save it", saved.seconds),
         ]
     return figures
 
 
 def _ranks(status: RunStatus) -> Iterator[Metric]:
     columns = [
-        ("rank_tokens_per_second", "Speed of one of several processes, waiting left out"),
-        ("rank_memory_bytes", "Memory of one of several processes"),
-        ("rank_gpu_memory_bytes", "GPU memory of one of several processes"),
+        ("rank_tokens_per_second", "Speed of one process, without waiting"),
+        ("rank_memory_bytes", "Memory of one process"),
+        ("rank_gpu_memory_bytes", "GPU memory of one process"),
     ]
     for name, text in columns if status.ranks else ():
         family = GaugeMetricFamily(f"{PREFIX}_{name}", text, labels=["rank"])
@@ -236,10 +244,10 @@ def _ranks(status: RunStatus) -> Iterator[Metric]:
 def _counts(status: RunStatus) -> list[tuple[str, str, float]]:
     skipped = status.latest.skipped_steps if status.latest else 0
     return [
-        ("step_seconds", "Time spent in steps, repeated ones too", status.stepped_seconds),
-        ("tokens", "Tokens computed, repeated ones too", status.stepped_tokens),
+        ("step_seconds", "Time spent in steps, including repeated ones", status.stepped_seconds),
+        ("tokens", "Tokens processed, including repeated ones", status.stepped_tokens),
         ("skipped_steps", "Steps repeated at a lower loss scale (float16)", skipped),
-        ("restarts", "Workers that had to be started again", len(status.restarts)),
+        ("restarts", "Worker restarts", len(status.restarts)),
         ("warnings", "Warnings given", sum(warning.count for warning in status.warnings)),
     ]
 

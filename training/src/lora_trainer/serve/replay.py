@@ -1,7 +1,7 @@
 """Serves recorded runs, finished or still going on, from their output folders alone.
 
-Reads `events.jsonl`, follows it while another process writes it, and answers under the
-same addresses as that process would. Writes nothing into the folder and takes no lock.
+Reads and follows `events.jsonl`, and offers the same endpoints as the run's own server. Writes
+nothing to the folder and takes no lock.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def view(
     runs = run_folders(folder)
     if not runs:
         raise ConfigError.of(
-            "there is no run to show",
+            "no run to show",
             where=str(folder),
             why=f"neither it nor a folder in it has an {EVENTS}",
-            remedy="name the folder that holds a run's events.jsonl, or one with runs in it",
+            remedy="use a folder that contains a run's events.jsonl, or one with runs in it",
         )
     token = read_token(token_file)
     live = RunState(Redaction.of(os.environ, token), stall_timeout_seconds(folder))
@@ -78,7 +78,7 @@ def view(
         if is_single:
             _follow(EventFollower(folder, live), server.url, ended, say)
         else:
-            say(f"dashboard of {len(runs)} runs: {server.url}  (Ctrl-C ends it)")
+            say(f"dashboard of {len(runs)} runs: {server.url}  (stop with Ctrl-C)")
             ended.wait()
     finally:
         server.stop()
@@ -90,8 +90,8 @@ def _follow(
     """Take up what is recorded until the end."""
     recording.read()
     if (own := own_address(recording.folder)) and not recording.live.is_abandoned:
-        say(f"the run serves itself at {own}")
-    say(f"dashboard: {url}  (Ctrl-C ends it)")
+        say(f"the run has its own server at {own}")
+    say(f"dashboard: {url}  (stop with Ctrl-C)")
     while not ended.wait(FOLLOW_SECONDS):
         recording.read()
 

@@ -1,4 +1,4 @@
-"""What the server answers: a run's status, figures and series as plain values for JSON."""
+"""The server's responses: a run's status, metrics and series as JSON values."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""One run as others see it while it goes on: its status, its history, its newest events.
+"""The state of one live run, shared between threads: status, history, newest events.
 
-The supervisor adds events from its thread; the server's thread reads. Adding never waits
-for a reader: an event is folded, encoded once, and put into a bounded ring, from which
-each stream takes what it has not had. A client too slow for the ring is sent `reset`.
+The supervisor adds events in its thread; the server's thread reads. Adding never waits for a
+reader: an event is folded, encoded once, and put into a bounded ring buffer, from which each stream
+reads what it has not sent yet. A client too slow for the buffer receives `reset`.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class RunState:
         now = (self.status.progress_time or 0.0) + self.silence.seconds
         judged = health(self.status, now, self._stall_timeout_seconds, self.free_disk_bytes())
         if self.is_abandoned and not self.status.is_over:
-            reason = "the run's process is gone without having ended it"
+            reason = "the run's process died without recording an end"
             return Health("unhealthy", reason, judged.seconds_since_progress, False, AGAIN)
         return judged
 

@@ -1,7 +1,7 @@
-"""Serves a run's truth over HTTP from a thread of its own: bind, answer, stop.
+"""The HTTP server of a run, in a thread of its own: bind, serve, stop.
 
-The socket is bound and listening when `start` returns; the web framework is imported
-by the thread, and whoever asks in the meantime is answered as soon as it is there.
+The socket is bound and listening when `start` returns; the thread then imports the web framework,
+and requests queue until it is ready.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def read_token(path: str | None) -> str:
     else:
         if len(token.split()) == 1 and len(token) >= LEAST_TOKEN:
             return token
-        why = f"a token is one word of {LEAST_TOKEN} characters at least"
+        why = f"a token must be a single word of at least {LEAST_TOKEN} characters"
     raise ConfigError.of(
         "the status server's token cannot be used", where=f"health_token_file {path}", why=why,
         remedy=f"openssl rand -hex 32 > {path}",
@@ -213,7 +213,7 @@ def bind(host: str, port: int) -> socket.socket:
         )[0]
     except OSError as error:
         raise ConfigError.of(
-            "the status server's address is not one of this machine",
+            "the status server's address does not belong to this machine",
             where=f"health_host {host}", why=error.strerror or str(error),
             remedy="--health_host 127.0.0.1",
         ) from None  # fmt: skip
@@ -227,18 +227,18 @@ def bind(host: str, port: int) -> socket.socket:
         bound.close()
         if error.errno == errno.EADDRINUSE:
             raise UnavailableError.of(
-                "the status server's port is taken", where=where,
-                why=f"{owner_of(port)} listens there",
-                remedy="--health_port 0 picks a free one; or stop the other process",
+                "the status server's port is in use", where=where,
+                why=f"{owner_of(port)} is listening on it",
+                remedy="--health_port 0 (picks a free port), or stop the other process",
             ) from None  # fmt: skip
         if error.errno in (errno.EACCES, errno.EPERM):
             raise AccessError.of(
-                "the status server's port may not be used", where=where,
-                why=f"{error.strerror}: ports under 1024 are the system's",
+                "no permission to use the status server's port", where=where,
+                why=f"{error.strerror}: ports under 1024 are reserved for root",
                 remedy="--health_port 8080",
             ) from None  # fmt: skip
         raise ConfigError.of(
-            "the status server cannot be bound", where=where,
+            "the status server cannot start", where=where,
             why=error.strerror or str(error), remedy="--health_host 127.0.0.1",
         ) from None  # fmt: skip
     return bound

@@ -1,7 +1,7 @@
-"""The run that an output folder holds already, and what a start makes of it.
+"""Compare a start with the run that is already in its output folder.
 
-Reads, never writes, and needs no torch: the preflight asks the same as the start itself.
-The worker compares the rest (base model, rows) before it continues from a checkpoint.
+Reads only, so that the preflight makes the same decision as the start. The worker compares the rest
+(base model, rows) before it resumes from a checkpoint. Imports no torch.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ NAMED_DATA = ("dataset", "eval_dataset", "chat_template")
 # With another value of these, an adapter cannot be trained further.
 NEW_ADAPTER_KEYS = (
     "model_name_or_path",
-    "the weights in the folder of model_name_or_path",
+    "the weights in the model_name_or_path folder",
     *(leaf for _, leaf in SHAPE_KEYS),
 )
-ASIDE = "--on_finished archive moves the finished run aside first"
-AGAIN = "--resume never starts again (the old run is moved aside, not removed)"
+ASIDE = "--on_finished archive archives the finished run first"
+AGAIN = "--resume never starts over (the old run is archived, not removed)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +137,13 @@ class Length:
         kind = config.training.lr_scheduler_type
         if kind != "constant" and total != before:
             why = (
-                f"with lr_scheduler_type {kind} every learning rate follows from the number of "
-                f"steps: the first {done} of {total} steps have others than those of {before}; "
-                "a constant schedule can be continued"
+                f"with lr_scheduler_type {kind} learning rates depend on the number of steps: the "
+                f"first {done} of {total} steps would differ from those of {before}; only a "
+                "constant schedule can be continued"
             )
         elif warmup != warmup_before:
             why = (
-                f"the warmup would have {warmup} steps, and had {warmup_before}; "
+                f"the warmup would have {warmup} steps instead of {warmup_before}; "
                 f"--warmup_steps {warmup_before} keeps it"
             )
         else:
@@ -152,7 +152,7 @@ class Length:
 
 
 def has_traces(folder: Path) -> bool:
-    """Tell whether a run was in the folder."""
+    """Return whether a run was in the folder."""
     return any((folder / name).exists() for name in TRACES)
 
 
@@ -166,16 +166,16 @@ def judge(folder: Path, settings: Settings) -> Verdict:
     start = settings.config.lora.adapter_name_or_path
     if verdict.does == "move aside" and start and _is_moved(Path(start), folder):
         raise ConfigError.of(
-            "the adapter to start from would be moved aside with the run that is here",
+            "the adapter to start from would be archived with the earlier run",
             where=f"adapter_name_or_path: {start}",
-            why=f"it lies in {folder}, the folder that this run is to have",
-            remedy="--run_name NEW_NAME trains beside it",
+            why=f"it is in {folder}, the output folder of this run",
+            remedy="--run_name NEW_NAME trains in a folder beside it",
         )
     return verdict
 
 
 def _is_moved(start: Path, folder: Path) -> bool:
-    """Tell whether a path is the run in the folder, or within that run's files."""
+    """Return whether a path is the run in the folder, or within that run's files."""
     if not start.resolve().is_relative_to(folder.resolve()):
         return False
     inside = start.resolve().relative_to(folder.resolve()).parts
@@ -200,10 +200,10 @@ def _judge_unfinished(earlier: Earlier, settings: Settings) -> Verdict:
     config = settings.config
     if earlier.is_earlier_form and earlier.steps:
         raise ConfigError.of(
-            "the output folder holds an unfinished run of an earlier version",
+            "the output folder contains an unfinished run of an earlier version",
             where=str(earlier.folder),
-            why=f"its {DIGEST} names paths; by now a run is known by the content of its inputs",
-            remedy=f"finish it with the version that began it; {_options(earlier)}",
+            why=f"its {DIGEST} identifies inputs by path; this version identifies them by content",
+            remedy=f"finish it with the version that started it; {_options(earlier)}",
         )
     notes = [f"{earlier.why_no_mark}; the run is known by its checkpoints"]
     if not earlier.steps:
@@ -214,7 +214,7 @@ def _judge_unfinished(earlier: Earlier, settings: Settings) -> Verdict:
     if earlier.known is not None and earlier.known != mark_of(config):
         changes = _config_changes(earlier, config)
         raise ConfigError.of(
-            "the output folder holds an unfinished run with another configuration",
+            "the output folder contains an unfinished run with another configuration",
             where=str(earlier.folder),
             why=f"changed since: {', '.join(changes)}",
             remedy=f"undo the change to resume; {_options(earlier, changes)}",
@@ -222,7 +222,7 @@ def _judge_unfinished(earlier: Earlier, settings: Settings) -> Verdict:
     length = Length.of(earlier, config)
     if length.is_changed and length.why_not and earlier.planned("total_steps"):
         raise ConfigError.of(
-            "the unfinished run cannot be continued to another length",
+            "the unfinished run cannot be resumed with another length",
             where=str(earlier.folder),
             why=f"{length.change}: {length.why_not}",
             remedy=f"undo the change to resume; {_options(earlier)}",
@@ -235,7 +235,7 @@ def _judge_finished(earlier: Earlier, settings: Settings) -> Verdict:
     changes = _finished_changes(earlier, config)
     if changes:
         raise ConfigError.of(
-            "the output folder holds a finished run with another configuration",
+            "the output folder contains a finished run with another configuration",
             where=str(earlier.folder),
             why=f"changed since: {', '.join(changes)}",
             remedy=_options(earlier, changes),
@@ -249,7 +249,7 @@ def _judge_finished(earlier: Earlier, settings: Settings) -> Verdict:
     if not why and config.output.resume == "never":
         why = "resume is never"
     if not why and not earlier.steps:
-        why = "no checkpoint of it is left to continue from"
+        why = "it has no checkpoint to continue from"
     if why:
         raise ConfigError.of(
             "the finished run cannot be continued to another length",
@@ -258,7 +258,7 @@ def _judge_finished(earlier: Earlier, settings: Settings) -> Verdict:
             remedy=_options(earlier),
         )
     continued = f"the finished run is continued ({length.change})"
-    until_then = f"{FINAL} holds the shorter run's adapter until it has ended"
+    until_then = f"{FINAL} contains the shorter run's adapter until then"
     return Verdict("go on", (f"{continued}; {until_then}", *_mark_note(earlier)))
 
 
@@ -282,7 +282,7 @@ def _base_changes(earlier: Earlier, config: Config) -> list[str]:
         return renamed
     if content() == earlier.newest.base:
         return []
-    return renamed or ["the weights in the folder of model_name_or_path"]
+    return renamed or ["the weights in the model_name_or_path folder"]
 
 
 def mark_of(config: Config) -> Mark:
@@ -309,28 +309,31 @@ def _config_changes(earlier: Earlier, config: Config) -> list[str]:
     return [
         "the weights of the adapter in adapter_name_or_path"
         if is_same_config
-        else "a key or default that another version of the trainer has"
+        else "a key or default of another version of the trainer"
     ]
 
 
 def _options(earlier: Earlier, changes: Sequence[str] = ()) -> str:
     """Return what can be done, and how to keep what was trained where the adapter fits still."""
-    options = f"--run_name NEW_NAME trains beside it; {ASIDE if earlier.is_finished else AGAIN}"
+    options = (
+        "--run_name NEW_NAME trains in a folder beside it; "
+        f"{ASIDE if earlier.is_finished else AGAIN}"
+    )
     fits = not any(one.startswith(f"{leaf}:") for one in changes for leaf in NEW_ADAPTER_KEYS)
     if not fits or not (earlier.steps or (earlier.folder / FINAL).is_dir()):
         return options
     start = earlier.folder / FINAL if (earlier.folder / FINAL).is_dir() else earlier.folder
     return (
-        f"{options}; --adapter_name_or_path {shlex.quote(str(start))} --run_name NEW_NAME keeps "
-        "what was trained and goes on with the new configuration"
+        f"{options}; --adapter_name_or_path {shlex.quote(str(start))} --run_name NEW_NAME "
+        "continues from its adapter with the new configuration"
     )
 
 
 def _finished_note(earlier: Earlier) -> str:
     return (
-        f"this run is finished: its adapter is in {earlier.folder / FINAL}, its report is "
-        f"{earlier.folder / 'report.html'}. To train again: --run_name NEW_NAME trains beside "
-        f"it; {ASIDE}"
+        f"this run is already finished: its adapter is in {earlier.folder / FINAL}, its report is "
+        f"{earlier.folder / 'report.html'}. To train again: --run_name NEW_NAME trains in a "
+        f"folder beside it; {ASIDE}"
     )
 
 

@@ -27,7 +27,7 @@ from ..run.protocol import PEER_LOST
 from ..run.results import refusal, results_of, write_results
 from ..run.status import RunStatus, fold
 
-# These exit codes mean the same again on a second try.
+# A retry would end with the same of these exit codes.
 FINAL_CODES = frozenset({0, 65, 69, 74, 75, 77, 78, 137, 143})
 
 
@@ -54,14 +54,14 @@ def saved_step(output_dir: Path) -> int:
 
 
 def is_recorded_at_once(failure: Failed) -> bool:
-    """Tell whether a failure is final as it is: no second try, no numbers of a plan to add."""
+    """Return whether a failure is final: no retry, and no plan figures to add."""
     return not failure.retry and failure.exit_code != MemoryKilledError.exit_code
 
 
 def failure_in_log(code: int, log: Path, begin: int) -> Failed | None:
-    """Return the failure that the last words of a worker that died without a report tell of.
+    """Return the failure behind the last log lines of a worker that died without a report.
 
-    Native libraries end the process themselves where they get no memory, or no thread.
+    Native libraries abort the process if they get no memory or no thread.
     """
     if code in (0, 143, -signal.SIGKILL, PEER_LOST):
         return None
@@ -79,7 +79,7 @@ def failure_in_log(code: int, log: Path, begin: int) -> Failed | None:
 
 
 def failed(failure: Failed, status: RunStatus) -> TrainerError:
-    """Return the error that the worker reported; of memory, with the plan that would fit."""
+    """Return the error that the worker reported; if out of memory, with a plan that fits."""
     problems = [Problem(**problem) for problem in failure.problems]
     if failure.exit_code == MemoryKilledError.exit_code and status.plan:
         why, remedy = why_nothing_fits(status.plan)
@@ -88,25 +88,25 @@ def failed(failure: Failed, status: RunStatus) -> TrainerError:
 
 
 def stopped(status: RunStatus, output_dir: Path) -> TrainerError:
-    """Return the error of a run that a signal stopped; it names the steps that are lost."""
+    """Return the error of a run stopped by a signal; it states the lost steps."""
     done, saved = status.step, saved_step(output_dir)
     why = "received a stop signal before the first step"
     if done > saved:
         steps = f"step {done} is" if done == saved + 1 else f"steps {saved + 1} to {done} are"
         latest = f"the latest checkpoint is of step {saved}" if saved else "there is no checkpoint"
-        why = f"received a stop signal; {steps} lost and will be repeated: {latest}"
+        why = f"received a stop signal; {steps} not saved and will be repeated: {latest}"
     elif saved:
         why = f"received a stop signal; progress is saved in the checkpoint of step {saved}"
     return StoppedError.of(
         f"stopped at step {done}" if done else "stopped",
         where=str(output_dir),
         why=why,
-        remedy="start the same command again: it resumes by itself",
+        remedy="run the same command again: it resumes by itself",
     )
 
 
 def given_up(end: WorkerEnd, status: RunStatus, output_dir: Path, why: str) -> TrainerError:
-    """Return the error of a worker that ended by itself and is not started again."""
+    """Return the error of a worker that ended by itself and is not restarted."""
     is_killed = end.code in (137, -signal.SIGKILL)
     if end.is_out_of_memory and status.plan:
         numbers, remedy = why_nothing_fits(status.plan)
@@ -116,7 +116,7 @@ def given_up(end: WorkerEnd, status: RunStatus, output_dir: Path, why: str) -> T
     return (MemoryKilledError if is_killed else InternalError).of(
         f"the worker {end.cause}",
         where=f"step {status.step}",
-        why=why or "it reported no reason",
+        why=why or "it did not report a reason",
         remedy=f"see {output_dir / LOG}; lower per_device_train_batch_size or "
         "max_seq_length if memory is short; start again to resume",
     )

@@ -1,8 +1,8 @@
-"""The process between the worker's output and train.log: strikes secrets out.
+"""The process between the worker's output and train.log, which redacts secrets.
 
-Libraries print what they like, tokens among it. A process of its own, because the log must
-go on while the supervisor is stopped or gone and the worker saves and ends. It never holds
-the worker up: what the disk does not take is lost.
+Library output may contain tokens. It is a separate process, because logging must continue while the
+supervisor is stopped or gone and the worker saves and ends. It never blocks the worker: what cannot
+be written to disk is lost.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ PATIENCE_SECONDS = 5.0  # after the worker's end; a child of it may hold its out
 def open_log(
     path: Path, redaction: Redaction, warn: Callable[[str], None] = lambda _: None
 ) -> Iterator[int]:
-    """Give a descriptor; what is written to it, by any process, is appended to the log.
+    """Yield a descriptor; whatever any process writes to it is appended to the log.
 
-    A log that cannot be written costs what would be in it, and a warning.
+    If the log cannot be written, its content is lost with a warning.
     """
     reading, writing = os.pipe()
     own = str(Path(__file__).resolve().parents[2])
@@ -53,7 +53,7 @@ def open_log(
         os.close(writing)
     with contextlib.suppress(subprocess.TimeoutExpired):
         if process.wait(PATIENCE_SECONDS) == LOST:
-            warn(f"{path.name} is not whole: the disk did not take it")
+            warn(f"{path.name} is incomplete: writing to disk failed")
 
 
 def _opened(path: Path, warn: Callable[[str], None]) -> IO[bytes]:
@@ -65,7 +65,7 @@ def _opened(path: Path, warn: Callable[[str], None]) -> IO[bytes]:
 
 
 def copy(reading: int, writing: int, redaction: Redaction) -> bool:
-    """Copy line by line until nobody writes any more; tell whether all was taken."""
+    """Copy line by line until end of input; return whether everything was written."""
     half, is_whole = b"", True
     while data := os.read(reading, READ_BYTES):
         whole, newline, half = (half + data).rpartition(b"\n")

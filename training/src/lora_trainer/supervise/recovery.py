@@ -1,7 +1,6 @@
-"""Faults that a second try may avoid: whether a worker that ended for one is started again.
+"""Decide whether to restart a worker after an error that a retry may avoid.
 
-These restarts are no crashes: they do not count against `max_restarts`, and each kind has a
-bound of its own. Imports no torch.
+These restarts do not count against `max_restarts`; each kind has its own limit. Imports no torch.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ BATCHED_PHASES = ("training", "saving", "evaluating")
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Why a worker is started again, and what is to be known of it first."""
+    """Why a worker is restarted, and the events to record before."""
 
     cause: str
     events: Sequence[Event] = ()
 
 
 class Recovery:
-    """What was tried so far in this run; asked each time that a worker ends."""
+    """The retries so far in this run; consulted whenever a worker ends."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._not_finite_step = -1
 
     def after(self, end: WorkerEnd, status: RunStatus) -> Retry | None:
-        """Return how the worker is started again; None where the usual rules decide."""
+        """Return how to restart the worker; None if the usual limits decide."""
         if end.is_out_of_memory:
             return self._after_memory(end, status)
         if end.failure is not None and end.failure.retry == NotFiniteError.KIND:
@@ -44,14 +43,14 @@ class Recovery:
         return None
 
     def _after_not_finite(self, failure: Failed) -> Retry | None:
-        """Try each step once more; one that fails again, or an earlier one, is final."""
+        """Retry each step once; a failure at the same or an earlier step is final."""
         if failure.step <= self._not_finite_step:
             return None
         self._not_finite_step = failure.step
-        return Retry(f"{failure.problems[0]['what']}; tried once more from the last checkpoint")
+        return Retry(f"{failure.problems[0]['what']}; retrying once from the last checkpoint")
 
     def _after_memory(self, end: WorkerEnd, status: RunStatus) -> Retry | None:
-        """Go on with smaller batches as long as there are any; that bounds the tries."""
+        """Continue with smaller batches while there are any, which limits the retries."""
         sizes = sizes_of(status.plan)
         if sizes is None or status.phase not in BATCHED_PHASES:
             return None
@@ -60,6 +59,6 @@ class Recovery:
             return None
         write_limits(self.folder, smaller.limits)
         return Retry(
-            f"{end.cause}; goes on with {smaller.text()}",
+            f"{end.cause}; continuing with {smaller.text()}",
             reduction(smaller, status.step, end.cause),
         )

@@ -1,4 +1,4 @@
-"""How often a worker that ended without finishing is started again."""
+"""Limit the restarts of crashed workers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ RENEWING_STEPS = 10
 class Restarts:
     """The restarts of one run, at most `limit` of them without progress in between.
 
-    Progress is `RENEWING_STEPS` steps, or a checkpoint, beyond where a worker has ended
-    before: it makes the count start again. A worker that ends where the one before it did
-    will do so a third time, whatever the count.
+    Progress means `RENEWING_STEPS` steps, or a checkpoint, beyond the point where a worker ended
+    before; it resets the count. A worker that ends at the same step as the previous one is not
+    restarted, whatever the count.
     """
 
     def __init__(self, limit: int) -> None:
@@ -23,12 +23,12 @@ class Restarts:
         self._furthest = 0
 
     def refusal(self, status: RunStatus) -> str:
-        """Return why a worker that ended at this status is not started again, or nothing."""
+        """Return why a worker that ended at this status is not restarted, or an empty string."""
         position = (status.step, status.steps_in_attempt > 0)
         if position == self._position:
             return f"it ended at step {status.step} twice in a row"
         if self._used_at(status) >= self.limit:
-            return f"restarting did not help ({self.limit} allowed without progress)"
+            return f"it was restarted {self.limit} times without progress"
         return ""
 
     def take(self, status: RunStatus) -> int:
@@ -40,7 +40,7 @@ class Restarts:
         return self.attempt
 
     def spare(self) -> int:
-        """Count a restart that no crash is the cause of (see `recovery`); return its number."""
+        """Count a restart without a crash (see `recovery`); return its number."""
         self.attempt += 1
         return self.attempt
 

@@ -1,8 +1,8 @@
 """Starts, watches, restarts and stops the worker; owns the lock, events.jsonl and the exit code.
 
-Imports no torch: it must speak from the first moment and outlive every fault of the
-worker. Signals reach it alone; it passes them on once, and the worker, in a session of
-its own, ends at the next step boundary with a saved checkpoint.
+Imports no torch: it must respond from the first moment and outlive every failure of the worker.
+Only the supervisor receives signals; it forwards them once, and the worker, in a session of its
+own, saves a checkpoint at the next step boundary and ends.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Supervisor:
                 self._notes = [*verdict.notes]
                 if verdict.does == "move aside":
                     aside = archive(self.output_dir)
-                    self._notes.append(f"the run that was here is now in {aside}")
+                    self._notes.append(f"the earlier run was moved to {aside}")
                 # Until this start has ended, only events.jsonl is true of the run.
                 (self.output_dir / RESULTS).unlink(missing_ok=True)
                 redacted = self.redaction.value(self.settings.redacted())
@@ -197,13 +197,13 @@ class Supervisor:
             server.stop()
 
     def _linger(self) -> None:
-        """Go on answering after the end for as long as asked, or until a signal comes."""
+        """Keep serving after the end for `health_linger_seconds`, or until a signal arrives."""
         until = time.monotonic() + self.config.monitoring.health_linger_seconds
         while time.monotonic() < until and not self._signals:
             time.sleep(0.1)
 
     def _restart_loop(self) -> int:
-        """Start the worker until it finishes, fails for good, or uses up its restarts."""
+        """Run workers until one finishes or, after a crash or stall, may not be restarted."""
         restarts = Restarts(self.config.monitoring.max_restarts)
         recovery = Recovery(self.output_dir)
         while True:
@@ -244,10 +244,10 @@ class Supervisor:
             self.record(Restarted(attempt=attempt, cause=end.cause, exit_code=end.code))
 
     def _one_attempt(self) -> WorkerEnd:
-        """Run one worker to its end; return how it ended.
+        """Run one worker to its end; return how it ended (`STALLED` if the watchdog killed it).
 
-        The worker inherits the lock: should this process be killed alone, no other run
-        begins before the worker has noticed, saved and ended.
+        The worker inherits the lock: if only this process is killed, no other run starts before the
+        worker has noticed, saved and ended.
         """
         assert self._lock_file is not None
         reading, writing = os.pipe()
@@ -269,7 +269,7 @@ class Supervisor:
                 environment={EVENTS_FD: str(writing)},
             )
             os.close(writing)
-            if self._signals:  # one that came before there was a worker to pass it to
+            if self._signals:  # received before there was a worker to forward it to
                 worker.send_signal(signal.SIGTERM)
             watch = Watchdog(
                 worker.pids,
@@ -284,7 +284,7 @@ class Supervisor:
             and (failure := endings.failure_in_log(code, log_file, log_bytes))
         ):
             self.record(failure) if endings.is_recorded_at_once(failure) else None
-        # Once it has said why it gives up, a second fault while it ends changes nothing.
+        # After a reported failure, a second error while the worker ends is ignored.
         if failure is not None:
             is_memory = failure.retry == MemoryKilledError.KIND
             return WorkerEnd(failure.exit_code, failure.problems[0]["what"], failure, is_memory)
@@ -294,9 +294,9 @@ class Supervisor:
         return WorkerEnd(STALLED if stall else code, stall or f"{worker.fallen}{cause_of(code)}")
 
     def _read_events(self, reading: int, watch: Watchdog) -> tuple[Failed | None, str]:
-        """Take up what the worker says until it has ended; look after it in between.
+        """Record the worker's events until it has ended, and check it about once a second.
 
-        Returns how it failed, if it said so, and its stall, if it was ended for one.
+        Returns its failure, if it reported one, and its stall, if it was killed for one.
         """
         failure: Failed | None = None
         stall, torn = "", b""
@@ -311,7 +311,7 @@ class Supervisor:
                     *lines, torn = (torn + heard).split(b"\n")
                     events = filter(None, map(parse_line, map(_decoded, lines)))
                     for event in map(self.redaction.event, events):
-                        # Ranks that fail alike all say so: once is enough.
+                        # All ranks may report the same failure: once is enough.
                         if not isinstance(event, Failed):
                             self.record(event)
                         elif not failure:
@@ -323,16 +323,19 @@ class Supervisor:
                     stall = stall or self._check(watch)
 
     def _check(self, watch: Watchdog) -> str:
-        """Tell of what is wrong with a worker that lives; end it if it is stalled, and say so."""
+        """Warn about shortages; log the stacks of a stalled worker, kill it and return why."""
         for warning in watch.warnings(self.status):
             self.record(Warned(message=warning))
         stall = watch.stall(self.status, self.live.silence.look())
         if stall:
             self.record(
-                Warned(message=f"the worker {stall}; its stacks go to {LOG}, then it is ended")
+                Warned(
+                    message=f"the worker {stall}; its stack traces are written to {LOG}, then it "
+                    "is ended"
+                )
             )
             if not watch.record_stacks():
-                self.record(Warned(message="the stalled worker wrote no stacks"))
+                self.record(Warned(message="the stalled worker wrote no stack traces"))
             watch.end()
         return stall
 
@@ -372,10 +375,14 @@ class Supervisor:
         """Return what the user should know before the worker begins."""
         warnings = [*self._notes]
         if self.redaction.text(str(self.output_dir)) != str(self.output_dir):
-            warnings.append("the output folder's name holds a secret, shown as ***: choose another")
+            warnings.append(
+                "the output folder's name contains a secret, shown as ***: choose another name"
+            )
         if skipped := self.live.lines_skipped:
             lines = "1 line" if skipped == 1 else f"{skipped} lines"
-            warnings.append(f"{lines} of {EVENTS} skipped: no event, or a field of another type")
+            warnings.append(
+                f"{lines} of {EVENTS} skipped: not an event, or a field has the wrong type"
+            )
         return [*warnings, *self.settings.warnings]
 
     def _leave_results(self) -> None:

@@ -1,8 +1,8 @@
-"""Looks after the worker, all its ranks, between its events: stall, memory and disk.
+"""Watch the worker and all its ranks for stalls, and warn about memory and disk.
 
-A stall is no progress for longer than `health.stall_timeout` allows. The stacks of all
-threads then go to the worker's log, so that what hung can be seen afterwards, and the
-worker is ended. Memory and disk are reported once, before they end a run.
+A stall is no progress for longer than `health.stall_timeout`. The stack traces of all threads are
+then written to the worker's log, the worker is killed, and the supervisor restarts it. Memory and
+disk shortages are reported once, before they end a run.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ..run.status import RunStatus
 from ..serve.gauges import memory_bytes
 from ..units import size
 
-STACKS_SECONDS = 5.0  # the longest that is waited for them, a second or more for each rank
-QUIET_LOG_SECONDS = 0.5  # a log that has not grown for so long has them all
-HIGH_MEMORY = 0.95  # share of the machine's or the cgroup's that is worth a warning
-# The kernel, short of memory, takes the process with the highest score: the worker, which
-# is started again, before the supervisor, which knows why it ended.
+STACKS_SECONDS = 5.0  # longest wait for the stacks, at least a second per rank
+QUIET_LOG_SECONDS = 0.5  # the stacks are complete when the log has not grown for this long
+HIGH_MEMORY = 0.95  # fraction of the limit at which to warn
+# When memory runs out, the kernel kills the process with the highest score: the worker, which is
+# restarted, rather than the supervisor, which records the reason.
 OOM_SCORE = 500
 
 
 class Watchdog:
-    """What is known of one worker beside its events; asked about once a second."""
+    """Detects stalls of one worker and shortages; called by the supervisor once a second."""
 
     def __init__(self, pids: Sequence[int], log: Path, stall_timeout_seconds: float) -> None:
         self.pids = tuple(pids)
@@ -43,7 +43,7 @@ class Watchdog:
                 Path(f"/proc/{pid}/oom_score_adj").write_text(str(OOM_SCORE))
 
     def stall(self, status: RunStatus, silent_seconds: float) -> str:
-        """Return that a worker silent for so long is stalled, and for how long, or nothing."""
+        """Return why a worker without progress for that long is stalled, or an empty string."""
         limit = stall_timeout(status, self._stall_timeout_seconds)
         if status.is_over or silent_seconds <= limit:
             return ""
@@ -51,20 +51,20 @@ class Watchdog:
         return f"made {silence} (limit {limit:.0f} s)"
 
     def warnings(self, status: RunStatus) -> list[str]:
-        """Return what of memory and disk should be known now, each once."""
+        """Return new warnings about memory and disk, each only once."""
         causes = {"memory": self._memory(), "disk": self._disk(status)}
         new = {name: text for name, text in causes.items() if text and name not in self._warned}
         self._warned |= new.keys()
         return list(new.values())
 
     def was_out_of_memory(self) -> bool:
-        """Tell whether the kernel killed a process of this cgroup for memory since the start."""
+        """Return whether the kernel killed a process of this cgroup for memory since the start."""
         return oom_kills() > self._oom_kills
 
     def record_stacks(self) -> bool:
-        """Have one rank after the other write its threads' stacks; tell whether any did.
+        """Make the ranks log the stacks of their threads, one by one; return whether any did.
 
-        One that was stopped by a signal is continued: its handler runs first.
+        A rank stopped by a signal is continued: its handler runs first.
         """
         seconds = max(1.0, STACKS_SECONDS / len(self.pids))
         wrote = [self._stacks_of(pid, seconds) for pid in self.pids]
@@ -86,7 +86,7 @@ class Watchdog:
         return last > before
 
     def end(self) -> None:
-        """Kill every rank and all that it started."""
+        """Kill every rank and its child processes."""
         for pid in self.pids:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
@@ -96,8 +96,8 @@ class Watchdog:
         if used < HIGH_MEMORY * limit:
             return ""
         return (
-            f"memory is nearly used up: {size(used)} of {size(limit)}; if it "
-            "runs out, the worker is killed and started again from its last checkpoint"
+            f"memory is nearly full: {size(used)} of {size(limit)}; if it runs out, the worker is "
+            "killed and restarted from its last checkpoint"
         )
 
     def _disk(self, status: RunStatus) -> str:
@@ -106,8 +106,8 @@ class Watchdog:
         if not needed or free >= needed:
             return ""
         return (
-            f"the disk has {size(free)} left, the next checkpoint needs {size(needed)}: "
-            f"make room in {self.log.parent}"
+            f"the disk has {size(free)} left, the next checkpoint needs {size(needed)}: free disk "
+            f"space in {self.log.parent}"
         )
 
 

@@ -1,9 +1,8 @@
-"""The worker processes of one attempt, as one: started, signalled and ended together.
+"""The worker processes of one attempt as a group: started, signalled and ended together.
 
-`WorkerGroup` looks like a single process to the supervisor. A rank that ends badly ends
-the group, since the others would wait for it for ever; its exit code is the group's. The
-supervisor does here what torchrun would (docs/decisions/0012-ranks-without-a-wrapper.md
-says why). Imports no torch.
+`WorkerGroup` looks like a single process to the supervisor. A rank that fails ends the group, since
+the others would wait for it forever; its exit code is the group's. This replaces torchrun
+(docs/decisions/0012-ranks-without-a-wrapper.md explains why). Imports no torch.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from ..host.scratch import TEMPORARY, scratch_folder
 from ..machine import read_machine
 from ..run.protocol import PEER_LOST
 
-# How long the others have, after one rank ended, to end by themselves.
+# How long the other ranks may take to end after one has failed.
 GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.05
 WORKER_DEFAULTS = {
     "PYTHONUNBUFFERED": "1",
-    # A thread that waits for the others spins, on a shared core for as long as these
-    # need it: a step took 80 s instead of 2 (docs/decisions/0006-threads-that-wait.md).
+    # Waiting OpenMP threads spin, and on a shared core they delay the others: a step took 80 s
+    # instead of 2 (docs/decisions/0006-threads-that-wait.md).
     "GOMP_SPINCOUNT": "1000",
 }
-# What ranks say to each other stays on this machine.
+# Communication between ranks stays on this machine.
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
@@ -75,7 +74,7 @@ class WorkerGroup:
         for rank, process in enumerate(self._ranks):
             position = {"rank": rank, "ranks": count, "store": store}
             assert process.stdin is not None
-            # One that died already is found by the watcher.
+            # The watcher notices one that has already died.
             with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
                 stdin.write(json.dumps({**spec, **position}).encode())
 
@@ -141,7 +140,7 @@ class WorkerGroup:
 
 
 def _defaults(count: int) -> dict[str, str]:
-    """Return what a worker's environment says where the user's does not."""
+    """Return default environment variables of a worker that the user has not set."""
     if count == 1:
         return WORKER_DEFAULTS | LOOPBACK
     threads = max(1, read_machine().cores // count)
@@ -149,7 +148,7 @@ def _defaults(count: int) -> dict[str, str]:
 
 
 def cause_of(code: int) -> str:
-    """Return how a worker ended, in words."""
+    """Return how a worker ended, as text."""
     if code == PEER_LOST:
         return "lost another rank"
     if code == -signal.SIGKILL:

@@ -1,4 +1,5 @@
-"""The worker: where data, model and training loop come together.
+"""The training process: `worker.py` runs it, `session.py` creates its `TrainingSetup`, and
+`loop.py` trains with `optim.py`.
 
 `lora_trainer.train` is this folder and the function of that name: calling the module calls
 `lora_trainer.api.train`, which see.

@@ -1,4 +1,4 @@
-"""What the model card states of a run, gathered from its session."""
+"""Collect the facts for a run's model card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that survive anything: written beside, synced, sealed by a manifest, renamed.
+"""Checkpoints: written to a temporary folder, fsynced, sealed by a manifest, renamed.
 
 checkpoints/step-000100/
     adapter.safetensors     the trained parameters, by their names in the model
@@ -8,10 +8,9 @@ checkpoints/step-000100/
                             numpy's generators
     manifest.json           sha256 and size of each of the above, written last
 
-Nothing is pickled. A checkpoint is real when its manifest verifies and its state is of the step
-that its folder is named after: every reader goes by that, so whatever else is in its place is
-skipped for the one before it. Older ones are removed only after the new one verified from the disk,
-and nothing that is not this run's is ever removed.
+Nothing is pickled. A checkpoint is valid if its manifest verifies and its state has the step in the
+folder's name; readers skip anything else and use the previous one. Older ones are removed only
+after the new one was verified from disk, and only checkpoints of this run are ever removed.
 """
 
 from __future__ import annotations
@@ -197,7 +196,7 @@ def _typed(kind: type[Kind], raw: Mapping[str, Any]) -> Kind:
 
 
 def _is_of(hint: Any, value: Any) -> bool:
-    """Tell whether a value of JSON is of a field's type; a whole number is a float too."""
+    """Return whether a value of JSON is of a field's type; a whole number is a float too."""
     kinds = get_args(hint) or (hint,)
     if isinstance(value, bool):
         return bool in kinds

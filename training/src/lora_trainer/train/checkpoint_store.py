@@ -120,7 +120,7 @@ class CheckpointStore:
                     return snapshot, skipped
             except OtherRunError as error:
                 others.append(error)
-                why = "it was made by another run"
+                why = "it belongs to another run"
             except UnreadableCheckpointError as error:
                 unreadable.append(path)
                 why = str(error)
@@ -146,7 +146,7 @@ class CheckpointStore:
             raise OtherRunError(path.name, str(raw.get("digest")))
         state = state_from(raw["state"])
         if state.step != step_of(path.name):
-            raise CorruptCheckpointError(f"it holds the checkpoint of step {state.step}")
+            raise CorruptCheckpointError(f"it contains the checkpoint of step {state.step}")
         return state, raw
 
     def read(self, path: Path) -> Snapshot:
@@ -203,9 +203,9 @@ class CheckpointStore:
             raise _not_allowed(self.folder) from error
         except NotADirectoryError as error:
             raise ConfigError.of(
-                "the folder of the checkpoints is a file",
+                "the checkpoints folder is a file",
                 where=str(self.folder),
-                why="checkpoints are written into a folder of this name",
+                why="checkpoints are written to a folder of this name",
                 remedy=f"mv {self.folder} {self.folder}.old",
             ) from error
 
@@ -235,7 +235,8 @@ def _not_allowed(path: Path) -> Exception:
     return AccessError.of(
         "no checkpoint can be read",
         where=str(path),
-        why=f"this user ({os.getuid()}) may not read it, and no other checkpoint is sound",
+        why=f"this user ({os.getuid()}) has no permission to read it, and no other checkpoint is "
+        "valid",
         remedy=f"sudo chown -R {os.getuid()}:{os.getgid()} {path.parent}; chmod -R u+rwX "
         f"{path.parent}",
     )

@@ -1,4 +1,4 @@
-"""The data of a run as its config names it: opened, counted, reported, in training order."""
+"""The datasets of a run: open, count and report them, and choose the rows of an epoch."""
 
 from __future__ import annotations
 
@@ -94,10 +94,10 @@ def data_warnings(config: Config, splits: DataSplits) -> list[str]:
             continue
         if ended := report.processes_restarted:
             processes = "1 tokenizing process" if ended == 1 else f"{ended} tokenizing processes"
-            warnings.append(f"{name}: {processes} ended early; the rows were done again")
+            warnings.append(f"{name}: {processes} died; the rows were processed again")
         if report.rows_truncated:
             warnings.append(
-                f"{name}: {report.rows_truncated:,} of {report.rows_read:,} rows are cut to "
+                f"{name}: {report.rows_truncated:,} of {report.rows_read:,} rows are truncated to "
                 f"max_seq_length {config.data.max_seq_length} (the longest has "
                 f"{report.longest_tokens:,} tokens)"
             )
@@ -223,8 +223,8 @@ def rows_to_train(rows_of_epoch: Callable[[int], Any]) -> int:
         raise DataError.of(
             "no row is left to train on",
             where="data.dataset",
-            why="the weights of the datasets are so small that none of their rows is taken",
-            remedy="raise a weight: 1.0 takes every row once an epoch",
+            why="the weights of the datasets are too small to select any rows",
+            remedy="raise a weight: 1.0 uses every row once per epoch",
         )
     return rows
 
@@ -258,7 +258,7 @@ def refuse_long_rows(config: Config, model: Any, splits: DataSplits) -> None:
     longest = max(int(d.lengths.max()) for d in (splits.train, splits.eval) if d is not None)
     if limit and longest > limit:
         raise ConfigError.of(
-            f"max_seq_length {config.data.max_seq_length} is more than the model can take",
+            f"max_seq_length {config.data.max_seq_length} is longer than the model's context",
             where="data.max_seq_length",
             why=f"the longest row has {longest} tokens, the model {limit} positions",
             remedy=f"--max_seq_length {limit}",

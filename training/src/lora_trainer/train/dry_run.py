@@ -1,4 +1,4 @@
-"""What can be known of a run before any weight is loaded: how it is shared out, and its plan."""
+"""Plan a run, including its parallelism, before any weight is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Held-out figures: loss, perplexity, token accuracy; and answers compared with the expected."""
+"""Evaluation metrics: loss, perplexity, token accuracy; and exact match of generated answers."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class Answer:
 
     @property
     def is_exact(self) -> bool:
-        """Tell whether both are the same, surrounding white space aside."""
+        """Return whether both are the same, surrounding white space aside."""
         return self.expected.strip() == self.answer.strip()
 
 

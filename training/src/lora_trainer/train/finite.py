@@ -1,9 +1,8 @@
-"""Numbers that are not finite: found before they are saved or exported, and traced to their cause.
+"""Detect NaN and infinite numbers before they are saved or exported, and find the cause.
 
-A step or an evaluation without a finite loss has one of three causes: weights that have
-diverged, rows that overflow the model, or a fault of this one try. Rows are scored alone to
-tell the first two apart, and named as `file:line`; what neither explains is tried once more
-from the last checkpoint by the supervisor.
+A non-finite loss has one of three causes: diverged weights, rows that overflow the model, or a
+transient fault. Scoring rows alone distinguishes the first two, and rows are named as `file:line`;
+if neither explains it, the supervisor retries once from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ class _Context(Protocol):
 
 
 def is_finite(tensors: Iterable[Tensor]) -> bool:
-    """Tell whether no tensor holds a NaN or an infinity, with one synchronisation a device.
+    """Return whether no tensor holds a NaN or an infinity, with one synchronisation a device.
 
     The largest magnitude of a tensor keeps a NaN, and cannot overflow as a sum can.
     """
@@ -120,7 +119,7 @@ def check_before_export(parameters: Iterable[Tensor], where: str) -> None:
         raise NotFiniteError.of(
             "the adapter is not finite and was not exported",
             where=where,
-            why="it holds NaN or infinite weights: no text comes of such an adapter",
+            why="it contains NaN or infinite weights, and such an adapter generates no text",
             remedy=f"train with a lower --learning_rate and {START_AGAIN}",
         )
 
@@ -170,7 +169,7 @@ def evaluation_error(context: _Context, step: int, score: evaluate.Score) -> Not
         named=context.name_rows(bad[:LISTED_ROWS], True),
         count=len(bad),
         step=step,
-        remedy="go on without that figure: add --on_nan warn; or remove or change "
+        remedy="continue without that evaluation: add --on_nan warn; or remove or change "
         f"{_them(bad)}{_in_float32(context)} and start with {START_AGAIN}",
     )
 
@@ -270,7 +269,7 @@ def _scale_collapsed(step: int, figures: str) -> NotFiniteError:
     error = NotFiniteError.of(
         f"the gradients overflow float16 at step {step} at every loss scale",
         where=figures,
-        why="the loss scale was halved down to 1, and some are still over 65,504; no row alone is "
+        why="the loss scale was reduced to 1, but some are still over 65,504; no single row is "
         "the cause",
         remedy=f"train in float32: add --fp16 false --bf16 false and {START_AGAIN}, or lower "
         "--learning_rate",
@@ -287,7 +286,7 @@ def _diverged(context: _Context, what: str, *, where: str, why: str, step: int) 
     error = NotFiniteError.of(
         what,
         where=where,
-        why=f"{why} have diverged, and nothing of it was saved; {last_sound(store)}",
+        why=f"{why} have diverged, and they were not saved; {last_sound(store)}",
         remedy=f"lower learning_rate: add {rate}{clipped} and {START_AGAIN}, or {rate}{clipped} "
         f"and another --run_name{_in_float32(context)}",
     )
@@ -302,8 +301,8 @@ def _of_rows(
     error = NotFiniteError.of(
         what,
         where=", ".join(named) + _more(count - len(named)),
-        why="scored alone its loss is NaN or infinite, while that of other rows is finite: the "
-        "row is the cause, not the learning rate",
+        why="scored alone, its loss is NaN or infinite, but that of other rows is finite: the row "
+        "is the cause, not the learning rate",
         remedy=remedy,
     )
     assert isinstance(error, NotFiniteError)
@@ -321,7 +320,7 @@ def last_sound(store: CheckpointStore) -> str:
         return "there is no checkpoint yet"
     step = snapshot.state.step
     if is_finite([*snapshot.adapter.values(), *snapshot.optimizer.values()]):
-        return f"the checkpoint of step {step} is whole and finite"
+        return f"the checkpoint of step {step} is valid and finite"
     return f"the checkpoint of step {step} is not finite either"
 
 

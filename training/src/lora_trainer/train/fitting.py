@@ -1,8 +1,8 @@
-"""A step and its evaluations within the memory that there is.
+"""Fit steps and evaluations into the available memory.
 
-Where memory runs out the attempt is undone and made again in smaller pieces: gradients are
-cleared, every piece seeds its own dropout, and the optimizer has not stepped yet. The
-smaller sizes are reported, kept for later starts, and agreed on by all ranks.
+After an out-of-memory error the step is repeated in smaller micro-batches: gradients are cleared,
+every micro-batch seeds its own dropout, and the optimizer has not stepped yet. The smaller sizes
+are reported, kept for later starts, and agreed on by all ranks.
 """
 
 from __future__ import annotations
@@ -118,14 +118,14 @@ class Fitting:
             gradient_checkpointing=any(one.gradient_checkpointing for one in measured),
         )
         if smallest != self.sizes:
-            self._adopt(smallest, step, "memory ran out on another rank")
+            self._adopt(smallest, step, "out of memory on another rank")
 
     def agree_on_evaluation(self, batch_examples: int, step: int) -> None:
         """Take over how many rows fitted at a time; every rank must ask."""
         fitting = self._ranks.least(batch_examples)
         if 0 < fitting < self.sizes.eval_batch_examples:
             smaller = replace(self.sizes, eval_batch_examples=fitting)
-            self._adopt(smaller, step, "memory ran out in an evaluation")
+            self._adopt(smaller, step, "out of memory in an evaluation")
 
     def _adopt(self, sizes: BatchSizes, step: int, cause: str) -> None:
         """Use smaller sizes from now on; rank 0 reports and keeps them."""

@@ -1,4 +1,4 @@
-"""What makes two runs the same run: the content of their inputs, never the paths.
+"""The identity of a run: the content of its inputs, never their paths.
 
 An identity has five parts: the configuration's values, the adapter that training starts
 from, the base model's weights, the tokenized rows, and the learning-rate schedule. Every
@@ -76,16 +76,16 @@ def other_run(checkpoint: Path, theirs: str, ours: str) -> ConfigError:
     """Return the refusal of a checkpoint that another run made, by what is different."""
     before, now = Identity.parse(theirs), Identity.parse(ours)
     remedy = (
-        "undo the change to resume, give another --run_name, or start again with "
-        "--resume never (the old run is moved aside, not removed)"
+        "undo the change to resume, use another --run_name, or start over with --resume never "
+        "(the old run is archived, not removed)"
     )
     if before is None or now is None:
-        what = "the output folder holds a run of an earlier version"
-        why = "its checkpoints name paths; by now a run is known by the content of its inputs"
+        what = "the output folder contains a run of an earlier version"
+        why = "its checkpoints identify inputs by path; this version identifies them by content"
         remedy = remedy.replace("undo the change to resume", "finish it with that version")
     else:
         changed = now.differences(before)
-        what = f"the output folder holds a run with other inputs: {', '.join(changed)}"
+        what = f"the output folder contains a run with different inputs: {', '.join(changed)}"
         why = f"changed since this checkpoint: {', '.join(changed)}"
     return ConfigError(Problem(what, str(checkpoint), why, remedy))
 
@@ -185,8 +185,8 @@ def check_adapter_base(config: Config, base_hash: BaseHash) -> str:
     if theirs is not None or adapter.base in (config.model.model_name_or_path, EMBEDDED_MODEL):
         return ""
     return (
-        f"the adapter to start from names the base model {adapter.base}: only shapes could be "
-        f"compared with {config.model.model_name_or_path}"
+        f"the adapter to start from was trained on {adapter.base}: only shapes could be compared "
+        f"with {config.model.model_name_or_path}"
     )
 
 
@@ -241,8 +241,8 @@ class BaseHash:
                 raise UnavailableError.of(
                     "the base model changed while it was being loaded",
                     where=str(path),
-                    why="its size, times or inode are not those it had at the start",
-                    remedy="start again once nothing writes to the folder any more",
+                    why="its size, times or inode have changed since the start",
+                    remedy="start again when nothing writes to the folder",
                 )
         self._hashes.save()
         lines = "".join(f"{name}\0{digest}\n" for name, digest in sorted(self._found.items()))

@@ -1,4 +1,4 @@
-"""`initial_adapter/`: the adapter as initialised, for inits that change the base (PiSSA, OLoRA).
+"""`initial_adapter/`: the adapter as initialized, for PiSSA and OLoRA, which change the base.
 
 The export subtracts it, so that the trained adapter fits the untouched base. One flipped byte in
 it would export another adapter: a manifest seals it, and each checkpoint names the weights that its
@@ -97,19 +97,21 @@ class Initial:
         if self.digest == (expected or self.digest):
             if kept != self.digest:
                 save(model, self.folder, self.digest)
-            return f"{FOLDER} was damaged ({why}): written again" if expected and why else ""
+            return (
+                f"{FOLDER} was damaged ({why}) and has been rewritten" if expected and why else ""
+            )
         if kept == expected:
             return (
-                "the first adapter comes out differently here (another machine, library or number "
-                f"of threads): {FOLDER} of the first start is used"
+                "the initial adapter differs here (another machine, library or number of "
+                f"threads): {FOLDER} of the first start is used"
             )
         raise UnavailableError.of(
-            "the adapter that this run began with is not there any more",
+            "the initial adapter of this run is missing",
             where=str(self.folder),
-            why=f"{why or 'it is of another run'}, and its init comes out differently here "
-            "(another machine, library or number of threads)",
-            remedy=f"put {FOLDER} back from a copy, resume on the machine of the first start, or "
-            "start again with --resume never (this run is moved aside, not removed)",
+            why=f"{why or 'it belongs to another run'}, and initialization differs here (another "
+            "machine, library or number of threads)",
+            remedy=f"restore {FOLDER} from a copy, resume on the machine of the first start, or "
+            "start over with --resume never (this run is archived, not removed)",
         )
 
 
@@ -121,7 +123,7 @@ def verified(folder: Path, expected: str = "") -> Path:
     """
     try:
         kept = verify(folder)
-        why = "" if kept == (expected or kept) else "it is of another run"
+        why = "" if kept == (expected or kept) else "it belongs to another run"
     except DamagedInitialError as error:
         why = str(error)
     if not why:
@@ -130,7 +132,7 @@ def verified(folder: Path, expected: str = "") -> Path:
         f"{FOLDER} is damaged",
         where=str(folder),
         why=f"{why}; the export subtracts this adapter from the trained one",
-        remedy="start the run again with its own command: it writes the folder again",
+        remedy="run the same command again: it rewrites the folder",
     )
 
 

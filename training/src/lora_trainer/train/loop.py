@@ -1,9 +1,9 @@
 """The training loop: forward, backward, clip, step; evaluate and save at step boundaries.
 
-One optimizer step reads its rows from the order, normalises its loss by all supervised
-tokens of the step, and is the unit of everything else: events, evaluations, checkpoints,
-stops. The loop's whole state is a `TrainState`; continuing from a checkpoint is the same
-code as never having stopped.
+One optimizer step gets its rows from the sampler, normalises its loss by all supervised tokens of
+the step, and is the unit of everything else: events, evaluations, checkpoints, stops. The loop's
+whole state is a `TrainState`; continuing from a checkpoint is the same code as never having
+stopped.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from .fitting import Fitting
 from .loss_scale import LossScale
 from .optim import set_learning_rate
 
-# Between two signs of life of steps that are not logged: the stall watch goes by them.
+# Interval of progress events for steps that are not logged, for the watchdog.
 BEAT_SECONDS = 5.0
 
 
@@ -114,7 +114,7 @@ def _ends_between_evaluations(context: TrainingContext, state: TrainState) -> bo
 
 
 def _step(context: TrainingContext, state: TrainState, fitting: Fitting) -> TrainState:
-    """Do one optimizer step; in float16 repeat it at half the loss scale while it overflows."""
+    """Run one optimizer step; in float16 repeat it at half the loss scale on overflow."""
     start = time.monotonic()
     training, plan = context.training, context.plan
     rate = learning_rate(
@@ -323,7 +323,9 @@ def _save(context: TrainingContext, state: TrainState) -> None:
     path = context.store.save(snapshot)
     for aside in context.store.set_aside:
         context.emit(
-            Warned(message=f"{path.name} was no checkpoint of this run: it is now {aside}")
+            Warned(
+                message=f"{path.name} was not a checkpoint of this run and was renamed to {aside}"
+            )
         )
     context.emit(
         CheckpointSaved(

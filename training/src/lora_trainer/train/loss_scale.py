@@ -1,4 +1,4 @@
-"""The loss scale of float16: gradients that it would round to zero are lifted into its range.
+"""The loss scale of float16, which keeps small gradients from being rounded to zero.
 
 float16 ends at 65,504 and rounds below 6e-8 to zero, where gradients often are. The loss is
 multiplied by a scale before the backward pass and the gradients divided by it afterwards,

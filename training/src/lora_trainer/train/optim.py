@@ -1,7 +1,7 @@
 """AdamW over the adapter's parameters.
 
-Its state may be held in 8 bits, or paged out to the machine's memory where a GPU is full:
-bitsandbytes does that. Parameters of under 4,096 numbers keep a state of 32 bits there.
+bitsandbytes can keep its state in 8 bits, or page it to host memory when a GPU is full. In
+bitsandbytes, parameters with fewer than 4,096 elements keep 32-bit state.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ def make_optimizer(
     section: TrainingSection,
     loraplus_lr_ratio: float | None = None,
 ) -> torch.optim.Optimizer:
-    """Return AdamW over the named parameters; weight decay leaves vectors out.
+    """Return AdamW over the named parameters, without weight decay for vectors.
 
-    Each group carries `rate_factor`, the multiple of the step's learning rate it gets.
+    Its `lr` is only the initial value: `loop` sets the rate of every step from the plan with
+    `set_learning_rate`, multiplied by each group's `rate_factor` (LoRA+).
     """
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
@@ -56,6 +57,6 @@ def _adamw(kind: str) -> Any:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group its multiple of `rate`."""
+    """Set every group's learning rate to its multiple of `rate`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_factor"]

@@ -1,4 +1,4 @@
-"""Bring up a session: tokenizer, data, base model, adapter, plan, in the order that fails first.
+"""Set up training: tokenizer, data, base model, adapter, plan, cheapest failures first.
 
 Data is read before the weights are: a bad row is reported in seconds, not after a download.
 """

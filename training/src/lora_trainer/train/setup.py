@@ -1,4 +1,4 @@
-"""What a run works with, ready to train, and what it does with it besides training."""
+"""Everything a run needs, ready to train, and its operations besides training."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensor
 
 @dataclass
 class TrainingSetup:
-    """Everything that a run works with, ready to train."""
+    """Everything a run needs, ready to train; created by `session`."""
 
     config: Config
     plan: Plan
@@ -166,9 +166,9 @@ class TrainingSetup:
             raise StorageError.of(
                 "the best checkpoint is damaged",
                 where=str(best),
-                why=f"{error}; load_best_model_at_end exports this one",
-                remedy="start the same command again: the run goes back to a sound checkpoint and "
-                "trains the steps after it again",
+                why=f"{error}; load_best_model_at_end would export this one",
+                remedy="run the same command again: the run resumes from a valid checkpoint and "
+                "repeats the steps after it",
             ) from error
         assert state.best_step is not None
         return state.best_step

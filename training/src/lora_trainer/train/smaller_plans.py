@@ -1,4 +1,4 @@
-"""Which changes of a configuration would fit where one example at a time does not; no torch."""
+"""Find configuration changes that fit into memory if one example at a time does not; no torch."""
 
 from __future__ import annotations
 

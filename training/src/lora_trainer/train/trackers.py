@@ -1,8 +1,8 @@
 """Trackers: figures of a run sent to TensorBoard, MLflow, trackio or W&B, through Accelerate.
 
-A tracker is a witness, never a reason to stop: one that fails, at its start or later,
-is reported once and left out. What is not installed is reported before anything is loaded
-(`missing_trackers`), so that `check` and the config's errors need no torch.
+A tracker never stops a run: one that fails, at its start or later, is reported once and disabled.
+Missing packages are reported before anything is loaded (`missing_trackers`), so that `check` needs
+no torch.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def missing_trackers(report_to: Sequence[str]) -> list[Problem]:
         Problem(
             what=f"report_to: {name} is not installed",
             where="monitoring.report_to",
-            why=f"the Python package {PACKAGES[name]} is not found",
-            remedy=f"leave {name} out of report_to" + (f", or {add}" if add else ""),
+            why=f"the Python package {PACKAGES[name]} is not installed",
+            remedy=f"remove {name} from report_to" + (f", or {add}" if add else ""),
         )
         for name in report_to
         if not _is_installed(PACKAGES[name])
@@ -225,7 +225,7 @@ _START: dict[str, Callable[[Path, str, dict[str, Any], int], Any]] = {
 
 
 def _is_installed(module: str) -> bool:
-    """Tell whether a module could be imported, without importing it.
+    """Return whether a module could be imported, without importing it.
 
     A mere folder of that name, such as the `wandb/` that W&B leaves behind, is a
     namespace package without an origin and does not count.
@@ -262,4 +262,4 @@ def _write_id(folder: Path, name: str, run_id: str) -> None:
 def _warning(name: str, error: Exception) -> str:
     """Return why a tracker was left out, with no secret that its error may quote."""
     text = Redaction.of(os.environ).text(next(iter(str(error).splitlines()), ""))
-    return f"tracker {name} failed and is left out: {type(error).__name__}: {text}"
+    return f"tracker {name} failed and is disabled: {type(error).__name__}: {text}"

@@ -1,8 +1,8 @@
-"""The process that trains: the only place where the training parts meet.
+"""The training process.
 
-Started by the supervisor with its order (config, folders) as JSON on standard input;
-says what happens as events, one JSON object a line, on the file descriptor that
-LORA_TRAINER_EVENTS_FD names. It knows no HTTP and no terminal. Its exit code is the run's.
+The supervisor starts it with a `WorkerSpec` (config, folders) as JSON on standard input. It reports
+events, one JSON object per line, on the file descriptor in LORA_TRAINER_EVENTS_FD. It knows nothing
+of HTTP or terminals. Its exit code is the run's.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class StopFlag:
             raise StopRequested
 
     def is_set(self) -> bool:
-        """Tell whether to stop at the next step boundary."""
+        """Return whether to stop at the next step boundary."""
         return bool(self.signal)
 
 
@@ -137,7 +137,7 @@ def _only_failures(emit: Callable[[Event], None]) -> Callable[[Event], None]:
 
 
 def is_peer_lost(error: BaseException) -> bool:
-    """Tell whether an error only says that another rank is gone, which that one explains."""
+    """Return whether an error only says that another rank is gone, which that one explains."""
     if "torch" not in sys.modules:
         return False
     from ..model import ranks
@@ -223,11 +223,11 @@ def _newest(spec: WorkerSpec, setup: TrainingSetup) -> tuple[Snapshot | None, li
         raise other_run(folder, error.digest, setup.store.digest) from None
     if snapshot is not None and snapshot.state.step > setup.plan.total_steps:
         raise ConfigError.of(
-            "the run has trained more steps than are asked for now",
+            "the run has already trained more steps than are configured now",
             where=str(setup.store.path_of(snapshot.state.step)),
             why=f"the plan has {setup.plan.total_steps} steps",
-            remedy="undo the change to resume, give another --run_name, or start again with "
-            "--resume never (the old run is moved aside, not removed)",
+            remedy="undo the change to resume, use another --run_name, or start over with "
+            "--resume never (the old run is archived, not removed)",
         )
     return snapshot, skipped
 

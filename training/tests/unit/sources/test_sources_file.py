@@ -89,7 +89,7 @@ def test_key_given_twice_in_a_file_names_both_lines(folder, content, name):
 def test_leaf_given_under_two_names_names_both_places(folder, content):
     problem = problem_in(folder, content)
     assert "learning_rate" in problem.where
-    assert problem.why.endswith("config.json:1 /lr")
+    assert problem.why.startswith("config.json:1 /lr ")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_folder_in_place_of_the_file_is_explained(folder):
 def test_unreadable_file_is_an_access_error(folder):
     path = write(folder, "{}")
     path.chmod(0)
-    with pytest.raises(AccessError, match="may not be read"):
+    with pytest.raises(AccessError, match="no permission to read"):
         resolve(path, {}, [])
 
 
@@ -167,7 +167,7 @@ def test_denied_file_is_an_access_error(folder, monkeypatch):
         raise PermissionError(13, "denied")
 
     monkeypatch.setattr(Path, "open", deny)
-    with pytest.raises(AccessError, match="may not be read"):
+    with pytest.raises(AccessError, match="no permission to read"):
         resolve(folder / "config.json", {}, [])
 
 

@@ -27,8 +27,8 @@ def test_own_data_alone_leaves_the_shipped_held_out_rows_out_with_a_warning(fold
     resolved = resolve(SHIPPED, {}, ["--dataset", "my.jsonl"])
     assert evaluation_of(resolved) == (None, 0.0, 0, False)
     assert resolved.warnings == [
-        "eval_dataset of config.json is left out, since dataset is given on the command line: "
-        "name --eval_dataset or --eval_fraction"
+        "eval_dataset of config.json is ignored because dataset is set on the command line: use "
+        "--eval_dataset or --eval_fraction"
     ]
 
 

@@ -90,7 +90,7 @@ def test_full_fine_tuning_is_refused_and_not_taken_for_lora(folder, text, remedy
 )
 def test_the_default_job_never_stands_in_for_what_a_file_leaves_out(folder, text, missing):
     problems = problems_in(folder, text, "c.yaml")
-    assert any(problem.what.endswith(f"names no {missing}") for problem in problems)
+    assert any(problem.what.endswith(f"does not name a {missing}") for problem in problems)
 
 
 @pytest.mark.parametrize("value", ["dpo", "kto", "rm"])

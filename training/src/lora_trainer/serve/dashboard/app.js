@@ -1,7 +1,7 @@
 // The live page: fetches the state, follows the events, and shows both.
 //
-// The server alone knows how events add up. So steps and ticks are shown as they come, and after
-// any other event the status is asked for again; a new connection fetches everything again.
+// Only the server folds events into a status. Steps and ticks are shown as they arrive, and after
+// any other event the status is fetched again; a new connection fetches everything again.
 
 import { byId, setText } from "./dom.js";
 import { showOverview } from "./overview.js";
@@ -94,7 +94,7 @@ function draw() {
     isDrawing = false;
     showOverview(run);
   };
-  if (document.hidden) setTimeout(show, 1000); // the title still tells
+  if (document.hidden) setTimeout(show, 1000); // the title still shows it
   else requestAnimationFrame(show);
 }
 
@@ -151,7 +151,7 @@ function onState(state) {
   draw();
 }
 
-// --- what the reader can set -------------------------------------------------------------------
+// --- user settings --------------------------------------------------------------------------------
 
 let isWindowChosen = false;
 

@@ -1,5 +1,5 @@
-// Making and changing nodes. Every text goes in as a text node: what the server sends may be
-// a model's answer, and is never markup.
+// Making and changing nodes. All text is added as text nodes: what the server sends may be
+// a model's answer, and is never treated as markup.
 
 export const byId = (id) => document.getElementById(id);
 

@@ -1,4 +1,4 @@
-// The top of the page: phase, health, what is wrong and how to fix it, progress, key figures.
+// The top of the page: phase, health, problems and remedies, progress, key figures.
 
 import { byId, el, setText, update } from "./dom.js";
 import { UNKNOWN, bytes, clock, count, duration, number, percent } from "./wording.js";
@@ -126,7 +126,7 @@ function timeLeft({ status, metrics, fetched, ticked }) {
   const paused = status?.paused_seconds >= 1
     ? `, and ${duration(status.paused_seconds)} paused between starts` : "";
   if (isOver(status)) return `took ${passed}${paused}`;
-  if (isStill) return `broken off after ${passed}`;
+  if (isStill) return `stopped after ${passed}`;
   if (!Number.isFinite(metrics?.eta_seconds)) return `${passed} so far`;
   const end = ticked + metrics.eta_seconds;
   const left = duration(Math.max(0, end - now));

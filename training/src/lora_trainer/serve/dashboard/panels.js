@@ -1,5 +1,5 @@
-// Which charts there are, what they show of the series, and their words: each has its newest
-// value beside the title, a summary for those who do not see it, and a table.
+// The charts, their series and their texts: each has its newest
+// value beside the title, a summary for screen readers, and a table.
 
 import { el, heads, rows, setText, update } from "./dom.js";
 import { Plot, hasBokeh } from "./plot.js";

@@ -1,6 +1,6 @@
-// One chart, drawn by BokehJS, which the server serves out of its installed package.
+// One chart, drawn by BokehJS, which the server serves from the installed package.
 //
-// A plot is made for one configuration of lines, scale and colours, and only its data change;
+// A plot is created for one configuration of lines, scale and colours, and only its data change;
 // for anything else it is rebuilt. The colours are the page's own.
 
 export const hasBokeh = () => typeof window.Bokeh?.Plotting?.figure === "function";

@@ -109,7 +109,7 @@ function answer(title, given, expected) {
 
 function quoted(title, text, note = null) {
   return el("div", {}, title ? el("h4", {}, title, " ", note) : null,
-    text ? el("pre", { dir: "auto" }, text) : el("p", { class: "soft" }, "an empty text"));
+    text ? el("pre", { dir: "auto" }, text) : el("p", { class: "soft" }, "empty text"));
 }
 
 /** What happened, newest first; checkpoints and evaluations come beside the timeline's own. */
@@ -119,7 +119,7 @@ function moments(status) {
     .filter(({ time }) => Number.isFinite(time))
     .map(({ time, step, bytes: size, is_best: isBest }) => ({
       time, kind: "checkpoint",
-      text: `Checkpoint of step ${count(step)}, ${bytes(size)}${isBest ? ", the best so far" : ""}`,
+      text: `Checkpoint of step ${count(step)}, ${bytes(size)}${isBest ? ", best so far" : ""}`,
     }));
   return [...saved, ...own].reverse().sort((a, b) => b.time - a.time);
 }
@@ -135,7 +135,7 @@ function timeline(shown) {
 }
 
 function checkpointTable(shown) {
-  // Each was the best when it was saved; the last of them still is.
+  // Each was the best when it was saved; only the last one still is.
   const best = shown.filter(({ is_best: wasBest }) => wasBest).at(-1)?.step;
   const cells = [...shown].reverse().map(({ step, path, bytes: size, seconds }) =>
     [count(step), bytes(size), duration(seconds), path.split("/").at(-1),
@@ -145,7 +145,7 @@ function checkpointTable(shown) {
 
 function allWarnings(status) {
   const leftOut = status.warnings_left_out ?? 0;
-  const more = leftOut ? [{ message: `${count(leftOut)} more are left out here`, count: 1 }] : [];
+  const more = leftOut ? [{ message: `${count(leftOut)} more are not shown`, count: 1 }] : [];
   return [...(status.warnings ?? []), ...more];
 }
 

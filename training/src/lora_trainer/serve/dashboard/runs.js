@@ -107,7 +107,7 @@ function showDifferences({ keys, notes }) {
   ]);
 }
 
-// --- what the reader can set -------------------------------------------------------------------
+// --- user settings --------------------------------------------------------------------------------
 
 async function choose(address, isOn) {
   chosen = isOn ? [...chosen, address].slice(-MOST_CHOSEN) : chosen.filter((one) => one !== address);

@@ -1,4 +1,4 @@
-// The series behind the charts: what /history gave, and the steps that came since.
+// The series behind the charts: the response of /history, and the steps since then.
 
 export const MAX_POINTS = 1000;
 const MAX_LIVE_STEPS = 500; // then the server is asked to merge them

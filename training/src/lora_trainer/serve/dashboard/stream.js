@@ -1,8 +1,8 @@
 // The connection to /events: opens it, notices when it dies, opens it again.
 //
-// A browser gives up on a server-sent stream after an HTTP error and does not notice one that
-// went silent, so the retries are made here. After each opening the page fetches the whole
-// state again; nothing depends on what was missed in between.
+// Browsers give up on a server-sent stream after an HTTP error and do not notice one that
+// goes silent, so retries are implemented here. After each opening the page fetches the whole
+// state again; nothing depends on the events missed in between.
 
 const KINDS = [
   "run_started", "phase", "plan", "progress", "step", "eval", "generated", "sample",
@@ -53,7 +53,7 @@ export class Stream {
     const delay = DELAYS_MS[Math.min(this.failures, DELAYS_MS.length - 1)];
     this.failures += 1;
     this.onState("reconnecting");
-    // Pages that lost the same server do not all come back in the same instant.
+    // Pages that lost the same server do not all reconnect at the same instant.
     this.retry = setTimeout(() => this.open(), delay * (0.75 + Math.random() / 2));
   }
 

@@ -1,4 +1,4 @@
-// Light, dark, or as the system says. Loaded before the page is drawn, so that none flashes.
+// Light, dark, or the system's setting. Loaded before the page is drawn, to avoid a flash.
 (() => {
   const KEY = "lora-trainer-theme";
   const CHOICES = ["auto", "light", "dark"];
@@ -7,7 +7,7 @@
     try {
       return localStorage.getItem(KEY);
     } catch {
-      return null; // storage is switched off: the choice lasts as long as the page
+      return null; // storage is disabled: the setting lasts as long as the page
     }
   }
 

@@ -1,4 +1,4 @@
-// How figures are written. What is not known is an en dash; what is not finite says so.
+// Number formats. Unknown values are an en dash; NaN and infinity are "not finite".
 
 export const UNKNOWN = "–";
 const BYTES = ["B", "KB", "MB", "GB", "TB"];
