@@ -188,7 +188,8 @@ def _loss(run: ComparedRun) -> list[tuple[float, float]]:
 
 
 def _best(run: RunSummary) -> str:
-    return "" if run.best_eval_loss is None else f"{number(run.best_eval_loss)}, {run.best_step}"
+    loss = run.best_eval_loss
+    return "" if loss is None else f"{number(loss)} (step {run.best_step})"
 
 
 def _number(value: float | None) -> str:
