@@ -112,8 +112,8 @@ def test_run_in_a_thread_leaves_environment_and_streams_as_they_were(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     play(tmp_path, monkeypatch, f"env > {tmp_path}/env; {says(step_line(1), FINISHED)}")
-    before = dict(os.environ), sys.stdout, sys.stderr
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    before = dict(os.environ), sys.stdout, sys.stderr
     thread = threading.Thread(target=lambda: train(**values))
     thread.start()
     thread.join()

@@ -14,7 +14,7 @@ from ..run.events import Event
 from ..run.status import RunStatus
 from ..supervise.secrets import redaction_of
 from ..supervise.supervisor import Supervisor
-from .check import preflight
+from . import check
 
 Listener = Callable[[Event, RunStatus], object]
 
@@ -46,5 +46,5 @@ def run_shown(settings: Settings, listener: Listener = lambda *_: None) -> Super
             kept.print_line(text)
 
         supervisor = Supervisor(settings, show, print_line=print_line)
-        supervisor.run(preflight)
+        supervisor.run(check.preflight)
     return supervisor
