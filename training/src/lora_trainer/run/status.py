@@ -16,6 +16,7 @@ from typing import Any
 
 from . import events
 from .events import Event, Phase, parse_line
+from .smaller_sizes import with_sizes
 
 RECENT_STEPS = 20  # steps behind the speed and the time left
 KEPT_EVENTS = 100  # evaluations, checkpoints, restarts, samples and warnings kept, of each
@@ -108,9 +109,8 @@ class RunStatus:
     @property
     def paused_seconds(self) -> float:
         """Return the time between a stop and the next start, which is not in `elapsed_seconds`."""
-        if self.started_time is None or self.last_time is None:
-            return 0.0
-        return max(0.0, self.last_time - self.started_time - self.elapsed_seconds)
+        passed = (self.last_time or 0.0) - (self.started_time or 0.0)
+        return max(0.0, passed - self.elapsed_seconds)
 
     @property
     def is_loss_finite(self) -> bool:
@@ -179,9 +179,7 @@ class RunStatus:
 
     def _times_left(self, interval_key: str) -> int:
         interval = self.planned(interval_key)
-        if interval <= 0:
-            return 0
-        return max(0, self.total_steps // interval - self.step // interval)
+        return max(0, self.total_steps // interval - self.step // interval) if interval > 0 else 0
 
 
 def fold(status: RunStatus, event: Event) -> RunStatus:
@@ -247,7 +245,7 @@ def _apply(status: RunStatus, event: Event) -> RunStatus:
         case events.Warned(message=message):
             return _warned(status, message[:KEPT_CHARACTERS])
         case events.MemoryReduced():
-            return replace(status, plan=_with_sizes(status.plan, event))
+            return replace(status, plan=with_sizes(status.plan, event))
         case events.Restarted():
             status = replace(status, restarts=_kept((*status.restarts, event)), failure=None)
             return replace(_fresh(status), is_worker_down=True)
@@ -342,9 +340,8 @@ def _evaluated(status: RunStatus, event: events.Evaluated) -> RunStatus:
 def _saved(status: RunStatus, event: events.CheckpointSaved) -> RunStatus:
     latest = status.latest
     after = latest if latest is not None and latest.step == event.step else None
-    saved = Checkpoint(
-        event.step, event.path, event.bytes, event.seconds, event.is_best, after, event.time
-    )
+    facts = (event.step, event.path, event.bytes, event.seconds, event.is_best)
+    saved = Checkpoint(*facts, after, event.time)
     others = tuple(kept for kept in status.checkpoints if kept.step != event.step)
     return replace(status, checkpoints=_kept((*others, saved)))
 
@@ -377,19 +374,6 @@ def _warned(status: RunStatus, message: str) -> RunStatus:
     if len(status.warnings) >= KEPT_EVENTS:  # the first ones tell more than the last
         return replace(status, warnings_left_out=status.warnings_left_out + 1)
     return replace(status, warnings=(*status.warnings, RunWarning(message)))
-
-
-def _with_sizes(plan: Mapping[str, Any], event: events.MemoryReduced) -> Mapping[str, Any]:
-    """Return the plan with the sizes that a run goes on with after memory ran out."""
-    processes = max(1, int(plan.get("processes", 1)))
-    examples = int(plan.get("step_examples", 0))
-    batches = -(-examples // max(1, event.micro_batch_examples))
-    return dict(plan) | {
-        "micro_batch_examples": event.micro_batch_examples,
-        "micro_batches": -(-batches // processes),
-        "eval_batch_examples": event.eval_batch_examples,
-        "gradient_checkpointing": event.gradient_checkpointing,
-    }
 
 
 def _with_sample(
