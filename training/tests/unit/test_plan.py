@@ -167,7 +167,7 @@ def test_offloading_is_for_one_process_too():
     assert parallelism_of(SEVEN_BILLION, processes=1, **asked) == ("deepspeed", "")
     assert parallelism_of(SEVEN_BILLION, **asked) == ("deepspeed", "")
     _, why = parallelism_of(SEVENTY_BILLION, **asked)
-    assert "515.9 GB, and the machine has 256.0 GB" in why
+    assert "515.9 GB are needed, and the machine has 256.0 GB" in why
     del asked["training"]["offload_param_device"]
     parallelism, why = parallelism_of(SEVEN_BILLION, processes=1, **asked)
     assert parallelism == "none"
