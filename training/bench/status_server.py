@@ -272,8 +272,9 @@ def tiny_job(folder: Path) -> list[str]:
 
     model = write_model(folder / "model")
     rows = write_rows(folder / "rows.jsonl", 0, 256)
-    return ["--model_name_or_path", str(model), "--dataset", str(rows), "--bf16", "false",
-            "--per_device_train_batch_size", "32", "--max_seq_length", "128"]  # fmt: skip
+    return ["--model_name_or_path", str(model), "--bf16", "false", "--dataset", str(rows),
+            "--eval_fraction", "0.1", "--max_seq_length", "128",
+            "--per_device_train_batch_size", "32"]  # fmt: skip
 
 
 def main() -> None:

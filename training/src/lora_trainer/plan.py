@@ -28,6 +28,7 @@ from .memory_estimate import (
     weights_bytes,
 )
 from .run.memory_limits import MemoryLimits
+from .units import size
 
 # A base model that takes more of a device leaves too little memory for training.
 FITTING_FRACTION = 0.9
@@ -242,8 +243,8 @@ def choose_parallelism(
     if needed <= FITTING_FRACTION * limit:
         return "ddp", ""
     return "fsdp", (
-        f"parallelism is fsdp: the base model needs {needed / 2**30:.1f} GB per process, and each "
-        f"has {limit / 2**30:.1f} GB"
+        f"parallelism is fsdp: the base model needs {size(needed)} per process, and each "
+        f"has {size(limit)}"
     )
 
 
@@ -251,8 +252,8 @@ def _reading_reason(needed: float, machine: Machine) -> str:
     if needed <= machine.memory_bytes:
         return ""
     return (
-        f"with deepspeed all processes load the base model at the same time: {needed / 2**30:.1f} "
-        f"GB are needed, and the machine has {machine.memory_bytes / 2**30:.1f} GB; with fsdp "
+        f"with deepspeed all processes load the base model at the same time: {size(needed)} "
+        f"are needed, and the machine has {size(machine.memory_bytes)}; with fsdp "
         "they load one after another"
     )
 
@@ -318,6 +319,5 @@ def _choose_checkpointing(
     if needed <= 0.8 * limit:
         return False, ()
     return True, (
-        f"gradient checkpointing is on: without it a step may need {needed / 2**30:.1f} GB "
-        f"of {limit / 2**30:.1f} GB",
+        f"gradient checkpointing is on: without it a step may need {size(needed)} of {size(limit)}",
     )

@@ -90,7 +90,7 @@ class Redaction:
         """Return text bytes without secrets; bytes that are not UTF-8 are unchanged."""
         return self.text(data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
 
-    def value(self, value: Any) -> Any:
+    def value(self, value: object) -> Any:
         """Return plain data without secrets."""
         if isinstance(value, str):
             return self.text(value)

@@ -14,7 +14,7 @@ from browser.page import DESKTOP, PHONE, Page
 from browser.runs import HOSTILE, failed, finished, going_on
 from lora_trainer.redaction import Redaction
 from lora_trainer.run.events import StepDone
-from lora_trainer.run.folder import EVENTS
+from lora_trainer.run_folder import RunFolder
 from lora_trainer.serve.outputs import RunsSite
 from lora_trainer.serve.run_state import RunState
 from lora_trainer.serve.server import StatusServer
@@ -38,7 +38,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             else event
             for event in events
         ]
-        (folder / EVENTS).write_text("".join(event.to_line() for event in faster))
+        RunFolder(folder).events.write_text("".join(event.to_line() for event in faster))
         leaf = {"value": 1e-4 * 2**number, "origin": "command line"}
         keys = json.dumps({"training": {"learning_rate": leaf}})
         (folder / "config.resolved.json").write_text(keys)

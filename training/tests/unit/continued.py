@@ -12,8 +12,8 @@ from faults.tiny_model import write_model, write_rows
 from lora_trainer.config.settings import Settings, resolve
 from lora_trainer.host.disk import write_json
 from lora_trainer.run.events import Event
-from lora_trainer.run.folder import DONE, RESOLVED
 from lora_trainer.run.protocol import WorkerSpec
+from lora_trainer.run_folder import RunFolder
 from lora_trainer.supervise import earlier_run
 from lora_trainer.train import worker
 
@@ -77,7 +77,7 @@ class Runs:
         folder = self.root / name
         folder.mkdir(exist_ok=True)
         assert earlier_run.judge(folder, settings).does == "go on"
-        write_json(folder / RESOLVED, settings.redacted())
+        write_json(RunFolder(folder).resolved, settings.redacted())
         earlier_run.mark_of(settings.config).write(folder)
         (folder / "events.jsonl").touch()
         events: list[Event] = []
@@ -87,12 +87,12 @@ class Runs:
             if die_at(event):
                 raise Killed
 
-        order = WorkerSpec(settings.config, folder, name, settings.redacted())
+        order = WorkerSpec(settings.config, folder, name)
         try:
             assert worker.run(order, emit, NoStop()) == 0  # type: ignore[arg-type]
         except Killed:
             return events
-        (folder / DONE).touch()
+        RunFolder(folder).done.touch()
         return events
 
     def adapter(self, name: str) -> str:

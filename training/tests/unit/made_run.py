@@ -20,7 +20,7 @@ from lora_trainer.model.adapter import (
 from lora_trainer.model.compat import dtype_argument
 from lora_trainer.report.model_card import CardFacts, write_model_card
 from lora_trainer.run.events import Evaluated
-from lora_trainer.run.folder import RESOLVED
+from lora_trainer.run_folder import RunFolder
 from lora_trainer.train import initial as initials
 from lora_trainer.train.checkpoint import TrainState, take_snapshot
 from lora_trainer.train.checkpoint_store import CheckpointStore
@@ -51,7 +51,7 @@ def make_run(root: Path, *keys: str, is_finished: bool = True) -> Path:
             *keys,
         ],
     )
-    write_json(run / RESOLVED, settings.redacted())
+    write_json(RunFolder(run).resolved, settings.redacted())
     model = adapted(root / "model", settings.config)
     is_converted = changes_base(settings.config.lora)
     initial = initials.save(model, run / "initial_adapter") if is_converted else None

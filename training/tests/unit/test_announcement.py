@@ -16,7 +16,7 @@ from shell_worker import says, step_line, supervisor_of
 from lora_trainer.config.settings import Settings, resolve
 from lora_trainer.errors import ConfigError, TrainerError
 from lora_trainer.run.events import Finished, Warned
-from lora_trainer.run.folder import EVENTS, LOG, RESOLVED, RESULTS
+from lora_trainer.run_folder import RunFolder
 from lora_trainer.supervise import announcement, supervisor
 from lora_trainer.supervise.supervisor import Supervisor
 
@@ -87,7 +87,7 @@ def keeping(folder: Path) -> str:
 def test_command_gets_the_exit_code_and_the_results(made: Made, tmp_path: Path) -> None:
     run = made(WHOLE, keeping(tmp_path))
     assert run.run() == 0
-    assert (tmp_path / "said").read_text() == f"0 {run.output_dir / RESULTS}\n"
+    assert (tmp_path / "said").read_text() == f"0 {RunFolder(run.output_dir).results}\n"
 
 
 def test_command_runs_after_a_failure_too(made: Made, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_failed_command_is_a_warning_and_leaves_the_exit_code(made: Made) -> Non
     run = made(WHOLE, "--on_end_command=echo to the log; exit 3")
     assert run.run() == 0
     assert run.warned == ["on_end_command ended with exit code 3; its output is in train.log"]
-    assert "to the log" in (run.output_dir / LOG).read_text()
+    assert "to the log" in (RunFolder(run.output_dir).log).read_text()
 
 
 def test_command_that_hangs_is_ended(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,9 +202,9 @@ def test_the_address_is_in_no_file_of_the_run(made: Made, receiver: Receiver) ->
         "T0PSECRETPATHSEGMENT"
         not in (run.output_dir.parent / "order").read_text().split("secrets")[0]
     )
-    resolved = json.loads((run.output_dir / RESOLVED).read_text())
+    resolved = json.loads((RunFolder(run.output_dir).resolved).read_text())
     assert resolved["monitoring"]["webhook_url"]["value"] == "***"
-    assert (run.output_dir / EVENTS).is_file()
+    assert (RunFolder(run.output_dir).events).is_file()
 
 
 def test_an_address_that_is_none_is_refused_without_being_shown() -> None:

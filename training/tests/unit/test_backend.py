@@ -80,7 +80,7 @@ def settings(tmp_path: Path) -> Settings:
 
 def consumers(settings: Settings, output: Path) -> dict:
     """Return all that begin to compute, by name: each either works or is refused."""
-    spec = WorkerSpec(settings.config, output, "run", {}, rank=1, ranks=2, store="never met")
+    spec = WorkerSpec(settings.config, output, "run", rank=1, ranks=2, store="never met")
     return {
         "train": lambda: open_session(settings.config, output, lambda _: None),
         "a second rank": lambda: run(spec, lambda _: None, SimpleNamespace()),

@@ -104,7 +104,7 @@ def test_a_quick_check_is_refused_while_a_run_holds_the_folder(
 ) -> None:
     """A container's preflight ends with 75: Docker would restart the second run three times."""
     monkeypatch.setattr("lora_trainer.commands.check.preflight", lambda _: None)
-    arguments = ["check", "--quick", "--dataset", "x.jsonl", "--output_dir", str(tmp_path)]
+    arguments = ["check", "--quick", "--output_dir", str(tmp_path)]
     assert cli.main(arguments) == 0
     with lock.hold(tmp_path):
         assert cli.main(arguments) == 75
@@ -117,7 +117,8 @@ def test_a_check_makes_no_output_folder(tmp_path: Path, monkeypatch: pytest.Monk
     data = tmp_path / "x.jsonl"
     data.write_text('{"text": "a"}\n')
     folder = tmp_path / "results" / "run"
-    arguments = ["check", "--quick", "--dataset", str(data), "--output_dir", str(folder)]
+    arguments = ["check", "--quick", "--dataset", str(data), "--eval_dataset", str(data)]
+    arguments += ["--output_dir", str(folder)]
     assert cli.main(arguments) == 0
     assert not folder.parent.exists()
     folder.parent.write_text("a file")

@@ -8,7 +8,7 @@ import pytest
 
 from lora_trainer.errors import ConfigError
 from lora_trainer.run.events import CheckpointSaved, Evaluated, PhaseChanged, Resumed, StepDone
-from lora_trainer.run.folder import DONE
+from lora_trainer.run_folder import RunFolder
 from lora_trainer.supervise import earlier_run
 from unit.continued import Runs
 
@@ -61,7 +61,7 @@ def test_run_killed_while_it_is_made_longer_ends_with_the_same_bytes(runs: Runs)
         events = runs.start("killed", "max_steps", "8", die_at=die_at)  # type: ignore[arg-type]
         # Until the worker has compared everything, the shorter run is the folder's run.
         has_begun = any(isinstance(event, Resumed) for event in events)
-        assert (folder / DONE).exists() is not has_begun
+        assert RunFolder(folder).done.exists() is not has_begun
         assert (folder / "final_model" / "adapter_model.safetensors").exists()
     runs.start("killed", "max_steps", "8")
     assert runs.adapter("killed") == runs.adapter("long")

@@ -12,7 +12,7 @@ from lora_trainer.config.settings import Settings, resolve
 from lora_trainer.errors import ConfigError
 from lora_trainer.host.disk import write_json
 from lora_trainer.plan import steps_of
-from lora_trainer.run.folder import DIGEST, DONE, RESOLVED
+from lora_trainer.run_folder import RunFolder
 from lora_trainer.supervise import earlier_run
 from lora_trainer.supervise.earlier_run import judge, mark_of
 from lora_trainer.train.identity import Identity, Mark, read_mark
@@ -35,7 +35,7 @@ class Folder:
         """Leave what a run of ten steps leaves after `steps`."""
         config = self.settings(*arguments).config
         (self.path / "checkpoints" / f"step-{steps:06d}").mkdir(parents=True)
-        write_json(self.path / RESOLVED, self.settings(*arguments).redacted())
+        write_json(RunFolder(self.path).resolved, self.settings(*arguments).redacted())
         total, warmup = steps_of(config.training, 10)
         plan = {"total_steps": total, "warmup_steps": warmup, "steps_per_epoch": 10}
         write_json(self.path / "plan.json", plan)
@@ -44,7 +44,7 @@ class Folder:
         write_json(self.path / "checkpoints" / f"step-{steps:06d}" / "state.json", state)
         mark_of(config).write(self.path)
         if is_finished:
-            (self.path / DONE).touch()
+            RunFolder(self.path).done.touch()
 
     def judged(self, *arguments: str) -> earlier_run.Verdict:
         return judge(self.path, self.settings(*arguments))
@@ -162,10 +162,16 @@ def test_finished_run_is_not_continued_where_resume_is_never(folder: Folder) -> 
     assert "resume is never" in folder.refused(*longer)
 
 
-@pytest.mark.parametrize("left", [DIGEST, DONE, RESOLVED, "events.jsonl", "plan.json"])
+@pytest.mark.parametrize(
+    "left", [RunFolder.digest, RunFolder.done, RunFolder.resolved, "events.jsonl", "plan.json"]
+)
 def test_resume_never_moves_aside_whatever_is_left_of_a_run(folder: Folder, left: str) -> None:
     folder.leave("--max_steps", "10", steps=4, is_finished=False)
-    for path in (folder.path / DIGEST, folder.path / RESOLVED, folder.path / "plan.json"):
+    for path in (
+        RunFolder(folder.path).digest,
+        RunFolder(folder.path).resolved,
+        folder.path / "plan.json",
+    ):
         path.unlink()
     (folder.path / left).touch()
     never = ("--resume", "never", "--on_finished", "archive")
@@ -177,21 +183,21 @@ def test_damaged_or_missing_digest_is_reported_and_the_checkpoints_are_used(
     folder: Folder, content: bytes | None
 ) -> None:
     folder.leave("--max_steps", "10", steps=4, is_finished=False)
-    (folder.path / DIGEST).unlink()
+    RunFolder(folder.path).digest.unlink()
     if content is not None:
-        (folder.path / DIGEST).write_bytes(content)
+        RunFolder(folder.path).digest.write_bytes(content)
     verdict = folder.judged("--max_steps", "10")
     assert verdict.does == "go on"
-    assert DIGEST in verdict.notes[0]
+    assert RunFolder.digest in verdict.notes[0]
     assert "lora_r: 16 -> 8" in folder.refused("--max_steps", "10", "--lora_r", "8")
 
 
 def test_damaged_digest_of_a_finished_run_is_reported(folder: Folder) -> None:
     folder.leave("--max_steps", "10")
-    (folder.path / DIGEST).write_text("damaged")
+    RunFolder(folder.path).digest.write_text("damaged")
     verdict = folder.judged("--max_steps", "10")
     assert verdict.does == "nothing"
-    assert f"{DIGEST} is damaged" in verdict.notes
+    assert f"{RunFolder.digest} is damaged" in verdict.notes
     assert "lora_r: 16 -> 8" in folder.refused("--max_steps", "10", "--lora_r", "8")
 
 
@@ -199,23 +205,23 @@ def test_traces_without_digest_and_checkpoint_are_moved_aside(folder: Folder) ->
     (folder.path / "initial_adapter").mkdir()
     verdict = folder.judged()
     assert verdict.does == "move aside"
-    assert f"{DIGEST} is missing" in verdict.notes
+    assert f"{RunFolder.digest} is missing" in verdict.notes
 
 
 def test_every_flipped_bit_of_a_digest_is_noticed(tmp_path: Path) -> None:
     Mark("0123456789abcdef", "fedcba9876543210").write(tmp_path)
-    sound = (tmp_path / DIGEST).read_bytes()
+    sound = RunFolder(tmp_path).digest.read_bytes()
     for bit in range(8 * len(sound)):
         flipped = bytearray(sound)
         flipped[bit // 8] ^= 1 << bit % 8
-        (tmp_path / DIGEST).write_bytes(flipped)
+        RunFolder(tmp_path).digest.write_bytes(flipped)
         assert read_mark(tmp_path)[0] is None, bytes(flipped)
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
 def test_run_of_an_earlier_version_is_recognized(folder: Folder, is_finished: bool) -> None:
     folder.leave("--max_steps", "10", is_finished=is_finished)
-    (folder.path / DIGEST).write_text("0123456789abcdef\n")
+    RunFolder(folder.path).digest.write_text("0123456789abcdef\n")
     state = folder.path / "checkpoints" / "step-000010" / "state.json"
     state.write_text(json.dumps({"digest": "0123456789abcdef-fedcba9876543210"}))
     if is_finished:

@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file
 from trained_run import CHAT, CHATML, settings_of
 
-from lora_trainer.run.folder import FINAL
 from lora_trainer.run.protocol import WorkerSpec
+from lora_trainer.run_folder import RunFolder
 from lora_trainer.train import evaluate, worker
 
 
@@ -25,7 +25,7 @@ def run_worker(root: Path, *keys: str) -> list:
         *keys,
     )
     settings = settings_of(root, CHAT, *keys, steps=3)
-    order = WorkerSpec(settings.config, root / "run", "run", settings.redacted())
+    order = WorkerSpec(settings.config, root / "run", "run")
     stop = SimpleNamespace(is_set=lambda: False, signal="", step=0, is_deferred=False)
     events: list = []
     assert worker.run(order, events.append, stop) == 0
@@ -41,14 +41,14 @@ def test_a_fault_in_the_closing_answers_leaves_the_adapter(
     monkeypatch.setattr(evaluate, "answer", broken)
     with pytest.raises(RuntimeError, match="dtype"):
         run_worker(tmp_path)
-    assert load_file(tmp_path / "run" / FINAL / "adapter_model.safetensors")
+    assert load_file(tmp_path / "run" / RunFolder.final_model / "adapter_model.safetensors")
 
 
 def test_the_card_states_the_answers_that_came_after_the_export(tmp_path: Path) -> None:
     events = run_worker(tmp_path)
     kinds = [event.phase for event in events if event.kind == "phase"]
     assert kinds.index("exporting") < len(kinds) - 1 - kinds[::-1].index("evaluating")
-    card = (tmp_path / "run" / FINAL / "README.md").read_text()
+    card = (tmp_path / "run" / RunFolder.final_model / "README.md").read_text()
     before, after = (event.exact_match for event in events if event.kind == "generated")
     assert f"| exact match | {100 * before:.1f} % | {100 * after:.1f} % |" in card
     assert "eos_token_id=[2, 0]" in card

@@ -17,7 +17,16 @@ MAJOR = int(importlib.metadata.version("transformers").split(".")[0])
 SOURCE = Path(lora_trainer.__file__).parent
 # The folders, and the files beside them, from the lowest up: each imports only those before it.
 LEVELS = [
-    *("redaction", "units", "host", "errors", "faults", "machine", "checkpoint_folder"),
+    *(
+        "redaction",
+        "units",
+        "host",
+        "errors",
+        "faults",
+        "machine",
+        "checkpoint_folder",
+        "run_folder",
+    ),
     "invocation",
     *("config", "run", "memory_estimate", "plan", "data", "report", "model", "train"),
     *("serve", "supervise", "commands", "api", "cli", "__main__"),
@@ -25,7 +34,7 @@ LEVELS = [
 # Importing torch takes seconds: the supervisor answers before the worker has it.
 LIGHT = ("config", "run", "serve", "supervise", "report", "commands")
 LIGHT += ("cli", "plan", "memory_estimate", "redaction", "units", "errors", "faults", "machine")
-LIGHT += ("invocation", "api")
+LIGHT += ("invocation", "api", "run_folder")
 HEAVY = ("torch", "transformers", "peft", "datasets", "matplotlib")
 
 

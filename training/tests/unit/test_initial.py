@@ -14,6 +14,7 @@ from lora_trainer.config.settings import resolve
 from lora_trainer.errors import StorageError, UnavailableError
 from lora_trainer.model.adapter import adapter_state
 from lora_trainer.run.events import Event, Warned
+from lora_trainer.run_folder import RunFolder
 from lora_trainer.train import export, initial
 from lora_trainer.train.checkpoint import Snapshot, TrainState, take_snapshot
 from lora_trainer.train.session import open_session
@@ -106,7 +107,7 @@ def test_damaged_first_adapter_is_written_again_and_the_export_is_the_same(
     session, snapshot = started
     session.restore(snapshot)
     expected = exported(session, tmp_path / "undisturbed")
-    damage(tmp_path / initial.FOLDER)
+    damage(RunFolder(tmp_path).initial_adapter)
     again, told = opened(root, tmp_path), list[Event]()
     again.restore(snapshot, told.append)
     assert exported(again, tmp_path / "resumed") == expected
@@ -120,7 +121,7 @@ def test_first_adapter_that_is_damaged_by_the_end_is_not_exported_from(
     tmp_path: Path, started: tuple[TrainingSetup, Snapshot], damage: Callable[[Path], None]
 ) -> None:
     session, _ = started
-    damage(tmp_path / initial.FOLDER)
+    damage(RunFolder(tmp_path).initial_adapter)
     with pytest.raises(StorageError, match="initial_adapter is damaged") as caught:
         exported(session, tmp_path / "out")
     assert "run the same command again" in caught.value.problems[0].remedy
@@ -131,11 +132,13 @@ def test_first_adapter_of_another_run_is_replaced(
 ) -> None:
     session, snapshot = started
     other = {name: value * 2 for name, value in adapter_state(session.causal.model).items()}
-    initial.save(session.causal.model, tmp_path / initial.FOLDER, initial.weights_digest(other))
+    initial.save(
+        session.causal.model, RunFolder(tmp_path).initial_adapter, initial.weights_digest(other)
+    )
     with pytest.raises(StorageError, match="initial_adapter is damaged"):
-        initial.verified(tmp_path / initial.FOLDER, snapshot.initial)
+        initial.verified(RunFolder(tmp_path).initial_adapter, snapshot.initial)
     opened(root, tmp_path).restore(snapshot)
-    assert initial.verify(tmp_path / initial.FOLDER) == snapshot.initial
+    assert initial.verify(RunFolder(tmp_path).initial_adapter) == snapshot.initial
 
 
 def test_init_that_comes_out_differently_uses_the_first_one_or_ends(

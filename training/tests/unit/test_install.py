@@ -27,7 +27,7 @@ def test_a_full_disk_is_seen_before_the_download(
         shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1_024_000_000)
     )
     assert installed(tmp_path / "venv") == 74
-    assert "1024 MB are free, 3000 MB are needed" in capsys.readouterr().err
+    assert "1.0 GB are free, 3.0 GB are needed" in capsys.readouterr().err
     assert not (tmp_path / "venv").exists()
 
 

@@ -15,7 +15,7 @@ from run_events import RUN, started, stepped
 from test_runs_command import END, hold_by, make_run
 
 from lora_trainer.redaction import Redaction
-from lora_trainer.run.folder import DONE, EVENTS
+from lora_trainer.run_folder import RunFolder
 from lora_trainer.serve.outputs import MOST_OPEN, RunsSite
 from lora_trainer.serve.run_state import RunState
 from lora_trainer.serve.server import StatusServer
@@ -26,7 +26,7 @@ Get = Callable[..., tuple[int, bytes]]
 @pytest.fixture
 def outputs(tmp_path: Path) -> Path:
     folder = tmp_path / "outputs"
-    (make_run(folder / "good", *RUN, END, learning_rate=1e-4) / DONE).touch()
+    (make_run(folder / "good", *RUN, END, learning_rate=1e-4) / RunFolder.done).touch()
     make_run(folder / "bad", started(), stepped(1, loss=float("nan")), learning_rate=1.0)
     make_run(folder / "é %2F?#", *RUN, END)
     make_run(folder, *RUN, END)
@@ -100,7 +100,7 @@ def test_run_that_goes_on_is_followed(get: Get, outputs: Path):
     folder = make_run(outputs / "live", started(), stepped(1))
     hold_by(folder, os.getpid())
     assert json.loads(get("/runs/live/status")[1])["step"] == 1
-    with (folder / EVENTS).open("a") as file:
+    with RunFolder(folder).events.open("a") as file:
         file.write(stepped(2).to_line())
     until = time.monotonic() + 20
     while json.loads(get("/runs/live/status")[1])["step"] != 2:

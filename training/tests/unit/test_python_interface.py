@@ -18,7 +18,7 @@ from faults.tiny_model import write_model, write_rows
 from lora_trainer import RunResults, TrainerError, api, load_config, train
 from lora_trainer.errors import ConfigError, DataError, StoppedError
 from lora_trainer.run.events import Failed, Finished, Stopped
-from lora_trainer.run.folder import RESULTS
+from lora_trainer.run_folder import RunFolder
 from unit.shell_worker import play, says, step_line
 
 GUIDE = Path(__file__).parents[3] / "docs" / "python.md"
@@ -47,7 +47,7 @@ def test_finished_run_returns_its_results(
     results = train(**values)
     assert isinstance(results, RunResults)
     assert (results.status, results.exit_code, results.last_loss) == ("finished", 0, 2.5)
-    assert (tmp_path / "out" / RESULTS).is_file()
+    assert (tmp_path / "out" / RunFolder.results).is_file()
     assert train(**values) == results  # the finished run is left alone
     assert (tmp_path / "count").read_text() == "1\n"
 

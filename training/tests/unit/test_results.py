@@ -16,9 +16,9 @@ from lora_trainer.config.settings import Settings
 from lora_trainer.errors import BusyError, ConfigError, DataError, StoppedError, TrainerError
 from lora_trainer.run import lock
 from lora_trainer.run.events import Evaluated, Failed, Finished, Generated, Stopped
-from lora_trainer.run.folder import EVENTS, RESULTS, is_own
 from lora_trainer.run.recording import read_events
 from lora_trainer.run.results import Evaluation, RunResults, read_results
+from lora_trainer.run_folder import RunFolder, is_own
 from lora_trainer.supervise import supervisor
 from lora_trainer.supervise.supervisor import Supervisor
 from unit.shell_worker import says, step_line, supervisor_of
@@ -69,7 +69,7 @@ def ended(run: Supervisor, error: type[TrainerError]) -> RunResults:
     with pytest.raises(error):
         run.run()
     results = read_results(run.output_dir)
-    assert (run.output_dir / RESULTS).is_file()
+    assert RunFolder(run.output_dir).results.is_file()
     assert results is not None
     return results
 
@@ -78,7 +78,7 @@ def test_finished_run_leaves_its_figures(made: Made, tmp_path: Path) -> None:
     final = tmp_path / "out" / "final_model"
     run = made(f"mkdir {final}; {EXPORTS.format(final)}\n{says(*WHOLE)}", "--run_name", "")
     run.run()
-    content = json.loads((run.output_dir / RESULTS).read_text())
+    content = json.loads(RunFolder(run.output_dir).results.read_text())
     wanted = {
         "status": "finished",
         "exit_code": 0,
@@ -114,9 +114,9 @@ def test_evaluation_after_is_that_of_the_exported_adapter(made: Made) -> None:
 def test_finished_event_carries_the_same(made: Made) -> None:
     run = made(says(*WHOLE))
     run.run()
-    events = list(read_events(run.output_dir / EVENTS))
+    events = list(read_events(RunFolder(run.output_dir).events))
     outcome = next(event.outcome for event in events if isinstance(event, Finished))
-    content = json.loads((run.output_dir / RESULTS).read_text())
+    content = json.loads(RunFolder(run.output_dir).results.read_text())
     clock = ("seconds", "ended_time")  # the worker ends after the event
     assert {k: v for k, v in outcome.items() if k not in clock} == {
         k: v for k, v in content.items() if k not in clock
@@ -142,7 +142,7 @@ def test_stopped_run_says_so(made: Made) -> None:
 def test_loss_that_is_not_finite_is_null(made: Made) -> None:
     run = made(says(step_line(1, math.nan)))
     run.run()
-    text = (run.output_dir / RESULTS).read_text()
+    text = RunFolder(run.output_dir).results.read_text()
     assert json.loads(text, parse_constant=pytest.fail)["last_loss"] is None
 
 
@@ -167,10 +167,10 @@ def test_refused_start_leaves_results_where_there_is_a_folder(made: Made) -> Non
 def test_refused_start_keeps_the_results_of_the_run_that_is_there(made: Made) -> None:
     run = made(says(*WHOLE))
     run.run()
-    before = (run.output_dir / RESULTS).read_bytes()
+    before = RunFolder(run.output_dir).results.read_bytes()
     with pytest.raises(ConfigError):
         made("", "--learning_rate", "0.5").run()
-    assert (run.output_dir / RESULTS).read_bytes() == before
+    assert RunFolder(run.output_dir).results.read_bytes() == before
 
 
 def test_start_in_a_busy_folder_writes_nothing(made: Made) -> None:
@@ -178,15 +178,15 @@ def test_start_in_a_busy_folder_writes_nothing(made: Made) -> None:
     run.output_dir.mkdir()
     with lock.hold(run.output_dir), pytest.raises(BusyError):
         run.run()
-    assert not (run.output_dir / RESULTS).exists()
+    assert not RunFolder(run.output_dir).results.exists()
 
 
 def test_run_without_results_is_read_from_its_events(made: Made) -> None:
     run = made(says(*WHOLE[:4]))
     run.run()
-    (run.output_dir / RESULTS).unlink()
-    lines = (run.output_dir / EVENTS).read_text().splitlines(keepends=True)
-    (run.output_dir / EVENTS).write_text("".join(lines[:-1]))  # as a kill leaves it
+    RunFolder(run.output_dir).results.unlink()
+    lines = RunFolder(run.output_dir).events.read_text().splitlines(keepends=True)
+    RunFolder(run.output_dir).events.write_text("".join(lines[:-1]))  # as a kill leaves it
     results = read_results(run.output_dir)
     assert results is not None
     assert (results.status, results.exit_code, results.steps) == ("unfinished", None, 2)
@@ -194,20 +194,20 @@ def test_run_without_results_is_read_from_its_events(made: Made) -> None:
 
 @pytest.mark.parametrize("content", ["", "[]", '{"status": "odd"}', '{"status": "failed"'])
 def test_damaged_results_are_no_run(tmp_path: Path, content: str) -> None:
-    (tmp_path / RESULTS).write_text(content)
+    RunFolder(tmp_path).results.write_text(content)
     assert read_results(tmp_path) is None
 
 
 def test_results_of_a_newer_version_are_read(tmp_path: Path) -> None:
     content = dataclasses.asdict(RunResults("finished", 0, steps=3)) | {"new_field": 1}
-    (tmp_path / RESULTS).write_text(json.dumps(content))
+    RunFolder(tmp_path).results.write_text(json.dumps(content))
     assert read_results(tmp_path) == RunResults("finished", 0, steps=3)
 
 
 def test_next_start_removes_the_results_and_writes_its_own(made: Made, tmp_path: Path) -> None:
     results = ended(made("exit 65"), TrainerError)
     assert results.status == "failed"
-    run = made(f"test ! -e {tmp_path}/out/{RESULTS} || exit 77\n{says(*WHOLE)}")
+    run = made(f"test ! -e {tmp_path}/out/{RunFolder.results} || exit 77\n{says(*WHOLE)}")
     run.run()
     later = read_results(run.output_dir)
     assert later is not None
@@ -222,4 +222,4 @@ def test_every_field_is_documented() -> None:
 
 
 def test_results_are_archived_with_their_run() -> None:
-    assert is_own(RESULTS)
+    assert is_own(RunFolder.results)

@@ -17,10 +17,10 @@ from lora_trainer.errors import BusyError, ConfigError
 from lora_trainer.host.disk import write_checksums
 from lora_trainer.report.comparison import differing_keys, notes, read_compared
 from lora_trainer.run.events import Ended, Failed, Planned
-from lora_trainer.run.folder import DONE, EVENTS, LOCK
 from lora_trainer.run.lock import hold
 from lora_trainer.run.results import read_results, write_results
 from lora_trainer.run.summary import find_run, run_folders, summaries, summarize
+from lora_trainer.run_folder import RunFolder
 
 PID_OF_NOBODY = 2**22 + 1
 END = Ended(time=100.0, exit_code=0)
@@ -31,7 +31,7 @@ BROKEN = (started(), stepped(1), FAILED, Ended(time=4.0, exit_code=70))
 def make_run(folder: Path, *events, **keys) -> Path:
     """Write what a run leaves: its events, its configuration, an adapter and a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / EVENTS).write_text("".join(event.to_line() for event in events))
+    RunFolder(folder).events.write_text("".join(event.to_line() for event in events))
     leaves = {key: {"value": value, "origin": "config file"} for key, value in keys.items()}
     (folder / "config.resolved.json").write_text(json.dumps({"training": leaves}))
     for name in ("final_model/adapter_model.safetensors", "checkpoints/step-000040/state.json"):
@@ -42,14 +42,14 @@ def make_run(folder: Path, *events, **keys) -> Path:
 
 
 def hold_by(folder: Path, pid: int) -> None:
-    (folder / LOCK).write_text(f"pid {pid} on {socket.gethostname()}\n")
+    RunFolder(folder).lock.write_text(f"pid {pid} on {socket.gethostname()}\n")
 
 
 @pytest.fixture
 def outputs(tmp_path: Path) -> Path:
     """Return a folder with a finished run and one of another learning rate that failed."""
     later = [replace(event, time=event.time + 500) for event in BROKEN]
-    (make_run(tmp_path / "good", *RUN, END, learning_rate=1e-4, seed=7) / DONE).touch()
+    (make_run(tmp_path / "good", *RUN, END, learning_rate=1e-4, seed=7) / RunFolder.done).touch()
     make_run(tmp_path / "bad", *later, learning_rate=1.0, seed=7)
     (tmp_path / "notes").mkdir()
     return tmp_path
@@ -178,7 +178,7 @@ def test_run_that_diverged_is_compared_too(tmp_path: Path, capsys):
 def test_removed_run_leaves_nothing(outputs: Path, capsys):
     assert main(["rm", "bad", "--yes", "--outputs", str(outputs)]) == 0
     assert not (outputs / "bad").exists()
-    assert (outputs / "good" / DONE).exists()
+    assert (outputs / "good" / RunFolder.done).exists()
     assert "removed 5 files" in capsys.readouterr().out
 
 
@@ -196,7 +196,7 @@ def test_removing_keeps_what_no_run_writes(tmp_path: Path, capsys):
         [*mine, mine[0].parent, mine[1].parent, named]
     )
     assert outside.read_text() == "mine"
-    assert (named / EVENTS).is_file()
+    assert RunFolder(named).events.is_file()
     assert "kept, since no run writes it: checkpoints/mine.txt, final" in capsys.readouterr().out
 
 
@@ -204,19 +204,19 @@ def test_running_run_is_not_removed(tmp_path: Path):
     folder = make_run(tmp_path / "a", *RUN)
     with hold(folder), pytest.raises(BusyError):
         remove_run(folder, is_sure=True)
-    assert (folder / EVENTS).is_file()
+    assert RunFolder(folder).events.is_file()
 
 
 def test_removing_without_a_terminal_has_to_be_confirmed_by_flag(outputs: Path, capsys):
     assert main(["rm", "bad", "--outputs", str(outputs)]) == 78
     assert f"lora-trainer rm {outputs / 'bad'} --yes" in capsys.readouterr().err
-    assert (outputs / "bad" / EVENTS).is_file()
+    assert (outputs / "bad" / RunFolder.events).is_file()
 
 
 def test_removing_asks_at_a_terminal(outputs: Path, monkeypatch):
     monkeypatch.setattr("sys.stdin", TerminalInput(["n\n", "y\n"]))
     remove_run(outputs / "bad", is_sure=False)
-    assert (outputs / "bad" / EVENTS).is_file()
+    assert (outputs / "bad" / RunFolder.events).is_file()
     remove_run(outputs / "bad", is_sure=False)
     assert not (outputs / "bad").exists()
 

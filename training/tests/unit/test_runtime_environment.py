@@ -26,6 +26,9 @@ COMPILED = """
 import io, json, os, subprocess
 from lora_trainer.cli import main
 main(["schema"])
+from pathlib import Path
+from lora_trainer.config.schema import Config
+from lora_trainer.run.protocol import WorkerSpec
 from lora_trainer.supervise import workers
 
 class Worker:
@@ -36,7 +39,8 @@ class Worker:
         return 0
 
 workers.subprocess.Popen = Worker
-group = workers.WorkerGroup({}, 1, log=subprocess.DEVNULL, pass_fds=(), environment={})
+spec = WorkerSpec(Config(), Path("out"), "run")
+group = workers.WorkerGroup(spec, 1, log=subprocess.DEVNULL, pass_fds=(), environment={})
 inherited = group._ranks[0].env
 import torch
 calls = []

@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 
 from lora_trainer.commands import check
+from lora_trainer.config.schema import Config
 from lora_trainer.config.settings import resolve
 from lora_trainer.data.cache import new_entry
 from lora_trainer.errors import StorageError
 from lora_trainer.host.scratch import LOCK, TEMPORARY, release, remove_temporary, scratch_folder
 from lora_trainer.model import embedded, hub
 from lora_trainer.report import charts
+from lora_trainer.run.protocol import WorkerSpec
 from lora_trainer.supervise import workers
 
 # The real preparation of the embedded model, stopped halfway.
@@ -155,7 +157,8 @@ def test_workers_make_a_folder_to_meet_in_only_if_they_are_several(
     monkeypatch.setattr(workers.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(workers.subprocess, "Popen", popen)
     monkeypatch.setattr(sys, "executable", "/bin/true")
-    workers.WorkerGroup({}, count, log=subprocess.DEVNULL, pass_fds=(), environment={}).wait()
+    spec = WorkerSpec(Config(), tmp_path, "run")
+    workers.WorkerGroup(spec, count, log=subprocess.DEVNULL, pass_fds=(), environment={}).wait()
     assert seen == [folders] * count
     assert not list(tmp_path.iterdir())
 
@@ -205,7 +208,7 @@ def test_preflight_finds_the_cache_too_small(
         check.preflight(resolve(None, {}, folders))
     (problem,) = caught.value.problems
     assert (problem.where, problem.why) == (
-        f"model_cache_dir: {cache}", "300 MB are free, 540 MB are needed",
+        f"model_cache_dir: {cache}", "315 MB are free, 566 MB are needed",
     )  # fmt: skip
 
 

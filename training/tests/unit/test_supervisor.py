@@ -27,7 +27,6 @@ from lora_trainer.errors import (
     UnavailableError,
 )
 from lora_trainer.host.disk import write_text
-from lora_trainer.run import folder as output
 from lora_trainer.run import lock as claim
 from lora_trainer.run import silence
 from lora_trainer.run.events import (
@@ -42,6 +41,7 @@ from lora_trainer.run.events import (
 from lora_trainer.run.folder import archive, make_folder
 from lora_trainer.run.recording import EventFile
 from lora_trainer.run.status import RunStatus, fold
+from lora_trainer.run_folder import RunFolder
 from lora_trainer.supervise import supervisor
 from lora_trainer.supervise.earlier_run import mark_of
 from lora_trainer.supervise.supervisor import Supervisor
@@ -63,7 +63,7 @@ def workers(tmp_path: Path) -> int:
 
 
 def told(folder: Path) -> list[Event]:
-    lines = (folder / output.EVENTS).read_text().splitlines()
+    lines = RunFolder(folder).events.read_text().splitlines()
     return [event for line in lines if (event := parse_line(line)) is not None]
 
 
@@ -75,7 +75,7 @@ def test_finished_worker_finishes_the_run(made: Made) -> None:
     run = made(says(step_line(1)))
     assert run.run() == 0
     assert kinds(run.output_dir) == ["run_started", "step", "ended"]
-    assert (run.output_dir / output.DONE).exists()
+    assert RunFolder(run.output_dir).done.exists()
 
 
 def test_secret_reaches_the_worker_and_no_file(
@@ -161,7 +161,7 @@ def test_fault_that_the_worker_explains_is_final(
         run.run()
     assert workers(tmp_path) == 1
     assert kinds(run.output_dir) == ["run_started", "failed", "ended"]
-    assert not (run.output_dir / output.DONE).exists()
+    assert not RunFolder(run.output_dir).done.exists()
 
 
 def test_worker_that_ends_without_a_word_is_told_of_with_its_exit_code(made: Made) -> None:
@@ -182,7 +182,7 @@ def test_recorded_line_of_wrong_types_is_skipped_and_counted(made: Made) -> None
     run.output_dir.mkdir()
     mark_of(run.config).write(run.output_dir)
     odd = step_line(1).replace('"loss": 1.0', '"loss": "1.0"')
-    (run.output_dir / output.EVENTS).write_text(odd + "[1, 2]\n" + step_line(2)[:30] + "\n")
+    RunFolder(run.output_dir).events.write_text(odd + "[1, 2]\n" + step_line(2)[:30] + "\n")
     assert run.run() == 0
     warned = [event.message for event in told(run.output_dir) if isinstance(event, Warned)]
     assert any("2 lines of events.jsonl skipped" in message for message in warned)
@@ -303,7 +303,7 @@ def test_signal_handlers_are_put_back(made: Made) -> None:
 def test_second_run_names_who_holds_the_folder(made: Made) -> None:
     run = made("")
     run.output_dir.mkdir()
-    with (run.output_dir / output.LOCK).open("w") as lock:
+    with RunFolder(run.output_dir).lock.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
@@ -315,15 +315,15 @@ def test_second_run_names_who_holds_the_folder(made: Made) -> None:
 def test_lock_file_of_a_dead_process_is_taken_over(made: Made) -> None:
     run = made("")
     run.output_dir.mkdir()
-    (run.output_dir / output.LOCK).write_text(f"pid 4194999 on {socket.gethostname()}\n")
+    RunFolder(run.output_dir).lock.write_text(f"pid 4194999 on {socket.gethostname()}\n")
     assert run.run() == 0
-    assert (run.output_dir / output.LOCK).read_text().split()[1] == str(os.getpid())
+    assert RunFolder(run.output_dir).lock.read_text().split()[1] == str(os.getpid())
 
 
 def test_start_waits_for_the_worker_that_a_dead_supervisor_left(made: Made) -> None:
     run = made("")
     run.output_dir.mkdir()
-    lock = (run.output_dir / output.LOCK).open("w")
+    lock = RunFolder(run.output_dir).lock.open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
     lock.write(f"pid 4194999 on {socket.gethostname()}\n")
     lock.flush()
@@ -338,7 +338,7 @@ def test_start_does_not_wait_for_ever(made: Made, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(claim, "ORPHAN_SECONDS", 0.2)
     run = made("")
     run.output_dir.mkdir()
-    with (run.output_dir / output.LOCK).open("w") as lock:
+    with RunFolder(run.output_dir).lock.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write(f"pid 4194999 on {socket.gethostname()}\n")
         lock.flush()
@@ -389,7 +389,7 @@ def test_finished_run_is_archived_each_time_under_the_next_number(made: Made) ->
         assert run.run() == 0
     names = sorted(path.name for path in run.output_dir.parent.glob("out*"))
     assert names == ["out", "out.1", "out.2"]
-    assert (run.output_dir.with_name("out.1") / output.DONE).exists()
+    assert (run.output_dir.with_name("out.1") / RunFolder.done).exists()
 
 
 def test_finished_run_is_left_alone_and_reported(made: Made, tmp_path: Path) -> None:
@@ -404,16 +404,16 @@ def test_finished_run_is_left_alone_and_reported(made: Made, tmp_path: Path) -> 
 
 def test_damaged_digest_is_reported_and_written_again(made: Made) -> None:
     folder = unfinished(made)
-    sound = (folder / output.DIGEST).read_text()
-    (folder / output.DIGEST).write_text("damaged")
+    sound = RunFolder(folder).digest.read_text()
+    RunFolder(folder).digest.write_text("damaged")
     assert made("").run() == 0
     assert any("is damaged" in e.message for e in told(folder) if isinstance(e, Warned))
-    assert (folder / output.DIGEST).read_text() == sound
+    assert RunFolder(folder).digest.read_text() == sound
 
 
 def test_resume_never_does_not_resume_where_the_digest_is_gone(made: Made) -> None:
     folder = unfinished(made)
-    (folder / output.DIGEST).unlink()
+    RunFolder(folder).digest.unlink()
     assert made("", "--resume", "never").run() == 0
     assert (folder.with_name("out.1") / "checkpoints" / "step-000001").is_dir()
     assert not (folder / "checkpoints").exists()
@@ -432,7 +432,7 @@ def test_run_on_a_mount_point_is_archived_inside(
 ) -> None:
     monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
     for number in (1, 2):
-        (tmp_path / output.DONE).write_text("x")
+        RunFolder(tmp_path).done.write_text("x")
         assert archive(tmp_path) == tmp_path / f"run.{number}"
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["run.1", "run.2"]
 
@@ -497,19 +497,19 @@ def test_kill_before_the_report_is_complete_leaves_it_to_the_next_start(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(folder: Path) -> None:
-        assert not (folder / output.DONE).exists()
+        assert not RunFolder(folder).done.exists()
         raise Killed
 
     run = made(says(step_line(1)))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(supervisor, "write_report", die)
         run.run()
-    assert not (run.output_dir / output.DONE).exists()
+    assert not RunFolder(run.output_dir).done.exists()
     reported: list[Path] = []
     monkeypatch.setattr(supervisor, "write_report", reported.append)
     assert made(says(step_line(1))).run() == 0
     assert reported == [run.output_dir]
-    assert (run.output_dir / output.DONE).exists()
+    assert RunFolder(run.output_dir).done.exists()
     assert not run.output_dir.with_name("out.1").exists()
 
 
@@ -517,11 +517,11 @@ def test_done_is_written_after_everything_else(made: Made) -> None:
     run = made(says(step_line(1)))
     run.run()
     times = {p.name: p.stat().st_mtime_ns for p in run.output_dir.iterdir() if p.is_file()}
-    assert max(times, key=lambda name: times[name]) == output.DONE
+    assert max(times, key=lambda name: times[name]) == RunFolder.done
 
 
 def test_events_after_a_torn_line_stand_on_lines_of_their_own(tmp_path: Path) -> None:
-    path = tmp_path / output.EVENTS
+    path = RunFolder(tmp_path).events
     path.write_text(step_line(1) + step_line(2)[:20])
     with EventFile(path) as file:
         file.append(PhaseChanged(phase="training"))
@@ -607,12 +607,12 @@ def test_default_run_is_archived_inside_and_leaves_named_runs_alone(tmp_path: Pa
     folder = tmp_path / "outputs"
     for run in (folder, folder / "named", folder / "run.1"):
         (run / "final_model").mkdir(parents=True)
-        (run / output.DONE).write_text(run.name)
+        RunFolder(run).done.write_text(run.name)
     assert archive(folder) == folder / "run.2"
     assert sorted(path.name for path in folder.iterdir()) == ["named", "run.1", "run.2"]
-    assert (folder / "named" / output.DONE).read_text() == "named"
-    assert (folder / "run.1" / output.DONE).read_text() == "run.1"
-    assert (folder / "run.2" / output.DONE).read_text() == "outputs"
+    assert (folder / "named" / RunFolder.done).read_text() == "named"
+    assert (folder / "run.1" / RunFolder.done).read_text() == "run.1"
+    assert (folder / "run.2" / RunFolder.done).read_text() == "outputs"
     assert not folder.with_name("outputs.1").exists()
 
 
@@ -629,7 +629,7 @@ def test_stalled_worker_is_shown_ended_and_told_of(
     with pytest.raises(InternalError, match=r"made no progress for .* in phase training") as caught:
         run.run()
     assert caught.value.exit_code == 70
-    assert "the stacks" in (run.output_dir / output.LOG).read_text()
+    assert "the stacks" in RunFolder(run.output_dir).log.read_text()
     assert "train.log" in caught.value.problems[0].remedy
 
 

@@ -13,8 +13,8 @@ from run_events import PLAN, RUN, START, stepped
 from lora_trainer.errors import ConfigError
 from lora_trainer.redaction import Redaction
 from lora_trainer.run.events import Ended, RunStarted
-from lora_trainer.run.folder import EVENTS, LOCK
 from lora_trainer.run.lock import is_held, own_address
+from lora_trainer.run_folder import RunFolder
 from lora_trainer.serve.follower import EventFollower, stall_timeout_seconds
 from lora_trainer.serve.replay import view
 from lora_trainer.serve.run_state import RunState
@@ -23,12 +23,12 @@ PID_OF_NOBODY = 2**22 + 1
 
 
 def record(folder: Path, *events, mode: str = "a") -> None:
-    with (folder / EVENTS).open(mode) as file:
+    with RunFolder(folder).events.open(mode) as file:
         file.writelines(event.to_line() for event in events)
 
 
 def lock(folder: Path, pid: int, host: str = "") -> None:
-    (folder / LOCK).write_text(f"pid {pid} on {host or socket.gethostname()}\n")
+    RunFolder(folder).lock.write_text(f"pid {pid} on {host or socket.gethostname()}\n")
 
 
 @pytest.fixture
@@ -51,11 +51,11 @@ def test_run_that_goes_on_is_followed_line_by_line(recording: EventFollower, tmp
     recording.read()
     before = recording.live.sequence
     whole = stepped(2).to_line()
-    with (tmp_path / EVENTS).open("a") as file:
+    with RunFolder(tmp_path).events.open("a") as file:
         file.write(whole[:30])
     recording.read()
     assert recording.live.status.step == 1
-    with (tmp_path / EVENTS).open("a") as file:
+    with RunFolder(tmp_path).events.open("a") as file:
         file.write(whole[30:])
     recording.read()
     assert recording.live.status.step == 2
@@ -66,7 +66,7 @@ def test_run_that_goes_on_is_followed_line_by_line(recording: EventFollower, tmp
 def test_another_run_in_the_folder_begins_anew(recording: EventFollower, tmp_path: Path):
     record(tmp_path, START, PLAN, stepped(1), stepped(2))
     recording.read()
-    (tmp_path / EVENTS).rename(tmp_path / "aside")
+    RunFolder(tmp_path).events.rename(tmp_path / "aside")
     record(tmp_path, RunStarted(time=9.0, run_name="b", config_digest="d2", output_dir="o"))
     recording.read()
     assert (recording.live.status.run_name, recording.live.status.step) == ("b", 0)
@@ -106,7 +106,7 @@ def test_folder_without_a_lock_is_held_by_nobody(tmp_path: Path):
 
 def test_worker_that_outlives_its_supervisor_still_holds_the_folder(tmp_path: Path):
     lock(tmp_path, PID_OF_NOBODY)
-    with (tmp_path / LOCK).open() as file:
+    with RunFolder(tmp_path).lock.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert is_held(tmp_path)
     assert not is_held(tmp_path)

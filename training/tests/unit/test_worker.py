@@ -7,10 +7,14 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from lora_trainer.config.schema import Config
+from lora_trainer.redaction import Redaction
 from lora_trainer.run.protocol import EVENTS_FD, WorkerSpec
 from lora_trainer.train import worker
 
@@ -43,3 +47,11 @@ def test_stop_after_the_training_tells_the_step_that_is_saved(
     with os.fdopen(reading) as told:
         last = json.loads(told.read().splitlines()[-1])
     assert (last["event"], last["step"], last["signal"]) == ("stopped", 40, "SIGTERM")
+
+
+def test_a_spec_reaches_the_worker_as_it_was_written() -> None:
+    config = Config.model_validate({"model": {"hf_token": "hf_secret"}})
+    spec = WorkerSpec(config, Path("out"), "run", rank=1, ranks=2, redaction=Redaction(["s3cret"]))
+    received = WorkerSpec.read(spec.to_json())
+    assert replace(received, redaction=spec.redaction) == spec
+    assert received.redaction.secrets == {"s3cret"}

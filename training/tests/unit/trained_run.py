@@ -11,7 +11,7 @@ from faults.tiny_model import write_model
 from lora_trainer.config.settings import Settings, resolve
 from lora_trainer.host.disk import write_json
 from lora_trainer.redaction import Redaction
-from lora_trainer.run.folder import RESOLVED
+from lora_trainer.run_folder import RunFolder
 from lora_trainer.train import loop
 from lora_trainer.train import session as sessions
 from lora_trainer.train.worker import _answer
@@ -71,7 +71,7 @@ def settings_of(root: Path, row: dict[str, Any], *keys: str, steps: int = 60) ->
 def train_run(root: Path, row: dict[str, Any], *keys: str, steps: int = 60) -> tuple[Path, list]:
     """Train on one row until it is known by heart; return the run's folder and its events."""
     settings, run = settings_of(root, row, *keys, steps=steps), root / "run"
-    write_json(run / RESOLVED, settings.redacted())
+    write_json(RunFolder(run).resolved, settings.redacted())
     events: list[Any] = []
     session = sessions.open_session(settings.config, run, events.append)
     state = loop.train(session.context(events.append, lambda: False), session.restore(None))

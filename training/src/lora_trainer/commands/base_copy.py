@@ -10,9 +10,12 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..config.schema import ModelSection
+
+if TYPE_CHECKING:
+    from ..model.load import ModelSource
 
 FOLDER = "base_model"
 SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
@@ -21,7 +24,7 @@ MANIFEST = "manifest.json"  # of the cache of prepared models: it seals that fol
 LOADING = re.compile(r"AutoModelForCausalLM\.from_pretrained\(.*\)")
 
 
-def base_files(source: Any, section: ModelSection) -> list[Path]:
+def base_files(source: ModelSource, section: ModelSection) -> list[Path]:
     """Return the files of a base model that its users need; one of the hub is fetched.
 
     Raises:
@@ -50,7 +53,7 @@ def copy_base(files: list[Path], target: Path) -> None:
         card.write_text(text, encoding="utf-8")
 
 
-def _fetched(source: Any, section: ModelSection) -> Path:
+def _fetched(source: ModelSource, section: ModelSection) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [*(f"*{suffix}" for suffix in SUFFIXES), *LICENSES]

@@ -22,6 +22,7 @@ from ..plan import process_count
 from ..run.folder import check_folder, output_folder
 from ..supervise import earlier_run
 from ..train.trackers import missing_trackers
+from ..units import size
 
 # Events, report, plots and logs of a run; checkpoints are added by the plan.
 LEAST_DISK_BYTES = 200 << 20
@@ -80,7 +81,7 @@ def _check_disk(settings: Settings) -> None:
         raise StorageError.of(
             "the disk is nearly full",
             where=f"output_dir: {folder}",
-            why=f"{free / 2**20:.0f} MB are free, a run needs at least {LEAST_DISK_BYTES >> 20} MB",
+            why=f"{size(free)} are free, a run needs at least {size(LEAST_DISK_BYTES)}",
             remedy=f"free disk space; what takes it: du -sh {folder.parent}/*",
         )
 
@@ -200,8 +201,7 @@ def _check_rows(settings: Settings, sample_rows: int) -> None:
     typer.echo(
         f"plan         {plan.total_steps} steps of {plan.step_examples} examples, "
         f"{plan.trainable_parameters:,} trainable parameters on a base of {plan.parameters:,}, "
-        f"about {plan.estimated_memory_bytes / 1e9:.1f} of "
-        f"{plan.memory_limit_bytes / 1e9:.1f} GB memory"
+        f"about {size(plan.estimated_memory_bytes)} of {size(plan.memory_limit_bytes)} memory"
     )
     prompt_format = format_of_splits(splits, tokenizer)
     ends = ", ".join(tokenizer.convert_ids_to_tokens(list(prompt_format.end_token_ids)))

@@ -21,12 +21,11 @@ from ..faults import disk_fault
 from ..host.disk import write_checksums
 from ..redaction import Redaction
 from ..run.events import Evaluated, StepDone
-from ..run.folder import EVENTS, FINAL
 from ..run.recording import read_events
+from ..run_folder import RunFolder
 from .base_copy import base_files, copy_base
 from .finetuned import (
     ADAPTER_CONFIG,
-    CHECKPOINTS,
     FinetunedModel,
     config_of_run,
     find,
@@ -37,6 +36,7 @@ from .finetuned import (
 from .new_folder import atomic_directory, refuse_existing, refuse_full_disk
 
 if TYPE_CHECKING:
+    from ..model.load import ModelSource
     from ..report.model_card import CardFacts
 
 
@@ -62,23 +62,24 @@ def export_adapter(named: str, target: Path, *, has_base: bool = False) -> None:
     """
     path = Path(named).expanduser().absolute()
     refuse_existing(target)
-    if (path / FINAL / ADAPTER_CONFIG).is_file():
-        refuse_changed(path / FINAL)
-        _copy(path / FINAL, target, _base(find(named)) if has_base else [])
+    final = RunFolder(path).final_model
+    if (final / ADAPTER_CONFIG).is_file():
+        refuse_changed(final)
+        _copy(final, target, _base(find(named)) if has_base else [])
         typer.echo(f"the run is finished: its final adapter was copied to {target}")
         return
     checkpoint = load_newest_checkpoint(path, named)
     config = config_of_run(checkpoint.run)
-    trained = FinetunedModel(checkpoint.run.name, config, run=checkpoint.run)
-    base = _base(trained) if has_base else []
+    finetuned = FinetunedModel(checkpoint.run.name, config, run=checkpoint.run)
+    base = _base(finetuned) if has_base else []
     adapter_bytes = sum(weights.nbytes for weights in checkpoint.adapter.values())
     refuse_full_disk(target, adapter_bytes + _bytes_of(base))
-    _write(checkpoint, trained, target, base)
+    _write(checkpoint, finetuned, target, base)
     typer.echo(f"the adapter of step {checkpoint.step} was written to {target}")
 
 
-def _base(trained: FinetunedModel) -> list[Path]:
-    return base_files(locate_base(trained), trained.config.model)
+def _base(finetuned: FinetunedModel) -> list[Path]:
+    return base_files(locate_base(finetuned), finetuned.config.model)
 
 
 def _bytes_of(files: list[Path]) -> int:
@@ -97,7 +98,7 @@ def _copy(final: Path, target: Path, base: list[Path]) -> None:
 
 def load_newest_checkpoint(path: Path, named: str) -> TakenCheckpoint:
     """Read the checkpoint at `path`, or the newest sound one of the run there."""
-    candidates = [path] if is_checkpoint(path) else reversed(_listed(path / CHECKPOINTS))
+    candidates = [path] if is_checkpoint(path) else reversed(_listed(RunFolder(path).checkpoints))
     unsound = []
     for one in candidates:
         try:
@@ -113,7 +114,7 @@ def load_newest_checkpoint(path: Path, named: str) -> TakenCheckpoint:
     raise UnavailableError.of(
         "there is no checkpoint" if path.exists() else "there is no such folder",
         where=named,
-        why=f"a run's folder contains {CHECKPOINTS}/step-000100/ and so on",
+        why=f"a run's folder contains {RunFolder.checkpoints}/step-000100/ and so on",
         remedy=f"ls {path if path.is_dir() else path.parent}",
     )
 
@@ -161,7 +162,7 @@ def _write(
     from ..model.adapter import changes_base
     from ..report.model_card import write_model_card
     from ..train.export import save_adapter, save_prompt_format, with_prompt_format
-    from ..train.initial import FOLDER, verified
+    from ..train.initial import verified
 
     config = finetuned.config
     source = locate_base(finetuned)
@@ -172,7 +173,7 @@ def _write(
         model.peft_config["default"].base_model_name_or_path = source.hub_id
     initial = None
     if changes_base(config.lora):
-        initial = verified(checkpoint.run / FOLDER, checkpoint.initial)
+        initial = verified(RunFolder(checkpoint.run).initial_adapter, checkpoint.initial)
     prompt_format = format_of_run(checkpoint.run, tokenizer)
     generation = load.load_generation_config(source, config.model)
     with atomic_directory(target) as folder:
@@ -187,7 +188,7 @@ def _write(
             copy_base(base, folder)
 
 
-def _model_of(checkpoint: TakenCheckpoint, finetuned: FinetunedModel, source: Any) -> Any:
+def _model_of(checkpoint: TakenCheckpoint, finetuned: FinetunedModel, source: ModelSource) -> Any:
     """Return the model that the adapter belongs to.
 
     Its weights are only needed to convert an adapter that changed them; else it is built
@@ -223,7 +224,9 @@ def _model_of(checkpoint: TakenCheckpoint, finetuned: FinetunedModel, source: An
     return model
 
 
-def _card_facts(checkpoint: TakenCheckpoint, finetuned: FinetunedModel, source: Any) -> CardFacts:
+def _card_facts(
+    checkpoint: TakenCheckpoint, finetuned: FinetunedModel, source: ModelSource
+) -> CardFacts:
     from ..model.load import find_license
     from ..report.model_card import CardFacts, shown_keys
 
@@ -250,7 +253,7 @@ def _card_facts(checkpoint: TakenCheckpoint, finetuned: FinetunedModel, source: 
 def _figures_at(checkpoint: TakenCheckpoint) -> dict[str, float]:
     """Return what the run's events say of this step."""
     figures: dict[str, float] = {}
-    for event in read_events(checkpoint.run / EVENTS):
+    for event in read_events(RunFolder(checkpoint.run).events):
         if isinstance(event, StepDone) and event.step == checkpoint.step:
             figures["train_loss"] = event.loss
         elif isinstance(event, Evaluated) and event.step == checkpoint.step:

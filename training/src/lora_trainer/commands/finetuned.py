@@ -10,23 +10,29 @@ import json
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..checkpoint_folder import has_any
 from ..config.schema import EMBEDDED_MODEL, Config, ModelSection, leaf_sections
+from ..config.start_adapter import EMBEDDED_HUB_ID
 from ..data.prompt_format import PromptFormat, read_format
 from ..errors import ConfigError, Problem, TrainerError, UnavailableError
 from ..host.disk import CHECKSUMS, is_changed
-from ..run.folder import FINAL, RESOLVED
+from ..run_folder import RunFolder
 from .base_copy import FOLDER as BASE_FOLDER
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..model.backend import Backend
+    from ..model.forward import CausalLM
+    from ..model.load import ModelSource
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-CHECKPOINTS = "checkpoints"
 # What the embedded model's adapters name as their base, so that others find it on the hub.
-EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +65,11 @@ def find(named: str, **model_keys: str | None) -> FinetunedModel:
     if "model_name_or_path" in other:
         other["model_revision"] = None
     if (path / ADAPTER_CONFIG).is_file():
-        run = path.parent if (path.parent / RESOLVED).is_file() else None
+        run = path.parent if RunFolder(path.parent).resolved.is_file() else None
         return _adapter(path, run).as_loaded(**other)
-    if (path / FINAL / ADAPTER_CONFIG).is_file():
-        return _adapter(path / FINAL, path).as_loaded(**other)
-    if is_checkpoint(path) or has_any(path / CHECKPOINTS):
+    if (RunFolder(path).final_model / ADAPTER_CONFIG).is_file():
+        return _adapter(RunFolder(path).final_model, path).as_loaded(**other)
+    if is_checkpoint(path) or has_any(RunFolder(path).checkpoints):
         raise ConfigError.of(
             "this run has no final adapter yet",
             where=named,
@@ -88,7 +94,7 @@ def config_of_run(run: Path) -> Config:
         UnavailableError: the record cannot be read.
     """
     try:
-        recorded = json.loads((run / RESOLVED).read_text(encoding="utf-8"))
+        recorded = json.loads(RunFolder(run).resolved.read_text(encoding="utf-8"))
         known = leaf_sections()
         values = {
             section: {
@@ -102,7 +108,7 @@ def config_of_run(run: Path) -> Config:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnavailableError.of(
             "the run's recorded configuration cannot be read",
-            where=str(run / RESOLVED),
+            where=str(RunFolder(run).resolved),
             why=f"{type(error).__name__}: it is missing, damaged, or of another version",
             remedy="use the adapter's folder, with --model BASE_MODEL",
         ) from error
@@ -165,11 +171,14 @@ def _reads_like_model(named: str) -> bool:
 
 def _nothing_there(named: str, path: Path) -> TrainerError:
     near = path if path.is_dir() else path.parent
-    runs = sorted(str(one.parent.parent) for one in near.glob(f"*/{FINAL}/{ADAPTER_CONFIG}"))
+    runs = sorted(
+        str(one.parent.parent) for one in near.glob(f"*/{RunFolder.final_model}/{ADAPTER_CONFIG}")
+    )
     return UnavailableError.of(
         "there is no trained adapter" if path.exists() else "there is no such folder",
         where=named,
-        why=f"a run's folder contains {FINAL}/, an adapter's folder contains {ADAPTER_CONFIG}",
+        why=f"a run's folder contains {RunFolder.final_model}/, an adapter's folder "
+        f"contains {ADAPTER_CONFIG}",
         remedy=f"did you mean {' or '.join(runs[:3])} ?" if runs else f"ls {near}",
     )
 
@@ -178,10 +187,10 @@ def _nothing_there(named: str, path: Path) -> TrainerError:
 class LoadedModel:
     """A model ready to be asked: `causal` for figures and answers, `source` to speak of it."""
 
-    causal: Any
-    backend: Any
-    tokenizer: Any
-    source: Any
+    causal: CausalLM
+    backend: Backend
+    tokenizer: PreTrainedTokenizerBase
+    source: ModelSource
     finetuned: FinetunedModel
     prompt_format: PromptFormat
 
@@ -227,7 +236,9 @@ def open_model(finetuned: FinetunedModel, *, is_exact: bool = False) -> LoadedMo
     return LoadedModel(causal, backend, tokenizer, source, finetuned, prompt_format)
 
 
-def _on(backend: Any, finetuned: FinetunedModel, source: Any, section: ModelSection) -> Any:
+def _on(
+    backend: Backend, finetuned: FinetunedModel, source: ModelSource, section: ModelSection
+) -> CausalLM:
     """Load base model and adapter to compute as `backend` says."""
     from ..model import load
     from ..model.forward import CausalLM
@@ -250,7 +261,7 @@ def _on(backend: Any, finetuned: FinetunedModel, source: Any, section: ModelSect
     )
 
 
-def locate_base(finetuned: FinetunedModel) -> Any:
+def locate_base(finetuned: FinetunedModel) -> ModelSource:
     """Find the base model, as `load.locate`; the remedy names the flag that names another one."""
     from ..model import load
 
@@ -262,7 +273,7 @@ def locate_base(finetuned: FinetunedModel) -> Any:
         raise UnavailableError(problems if finetuned.adapter else error.problems) from error
 
 
-def tokenizer_source(finetuned: FinetunedModel, source: Any) -> Any:
+def tokenizer_source(finetuned: FinetunedModel, source: ModelSource) -> Any:
     """Return where the tokenizer is: beside the adapter, with the template of its training."""
     folder = finetuned.adapter
     if folder is None or not (folder / "tokenizer_config.json").is_file():

@@ -20,8 +20,8 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from ..errors import MEANINGS, ConfigError
-from ..run.folder import DONE, EVENTS, LOG
 from ..run.lock import own_address
+from ..run_folder import RunFolder
 from ..serve.gauges import GpuReading, open_nvml, read_gpus
 from ..serve.server import read_token
 from ..units import size
@@ -281,21 +281,22 @@ def _look_at_folder(report: Report, outputs: Path) -> str:
         return ""
     live = _live_folder(outputs)
     folder = live or folders[0]
-    log = _tail(folder / LOG)
+    log = _tail(RunFolder(folder).log)
     report.runs_in, report.results = "machine", str(folder)
     if live is not None:
         report.state, report.url = "running", own_address(live)
         return log
     report.state = "ended"
-    last = _json((_tail(folder / EVENTS).splitlines() or [""])[-1])
-    code = 0 if (folder / DONE).exists() else last.get("exit_code")
+    last = _json((_tail(RunFolder(folder).events).splitlines() or [""])[-1])
+    code = 0 if RunFolder(folder).done.exists() else last.get("exit_code")
     report.ended(code if isinstance(code, int) else KILLED, log)
     return log
 
 
 def _folders(outputs: Path) -> list[Path]:
     """Return the folders of runs, the newest first."""
-    events = [path for path in (outputs / EVENTS, *outputs.glob(f"*/{EVENTS}")) if path.is_file()]
+    paths = (RunFolder(outputs).events, *outputs.glob(f"*/{RunFolder.events}"))
+    events = [path for path in paths if path.is_file()]
     return sorted((path.parent for path in events), key=_changed, reverse=True)
 
 
@@ -361,7 +362,7 @@ def _memory_limit() -> str:
 
 def _changed(folder: Path) -> float:
     try:
-        return (folder / EVENTS).stat().st_mtime
+        return RunFolder(folder).events.stat().st_mtime
     except OSError:
         return 0.0
 

@@ -30,6 +30,7 @@ from ..errors import (
     TrainerError,
 )
 from ..host.virtual_environment import VirtualEnvironment, lock, share
+from ..units import size
 from .pip import Pip, say
 
 TRAINING = Path(__file__).parents[3]
@@ -127,9 +128,9 @@ class Installer:
         say(f"  {_run(self.python, '--version').stdout.strip()} from {self.python}")
         for name in ("stamp", "stamp-test"):
             (self.venv / name).unlink(missing_ok=True)
-        made = _run(self.python, "-m", "venv", "--clear", self.venv)
-        if made.returncode:
-            last = ((made.stdout + made.stderr).strip().splitlines() or ["venv failed"])[-1]
+        result = _run(self.python, "-m", "venv", "--clear", self.venv)
+        if result.returncode:
+            last = ((result.stdout + result.stderr).strip().splitlines() or ["venv failed"])[-1]
             raise self._unwritable(last)
         pip = Pip(self.venv, "install.log")
         pip.install("the locked packages", locks / f"{self.environment.stack}.txt")
@@ -191,7 +192,7 @@ class Installer:
             raise StorageError.of(
                 "too little disk space for the environment",
                 where=str(self.venv),
-                why=f"{free // 10**6} MB are free, {needed // 10**6} MB are needed",
+                why=f"{size(free)} are free, {size(needed)} are needed",
                 remedy=f"free some space, or: {self.elsewhere}",
             )
 

@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -18,6 +18,10 @@ from ..errors import ConfigError, InternalError, MemoryKilledError
 from ..units import size
 from .finetuned import ADAPTER_WEIGHTS, FinetunedModel, LoadedModel, locate_base, open_model
 from .new_folder import atomic_directory, refuse_existing, refuse_full_disk
+
+if TYPE_CHECKING:
+    from ..model.forward import CausalLM
+    from ..model.load import ModelSource
 
 CARD = "README.md"
 SHARD_BYTES = 5_000_000_000
@@ -84,7 +88,7 @@ def merge(finetuned: FinetunedModel, target: Path) -> None:
     )
 
 
-def stored_weights(source: Any, finetuned: FinetunedModel) -> Stored:
+def stored_weights(source: ModelSource, finetuned: FinetunedModel) -> Stored:
     """Return type and size of the base model's weights; the hub's files are not asked for size."""
     import torch
 
@@ -105,7 +109,9 @@ def stored_weights(source: Any, finetuned: FinetunedModel) -> Stored:
     return Stored(name, parameters * (4 if name == "float32" else 2))
 
 
-def untied_bytes(adapter: Path, source: Any, finetuned: FinetunedModel, stored: Stored) -> int:
+def untied_bytes(
+    adapter: Path, source: ModelSource, finetuned: FinetunedModel, stored: Stored
+) -> int:
     """Return the bytes of the second matrix where merging parts a tied head and embeddings.
 
     That is where the adapter changes either of them: they are one no longer.
@@ -161,8 +167,7 @@ def _merge(finetuned: FinetunedModel, stored: Stored, target: Path) -> float:
         opened.tokenizer.save_pretrained(str(folder))
         opened.prompt_format.save(folder)
         _write_card(folder / CARD, finetuned, opened.source)
-        del model, kept
-        opened.causal = None
+        del model, kept, opened.causal
         typer.echo("checking ...", err=True)
         section = finetuned.config.model.model_copy(update={"model_name_or_path": str(folder)})
         read_back = load.load_model(
@@ -233,7 +238,7 @@ def _tokens(model: Any) -> Any:
     return torch.randint(0, sizes.vocabulary(model.config), shape, generator=generator)
 
 
-def _logits(causal: Any, asked: Any) -> Any:
+def _logits(causal: CausalLM, asked: Any) -> Any:
     import torch
 
     causal.model.eval()
@@ -241,7 +246,7 @@ def _logits(causal: Any, asked: Any) -> Any:
         return causal.model(input_ids=asked, use_cache=False).logits.float()
 
 
-def _write_card(path: Path, finetuned: FinetunedModel, source: Any) -> None:
+def _write_card(path: Path, finetuned: FinetunedModel, source: ModelSource) -> None:
     """Write a card for the whole model, with what the adapter's own card says of its training."""
     from ..model.load import find_license
 

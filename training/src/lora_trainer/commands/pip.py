@@ -80,8 +80,8 @@ class Pip:
 
     def fault(self, what: str) -> TrainerError:
         """Return the error of pip's last failure, as far as its output tells the cause."""
-        said = re.findall(r"^ *(?:ERROR|error).*", self.output, re.M)
-        why = said[-1] if said else ""
+        lines = re.findall(r"^ *(?:ERROR|error).*", self.output, re.M)
+        why = lines[-1] if lines else ""
         if re.search(r"No space left|Errno 28|quota exceeded", self.output):
             room = os.environ.get("TMPDIR") or "/tmp"  # noqa: S108
             return StorageError.of(

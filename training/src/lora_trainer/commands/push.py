@@ -15,7 +15,7 @@ import typer
 from ..errors import AccessError, ConfigError, TrainerError, UnavailableError
 from ..host.disk import CHECKSUMS, is_changed
 from ..model import hub
-from ..run.folder import FINAL
+from ..run_folder import RunFolder
 from ..units import size
 from .finetuned import ADAPTER_CONFIG
 
@@ -56,13 +56,14 @@ def push(named: str, repo_id: str, *, token: str | None, is_public: bool, messag
 
 def _folder(named: str) -> Path:
     path = Path(named).expanduser().absolute()
-    folder = path / FINAL if (path / FINAL).is_dir() else path
+    folder = RunFolder(path).final_model if (RunFolder(path).final_model).is_dir() else path
     if (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
         return folder
     raise ConfigError.of(
         "there is nothing to upload",
         where=named,
-        why=f"it has neither a {FINAL} nor an {ADAPTER_CONFIG} nor a model's config.json",
+        why=f"it has neither a {RunFolder.final_model} nor an {ADAPTER_CONFIG} nor a model's "
+        "config.json",
         remedy=f"name a finished run, or lora-trainer export {named} TARGET and push TARGET",
     )
 

@@ -13,9 +13,9 @@ from ..errors import ConfigError
 from ..faults import disk_fault
 from ..host.disk import CHECKSUMS
 from ..host.quoting import shell_word
-from ..run.folder import FINAL, LOCK
 from ..run.lock import check_free, hold
 from ..run.summary import own_entries
+from ..run_folder import RunFolder
 from ..units import size
 
 TENSORBOARD = "events.out.tfevents."
@@ -42,7 +42,7 @@ def remove_run(folder: Path, *, is_sure: bool) -> None:
             for path in files:
                 path.unlink(missing_ok=True)
             _remove_empty(folder)
-        (folder / LOCK).unlink(missing_ok=True)
+        RunFolder(folder).lock.unlink(missing_ok=True)
     except OSError as error:
         raise disk_fault(error, str(folder)) or error from error
     with contextlib.suppress(OSError):  # other things are in it, or it is a mount point
@@ -75,12 +75,12 @@ def _leaves(folder: Path) -> list[Path]:
 def _is_own(entry: Path, path: Path) -> bool:
     """Return whether a file in one of a run's folders is the run's."""
     match entry.name:
-        case "checkpoints":
+        case RunFolder.checkpoints:
             name = path.parts[0]
             return any(one.fullmatch(name) for one in (NAME, TEMPORARY_NAME))
-        case name if name == FINAL:
+        case name if name == RunFolder.final_model:
             return len(path.parts) == 1 and path.name in _exported(entry)
-        case "logs":
+        case RunFolder.tracker_logs:
             return path.name.startswith(TENSORBOARD) or path.parts[0] in TRACKERS
     return True
 

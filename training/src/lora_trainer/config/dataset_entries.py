@@ -48,7 +48,7 @@ def normalise_datasets(value: Any) -> Any:
     return [_entry(entry) for entry in value] if isinstance(value, list) else value
 
 
-def _entry(entry: Any) -> Any:
+def _entry(entry: object) -> Any:
     if not isinstance(entry, dict):
         return entry
     kept = {key: value for key, value in entry.items() if not _is_idle(key, value)}
@@ -74,7 +74,7 @@ def _entry(entry: Any) -> Any:
     return kept
 
 
-def _is_idle(key: str, value: Any) -> bool:
+def _is_idle(key: str, value: object) -> bool:
     if key == "message_property_mappings" and isinstance(value, dict):
         return all(_is_idle(f"message_field_{name}", column) for name, column in value.items())
     if key == "roles" and isinstance(value, dict):

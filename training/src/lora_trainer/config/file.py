@@ -94,7 +94,7 @@ def _begins_with_key(text: str) -> bool:
     return bool(re.match(r"[A-Za-z_]\w*:(\s|$)", first))
 
 
-def _take(layer: Layer, document: Document, key: str, value: Any) -> None:
+def _take(layer: Layer, document: Document, key: str, value: object) -> None:
     location = document.location((key,))
     if key == "$schema":
         return

@@ -67,7 +67,7 @@ class Layer:
     def add(
         self,
         key: str,
-        value: Any,
+        value: object,
         location: str,
         *,
         section: str = "",

@@ -8,9 +8,9 @@ from an earlier source is dropped, as the same key would be. Both in one source 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
+from ..errors import Problem
 from .layers import Given, Layer
 
 # Each key of a pair, and its neutral value, which displaces nothing.
@@ -20,20 +20,10 @@ RIVALS = (
     (("eval_steps", None), ("evals_per_epoch", 0)),
     (("save_steps", None), ("saves_per_epoch", 0)),
 )
-# Settings for the file's held-out rows, dropped together with them.
-NEEDS_HELD_OUT = (
-    "early_stopping_patience",
-    "early_stopping_threshold",
-    "eval_generate",
-    "eval_max_new_tokens",
-    "eval_steps",
-    "evals_per_epoch",
-    "load_best_model_at_end",
-)
 
 
-def merge(layers: Sequence[Layer]) -> tuple[dict[str, Given], list[str]]:
-    """Return the winning values and warnings; later sources take precedence."""
+def merge(layers: Sequence[Layer]) -> tuple[dict[str, Given], list[Problem]]:
+    """Return the winning values of sources, the later ones first in rank, and problems."""
     given = {leaf: value for layer in layers for leaf, value in layer.given.items()}
     rank = {leaf: n for n, layer in enumerate(layers) for leaf in layer.given}
     for pair in RIVALS:
@@ -41,30 +31,25 @@ def merge(layers: Sequence[Layer]) -> tuple[dict[str, Given], list[str]]:
             is_asked = winner in given and given[winner].value != nothing
             if is_asked and loser in given and rank[winner] > rank[loser]:
                 del given[loser]
-    return given, _drop_strange_held_out(given)
+    return given, _find_foreign_held_out(given)
 
 
-def _drop_strange_held_out(given: dict[str, Given]) -> list[str]:
-    """Drop a file's eval_dataset when another source replaces its dataset.
-
-    Those rows say nothing about the data named on the command line or in the environment.
-    """
+def _find_foreign_held_out(given: Mapping[str, Given]) -> list[Problem]:
+    """Refuse the held-out rows that a file names beside another dataset than is trained on."""
     data, held_out = given.get("dataset"), given.get("eval_dataset")
     if data is None or held_out is None or held_out.value is None:
         return []
     if data.origin.kind == "file" or held_out.origin.kind != "file":
         return []
-    del given["eval_dataset"]
-    fraction = given.get("eval_fraction")
-    if fraction is None or fraction.value == 0:
-        for leaf in NEEDS_HELD_OUT:
-            if leaf in given and given[leaf].origin.kind == "file":
-                del given[leaf]
-    file = Path(held_out.document.name).name if held_out.document else held_out.origin.location
-    kind = data.origin.kind
-    givers = {"environment": "in the environment", "argument": "as an argument"}
-    giver = givers.get(kind, "on the command line")
+    fraction, own = {
+        "environment": ("LORA_TRAINER_EVAL_FRACTION=0.1", "LORA_TRAINER_EVAL_DATASET=FILE"),
+        "argument": ("eval_fraction=0.1", 'eval_dataset="FILE"'),
+    }.get(data.origin.kind, ("--eval_fraction 0.1", "--eval_dataset FILE"))
     return [
-        f"eval_dataset of {file} is ignored because dataset is set {giver}: use --eval_dataset or "
-        "--eval_fraction"
+        Problem(
+            "eval_dataset belongs to another dataset than the one to train on",
+            f"{held_out.location()}; dataset: {data.origin}",
+            "its rows would say nothing about your data",
+            f"add {fraction} to hold back rows of your own, or {own}",
+        )
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -340,6 +340,15 @@ class Config(Section):
     training: TrainingSection = Field(default_factory=TrainingSection)
     output: OutputSection = Field(default_factory=OutputSection)
     monitoring: MonitoringSection = Field(default_factory=MonitoringSection)
+
+    def masked(self) -> dict[str, dict[str, Any]]:
+        """Return section -> leaf -> value, secrets as `***`."""
+        sections = self.model_dump(mode="json")
+        for leaves in sections.values():
+            leaves |= {
+                leaf: "***" for leaf in SECRET_KEYS & leaves.keys() if leaves[leaf] is not None
+            }
+        return sections
 
     def digest(self) -> str:
         """Return the sha256 (16 hex digits) of the values that affect the trained weights.

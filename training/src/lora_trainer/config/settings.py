@@ -17,7 +17,7 @@ from .layers import Given, Origin, given_text
 from .named_templates import NAMES
 from .paths import exists, locate_paths
 from .precedence import merge
-from .schema import SECRET_KEYS, Config, leaf_sections, sections
+from .schema import Config, leaf_sections, sections
 from .start_adapter import adopt
 from .trainers import settle, take_format
 from .undecodable import find_undecodable, find_undecodable_paths
@@ -35,16 +35,12 @@ class Settings:
 
     def redacted(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Return section -> leaf -> value and origin, secrets as `***`."""
-        shown = self.config.model_dump(mode="json")
-        for leaf in SECRET_KEYS:
-            section = shown[leaf_sections()[leaf]]
-            section[leaf] = None if section[leaf] is None else "***"
         return {
             name: {
                 leaf: {"value": value, "origin": str(self.origins[leaf])}
                 for leaf, value in leaves.items()
             }
-            for name, leaves in shown.items()
+            for name, leaves in self.config.masked().items()
         }
 
 
@@ -68,14 +64,14 @@ def resolve(
     if config_file is not None:
         source = read_file(config_file, file_format)
         layers.insert(0, source.layer)
-    given, left_out = merge(layers)
+    given, foreign = merge(layers)
     settled = []
     if source is not None and source.trainer is not None and config_file is not None:
         settled = settle(source.trainer, given, source.keys, config_file)
     misfits = find_misfits(given) | find_undecodable(given)
     config = _config_of({leaf: g.value for leaf, g in given.items() if leaf not in misfits})
     problems = [problem for layer in layers for problem in layer.problems]
-    problems += [problem for group in misfits.values() for problem in group]
+    problems += [*foreign, *(problem for group in misfits.values() for problem in group)]
     problems += find_conflicts(config, given, set(misfits))
     problems += settled
     located = locate_paths(config, given)
@@ -95,7 +91,7 @@ def resolve(
             leaf: Origin("adapter", config.lora.adapter_name_or_path or "") for leaf in adopted
         }
     warnings = [warning for layer in layers for warning in layer.warnings]
-    warnings += [*left_out, *find_warnings(config, given)]
+    warnings += find_warnings(config, given)
     return Settings(config, origins, config_file, warnings)
 
 

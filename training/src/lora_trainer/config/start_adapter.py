@@ -16,6 +16,7 @@ from typing import Any
 from ..checkpoint_folder import CorruptCheckpointError, listed, verify
 from ..errors import ConfigError, Problem
 from ..host.disk import CHECKSUMS, is_changed
+from ..run_folder import RunFolder
 from .layers import Given
 from .schema import EMBEDDED_MODEL, Config
 
@@ -60,7 +61,6 @@ IGNORED = frozenset(
 )  # fmt: skip
 BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga")
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-FINAL, CHECKPOINTS, RESOLVED = "final_model", "checkpoints", "config.resolved.json"
 CHECKPOINT_WEIGHTS = "adapter.safetensors"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -93,13 +93,17 @@ def find_adapter(named: str) -> StartAdapter:
     """
     path = Path(named)
     if (path / CONFIG).is_file():
-        run = path.parent if path.name == FINAL and (path.parent / RESOLVED).is_file() else None
+        run = (
+            path.parent
+            if path.name == RunFolder.final_model and RunFolder(path.parent).resolved.is_file()
+            else None
+        )
         return _in_peft_format(path, run)
-    if (path / FINAL / CONFIG).is_file():
-        return _in_peft_format(path / FINAL, path)
+    if (RunFolder(path).final_model / CONFIG).is_file():
+        return _in_peft_format(RunFolder(path).final_model, path)
     if (path / CHECKPOINT_WEIGHTS).is_file():
         return _checkpoint(path)
-    for checkpoint in reversed(_listed(path / CHECKPOINTS)):
+    for checkpoint in reversed(_listed(RunFolder(path).checkpoints)):
         if _is_sound(checkpoint):
             return _checkpoint(checkpoint)
     if (path / PICKLED).is_file():
@@ -191,7 +195,7 @@ def _checkpoint(folder: Path) -> StartAdapter:
     run = folder.parent.parent
     if not _is_sound(folder):
         raise _unusable(folder, "the checkpoint is damaged or not complete", f"ls {folder.parent}")
-    recorded = _read(run / RESOLVED)
+    recorded = _read(RunFolder(run).resolved)
     try:
         lora = {leaf: cell["value"] for leaf, cell in recorded["lora"].items()}
         model = {leaf: cell["value"] for leaf, cell in recorded["model"].items()}
@@ -200,7 +204,7 @@ def _checkpoint(folder: Path) -> StartAdapter:
         base, revision = str(model["model_name_or_path"]), model["model_revision"]
     except (KeyError, TypeError, AttributeError) as error:
         raise _unusable(
-            folder, f"{run / RESOLVED} does not record how it was trained", f"ls {run}"
+            folder, f"{RunFolder(run).resolved} does not record how it was trained", f"ls {run}"
         ) from error
     _refuse_changed_base(
         folder, lora.get("init_lora_weights"), f"lora-trainer export {folder} TARGET, then TARGET"
@@ -251,7 +255,7 @@ def _agrees(leaf: str, mine: Any, theirs: Any) -> bool:
 
 
 def _disagreement(
-    leaf: str, mine: Any, theirs: Any, given: Given, adapter: StartAdapter
+    leaf: str, mine: object, theirs: object, given: Given, adapter: StartAdapter
 ) -> Problem:
     return Problem(
         f"{leaf} {mine} differs from the adapter's {theirs}",

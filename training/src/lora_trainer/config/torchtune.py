@@ -172,7 +172,7 @@ def _dataset(
     if not all(isinstance(entry, Mapping) and NAME in entry for entry in entries):
         yield Key("dataset", value, ("dataset",))
         return
-    found: list[dict[str, Any]] = []
+    datasets: list[dict[str, Any]] = []
     trained: list[Any] = []
     for number, entry in enumerate(entries):
         at: Pointer = ("dataset", number) if isinstance(value, list) else ("dataset",)
@@ -187,11 +187,11 @@ def _dataset(
             what = f"dataset cannot be {str(entry[NAME]).rpartition('.')[2]}"
             layer.problems.append(Problem(what, document.location(at), why, remedy))
         else:
-            found.append(meant)
+            datasets.append(meant)
             by_default = str(entry[NAME]).endswith(("alpaca_dataset", "alpaca_cleaned_dataset"))
             trained.append(entry.get("train_on_input", by_default))
-    if found:
-        yield Key("dataset", found, ("dataset",))
+    if datasets:
+        yield Key("dataset", datasets, ("dataset",))
         yield Key("train_on", "all" if True in trained else "assistant", ("dataset", NAME))
 
 

@@ -67,7 +67,7 @@ def _remedy(text: str, folder: Path) -> str:
     return f"mv -- {shell_word(part)} {shell_word(part.with_name(as_utf8(part.name)))}"
 
 
-def _texts(value: Any, pointer: Pointer = ()) -> Iterator[tuple[Pointer, str]]:
+def _texts(value: object, pointer: Pointer = ()) -> Iterator[tuple[Pointer, str]]:
     if isinstance(value, str):
         yield pointer, value
     elif isinstance(value, Mapping):

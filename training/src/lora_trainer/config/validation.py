@@ -94,7 +94,7 @@ def _required_keys(leaf: str, path: Pointer) -> list[str]:
     return [key for definition in definitions for key in definition.get("required", [])]
 
 
-def _remedy(given: Given, path: Pointer, value: Any) -> str:
+def _remedy(given: Given, path: Pointer, value: object) -> str:
     if isinstance(value, str):
         remedy = did_you_mean(value, choices_of(spec_at(given.leaf, path)))
         if remedy:

@@ -89,7 +89,7 @@ def _first_value(rows: Sequence[RowValue], name: str) -> Any:
     return next(held, None)
 
 
-def _holds_turns(value: Any) -> bool:
+def _holds_turns(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 

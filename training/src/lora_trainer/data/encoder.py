@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from .examples import Chat, Encoded, Example
 from .fingerprint import example_hash
 from .formats import to_example
 from .instructions import RowError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TooLong = Literal["truncate", "drop", "error"]
 TrainOn = Literal["assistant", "last", "all", "completion"]
@@ -167,7 +170,7 @@ class TokenizerEncoder:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
         train_on: TrainOn = "assistant",
     ) -> None:

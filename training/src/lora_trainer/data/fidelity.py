@@ -10,11 +10,14 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config.named_templates import fitting
 from .examples import Change, Chat
 from .template import ChatTemplate, Rendering, Span, TemplateFault
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _CHECKED_CHARACTERS = 20
 _THOUGHTS_END = re.compile(r"</think(?:ing)?>|\[/THINK\]")
@@ -152,14 +155,14 @@ def default_system_prompt(template: ChatTemplate) -> str:
     return " ".join(sentences) or _squeezed(text)
 
 
-def _without_special_tokens(tokenizer: Any, text: str) -> str:
+def _without_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """Return text with each special token replaced by a space."""
     pattern = _special_pattern(tokenizer)
     return pattern.sub(" ", text) if pattern else text
 
 
 @lru_cache(maxsize=8)
-def _special_pattern(tokenizer: Any) -> re.Pattern[str] | None:
+def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
     added = tokenizer.added_tokens_decoder.values()
     special = {token.content for token in added if token.special} - {""}
     longest_first = sorted(special, key=len, reverse=True)
@@ -216,7 +219,7 @@ def check_answer(
 
 
 @lru_cache(maxsize=8)
-def _remedy(tokenizer: Any) -> str:
+def _remedy(tokenizer: PreTrainedTokenizerBase) -> str:
     """Name the templates with tool calls that this tokenizer has the markers of."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     names = " or ".join(fitting(added))

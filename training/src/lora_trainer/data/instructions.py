@@ -135,7 +135,7 @@ def refuse_unsupported(row: Mapping[str, Any], has_turns: bool) -> None:
             )
 
 
-def _switched(value: Any, field: str) -> bool:
+def _switched(value: object, field: str) -> bool:
     if isinstance(value, bool | int | float) and value in (0, 1):
         return bool(value)
     if isinstance(value, float | int):

@@ -151,7 +151,7 @@ def _line_row(where: str, text: str) -> tuple[Row | BadRow, bool]:
     return row, isinstance(row, BadRow)
 
 
-def _row(value: Any, where: str) -> Row | BadRow:
+def _row(value: object, where: str) -> Row | BadRow:
     if isinstance(value, dict | str):
         return Row(value, where)
     return BadRow(where, f"is a JSON {type(value).__name__}, expected an object")

@@ -17,13 +17,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError
 from . import fidelity
 from .examples import Change, Chat, Completion, Encoded, Example
 from .plain import encode_plain, tokenize
 from .template import ChatTemplate, Rendering, Span, TemplateFault
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["assistant", "last", "all", "completion"]
 
@@ -49,7 +52,10 @@ class Marked:
 
 
 def encode(
-    example: Example, tokenizer: Any, template: ChatTemplate | None, train_on: TrainOn
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate | None,
+    train_on: TrainOn,
 ) -> Encoded:
     """Tokenize an example and compute its loss mask.
 
@@ -78,7 +84,9 @@ def encode(
     return encode_plain(tokenizer, example.text, 0)
 
 
-def audit(example: Example, encoded: Encoded, tokenizer: Any) -> tuple[Flaw, ...]:
+def audit(
+    example: Example, encoded: Encoded, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Flaw, ...]:
     """Return the fault of the loss mask of an example that is not truncated yet, or None."""
     if not any(encoded.loss_mask):
         return (Flaw.TRAINS_NOTHING,)
@@ -343,7 +351,7 @@ def _cover(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     return loss_mask
 
 
-def end_tokens(tokenizer: Any) -> frozenset[int]:
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the tokens that can end a turn: the special ones, which plain text never produces.
 
     Added tokens that are not special, such as tags of tool calls, are content.
@@ -358,7 +366,9 @@ def _run_ends(loss_mask: Sequence[bool]) -> list[int]:
     return [*ends, len(loss_mask) - 1] if loss_mask and loss_mask[-1] else ends
 
 
-def _skip_blank(ids: Sequence[int], position: int, tokenizer: Any, step: int) -> int:
+def _skip_blank(
+    ids: Sequence[int], position: int, tokenizer: PreTrainedTokenizerBase, step: int
+) -> int:
     """Return the next position, itself included, whose token is not white space."""
     while 0 <= position < len(ids) and tokenizer.decode([ids[position]]).isspace():
         position += step

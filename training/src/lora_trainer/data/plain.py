@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 from .examples import Change, Encoded
 from .template import Span
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _MARKER = re.compile(r"<\|[\w-]{2,40}\|>|<(?:start|end)_of_turn>")
 
 
-def tokenize(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[list[int], list[Span]]:
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool
+) -> tuple[list[int], list[Span]]:
     """Return the token ids of a text and the character span of each.
 
     Raises:
@@ -36,7 +41,7 @@ def tokenize(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[list[
     return list(encoding["input_ids"]), encoding["offset_mapping"]
 
 
-def encode_plain(tokenizer: Any, text: str, start: int) -> Encoded:
+def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> Encoded:
     """Encode text supervised from character `start` on, with its end token.
 
     A start or end token that the text already contains is not added again.
@@ -83,6 +88,6 @@ def _last_word(offsets: Sequence[Span], text: str) -> int | None:
     return None
 
 
-def _is_token(tokenizer: Any, marker: str) -> bool:
+def _is_token(tokenizer: PreTrainedTokenizerBase, marker: str) -> bool:
     number = tokenizer.convert_tokens_to_ids(marker)
     return number is not None and number != tokenizer.unk_token_id

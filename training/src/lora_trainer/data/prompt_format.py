@@ -12,11 +12,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
+from ..run_folder import RunFolder
 from .batches import Rows
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 Kind = Literal["chat", "completion", "text"]
 FILE = "prompt_format.json"
@@ -43,7 +47,7 @@ class PromptFormat:
         """Return whether prompts use the chat template."""
         return self.kind == "chat"
 
-    def stops(self, tokenizer: Any, generation: Any) -> list[int]:
+    def stops(self, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig) -> list[int]:
         """Return the ids at which generation stops: the trained end tokens, then the base model's.
 
         `generation` is the base model's generation config.
@@ -55,7 +59,9 @@ class PromptFormat:
         (folder / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
-def format_of_rows(rows: Rows, formats: Iterable[str], tokenizer: Any) -> PromptFormat:
+def format_of_rows(
+    rows: Rows, formats: Iterable[str], tokenizer: PreTrainedTokenizerBase
+) -> PromptFormat:
     """Derive the format from the training rows; `formats` are those of their datasets.
 
     If rows do not end with a special token, the tokenizer's own end token is used.
@@ -72,7 +78,7 @@ def format_of_rows(rows: Rows, formats: Iterable[str], tokenizer: Any) -> Prompt
     return PromptFormat(kind, ends)
 
 
-def read_format(folder: Path | None, tokenizer: Any) -> PromptFormat:
+def read_format(folder: Path | None, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
     """Return the format that an adapter's folder records, else what its tokenizer suggests."""
     recorded = None if folder is None else _recorded(folder / FILE)
     if recorded is None or (recorded.has_template and not tokenizer.chat_template):
@@ -80,9 +86,9 @@ def read_format(folder: Path | None, tokenizer: Any) -> PromptFormat:
     return recorded
 
 
-def format_of_run(run: Path, tokenizer: Any) -> PromptFormat:
+def format_of_run(run: Path, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
     """Return the format that a run's `data.json` records, else what the tokenizer suggests."""
-    return _recorded(run / "data.json", "answers") or _suggested(tokenizer)
+    return _recorded(RunFolder(run).data, "answers") or _suggested(tokenizer)
 
 
 def _recorded(path: Path, *keys: str) -> PromptFormat | None:
@@ -98,21 +104,21 @@ def _recorded(path: Path, *keys: str) -> PromptFormat | None:
     return None
 
 
-def _suggested(tokenizer: Any) -> PromptFormat:
+def _suggested(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
     own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
     if not tokenizer.chat_template:
         return PromptFormat("text", own)
     return PromptFormat("chat", _end_of_template(tokenizer) or own)
 
 
-def base_ends(tokenizer: Any, generation: Any) -> list[int]:
+def base_ends(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig) -> list[int]:
     """Return the end tokens that the base model's generation config and tokenizer name."""
     stated = getattr(generation, "eos_token_id", None)
     named = [*(stated if isinstance(stated, list) else [stated]), tokenizer.eos_token_id]
     return list(dict.fromkeys(int(one) for one in named if one is not None))
 
 
-def _trained_ends(rows: Rows, tokenizer: Any) -> tuple[int, ...]:
+def _trained_ends(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     from .mask import end_tokens
 
     special = end_tokens(tokenizer)
@@ -131,7 +137,11 @@ def _trained_ends(rows: Rows, tokenizer: Any) -> tuple[int, ...]:
 
 
 def _last_visible(
-    ids: Sequence[int] | Any, trained: Any, position: int, tokenizer: Any, special: frozenset[int]
+    ids: Sequence[int] | Any,
+    trained: Any,
+    position: int,
+    tokenizer: PreTrainedTokenizerBase,
+    special: frozenset[int],
 ) -> int:
     """Return the last supervised token up to `position` that is not white space."""
     while (
@@ -144,7 +154,7 @@ def _last_visible(
     return int(ids[position])
 
 
-def _end_of_template(tokenizer: Any) -> tuple[int, ...]:
+def _end_of_template(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return the special token that the chat template writes after an answer, if any."""
     from .mask import end_tokens
 

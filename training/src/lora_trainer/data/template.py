@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Template, nodes
 from jinja2.exceptions import TemplateError, UndefinedError
@@ -24,6 +24,9 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from ..config.named_templates import NAMES, fitting
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
@@ -94,14 +97,14 @@ class ChatTemplate:
     would silently vanish. `control_tokens` are the special tokens that separate turns.
     """
 
-    tokenizer: Any = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
     text: str = field(repr=False)
     tools_text: str = field(repr=False)
     takes_typed_content: bool = False
     control_tokens: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, tokenizer: Any, override: str | None = None) -> ChatTemplate:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, override: str | None = None) -> ChatTemplate:
         """Create it from the tokenizer's template or `override`.
 
         Raises:
@@ -274,7 +277,7 @@ class ChatTemplate:
             return False
 
 
-def _fitting(tokenizer: Any) -> list[str]:
+def _fitting(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the templates whose markers a tokenizer has as tokens; all where none fits."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     return fitting(added) or list(NAMES)

@@ -147,7 +147,7 @@ def serve() -> None:
             return
 
 
-def _send(stream: BinaryIO, value: Any) -> None:
+def _send(stream: BinaryIO, value: object) -> None:
     pickle.dump(value, stream, protocol=pickle.HIGHEST_PROTOCOL)
     stream.flush()
 

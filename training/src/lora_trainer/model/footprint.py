@@ -12,7 +12,7 @@ import copy
 import gc
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from .flash import VariableLength
 from .forward import CausalLM, MicroBatch
 from .live_bytes import AsOnDevice, LiveBytes, attend
 from .precision import dtype_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 PROBED_TOKENS = 16
 # The most layers that are built where a model's repeat in a pattern.
@@ -45,7 +48,7 @@ class Footprint:
     def __init__(
         self,
         config: Config,
-        base_config: Any,
+        base_config: PretrainedConfig,
         build: Callable[[Any], Any],
         *,
         device: str,
@@ -181,7 +184,7 @@ class _CountedKernel(VariableLength):
         return attend(query_THD, key_THD, value_THD, self._device).to(dtype)
 
 
-def cuts(config: Any) -> tuple[int, int]:
+def cuts(config: PretrainedConfig) -> tuple[int, int]:
     """Return two numbers of layers that differ by a period of the model's layers.
 
     Two equal ones are all of the layers: where these follow no pattern, or are few.
@@ -198,7 +201,7 @@ def cuts(config: Any) -> tuple[int, int]:
     return layers, layers
 
 
-def cut_config(config: Any, layers: int) -> Any:
+def cut_config(config: PretrainedConfig, layers: int) -> Any:
     """Return a copy of a configuration with fewer layers, and what it lists for each of them."""
     cut = copy.deepcopy(config)
     text, count = sizes.text_config(cut), sizes.layers(config)
@@ -212,7 +215,7 @@ def cut_config(config: Any, layers: int) -> Any:
     return cut
 
 
-def _is_each(value: Any, layers: int) -> bool:
+def _is_each(value: object, layers: int) -> bool:
     return isinstance(value, list) and len(value) == layers
 
 

@@ -133,7 +133,7 @@ class AsOnDevice(TorchFunctionMode):
             return False  # whether a mask can be left out: it cannot
         return func(*args, **kwargs)
 
-    def _cast(self, value: Any) -> Any:
+    def _cast(self, value: object) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         if value.dtype in (self.narrow, torch.float64):

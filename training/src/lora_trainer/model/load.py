@@ -9,12 +9,15 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import named_templates
 from ..config.schema import EMBEDDED_MODEL, DataSection, ModelSection
 from ..errors import TrainerError, UnavailableError
 from . import embedded, hub, quantize
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -195,7 +198,7 @@ def load_tokenizer(source: ModelSource, section: ModelSection) -> Any:
     return tokenizer
 
 
-def use_template(tokenizer: Any, template: str | None) -> None:
+def use_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
     """Have an exported tokenizer ask the model as it was trained: by a template that was given."""
     if template is not None:
         tokenizer.chat_template = template_text(template)
@@ -273,7 +276,7 @@ def load_model(
     return model
 
 
-def _has_own_code(base_config: Any, section: ModelSection) -> bool:
+def _has_own_code(base_config: PretrainedConfig, section: ModelSection) -> bool:
     """Return whether a model's class comes from its own repository."""
     return section.trust_remote_code and "AutoModelForCausalLM" in (
         getattr(base_config, "auto_map", None) or {}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from . import sizes
 from .attention import switch
 from .forward import CausalLM, MicroBatch, call
 from .quantize import rows_apart
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # Largest difference of a mean token loss that rounding explains.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -150,7 +153,7 @@ def check_unloaded(model: Any) -> None:
         return
 
 
-def refusal(config: Any, why: str) -> TrainerError:
+def refusal(config: PretrainedConfig, why: str) -> TrainerError:
     """Return the error of a model that cannot be trained here, by the name of its type."""
     return ConfigError.of(
         f"models of type {config.model_type} are not supported",

@@ -16,12 +16,15 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config.schema import EMBEDDED_MODEL, Config, ModelSection
 from ..errors import ConfigError, Problem
 from ..units import size
 from . import stacks
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 PACKAGE = "bitsandbytes"
 # The first release whose 4- and 8-bit training on a CPU is tested here; 0.45.5 has none.
@@ -141,13 +144,13 @@ def check_sharding(config: Config) -> None:
         )
 
 
-def is_packed(base_config: Any) -> bool:
+def is_packed(base_config: PretrainedConfig) -> bool:
     """Return whether a base model's own files hold its weights in fewer bits."""
     return getattr(base_config, "quantization_config", None) is not None
 
 
 def apply_stored_quantization(
-    config: Config, base_config: Any, *, has_gpu: bool
+    config: Config, base_config: PretrainedConfig, *, has_gpu: bool
 ) -> tuple[Config, str]:
     """Return the config with the bits that the base model's own files hold.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from torch import nn
 from ..config.schema import ALL_LINEAR, LoraSection
 from ..units import size
 from . import sizes
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # A module of such a name is a router, with all that is in it; a gate only by its size.
 ROUTER = re.compile(r"router|gating|(^|_)expert_gate$|experts?_gate$", re.IGNORECASE)
@@ -27,7 +30,7 @@ MAMBAS = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"
 
 def expert_counts(model: nn.Module) -> set[int]:
     """Return how many experts a layer has, as the configuration says; empty where none."""
-    config: Any = model.config
+    config: PretrainedConfig = model.config
     configs = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]
     counts = {
         value
@@ -70,7 +73,7 @@ def read_past_lora(model: nn.Module) -> dict[str, nn.Module]:
 
     Source: PEFT refuses to adapt them (`_check_lora_target_modules_mamba`).
     """
-    config: Any = model.config
+    config: PretrainedConfig = model.config
     if config.model_type not in MAMBAS:
         return {}
     modules = model.named_modules()

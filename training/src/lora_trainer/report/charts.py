@@ -40,14 +40,14 @@ def chart(
     axes = _Axes([*raw, *dots])
     main = smooth or raw or dots
     tips = main[:: math.ceil(len(main) / MOST_TIPS)]
-    centres = [axes.place(point) for point in tips]
+    centres = [axes.scaled(point) for point in tips]
     edges = [0.0, *((a[0] + b[0]) / 2 for a, b in pairwise(centres)), 1.0]
     return axes.ticks() | {
         "title": title,
         "raw": axes.line(raw),
         "smooth": axes.line(smooth),
         "dots_line": axes.line(dots),
-        "dots": [(*axes.place(dot), f"step {dot[0]:,.0f}: {short(dot[1])}") for dot in dots],
+        "dots": [(*axes.scaled(dot), f"step {dot[0]:,.0f}: {short(dot[1])}") for dot in dots],
         "marks": [
             axes.x(step) for step in sorted(set(resumed_steps)) if axes.left <= step <= axes.right
         ],
@@ -66,7 +66,7 @@ def overlay(title: str, curves: Mapping[str, list[Vertex]]) -> dict[str, Any]:
     return axes.ticks() | {
         "title": title,
         "curves": [
-            (name, axes.line(points), [axes.place(point) for point in points[-1:]])
+            (name, axes.line(points), [axes.scaled(point) for point in points[-1:]])
             for name, points in thin.items()
         ],
         "summary": f"{title}: "
@@ -98,13 +98,13 @@ class _Axes:
         """Return the share from the top."""
         return round(1 - (value - self._bottom) / self._height, 4)
 
-    def place(self, point: Vertex) -> Vertex:
+    def scaled(self, point: Vertex) -> Vertex:
         """Return the shares from the left and from the top."""
         return self.x(point[0]), self.y(point[1])
 
     def line(self, points: Sequence[Vertex]) -> str:
         """Return the points of an SVG line in a box of 1000 x 1000."""
-        return " ".join(f"{1000 * x:.1f},{1000 * y:.1f}" for x, y in map(self.place, points))
+        return " ".join(f"{1000 * x:.1f},{1000 * y:.1f}" for x, y in map(self.scaled, points))
 
     def ticks(self) -> dict[str, Any]:
         """Return where the labels of both axes are, and their texts."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..run.folder import RESOLVED
 from ..run.history import WHOLE, History, stretches
 from ..run.summary import RunSummary, read_run, summarize
+from ..run_folder import RunFolder
 from ..units import duration, number, percent, size
 from .charts import overlay, short, smoothed
 from .html import held_out_loss, moment, page_template, read_json, series
@@ -48,7 +48,7 @@ class ComparedRun:
 def read_compared(name: str, folder: Path) -> ComparedRun:
     """Read a run from its folder."""
     _, history = read_run(folder, WHOLE)
-    config, data = read_json(folder / RESOLVED), read_json(folder / DATA)
+    config, data = read_json(RunFolder(folder).resolved), read_json(folder / DATA)
     return ComparedRun(summarize(name, folder), history, config, data)
 
 
@@ -200,7 +200,7 @@ def _percent(value: float | None) -> str:
     return "" if value is None else percent(value)
 
 
-def _value(value: Any, limit: int = WIDEST) -> str:
+def _value(value: object, limit: int = WIDEST) -> str:
     if value is None:
         return "none"
     if isinstance(value, bool):

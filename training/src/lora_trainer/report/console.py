@@ -127,7 +127,7 @@ class Display:
 
     def _show(self, event: Event | str, status: RunStatus) -> None:
         if isinstance(event, str):
-            self._screen.note(event, status)
+            self._screen.print_line(event, status)
             return
         self._screen.update(event, status)
         line = lasting_line(event, status)
@@ -139,7 +139,7 @@ class _Screen(Protocol):
     def line(self, text: str, style: str) -> None:
         """Print a line that stays."""
 
-    def note(self, text: str, status: RunStatus) -> None:
+    def print_line(self, text: str, status: RunStatus) -> None:
         """Print text that is no event, such as an address."""
 
     def update(self, event: Event, status: RunStatus) -> None:
@@ -158,7 +158,7 @@ class _PlainScreen:
     def line(self, text: str, style: str) -> None:  # noqa: ARG002 - no colour here
         self._sink.write(text.rstrip() + "\n")
 
-    def note(self, text: str, status: RunStatus) -> None:
+    def print_line(self, text: str, status: RunStatus) -> None:
         self.line(f"{_clock(status)}  {clean(text)}", "")
 
     def update(self, event: Event, status: RunStatus) -> None:
@@ -225,7 +225,7 @@ class _LiveScreen:
         )
         self._console.print(Text("\n".join(wrapped), style=style), soft_wrap=True)
 
-    def note(self, text: str, status: RunStatus) -> None:
+    def print_line(self, text: str, status: RunStatus) -> None:
         self.line(f"{_clock(status)}  {clean(text)}", "")
 
     def update(self, event: Event, status: RunStatus) -> None:

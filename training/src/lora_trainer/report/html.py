@@ -18,36 +18,36 @@ from typing import Any
 
 from ..errors import MEANINGS
 from ..host.disk import write_bytes
-from ..run.folder import EVENTS, FINAL, LOG, RESULTS
 from ..run.history import KEPT_MOMENTS, WHOLE, History, Point
 from ..run.status import ENDINGS, RunStatus
 from ..run.summary import read_run
+from ..run_folder import RunFolder
 from ..units import duration, percent, size
 from .charts import Vertex, chart, draw_png, short, smoothed
 from .text import total_time
 
 LONGEST_TEXT = 6000
 NAMELESS = "Training run"
-LINKED = (f"{FINAL}/README.md", RESULTS, EVENTS, LOG)
+LINKED = (f"{RunFolder.final_model}/README.md", RunFolder.results, RunFolder.events, RunFolder.log)
 
 
 def write_report(output_dir: Path) -> list[Path]:
     """Write `report.html` and, when a step was done, `loss.png`; return what was written."""
     status, history = read_run(output_dir, WHOLE)
-    written = [output_dir / "report.html"]
+    written = [RunFolder(output_dir).report]
     page = render_html(
         status,
         history,
-        config=read_json(output_dir / "config.resolved.json"),
-        plan=read_json(output_dir / "plan.json"),
-        environment=read_json(output_dir / "environment.json"),
-        data=read_json(output_dir / "data.json"),
+        config=read_json(RunFolder(output_dir).resolved),
+        plan=read_json(RunFolder(output_dir).plan),
+        environment=read_json(RunFolder(output_dir).environment),
+        data=read_json(RunFolder(output_dir).data),
         links=[name for name in LINKED if (output_dir / name).is_file()],
     )
     # Generated text may hold half of a surrogate pair, which UTF-8 cannot.
     write_bytes(written[0], page.encode("utf-8", errors="replace"))
     if series(history, lambda point: point.loss):
-        written.append(output_dir / "loss.png")
+        written.append(RunFolder(output_dir).loss_chart)
         write_bytes(written[1], _picture(status, history))
     return written
 
@@ -269,10 +269,10 @@ def held_out_loss(history: History) -> list[Vertex]:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a file, nothing if it is missing or was never finished."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
@@ -288,7 +288,7 @@ def _flat(values: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     """Return a JSON value as a reader wants it."""
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -29,7 +29,7 @@ class QuietScreen:
         if style == "yellow":
             self._sink.write(text.rstrip() + "\n")
 
-    def note(self, text: str, status: RunStatus) -> None:
+    def print_line(self, text: str, status: RunStatus) -> None:
         """Print nothing."""
 
     def update(self, event: Event, status: RunStatus) -> None:
@@ -51,7 +51,7 @@ class JsonScreen:
     def line(self, text: str, style: str) -> None:
         """Print nothing: the event says the same."""
 
-    def note(self, text: str, status: RunStatus) -> None:  # noqa: ARG002 - a note has no status
+    def print_line(self, text: str, status: RunStatus) -> None:  # noqa: ARG002 - a note has no status
         """Print text that is no event."""
         if not self._is_quiet:
             self._write({"event": "note", "time": time.time(), "text": text})

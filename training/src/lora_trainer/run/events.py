@@ -313,7 +313,7 @@ def is_foreign(line: str) -> bool:
     return parse_line(line) is None
 
 
-def _encodable(value: Any) -> Any:
+def _encodable(value: object) -> Any:
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, dict):
@@ -338,7 +338,7 @@ def _is_of(hint: Any, value: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _is_shallow(value: Any, levels: int) -> bool:
+def _is_shallow(value: object, levels: int) -> bool:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return levels > 0 and all(_is_shallow(one, levels - 1) for one in inner)
 

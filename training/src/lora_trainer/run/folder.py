@@ -1,11 +1,10 @@
-"""The output folder of a run: location, file names, lock file and archive."""
+"""The output folder of a run: made, checked, locked and archived."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,29 +13,7 @@ from typing import IO
 from ..config.settings import Settings
 from ..errors import AccessError, ConfigError, StorageError
 from ..host.disk import sync
-
-DIGEST = "config.digest"
-DONE = "DONE"
-EVENTS = "events.jsonl"
-RESOLVED = "config.resolved.json"
-LOG = "train.log"
-RESULTS = "results.json"
-LOCK = ".lock"
-FINAL = "final_model"
-MEMORY = "memory.json"  # the reduced batch sizes after the run was out of memory
-SERVER = "server.json"  # the address of the status server while it runs
-# Everything that a run writes, except its lock, which the archiving process holds.
-OWN = frozenset(
-    {
-        DONE, EVENTS, RESOLVED, LOG, DIGEST, SERVER, RESULTS, "plan.json", "data.json",
-        "environment.json", "report.html", "loss.png", "logs", "checkpoints", "initial_adapter",
-        FINAL, f".{FINAL}.writing", MEMORY,
-    }
-)  # fmt: skip
-# Left by a kill: partly written files, and the write test of a folder.
-TEMPORARY = re.compile(r"\.(?P<name>.+)\.(writing|\d+\.tmp)|\.writable-\d+")
-# Where a run's files wait while it is archived. While it exists, archiving is not complete.
-ARCHIVING = ".archiving"
+from ..run_folder import RunFolder, is_own
 
 
 def output_folder(settings: Settings) -> Path:
@@ -126,13 +103,13 @@ def archive(folder: Path) -> Path:
     The files are gathered in a folder that takes its final name last of all. A kill in between
     leaves that folder behind, by which `finish_archiving` continues.
     """
-    gathered = folder / ARCHIVING
+    gathered = RunFolder(folder).archiving
     gathered.mkdir(exist_ok=True)
     is_alone = True
     for path in sorted(folder.iterdir()):
         if is_own(path.name):
             path.replace(gathered / path.name)
-        elif path.name not in (LOCK, ARCHIVING):
+        elif path.name not in (RunFolder.lock, RunFolder.archiving):
             is_alone = False
     sync(gathered)
     sync(folder)
@@ -152,14 +129,8 @@ def archive(folder: Path) -> Path:
 
 def finish_archiving(folder: Path) -> Path | None:
     """Complete an archiving that was interrupted; return where the run is now, if there was one."""
-    gathered = folder / ARCHIVING
+    gathered = RunFolder(folder).archiving
     return archive(folder) if gathered.is_dir() and not gathered.is_symlink() else None
-
-
-def is_own(name: str) -> bool:
-    """Return whether a run writes a file or folder of this name; its lock and archives aside."""
-    temporary = TEMPORARY.fullmatch(name)
-    return name in OWN or (temporary is not None and temporary["name"] in (*OWN, None))
 
 
 def _free_name(parent: Path, name: str) -> Path:

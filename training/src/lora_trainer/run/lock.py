@@ -18,7 +18,8 @@ from typing import IO
 import psutil
 
 from ..errors import BusyError, Problem
-from .folder import LOCK, SERVER, finish_archiving, open_lock
+from ..run_folder import RunFolder
+from .folder import finish_archiving, open_lock
 
 # How long a start waits for the worker of a supervisor that was killed alone.
 ORPHAN_SECONDS = 120.0
@@ -33,7 +34,7 @@ def hold(folder: Path) -> Iterator[IO[str]]:
     Raises:
         BusyError: another run holds it; its process and host are named.
     """
-    with open_lock(folder / LOCK) as file:
+    with open_lock(RunFolder(folder).lock) as file:
         until = time.monotonic() + ORPHAN_SECONDS
         while True:
             try:
@@ -60,9 +61,9 @@ def check_free(folder: Path) -> None:
     Raises:
         BusyError: one does.
     """
-    if not (folder / LOCK).is_file():
+    if not RunFolder(folder).lock.is_file():
         return
-    with open_lock(folder / LOCK) as file:
+    with open_lock(RunFolder(folder).lock) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -97,8 +98,8 @@ def is_held(folder: Path) -> bool:
     The lock itself is not tried: for that moment a run could not begin.
     """
     try:
-        holder = (folder / LOCK).read_text().strip()
-        number = (folder / LOCK).stat().st_ino
+        holder = RunFolder(folder).lock.read_text().strip()
+        number = RunFolder(folder).lock.stat().st_ino
         if holder.split()[-1:] != [socket.gethostname()]:
             return True
         locks = Path("/proc/locks").read_text()
@@ -112,7 +113,7 @@ def is_held(folder: Path) -> bool:
 def own_address(folder: Path) -> str:
     """Return where the run's own process answers; "" if it is gone, or its id another's."""
     try:
-        server = json.loads((folder / SERVER).read_text())
+        server = json.loads(RunFolder(folder).server.read_text())
         command = psutil.Process(int(server["pid"])).cmdline()
         is_trainer = any("lora_trainer" in word or "train_lora" in word for word in command)
         return str(server["url"]) if is_trainer else ""

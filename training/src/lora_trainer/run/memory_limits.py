@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 from ..errors import TrainerError
 from ..faults import is_out_of_memory, out_of_memory
 from ..host.disk import write_json
+from ..run_folder import RunFolder
 from ..units import size
 from .events import Event, MemoryReduced, Warned
-from .folder import MEMORY
 
 START_AGAIN = "--resume never (this run is archived) or another --run_name"
 
@@ -50,8 +50,8 @@ class MemoryLimits:
         if not kept:
             return ()
         return (
-            f"this run was out of memory earlier and now uses {', '.join(kept)}; remove {MEMORY} "
-            "from the output folder to try the configured sizes again",
+            f"this run was out of memory earlier and now uses {', '.join(kept)}; remove "
+            f"{RunFolder.memory_limits} from the output folder to try the configured sizes again",
         )
 
 
@@ -190,7 +190,7 @@ def reduction(sizes: BatchSizes, step: int, cause: str) -> list[Event]:
 def read_limits(folder: Path) -> MemoryLimits:
     """Return what the folder's run was cut down to; a damaged file is as good as none."""
     try:
-        raw = json.loads((folder / MEMORY).read_text(encoding="utf-8"))
+        raw = json.loads(RunFolder(folder).memory_limits.read_text(encoding="utf-8"))
         counts = (raw["micro_batch_examples"], raw["eval_batch_examples"])
         if not all(type(count) is int and count >= 0 for count in counts):
             return MemoryLimits()
@@ -201,4 +201,4 @@ def read_limits(folder: Path) -> MemoryLimits:
 
 def write_limits(folder: Path, limits: MemoryLimits) -> None:
     """Keep what the folder's run was cut down to, for every later start."""
-    write_json(folder / MEMORY, asdict(limits))
+    write_json(RunFolder(folder).memory_limits, asdict(limits))

@@ -6,7 +6,6 @@ import json
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..config.schema import Config
 from ..redaction import Redaction
@@ -17,6 +16,8 @@ EVENTS_FD = "LORA_TRAINER_EVENTS_FD"
 STACKS_SIGNAL = signal.SIGUSR1
 # The exit code of a rank that ended only because another rank was gone.
 PEER_LOST = 76
+# What the supervisor does itself once the run has ended; it may hold a secret.
+NOT_FOR_WORKERS = {"monitoring": {"on_end_command", "webhook_url"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +27,34 @@ class WorkerSpec:
     config: Config
     output_dir: Path
     run_name: str
-    redacted: dict[str, Any]
     rank: int = 0
     ranks: int = 1
     store: str = ""
     redaction: Redaction = field(default_factory=Redaction)
 
+    def to_json(self) -> str:
+        """Return what `read` reads; the supervisor alone writes it, to a pipe."""
+        return json.dumps(
+            {
+                "config": self.config.model_dump(mode="json", exclude=NOT_FOR_WORKERS),
+                "output_dir": str(self.output_dir),
+                "run_name": self.run_name,
+                "rank": self.rank,
+                "ranks": self.ranks,
+                "store": self.store,
+                "secrets": sorted(self.redaction.secrets),
+            }
+        )
+
     @staticmethod
     def read(text: str) -> WorkerSpec:
-        """Read an order from JSON."""
+        """Read what `to_json` returned."""
         raw = json.loads(text)
         redaction = Redaction(raw["secrets"])
         return WorkerSpec(
             Config.model_validate(raw["config"]),
             Path(raw["output_dir"]),
             redaction.text(raw["run_name"]),  # it stands in the card and at trackers
-            raw["redacted"],
             raw["rank"],
             raw["ranks"],
             raw["store"],

@@ -19,8 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..errors import Problem
 from ..host.disk import recorded_checksum, write_json
+from ..run_folder import RunFolder
 from .events import Evaluated, Generated
-from .folder import EVENTS, FINAL, RESULTS
 from .recording import read_events
 from .status import RunStatus, fold
 
@@ -108,9 +108,11 @@ def results_of(status: RunStatus, folder: Path, problems: Sequence[Problem] = ()
         warnings=sum(warning.count for warning in status.warnings),
         started_time=status.started_time,
         ended_time=status.last_time if status.is_over else None,
-        adapter=FINAL if finished else None,
+        adapter=RunFolder.final_model if finished else None,
         adapter_step=step,
-        adapter_sha256=recorded_checksum(folder / FINAL / WEIGHTS) if finished else None,
+        adapter_sha256=recorded_checksum(RunFolder(folder).final_model / WEIGHTS)
+        if finished
+        else None,
         problems=reported,
     )
 
@@ -123,7 +125,7 @@ def refusal(run_name: str, exit_code: int, problems: Sequence[Problem]) -> RunRe
 
 def write_results(folder: Path, content: Mapping[str, Any]) -> None:
     """Write `results.json` whole or not at all; `content` is the dict of a `RunResults`."""
-    write_json(folder / RESULTS, content)
+    write_json(RunFolder(folder).results, content)
 
 
 def read_results(folder: Path) -> RunResults | None:
@@ -132,12 +134,12 @@ def read_results(folder: Path) -> RunResults | None:
     Without a `results.json` that can be read, they come from `events.jsonl`.
     """
     try:
-        content = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        content = json.loads(RunFolder(folder).results.read_text(encoding="utf-8"))
         return _reader().validate_python(content)
     except (OSError, ValueError, RecursionError, ValidationError):
         pass
     status = RunStatus()
-    for event in read_events(folder / EVENTS):
+    for event in read_events(RunFolder(folder).events):
         status = fold(status, event)
     return results_of(status, folder) if status.started_time is not None else None
 

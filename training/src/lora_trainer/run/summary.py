@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigError
-from .folder import ARCHIVING, DONE, EVENTS, LOCK, RESOLVED, SERVER, is_own
+from ..run_folder import RunFolder, is_own
 from .history import History
 from .lock import is_held, own_address
 from .recording import read_events
@@ -21,7 +21,7 @@ from .results import RunResults, read_results, results_of
 from .status import RunStatus, fold
 
 State = Literal["running", "finished", "failed", "stopped", "interrupted"]
-MARKS = (EVENTS, RESOLVED, DONE)  # any of them makes a folder a run's
+MARKS = (RunFolder.events, RunFolder.resolved, RunFolder.done)  # any of them makes a folder a run's
 SHOWN_NAMES = 10
 
 
@@ -88,7 +88,8 @@ def find_run(named: str, outputs: Path) -> Path:
     raise ConfigError.of(
         "there is no such run",
         where=named,
-        why=f"neither {path.absolute()} nor {(outputs / path).absolute()} holds a run's {EVENTS}"
+        why=f"neither {path.absolute()} nor {(outputs / path).absolute()} holds a run's "
+        f"{RunFolder.events}"
         + (f"; runs there: {', '.join(names[:SHOWN_NAMES])}" if names else ""),
         remedy=f"lora-trainer runs {path if path.is_dir() else outputs}",
     )
@@ -97,7 +98,7 @@ def find_run(named: str, outputs: Path) -> Path:
 def read_run(folder: Path, capacity: int | None = None) -> tuple[RunStatus, History]:
     """Return what a folder's recording adds up to; `capacity` bounds the points of its history."""
     status, history = RunStatus(), History() if capacity is None else History(capacity)
-    for event in read_events(folder / EVENTS):
+    for event in read_events(RunFolder(folder).events):
         status = fold(status, event)
         history.add(event)
     return status, history
@@ -145,7 +146,7 @@ def state_of(folder: Path, results: RunResults) -> State:
     """Return a run's state by its results, its `DONE` and the process that holds its lock."""
     if results.exit_code is None and is_held(folder):
         return "running"
-    if (folder / DONE).is_file():
+    if RunFolder(folder).done.is_file():
         return "finished"
     if results.status in ("finished", "failed", "stopped"):
         return results.status
@@ -172,4 +173,6 @@ def own_entries(folder: Path) -> list[Path]:
 
 
 def _is_runs(name: str) -> bool:
-    return name != LOCK and (is_own(name) or name in (ARCHIVING, SERVER))
+    return name != RunFolder.lock and (
+        is_own(name) or name in (RunFolder.archiving, RunFolder.server)
+    )

@@ -6,10 +6,9 @@ import contextlib
 import json
 from pathlib import Path
 
-from ..run.events import parse_line
-from ..run.folder import EVENTS, RESOLVED
 from ..run.lock import is_held
-from ..run.recording import whole_lines
+from ..run.recording import parse_lines, whole_lines
+from ..run_folder import RunFolder
 from .run_state import RunState
 
 FOLLOW_SECONDS = 0.5
@@ -22,7 +21,7 @@ class EventFollower:
         self.folder = folder
         self.live = live
         self._redaction = live.redaction
-        self._path = folder / EVENTS
+        self._path = RunFolder(folder).events
         self._at = 0
         self._file_number = -1
 
@@ -45,15 +44,14 @@ class EventFollower:
             file.seek(self._at)
             for line in whole_lines(file):
                 self._at += len(line)
-                event = parse_line(line.decode("utf-8", "replace"))
-                if event is not None:
+                for event in parse_lines([line]):
                     self.live.add(self._redaction.event(event))
 
 
 def stall_timeout_seconds(folder: Path) -> float:
     """Return the limit that the run was configured with, 0 where that cannot be read."""
     try:
-        resolved = json.loads((folder / RESOLVED).read_text())
+        resolved = json.loads(RunFolder(folder).resolved.read_text())
         return float(resolved["monitoring"]["stall_timeout_seconds"]["value"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0.0

@@ -26,8 +26,8 @@ from ..redaction import Redaction
 from ..report.comparison import DATA, differing_keys, notes
 from ..report.html import read_json
 from ..report.tensorboard import tensorboard_command
-from ..run.folder import DONE, EVENTS, LOG, RESOLVED
 from ..run.summary import RunSummary, run_folders, summarize
+from ..run_folder import RunFolder
 from .app import Files, Pages, answer
 from .auth import Receive, Scope, Send
 from .follower import FOLLOW_SECONDS, EventFollower, stall_timeout_seconds
@@ -104,7 +104,7 @@ class RunsSite:
         if unknown := [name for name in names if name not in folders]:
             raise HTTPException(404, f"there is no run {unknown[0]}")
         chosen = [folders[name] for name in names]
-        keys = differing_keys([read_json(folder / RESOLVED) for folder in chosen])
+        keys = differing_keys([read_json(RunFolder(folder).resolved) for folder in chosen])
         view = {"keys": keys, "notes": notes([read_json(folder / DATA) for folder in chosen])}
         return answer(view)
 
@@ -129,7 +129,7 @@ class RunsSite:
         live.free_disk_bytes = lambda: self._gauges.free_disk_bytes
         follower = EventFollower(folder, live)
         await run_in_threadpool(follower.read)
-        pages = Pages(live, self._gauges, LogFollower(live, folder / LOG).read)
+        pages = Pages(live, self._gauges, LogFollower(live, RunFolder(folder).log).read)
         router = Router(routes=pages.routes(), redirect_slashes=False)
         pulse = asyncio.create_task(pages.run())
         return OpenRun(follower, pages, router, pulse, time.monotonic())
@@ -177,8 +177,8 @@ def addresses(parent: Path) -> dict[str, Path]:
 
 def _changed(folder: Path) -> tuple[int, ...]:
     stamps: list[int] = []
-    for name in (EVENTS, DONE):
+    for name in (RunFolder.events, RunFolder.done):
         with contextlib.suppress(OSError):
-            found = (folder / name).stat()
-            stamps += (found.st_mtime_ns, found.st_size, found.st_ino)
+            info = (folder / name).stat()
+            stamps += (info.st_mtime_ns, info.st_size, info.st_ino)
     return tuple(stamps)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, UnavailableError
 from ..redaction import Redaction
-from ..run.folder import EVENTS, LOG
 from ..run.lock import own_address
 from ..run.summary import run_folders
+from ..run_folder import RunFolder
 from .follower import FOLLOW_SECONDS, EventFollower, stall_timeout_seconds
 from .gauges import Gauges
 from .run_state import RunState
@@ -48,7 +48,7 @@ def view(
         raise ConfigError.of(
             "no run to show",
             where=str(folder),
-            why=f"neither it nor a folder in it has an {EVENTS}",
+            why=f"neither it nor a folder in it has an {RunFolder.events}",
             remedy="use a folder that contains a run's events.jsonl, or one with runs in it",
         )
     token = read_token(token_file)
@@ -61,7 +61,7 @@ def view(
         token=token,
         allowed_hosts=allowed_hosts,
         folder=folder,
-        log=LogFollower(live, folder / LOG),
+        log=LogFollower(live, RunFolder(folder).log),
         make_site=None if is_single else lambda gauges: _runs_site(folder, live, gauges),
     )
     try:

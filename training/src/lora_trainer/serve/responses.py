@@ -202,7 +202,7 @@ def _maybe(value: Any) -> Answer | None:
     return None if value is None else asdict(value)
 
 
-def _picked(value: Any, names: Sequence[str]) -> Answer:
+def _picked(value: object, names: Sequence[str]) -> Answer:
     return {name: getattr(value, name) for name in names}
 
 
@@ -210,7 +210,7 @@ def _columns(rows: Sequence[Any], names: Sequence[str]) -> Mapping[str, list[Any
     return {name: [_number(getattr(row, name)) for row in rows] for name in names}
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> Any:
     """Return a figure in six digits, which no chart can tell from more."""
     if isinstance(value, float) and math.isfinite(value):
         return float(f"{value:.6g}")

@@ -163,13 +163,13 @@ class RunState:
         return judged
 
 
-def frame(kind: str, content: Any, identity: str = "") -> bytes:
+def frame(kind: str, content: object, identity: str = "") -> bytes:
     """Return a server-sent event."""
     head = f"id: {identity}\n" if identity else ""
     return f"event: {kind}\n{head}data: {to_json(content)}\n\n".encode()
 
 
-def to_json(content: Any) -> str:
+def to_json(content: object) -> str:
     """Return strict JSON: NaN and infinities are null."""
     try:
         return json.dumps(content, allow_nan=False, separators=(",", ":"))
@@ -177,7 +177,7 @@ def to_json(content: Any) -> str:
         return json.dumps(_finite(content), allow_nan=False, separators=(",", ":"))
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -26,7 +26,7 @@ from ..errors import TrainerError
 from ..host import interrupts
 from ..redaction import Redaction
 from ..run.events import Warned
-from ..run.folder import LOG, RESULTS
+from ..run_folder import RunFolder
 from ..serve.run_state import RunState
 from .log_filter import open_log
 
@@ -78,7 +78,7 @@ def announce(run: EndedRun, exit_code: int) -> None:
                 "LORA_EXIT_CODE": str(exit_code),
                 "LORA_RUN_NAME": run.run_name,
                 "LORA_OUTPUT_DIR": str(run.output_dir),
-                "LORA_RESULTS": str(run.output_dir / RESULTS) if results else "",
+                "LORA_RESULTS": str(RunFolder(run.output_dir).results) if results else "",
             }
             command = monitoring.on_end_command
             faults.append(_run_command(command, variables, run, is_stopped))
@@ -103,7 +103,7 @@ def _outcome(exit_code: int) -> str:
 def _results(run: EndedRun, exit_code: int) -> dict[str, Any] | None:
     """Return what results.json says; None where it is of an earlier run, or is not there."""
     try:
-        content = json.loads((run.output_dir / RESULTS).read_text(encoding="utf-8"))
+        content = json.loads((RunFolder(run.output_dir).results).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     has_begun = run.live.status.exit_code is not None
@@ -118,7 +118,7 @@ def _run_command(
 ) -> str:
     """Run a shell command, its output in the run's log; return what went wrong."""
     environment = {k: v for k, v in os.environ.items() if k not in OWN_KEYS} | dict(variables)
-    log_file = run.output_dir / LOG
+    log_file = RunFolder(run.output_dir).log
     with contextlib.ExitStack() as stack:
         output = subprocess.DEVNULL
         if log_file.parent.is_dir():
@@ -141,7 +141,11 @@ def _run_command(
             cause = "by a stop signal" if is_stopped.is_set() else f"after {COMMAND_SECONDS:g} s"
             return f"on_end_command was ended {cause}"
     code = process.returncode
-    return f"on_end_command ended with exit code {code}; its output is in {LOG}" if code else ""
+    return (
+        f"on_end_command ended with exit code {code}; its output is in {RunFolder.log}"
+        if code
+        else ""
+    )
 
 
 def _call(url: str, body: Mapping[str, Any], is_stopped: threading.Event) -> str:

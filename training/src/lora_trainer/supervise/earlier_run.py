@@ -19,12 +19,20 @@ from ..config.settings import Settings
 from ..config.start_adapter import SHAPE_KEYS
 from ..errors import ConfigError
 from ..plan import steps_of
-from ..run.folder import ARCHIVING, DIGEST, DONE, EVENTS, FINAL, RESOLVED, is_own
+from ..run_folder import RunFolder, is_own
 from ..train import identity
 from ..train.identity import EarlierFormError, Identity, Mark
 
 # Any of these says that a run was here.
-TRACES = (DIGEST, DONE, EVENTS, RESOLVED, FINAL, "checkpoints", "initial_adapter")
+TRACES = (
+    RunFolder.digest,
+    RunFolder.done,
+    RunFolder.events,
+    RunFolder.resolved,
+    RunFolder.final_model,
+    RunFolder.checkpoints,
+    RunFolder.initial_adapter,
+)
 # Keys that name content: the base model and an adapter are compared by it, data here by name.
 NAMED_DATA = ("dataset", "eval_dataset", "chat_template")
 # With another value of these, an adapter cannot be trained further.
@@ -68,18 +76,18 @@ class Earlier:
             mark, why = identity.read_mark(folder)
         except EarlierFormError:
             is_earlier_form = True
-        checkpoints = _checkpoints(folder / "checkpoints")
+        checkpoints = _checkpoints(RunFolder(folder).checkpoints)
         return Earlier(
             folder=folder,
             has_traces=has_traces(folder),
-            is_finished=(folder / DONE).exists(),
+            is_finished=RunFolder(folder).done.exists(),
             mark=mark,
             why_no_mark=why,
             is_earlier_form=is_earlier_form,
             steps=tuple(step for path in checkpoints if (step := step_of(path.name)) is not None),
             newest=_newest_identity(checkpoints),
-            recorded=_read_json(folder / RESOLVED),
-            plan=_read_json(folder / "plan.json"),
+            recorded=_read_json(RunFolder(folder).resolved),
+            plan=_read_json(RunFolder(folder).plan),
         )
 
     @property
@@ -185,7 +193,7 @@ def _is_moved(start: Path, folder: Path) -> bool:
 def _judge(earlier: Earlier, settings: Settings) -> Verdict:
     output = settings.config.output
     # An archiving that was interrupted is completed under the lock, before anything begins.
-    if not earlier.has_traces or (earlier.folder / ARCHIVING).is_dir():
+    if not earlier.has_traces or RunFolder(earlier.folder).archiving.is_dir():
         return Verdict("go on")
     if earlier.is_finished:
         if output.on_finished == "archive":
@@ -202,7 +210,8 @@ def _judge_unfinished(earlier: Earlier, settings: Settings) -> Verdict:
         raise ConfigError.of(
             "the output folder contains an unfinished run of an earlier version",
             where=str(earlier.folder),
-            why=f"its {DIGEST} identifies inputs by path; this version identifies them by content",
+            why=f"its {RunFolder.digest} identifies inputs by path; this version identifies them "
+            "by content",
             remedy=f"finish it with the version that started it; {_options(earlier)}",
         )
     notes = [f"{earlier.why_no_mark}; the run is known by its checkpoints"]
@@ -258,7 +267,7 @@ def _judge_finished(earlier: Earlier, settings: Settings) -> Verdict:
             remedy=_options(earlier),
         )
     continued = f"the finished run is continued ({length.change})"
-    until_then = f"{FINAL} contains the shorter run's adapter until then"
+    until_then = f"{RunFolder.final_model} contains the shorter run's adapter until then"
     return Verdict("go on", (f"{continued}; {until_then}", *_mark_note(earlier)))
 
 
@@ -266,7 +275,7 @@ def _finished_changes(earlier: Earlier, config: Config) -> list[str]:
     """Return what makes a finished run another one than is asked for now."""
     changes = earlier.changed(config, NAMED_DATA)
     if earlier.known is None and not earlier.recorded:
-        return [f"neither {DIGEST} nor {RESOLVED} can be read"]
+        return [f"neither {RunFolder.digest} nor {RunFolder.resolved} can be read"]
     if earlier.known is None:
         changes += earlier.changed(config, digest_leaves())
     elif earlier.known != mark_of(config):
@@ -320,9 +329,13 @@ def _options(earlier: Earlier, changes: Sequence[str] = ()) -> str:
         f"{ASIDE if earlier.is_finished else AGAIN}"
     )
     fits = not any(one.startswith(f"{leaf}:") for one in changes for leaf in NEW_ADAPTER_KEYS)
-    if not fits or not (earlier.steps or (earlier.folder / FINAL).is_dir()):
+    if not fits or not (earlier.steps or RunFolder(earlier.folder).final_model.is_dir()):
         return options
-    start = earlier.folder / FINAL if (earlier.folder / FINAL).is_dir() else earlier.folder
+    start = (
+        RunFolder(earlier.folder).final_model
+        if RunFolder(earlier.folder).final_model.is_dir()
+        else earlier.folder
+    )
     return (
         f"{options}; --adapter_name_or_path {shlex.quote(str(start))} --run_name NEW_NAME "
         "continues from its adapter with the new configuration"
@@ -330,9 +343,10 @@ def _options(earlier: Earlier, changes: Sequence[str] = ()) -> str:
 
 
 def _finished_note(earlier: Earlier) -> str:
+    run = RunFolder(earlier.folder)
     return (
-        f"this run is already finished: its adapter is in {earlier.folder / FINAL}, its report is "
-        f"{earlier.folder / 'report.html'}. To train again: --run_name NEW_NAME trains in a "
+        f"this run is already finished: its adapter is in {run.final_model}, its report is "
+        f"{run.report}. To train again: --run_name NEW_NAME trains in a "
         f"folder beside it; {ASIDE}"
     )
 
@@ -368,5 +382,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)

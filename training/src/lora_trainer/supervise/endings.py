@@ -21,11 +21,11 @@ from ..faults import limit_in_log
 from ..redaction import Redaction
 from ..run import lock
 from ..run.events import Failed, Finished
-from ..run.folder import LOG
 from ..run.memory_limits import why_nothing_fits
 from ..run.protocol import PEER_LOST
 from ..run.results import refusal, results_of, write_results
 from ..run.status import RunStatus, fold
+from ..run_folder import RunFolder
 
 # A retry would end with the same of these exit codes.
 FINAL_CODES = frozenset({0, 65, 69, 74, 75, 77, 78, 137, 143})
@@ -47,7 +47,7 @@ class WorkerEnd:
 def saved_step(output_dir: Path) -> int:
     """Return the step of the newest checkpoint, 0 where there is none."""
     try:
-        folders = [path for path in listed(output_dir / "checkpoints") if path.is_dir()]
+        folders = [path for path in listed(RunFolder(output_dir).checkpoints) if path.is_dir()]
     except OSError:
         return 0
     return (step_of(folders[-1].name) or 0) if folders else 0
@@ -117,7 +117,7 @@ def given_up(end: WorkerEnd, status: RunStatus, output_dir: Path, why: str) -> T
         f"the worker {end.cause}",
         where=f"step {status.step}",
         why=why or "it did not report a reason",
-        remedy=f"see {output_dir / LOG}; lower per_device_train_batch_size or "
+        remedy=f"see {RunFolder(output_dir).log}; lower per_device_train_batch_size or "
         "max_seq_length if memory is short; start again to resume",
     )
 

@@ -33,27 +33,17 @@ from ..run.events import (
     RunStarted,
     Stopped,
     Warned,
-    parse_line,
 )
-from ..run.folder import (
-    DONE,
-    EVENTS,
-    LOG,
-    RESOLVED,
-    RESULTS,
-    SERVER,
-    archive,
-    make_folder,
-    output_folder,
-)
-from ..run.protocol import EVENTS_FD
-from ..run.recording import EventFile
+from ..run.folder import archive, make_folder, output_folder
+from ..run.protocol import EVENTS_FD, WorkerSpec
+from ..run.recording import EventFile, parse_lines
 from ..run.status import RunStatus
+from ..run_folder import RunFolder
 from ..serve.run_state import RunState
 from ..serve.server import LogFollower, StatusServer, read_token
 from . import earlier_run, endings
 from .announcement import announced
-from .endings import WorkerEnd
+from .endings import WorkerEnd, leave_results
 from .log_filter import open_log
 from .recovery import Recovery
 from .restarts import Restarts
@@ -64,7 +54,6 @@ from .workers import WorkerGroup, cause_of
 STALLED = 70
 WATCH_SECONDS = 1.0  # between two looks at a worker
 PIPE_BYTES = 1 << 16
-NOT_FOR_WORKERS = {"monitoring": {"on_end_command", "webhook_url"}}
 # A lost terminal stops a run too, unless nohup started it.
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -87,6 +76,7 @@ class Supervisor:
         self.print_line = print_line
         self.config = settings.config
         self.output_dir = output_folder(settings)
+        self.folder = RunFolder(self.output_dir)
         self.run_name = self.config.output.run_name or self.output_dir.name
         monitoring = self.config.monitoring
         self._token = read_token(monitoring.health_token_file)
@@ -112,54 +102,81 @@ class Supervisor:
         Raises:
             TrainerError: with the exit code of whatever ended it otherwise.
         """
-        with announced(self):
-            try:
-                return self._run_checked(check)
-            except TrainerError as error:
-                if self._events is None and not earlier_run.has_traces(self.output_dir):
-                    endings.leave_refusal(self.output_dir, self.run_name, error, self.redaction)
-                raise
+        with (
+            announced(self),
+            self._leaving_refusal(),
+            self._serving() as server,
+            self._locked(check) as has_work,
+        ):
+            if has_work:
+                with self._address_in_folder(server):
+                    with self._recording():
+                        self._restart_loop()
+                    # Last of all: without it, the next start completes what is missing.
+                    write_text(self.folder.done, f"{time.time():.0f}\n")
+        return 0
 
-    def _run_checked(self, check: Callable[[Settings], None]) -> int:
-        with self._serving() as server:
-            self.live.detail = "checking the configuration"
-            check(self.settings)
-            make_folder(self.output_dir)
-            with lock.hold(self.output_dir) as self._lock_file, handled(self._forward, STOPS):
-                verdict = earlier_run.judge(self.output_dir, self.settings)
-                if verdict.does == "nothing":
-                    for line in verdict.notes:
-                        self.print_line(line)
-                    return 0
-                self._notes = [*verdict.notes]
-                if verdict.does == "move aside":
-                    aside = archive(self.output_dir)
-                    self._notes.append(f"the earlier run was moved to {aside}")
-                # Until this start has ended, only events.jsonl is true of the run.
-                (self.output_dir / RESULTS).unlink(missing_ok=True)
-                redacted = self.redaction.value(self.settings.redacted())
-                write_json(self.output_dir / RESOLVED, redacted)
-                earlier_run.mark_of(self.config).write(self.output_dir)
-                return self._record_run(server)
-
-    def _record_run(self, server: StatusServer) -> int:
-        server_file = self.output_dir / SERVER
-        write_json(server_file, {"url": server.url, "pid": os.getpid()})
+    @contextlib.contextmanager
+    def _leaving_refusal(self) -> Iterator[None]:
+        """Leave results.json where a start is refused before it has recorded anything."""
         try:
-            self.live.replay(self.output_dir / EVENTS)
-            self.live.detail = ""
-            with EventFile(self.output_dir / EVENTS) as self._events:
-                try:
-                    code = self._restart_loop()
-                finally:
-                    self._leave_results()
-            # Last of all: without it, the next start resumes and completes what is missing.
-            write_text(self.output_dir / DONE, f"{time.time():.0f}\n")
-            return code
+            yield
+        except TrainerError as error:
+            if self._events is None and not earlier_run.has_traces(self.output_dir):
+                endings.leave_refusal(self.output_dir, self.run_name, error, self.redaction)
+            raise
+
+    @contextlib.contextmanager
+    def _locked(self, check: Callable[[Settings], None]) -> Iterator[bool]:
+        """Check, hold the folder's lock and make room; yield whether there is work to do."""
+        self.live.detail = "checking the configuration"
+        check(self.settings)
+        make_folder(self.output_dir)
+        with lock.hold(self.output_dir) as self._lock_file, handled(self._forward, STOPS):
+            verdict = earlier_run.judge(self.output_dir, self.settings)
+            has_work = verdict.does != "nothing"
+            if has_work:
+                self._make_room(verdict)
+            else:
+                for line in verdict.notes:
+                    self.print_line(line)
+            yield has_work
+
+    def _make_room(self, verdict: earlier_run.Verdict) -> None:
+        """Move an earlier run aside where it has to go, and leave this one's settings."""
+        self._notes = [*verdict.notes]
+        if verdict.does == "move aside":
+            aside = archive(self.output_dir)
+            self._notes.append(f"the run that was here is now in {aside}")
+        # Until this start has ended, only events.jsonl is true of the run.
+        self.folder.results.unlink(missing_ok=True)
+        write_json(self.folder.resolved, self.redaction.value(self.settings.redacted()))
+        earlier_run.mark_of(self.config).write(self.output_dir)
+
+    @contextlib.contextmanager
+    def _address_in_folder(self, server: StatusServer) -> Iterator[None]:
+        """Leave the server's address in the folder until it stops answering."""
+        write_json(self.folder.server, {"url": server.url, "pid": os.getpid()})
+        try:
+            yield
         finally:
-            self._linger()
+            # Go on answering for as long as asked, or until a signal comes.
+            until = time.monotonic() + self.config.monitoring.health_linger_seconds
+            while time.monotonic() < until and not self._signals:
+                time.sleep(0.1)
             with contextlib.suppress(OSError):
-                server_file.unlink()
+                self.folder.server.unlink()
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Take up what was recorded before, record what happens, and leave the results."""
+        self.live.replay(self.folder.events)
+        self.live.detail = ""
+        with EventFile(self.folder.events) as self._events:
+            try:
+                yield
+            finally:
+                self._leave_results()
 
     def record(self, event: Event) -> None:
         """Record an event, take it up, show it; without secrets."""
@@ -181,7 +198,7 @@ class Supervisor:
             token=self._token,
             allowed_hosts=monitoring.health_allowed_hosts,
             folder=self.output_dir,
-            log=LogFollower(self.live, self.output_dir / LOG),
+            log=LogFollower(self.live, self.folder.log),
             on_fault=self.print_line,
         )
         try:
@@ -196,14 +213,8 @@ class Supervisor:
         finally:
             server.stop()
 
-    def _linger(self) -> None:
-        """Keep serving after the end for `health_linger_seconds`, or until a signal arrives."""
-        until = time.monotonic() + self.config.monitoring.health_linger_seconds
-        while time.monotonic() < until and not self._signals:
-            time.sleep(0.1)
-
-    def _restart_loop(self) -> int:
-        """Run workers until one finishes or, after a crash or stall, may not be restarted."""
+    def _restart_loop(self) -> None:
+        """Start the worker until it finishes, fails for good, or uses up its restarts."""
         restarts = Restarts(self.config.monitoring.max_restarts)
         recovery = Recovery(self.output_dir)
         while True:
@@ -221,7 +232,7 @@ class Supervisor:
             end = self._one_attempt()
             if end.code == 0:
                 self.record(Ended(exit_code=0))
-                return 0
+                return
             if not self._signals and (retry := recovery.after(end, self.status)):
                 attempt = restarts.spare()
                 for event in retry.events:
@@ -230,16 +241,14 @@ class Supervisor:
                 continue
             if end.failure:
                 error = endings.failed(end.failure, self.status)
-                raise self._recorded_end(
-                    error, is_recorded=endings.is_recorded_at_once(end.failure)
-                )
+                is_recorded = endings.is_recorded_at_once(end.failure)
+                raise self._recorded_end(error, is_recorded=is_recorded)
             if end.code == 143 or self._signals:
                 raise self._stopped()
             refusal = restarts.refusal(self.status)
             if refusal or end.code in endings.FINAL_CODES:
-                raise self._recorded_end(
-                    endings.given_up(end, self.status, self.output_dir, refusal)
-                )
+                error = endings.given_up(end, self.status, self.output_dir, refusal)
+                raise self._recorded_end(error)
             attempt = restarts.take(self.status)
             self.record(Restarted(attempt=attempt, cause=end.cause, exit_code=end.code))
 
@@ -251,18 +260,11 @@ class Supervisor:
         """
         assert self._lock_file is not None
         reading, writing = os.pipe()
-        spec = {
-            "config": self.config.model_dump(mode="json", exclude=NOT_FOR_WORKERS),
-            "output_dir": str(self.output_dir),
-            "run_name": self.run_name,
-            "redacted": self.redaction.value(self.settings.redacted()),
-            "secrets": sorted(self.redaction.secrets),
-        }
-        log_file = self.output_dir / LOG
+        log_file = self.folder.log
         log_bytes = log_file.stat().st_size if log_file.exists() else 0
         with open_log(log_file, self.redaction, self._warn) as log, os.fdopen(reading):
             self._worker = worker = WorkerGroup(
-                spec,
+                WorkerSpec(self.config, self.output_dir, self.run_name, redaction=self.redaction),
                 self._processes,
                 log=log,
                 pass_fds=(writing, self._lock_file.fileno()),
@@ -273,18 +275,16 @@ class Supervisor:
                 worker.send_signal(signal.SIGTERM)
             watch = Watchdog(
                 worker.pids,
-                self.output_dir / LOG,
+                log_file,
                 self.config.monitoring.stall_timeout_seconds,
             )
             failure, stall = self._read_events(reading, watch)
             code = worker.wait()
-        if (
-            failure is None
-            and not stall
-            and (failure := endings.failure_in_log(code, log_file, log_bytes))
-        ):
-            self.record(failure) if endings.is_recorded_at_once(failure) else None
-        # After a reported failure, a second error while the worker ends is ignored.
+        if failure is None and not stall:
+            failure = endings.failure_in_log(code, log_file, log_bytes)
+            if failure and endings.is_recorded_at_once(failure):
+                self.record(failure)
+        # Once it has said why it gives up, a second fault while it ends changes nothing.
         if failure is not None:
             is_memory = failure.retry == MemoryKilledError.KIND
             return WorkerEnd(failure.exit_code, failure.problems[0]["what"], failure, is_memory)
@@ -309,7 +309,7 @@ class Supervisor:
                     if not heard:
                         return failure, stall
                     *lines, torn = (torn + heard).split(b"\n")
-                    events = filter(None, map(parse_line, map(_decoded, lines)))
+                    events = parse_lines(lines)
                     for event in map(self.redaction.event, events):
                         # All ranks may report the same failure: once is enough.
                         if not isinstance(event, Failed):
@@ -330,8 +330,8 @@ class Supervisor:
         if stall:
             self.record(
                 Warned(
-                    message=f"the worker {stall}; its stack traces are written to {LOG}, then it "
-                    "is ended"
+                    message=f"the worker {stall}; its stacks go to {RunFolder.log}, "
+                    "then it is ended"
                 )
             )
             if not watch.record_stacks():
@@ -381,24 +381,19 @@ class Supervisor:
         if skipped := self.live.lines_skipped:
             lines = "1 line" if skipped == 1 else f"{skipped} lines"
             warnings.append(
-                f"{lines} of {EVENTS} skipped: not an event, or a field has the wrong type"
+                f"{lines} of {RunFolder.events} skipped: no event, or a field of another type"
             )
         return [*warnings, *self.settings.warnings]
 
     def _leave_results(self) -> None:
         """Write results and report; a failure is reported, and does not fail the run."""
-        folder, problems = self.output_dir, self._problems
+        folder, status, redaction = self.output_dir, self.status, self.redaction
         for name, write in (
-            (RESULTS, lambda: endings.leave_results(folder, self.status, problems, self.redaction)),
+            (RunFolder.results, lambda: leave_results(folder, status, self._problems, redaction)),
             ("report", lambda: write_report(folder)),
         ):
             try:
                 write()
             except Exception as error:
-                self.record(
-                    Warned(message=f"no {name} was written: {type(error).__name__}: {error}")
-                )
-
-
-def _decoded(line: bytes) -> str:
-    return line.decode("utf-8", "replace")
+                why = f"{type(error).__name__}: {error}"
+                self.record(Warned(message=f"no {name} was written: {why}"))

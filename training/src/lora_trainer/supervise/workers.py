@@ -8,7 +8,6 @@ the others would wait for it forever; its exit code is the group's. This replace
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import signal
@@ -18,12 +17,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from ..host.scratch import TEMPORARY, scratch_folder
 from ..machine import read_machine
-from ..run.protocol import PEER_LOST
+from ..run.protocol import PEER_LOST, WorkerSpec
 
 # How long the other ranks may take to end after one has failed.
 GRACE_SECONDS = 10.0
@@ -39,11 +39,11 @@ LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 class WorkerGroup:
-    """`count` workers with the same order, one event pipe and one log."""
+    """`count` workers with the same spec, one event pipe and one log."""
 
     def __init__(
         self,
-        spec: Mapping[str, Any],
+        spec: WorkerSpec,
         count: int,
         *,
         log: IO[bytes] | int,
@@ -72,11 +72,11 @@ class WorkerGroup:
         self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
         self._watcher.start()
         for rank, process in enumerate(self._ranks):
-            position = {"rank": rank, "ranks": count, "store": store}
+            own_spec = replace(spec, rank=rank, ranks=count, store=store)
             assert process.stdin is not None
             # The watcher notices one that has already died.
             with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
-                stdin.write(json.dumps({**spec, **position}).encode())
+                stdin.write(own_spec.to_json().encode())
 
     @property
     def pid(self) -> int:

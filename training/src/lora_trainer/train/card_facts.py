@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..config.schema import Config
 from ..data.batches import Sampler
@@ -17,13 +17,16 @@ from .checkpoint import TrainState
 from .datasets import hub_ids, profile_of
 from .identity import adapter_note
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class _Setup(Protocol):
     """What of `setup.TrainingSetup` is looked at here."""
 
     config: Config
     plan: Plan
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     source: load.ModelSource
     splits: DataSplits
     sampler: Sampler

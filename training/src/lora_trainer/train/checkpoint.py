@@ -227,9 +227,9 @@ def _numpy_state(snapshot: Snapshot) -> tuple[Any, ...]:
     return kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached
 
 
-def _to_json(value: Any) -> Any:
+def _to_json(value: object) -> Any:
     return [_to_json(part) for part in value] if isinstance(value, tuple) else value
 
 
-def _to_tuple(value: Any) -> Any:
+def _to_tuple(value: object) -> Any:
     return tuple(_to_tuple(part) for part in value) if isinstance(value, list) else value

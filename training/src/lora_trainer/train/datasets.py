@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,11 +28,14 @@ from ..memory_estimate import DataProfile
 from ..model import load, sizes
 from ..run.events import Event, progress_of
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
 
 def open_data(
     config: Config,
     source: load.ModelSource,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     emit: Callable[[Event], None] = lambda _: None,
 ) -> DataSplits:
     """Tokenize or reopen the training and held-out data.
@@ -68,7 +71,7 @@ def open_data(
     )
 
 
-def _refuse_unfit(name: str | None, tokenizer: Any) -> None:
+def _refuse_unfit(name: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a template that ships by name and whose markers are plain text to the tokenizer."""
     if name not in named_templates.NAMES:
         return
@@ -109,13 +112,15 @@ def data_warnings(config: Config, splits: DataSplits) -> list[str]:
     return warnings
 
 
-def format_of_splits(splits: DataSplits, tokenizer: Any) -> PromptFormat:
+def format_of_splits(splits: DataSplits, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
     """Return how the training rows ask, and what ends their answers."""
     rows = RowView(splits.train, splits.train_rows)
     return format_of_rows(rows, splits.train_report.formats, tokenizer)
 
 
-def end_warning(prompt_format: PromptFormat, tokenizer: Any, generation: Any) -> list[str]:
+def end_warning(
+    prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig
+) -> list[str]:
     """Say so where the trained answers end with another token than the base model's own.
 
     `generation` is the base model's generation config.
@@ -181,7 +186,9 @@ def name_rows(config: Config, data: TokenizedDataset, indices: Sequence[int]) ->
     ]
 
 
-def _tokenizer_folder(source: load.ModelSource, tokenizer: Any, cache: Path) -> Path:
+def _tokenizer_folder(
+    source: load.ModelSource, tokenizer: PreTrainedTokenizerBase, cache: Path
+) -> Path:
     """Return a folder from which other processes load the same tokenizer without a network."""
     if source.is_local:
         return Path(source.path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,9 +28,12 @@ from ..model.ranks import Ranks
 from ..plan import Plan, choose_parallelism, make_plan, process_count
 from .datasets import profile_of, refuse_long_rows, rows_of_epoch_in, rows_to_train, source_specs
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 def parallelism_before_loading(
-    config: Config, backend: Backend, model_config: Any, ranks: Ranks
+    config: Config, backend: Backend, model_config: PretrainedConfig, ranks: Ranks
 ) -> tuple[Parallelism, str]:
     """Return how ranks share the work, and why: where weights are loaded to depends on it."""
     if ranks.count == 1 and config.training.parallelism != "deepspeed":
@@ -40,7 +43,7 @@ def parallelism_before_loading(
     return choose_parallelism(config, backend.machine, sized, backend.precision, ranks.count)
 
 
-def _unloaded(config: Config, model_config: Any) -> Any:
+def _unloaded(config: Config, model_config: PretrainedConfig) -> Any:
     """Return the base model without its weights, on the meta device.
 
     Raises:
@@ -58,7 +61,7 @@ def _unloaded(config: Config, model_config: Any) -> Any:
         raise probe.refusal(model_config, why) from error
 
 
-def refuse_unsupported(config: Config, model_config: Any) -> None:
+def refuse_unsupported(config: Config, model_config: PretrainedConfig) -> None:
     """Refuse a model that cannot be trained on text, before its weights are read.
 
     Raises:
@@ -120,7 +123,7 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
 
 
 def footprint_of(
-    config: Config, backend: Backend, base_config: Any, *, is_packed: bool
+    config: Config, backend: Backend, base_config: PretrainedConfig, *, is_packed: bool
 ) -> Footprint:
     """Return what counts the memory of the plan's steps."""
     return Footprint(

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from ..model import determinism
 from ..model.forward import CausalLM, MicroBatch
 from ..model.ranks import ALONE, Ranks
 from ..run.memory_limits import in_pieces
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # exp() of more is a number that says nothing; shown as infinite.
 LARGEST_EXPONENT = 50.0
@@ -163,7 +166,7 @@ class Answer:
 @torch.no_grad()
 def answer(
     causal: CausalLM,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     asked: Sequence[Question],
     *,
     ends: Sequence[int],
@@ -214,7 +217,7 @@ def answer(
 
 def _generate(
     causal: CausalLM,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     batch: Sequence[Question],
     ends: list[int],
     max_new_tokens: int,
@@ -261,9 +264,9 @@ class _Listener:
         del scores
         if time.monotonic() - self._heard >= LISTEN_SECONDS:
             self._heard = time.monotonic()
-            made = input_ids[:, self._prompt :].cpu()
-            has_ended = torch.isin(made, self._ends).any(dim=1)
-            self._hear(int(has_ended.sum()), made.shape[1])
+            answers = input_ids[:, self._prompt :].cpu()
+            has_ended = torch.isin(answers, self._ends).any(dim=1)
+            self._hear(int(has_ended.sum()), answers.shape[1])
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -274,7 +277,9 @@ def _until_end(ids: list[int], ends: set[int]) -> list[int]:
     return ids
 
 
-def _decode(tokenizer: Any, question: Question, answer_ids: list[int]) -> Answer:
+def _decode(
+    tokenizer: PreTrainedTokenizerBase, question: Question, answer_ids: list[int]
+) -> Answer:
     def text(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 

@@ -8,21 +8,24 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.prompt_format import PromptFormat
 from ..host.disk import follow_umask, sync, write_checksums
 from ..model.adapter import trainable_parameters
 from ..report.model_card import CardFacts, write_model_card
-from ..run.folder import FINAL
+from ..run_folder import RunFolder
 from . import finite
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 CARD = "README.md"
 
 
 def export(
     model: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     output_dir: Path,
     facts: CardFacts,
     prompt_format: PromptFormat,
@@ -33,7 +36,7 @@ def export(
     `initial` is the folder of `initial.save`: the adapter is then converted so that it
     fits the untouched base model.
     """
-    final, beside = output_dir / FINAL, output_dir / f".{FINAL}.writing"
+    final, beside = RunFolder(output_dir).final_model, RunFolder(output_dir).unfinished_model
     shutil.rmtree(beside, ignore_errors=True)
     save_adapter(model, beside, initial)
     save_prompt_format(beside, prompt_format, tokenizer, model.get_base_model().generation_config)
@@ -48,7 +51,10 @@ def export(
 
 
 def save_prompt_format(
-    folder: Path, prompt_format: PromptFormat, tokenizer: Any, generation: Any
+    folder: Path,
+    prompt_format: PromptFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    generation: GenerationConfig,
 ) -> None:
     """Write how the model was asked: tokenizer, generation config, and `prompt_format.json`.
 
@@ -61,7 +67,10 @@ def save_prompt_format(
 
 
 def with_prompt_format(
-    facts: CardFacts, prompt_format: PromptFormat, tokenizer: Any, stops: Sequence[int]
+    facts: CardFacts,
+    prompt_format: PromptFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: Sequence[int],
 ) -> CardFacts:
     """Return a card's facts with how the model is asked and where its answers end."""
     return replace(
@@ -72,7 +81,7 @@ def with_prompt_format(
     )
 
 
-def use_end_token(tokenizer: Any, prompt_format: PromptFormat) -> None:
+def use_end_token(tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat) -> None:
     """Make the trained end the tokenizer's, unless its chat template writes `eos_token` itself."""
     ends, template = prompt_format.end_token_ids, str(tokenizer.chat_template or "")
     if not ends or tokenizer.eos_token_id in ends:
@@ -84,7 +93,9 @@ def use_end_token(tokenizer: Any, prompt_format: PromptFormat) -> None:
     tokenizer.pad_token = padding
 
 
-def generation_config(prompt_format: PromptFormat, tokenizer: Any, generation: Any) -> Any:
+def generation_config(
+    prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig
+) -> Any:
     """Return the base model's generation config, with the trained end tokens before its own."""
     from transformers import GenerationConfig
 

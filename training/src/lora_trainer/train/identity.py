@@ -25,7 +25,7 @@ from ..errors import ConfigError, Problem, UnavailableError
 from ..host.disk import write_text
 from ..model import embedded, load
 from ..plan import Plan
-from ..run.folder import DIGEST
+from ..run_folder import RunFolder
 
 # The form of identities; runs of other forms cannot be compared with.
 FORM = "2"
@@ -63,8 +63,10 @@ class Identity:
     @staticmethod
     def parse(text: str) -> Identity | None:
         """Read an identity back; None for one of another form."""
-        form, *parts = text.split("-")
-        return Identity(*parts) if form == FORM and len(parts) == len(fields(Identity)) else None
+        form, *digests = text.split("-")
+        return (
+            Identity(*digests) if form == FORM and len(digests) == len(fields(Identity)) else None
+        )
 
     def differences(self, other: Identity) -> list[str]:
         """Return, in words, the parts that differ."""
@@ -114,7 +116,7 @@ class Mark:
 
     def write(self, folder: Path) -> None:
         """Write the file."""
-        write_text(folder / DIGEST, self.text)
+        write_text(RunFolder(folder).digest, self.text)
 
 
 class EarlierFormError(Exception):
@@ -128,16 +130,16 @@ def read_mark(folder: Path) -> tuple[Mark | None, str]:
         EarlierFormError: it is of a form that is no longer read.
     """
     try:
-        text = (folder / DIGEST).read_text(encoding="ascii")
+        text = RunFolder(folder).digest.read_text(encoding="ascii")
     except FileNotFoundError:
-        return None, f"{DIGEST} is missing"
+        return None, f"{RunFolder.digest} is missing"
     except (OSError, ValueError) as error:
-        return None, f"{DIGEST} cannot be read ({type(error).__name__})"
+        return None, f"{RunFolder.digest} cannot be read ({type(error).__name__})"
     if EARLIER_MARK.fullmatch(text.strip()):
         raise EarlierFormError
     match = MARK.fullmatch(text.strip())
     mark = Mark(match["config"], match["adapter"]) if match else None
-    return (mark, "") if mark and mark.text == text else (None, f"{DIGEST} is damaged")
+    return (mark, "") if mark and mark.text == text else (None, f"{RunFolder.digest} is damaged")
 
 
 def adapter_digest(config: Config) -> str:

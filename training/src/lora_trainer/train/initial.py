@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..errors import StorageError, UnavailableError
 from ..host.disk import follow_umask, sync
+from ..run_folder import RunFolder
 
-FOLDER = "initial_adapter"
 MANIFEST = "manifest.json"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -98,20 +98,22 @@ class Initial:
             if kept != self.digest:
                 save(model, self.folder, self.digest)
             return (
-                f"{FOLDER} was damaged ({why}) and has been rewritten" if expected and why else ""
+                f"{RunFolder.initial_adapter} was damaged ({why}) and has been rewritten"
+                if expected and why
+                else ""
             )
         if kept == expected:
             return (
                 "the initial adapter differs here (another machine, library or number of "
-                f"threads): {FOLDER} of the first start is used"
+                f"threads): {RunFolder.initial_adapter} of the first start is used"
             )
         raise UnavailableError.of(
             "the initial adapter of this run is missing",
             where=str(self.folder),
             why=f"{why or 'it belongs to another run'}, and initialization differs here (another "
             "machine, library or number of threads)",
-            remedy=f"restore {FOLDER} from a copy, resume on the machine of the first start, or "
-            "start over with --resume never (this run is archived, not removed)",
+            remedy=f"restore {RunFolder.initial_adapter} from a copy, resume on the machine of the "
+            "first start, or start over with --resume never (this run is archived, not removed)",
         )
 
 
@@ -129,7 +131,7 @@ def verified(folder: Path, expected: str = "") -> Path:
     if not why:
         return folder
     raise StorageError.of(
-        f"{FOLDER} is damaged",
+        f"{RunFolder.initial_adapter} is damaged",
         where=str(folder),
         why=f"{why}; the export subtracts this adapter from the trained one",
         remedy="run the same command again: it rewrites the folder",

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -38,6 +38,7 @@ from ..model.shard import choose_sharder
 from ..plan import make_plan
 from ..run.events import Event, PhaseChanged, Warned
 from ..run.memory_limits import read_limits, release
+from ..run_folder import RunFolder
 from .checkpoint_store import CheckpointStore
 from .datasets import (
     data_digest,
@@ -52,10 +53,13 @@ from .datasets import (
 )
 from .dry_run import footprint_of, model_size_of, parallelism_before_loading, refuse_unsupported
 from .identity import BaseHash, check_adapter_base, digest_of
-from .initial import FOLDER, Initial, weights_digest
+from .initial import Initial, weights_digest
 from .optim import make_optimizer
 from .setup import TrainingSetup
 from .smaller_plans import with_smaller_plans
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 OVERFLOWED = (
     "float32 is used: the base model's own loss is not finite in float16, which ends at 65,504"
@@ -130,8 +134,8 @@ def _open_model(
     config: Config,
     machine: Machine,
     source: load.ModelSource,
-    base_config: Any,
-    tokenizer: Any,
+    base_config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
     splits: DataSplits,
     output_dir: Path,
     ranks: Ranks,
@@ -192,7 +196,7 @@ def _open_model(
         optimizer=make_optimizer(parameters, config.training, config.lora.loraplus_lr_ratio),
         parameters=parameters,
         store=CheckpointStore(
-            output_dir / "checkpoints",
+            RunFolder(output_dir).checkpoints,
             keep=config.output.save_total_limit,
             digest=digest,
         ),
@@ -243,7 +247,9 @@ def _load(
             loftq.begin_from_residuals(model, load.weights_folder(source, config.model))
         initial = None
         if changes_base(config.lora):
-            initial = Initial(output_dir / FOLDER, weights_digest(trainable_parameters(model)))
+            initial = Initial(
+                RunFolder(output_dir).initial_adapter, weights_digest(trainable_parameters(model))
+            )
         causal = CausalLM(
             model,
             device=backend.device_name,

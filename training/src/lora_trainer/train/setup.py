@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,9 +29,9 @@ from ..model.ranks import ALONE, Ranks
 from ..plan import Plan, limited
 from ..report import model_card
 from ..run.events import Event, Warned
-from ..run.folder import FINAL
 from ..run.memory_limits import MemoryLimits, write_limits
 from ..run.protocol import WorkerSpec
+from ..run_folder import RunFolder
 from . import export
 from .card_facts import card_facts
 from .checkpoint import Snapshot, TrainState, misfit, restore_generators, restore_optimizer
@@ -43,6 +43,9 @@ from .datasets import (
 from .initial import Initial, verified
 from .loop import TrainingContext
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors", "datasets")
 
 
@@ -53,7 +56,7 @@ class TrainingSetup:
     config: Config
     plan: Plan
     causal: CausalLM
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     source: load.ModelSource
     splits: DataSplits
     sampler: Sampler
@@ -211,7 +214,7 @@ class TrainingSetup:
         """Keep what the run was cut down to when memory ran out, here and for later starts."""
         self.plan = limited(self.plan, limits)
         write_limits(self.output_dir, limits)
-        write_json(self.output_dir / "plan.json", self.plan.to_dict())
+        write_json(RunFolder(self.output_dir).plan, self.plan.to_dict())
 
     def name_rows(self, indices: Sequence[int], is_held_out: bool) -> list[str]:
         """Name tokenized rows by file and line, as far as the datasets still tell."""
@@ -236,6 +239,6 @@ class TrainingSetup:
     def write_card(self, spec: WorkerSpec, state: TrainState) -> None:
         """Write the model card again, with the figures that came after the export."""
         model_card.write_model_card(
-            self.output_dir / FINAL / export.CARD,
+            RunFolder(self.output_dir).final_model / export.CARD,
             spec.redaction.event(card_facts(self, spec.run_name, state)),
         )

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -37,9 +37,9 @@ from ..run.events import (
     Warned,
     progress_of,
 )
-from ..run.folder import DONE, EVENTS, RESULTS
 from ..run.protocol import EVENTS_FD, PEER_LOST, STACKS_SIGNAL, WorkerSpec
 from ..run.unrecorded import Unrecorded, recall
+from ..run_folder import RunFolder
 
 if TYPE_CHECKING:
     from .checkpoint import Snapshot, TrainState
@@ -150,12 +150,13 @@ def run(spec: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag) -> int:
     from ..model import quantize
 
     quantize.skip_bitsandbytes_import(spec.config)
-    from ..machine import peak_memory_bytes, read_machine
+    from ..machine import read_machine
     from ..model.backend import usable_machine
 
     # Before ranks meet, and before transformers and peft are imported, which takes seconds.
     machine = usable_machine(read_machine(), spec.ranks)
     from ..model.ranks import join
+    from .loop import train
     from .session import open_session
 
     emit(PhaseChanged(phase="loading", detail=spec.config.model.model_name_or_path))
@@ -165,12 +166,12 @@ def run(spec: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag) -> int:
     snapshot, skipped = _newest(spec, setup)
     for reason in skipped:
         emit(Warned(message=f"checkpoint skipped: {reason}"))
-    unrecorded = Unrecorded(spec.output_dir / EVENTS)
+    unrecorded = Unrecorded(RunFolder(spec.output_dir).events)
     emit = unrecorded.beside(emit)
     emit(Planned(plan=setup.plan.to_dict()))
     if ranks.is_first:
         # From here on the folder's run is this one; a finished one may be continued.
-        (spec.output_dir / DONE).unlink(missing_ok=True)
+        RunFolder(spec.output_dir).done.unlink(missing_ok=True)
         sync(spec.output_dir)
         _write_facts(spec, setup)
     state = setup.restore(snapshot, emit)
@@ -182,13 +183,30 @@ def run(spec: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag) -> int:
     elif setup.initial is not None:
         # This init changes the base: later, no switched-off adapter gives it back.
         _answer(spec, setup, emit, must_stop, when="before", step=0)
-    state = _train(spec, setup, emit, stop, must_stop, state, unrecorded)
+    first_step = state.step + 1 if state.step else 0
+    with _tracked(spec, setup, emit, first_step) as record, _deferring(stop):
+        emit(PhaseChanged(phase="training"))
+        state = train(setup.context(record, must_stop, unrecorded.lines), state)
     stop.step = state.step
     if must_stop():
         emit(Stopped(step=state.step, signal=stop.signal or "SIGTERM"))
         return 143
+    _finish(spec, setup, emit, must_stop, state)
+    return 0
+
+
+def _finish(
+    spec: WorkerSpec,
+    setup: TrainingSetup,
+    emit: Callable[[Event], None],
+    must_stop: Callable[[], bool],
+    state: TrainState,
+) -> None:
+    """Export, answer the held-out prompts, and write the model card."""
+    from ..machine import peak_memory_bytes
+
     adapter_step = setup.take_best(state)
-    if ranks.is_first:
+    if setup.ranks.is_first:
         # Before the answers: no fault while they are made may cost the adapter.
         emit(PhaseChanged(phase="exporting"))
         setup.export(spec, state)
@@ -196,8 +214,8 @@ def run(spec: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag) -> int:
         with setup.untrained():
             _answer(spec, setup, emit, must_stop, when="before", step=0)
     _answer(spec, setup, emit, must_stop, when="after", step=state.step)
-    if not ranks.is_first:
-        return 0
+    if not setup.ranks.is_first:
+        return
     setup.write_card(spec, state)
     emit(
         Finished(
@@ -205,11 +223,15 @@ def run(spec: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag) -> int:
             train_seconds=state.train_seconds,
             tokens_seen=state.tokens_seen,
             peak_memory_bytes=peak_memory_bytes(),
-            results=["final_model", "report.html", "loss.png", RESULTS],
+            results=[
+                RunFolder.final_model,
+                RunFolder.report,
+                RunFolder.loss_chart,
+                RunFolder.results,
+            ],
             adapter_step=adapter_step,
         )
     )
-    return 0
 
 
 def _newest(spec: WorkerSpec, setup: TrainingSetup) -> tuple[Snapshot | None, list[str]]:
@@ -219,7 +241,7 @@ def _newest(spec: WorkerSpec, setup: TrainingSetup) -> tuple[Snapshot | None, li
     try:
         snapshot, skipped = setup.store.newest(setup.refuse)
     except OtherRunError as error:
-        folder = spec.output_dir / "checkpoints" / str(error)
+        folder = RunFolder(spec.output_dir).checkpoints / str(error)
         raise other_run(folder, error.digest, setup.store.digest) from None
     if snapshot is not None and snapshot.state.step > setup.plan.total_steps:
         raise ConfigError.of(
@@ -232,25 +254,20 @@ def _newest(spec: WorkerSpec, setup: TrainingSetup) -> tuple[Snapshot | None, li
     return snapshot, skipped
 
 
-def _train(
-    spec: WorkerSpec,
-    setup: TrainingSetup,
-    emit: Callable[[Event], None],
-    stop: StopFlag,
-    must_stop: Callable[[], bool],
-    state: TrainState,
-    unrecorded: Unrecorded,
-) -> TrainState:
-    from .loop import train
+@contextlib.contextmanager
+def _tracked(
+    spec: WorkerSpec, setup: TrainingSetup, emit: Callable[[Event], None], first_step: int
+) -> Iterator[Callable[[Event], None]]:
+    """Yield an `emit` whose figures go to the trackers and the model card, too."""
     from .trackers import open_trackers
 
-    leaves = {leaf: cell["value"] for part in spec.redacted.values() for leaf, cell in part.items()}
+    shown = spec.redaction.value(spec.config.masked())
     tracker = open_trackers(
         spec.config.monitoring.report_to if spec.rank == 0 else [],
-        spec.output_dir / "logs",
+        RunFolder(spec.output_dir).tracker_logs,
         spec.run_name,
-        leaves,
-        first_step=state.step + 1 if state.step else 0,
+        {leaf: value for leaves in shown.values() for leaf, value in leaves.items()},
+        first_step=first_step,
         on_warning=lambda message: emit(Warned(message=message)),
     )
 
@@ -260,12 +277,19 @@ def _train(
             tracker.log(figures, int(event.step))  # type: ignore[attr-defined]
             setup.keep_figures(figures)
 
-    stop.is_deferred = True
     try:
-        emit(PhaseChanged(phase="training"))
-        return train(setup.context(record, must_stop, unrecorded.lines), state)
+        yield record
     finally:
         tracker.close()
+
+
+@contextlib.contextmanager
+def _deferring(stop: StopFlag) -> Iterator[None]:
+    """Let a signal wait for the next step boundary."""
+    stop.is_deferred = True
+    try:
+        yield
+    finally:
         stop.is_deferred = False
 
 
@@ -288,7 +312,7 @@ def _recall(
 
     Those that the recording lacks are repeated for it.
     """
-    recording = spec.output_dir / EVENTS
+    recording = RunFolder(spec.output_dir).events
     figures, missing = recall(recording, snapshot.figures, snapshot.state.step)
     for event in missing:
         emit(replace(event, time=time.time()))
@@ -352,13 +376,14 @@ def _answer(
 
 def _write_facts(spec: WorkerSpec, setup: TrainingSetup) -> None:
     """Write plan.json, data.json and environment.json."""
+    run = RunFolder(spec.output_dir)
     contents = {
-        "plan.json": setup.plan.to_dict(),
-        "data.json": setup.data_facts,
-        "environment.json": setup.versions | {"python": platform.python_version()},
+        run.plan: setup.plan.to_dict(),
+        run.data: setup.data_facts,
+        run.environment: setup.versions | {"python": platform.python_version()},
     }
-    for name, content in contents.items():
-        write_json(spec.output_dir / name, spec.redaction.value(content))
+    for path, content in contents.items():
+        write_json(path, spec.redaction.value(content))
 
 
 if __name__ == "__main__":

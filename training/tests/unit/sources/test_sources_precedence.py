@@ -1,4 +1,4 @@
-"""A later source displaces an earlier one's rival keys; shipped held-out rows go."""
+"""A later source displaces an earlier one's rival keys; foreign held-out rows are an error."""
 
 from pathlib import Path
 
@@ -23,30 +23,27 @@ def test_own_data_with_a_held_out_share_takes_the_shipped_config_without_a_word(
     assert resolved.warnings == []
 
 
-def test_own_data_alone_leaves_the_shipped_held_out_rows_out_with_a_warning(folder):
-    resolved = resolve(SHIPPED, {}, ["--dataset", "my.jsonl"])
-    assert evaluation_of(resolved) == (None, 0.0, 0, False)
-    assert resolved.warnings == [
-        "eval_dataset of config.json is ignored because dataset is set on the command line: use "
-        "--eval_dataset or --eval_fraction"
-    ]
-
-
-def test_own_data_of_the_environment_leaves_the_shipped_held_out_rows_out(folder):
-    resolved = resolve(SHIPPED, {"LORA_TRAINER_DATASET": "my.jsonl"}, [])
-    assert evaluation_of(resolved) == (None, 0.0, 0, False)
-    assert "in the environment" in resolved.warnings[0]
+@pytest.mark.parametrize(
+    ("environ", "arguments", "remedy"),
+    [
+        ({}, ["--dataset", "my.jsonl"], "add --eval_fraction 0.1 to"),
+        ({}, ["--dataset", "my.jsonl", "--eval_generate"], "or --eval_dataset FILE"),
+        ({"LORA_TRAINER_DATASET": "my.jsonl"}, [], "add LORA_TRAINER_EVAL_FRACTION=0.1 to"),
+    ],
+)
+def test_own_data_with_the_shipped_held_out_rows_is_refused_with_a_remedy(
+    folder, environ, arguments, remedy
+):
+    (problem,) = problems_of(SHIPPED, environ, arguments)
+    assert problem.what == "eval_dataset belongs to another dataset than the one to train on"
+    assert "config.json:" in problem.where
+    assert remedy in problem.remedy
 
 
 def test_own_data_with_own_held_out_rows_keeps_the_shipped_evaluation(folder):
     resolved = resolve(SHIPPED, {}, ["--dataset", "a.jsonl", "--eval_dataset", "b.jsonl"])
     assert evaluation_of(resolved) == (str(folder / "b.jsonl"), 0.0, 20, True)
     assert resolved.warnings == []
-
-
-def test_what_the_command_line_asks_of_held_out_rows_is_not_dropped_silently(folder):
-    (problem,) = problems_of(SHIPPED, {}, ["--dataset", "my.jsonl", "--eval_generate"])
-    assert problem.what == "eval_generate without held-out data"
 
 
 def test_the_held_out_share_of_a_file_holds_for_own_data(folder):

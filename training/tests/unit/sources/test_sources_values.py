@@ -6,7 +6,7 @@ import pytest
 from resolving import from_file, problem_in, problems_in, problems_of, write
 
 from lora_trainer.errors import ConfigError
-from lora_trainer.run.folder import OWN
+from lora_trainer.run_folder import OWN_NAMES
 
 
 def test_all_problems_of_all_sources_come_at_once(folder):
@@ -133,7 +133,8 @@ def test_conflicting_values_are_refused(folder, content, words):
 
 
 @pytest.mark.parametrize(
-    "name", sorted(name for name in OWN | {name.casefold() for name in OWN} if name[0] != ".")
+    "name",
+    sorted(name for name in OWN_NAMES | {name.casefold() for name in OWN_NAMES} if name[0] != "."),
 )
 def test_no_run_is_named_like_a_file_of_the_run_without_a_name(folder, name):
     problem = problem_in(folder, json.dumps({"run_name": name}))
