@@ -123,6 +123,8 @@ def _start(root: Path, name: str) -> Run:
     )
     config.write_text(json.dumps(keys))
     command = [sys.executable, "-m", "lora_trainer", "train", "--config", str(config)]
-    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+    # After the package come the folders that this process was given, as where wheels were unpacked.
+    folders = [str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
     return Run(root / name, process)

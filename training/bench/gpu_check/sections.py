@@ -36,14 +36,14 @@ class Section:
 
 # The limits' sum is under the 480 s of the whole check.
 SECTIONS: Mapping[str, Section] = {
-    "versions": Section(35, "versions"),
-    "precision": Section(95, "precision"),
-    "attention": Section(60, "attention"),
-    "resume": Section(85, "resume"),
-    "synchronizations": Section(35, "synchronizations"),
-    "lora_8b": Section(65, "large", "lora"),
+    "versions": Section(20, "versions"),
+    "precision": Section(100, "precision"),
+    "attention": Section(65, "attention"),
+    "resume": Section(100, "resume"),
+    "synchronizations": Section(50, "synchronizations"),
+    "lora_8b": Section(50, "large", "lora"),
     "qlora_8b": Section(65, "large", "qlora"),
-    "loading": Section(30, "loading"),
+    "loading": Section(28, "loading"),
 }
 ORPHAN_SECONDS = 1.0
 # What the sections import.

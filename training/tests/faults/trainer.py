@@ -83,7 +83,7 @@ class Trainer:
             "HF_HOME": str(self.root / "cache"),
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(SOURCE),
+            "PYTHONPATH": os.pathsep.join([str(SOURCE), *_given_folders()]),
             "PYTHONDONTWRITEBYTECODE": "1",
         }
 
@@ -113,6 +113,11 @@ class Trainer:
             timeout=SECONDS,
         )
         return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def _given_folders() -> list[str]:
+    """Return where else this process looks for packages, such as unpacked wheels."""
+    return [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
 
 
 class Run:

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import UnavailableError
 from ..memory_estimate import Precision
 from . import attention as packed_attention
-from . import compat, fused
+from . import compat, fused, norms
 from .attention import PackedAttention
 from .flash import VariableLength, switch_cudnn_off
 from .head import Head, find_head, loss_and_hits, summed_loss, summed_loss_and_hits
@@ -55,8 +55,8 @@ class CausalLM:
     """A causal language model as the loop sees it: a micro-batch in, a summed loss out.
 
     `model` is the transformers or PEFT model; its decoder and head are called apart, so
-    that only supervised positions reach the head. `has_fused_lora` has each projection that
-    is covered computed by one function (docs/decisions/0013); no run asks for it yet.
+    that only supervised positions reach the head. `fused_projections` counts the adapted
+    projections that one function computes (`fused.py`); PEFT computes the others.
     """
 
     def __init__(
@@ -68,11 +68,8 @@ class CausalLM:
         chunk: int,
         precision: Precision,
         kernel: VariableLength | None = None,
-        has_fused_lora: bool = False,
     ) -> None:
         switch_cudnn_off()
-        if has_fused_lora:
-            fused.install(model)
         self.model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.inner = inner
@@ -83,6 +80,8 @@ class CausalLM:
         self.chunk = chunk
         self.precision = precision
         self.dtype = dtype_of(precision)
+        self.fused_projections = fused.install(model, self.dtype)
+        self.fused_norms = norms.install(model, self.dtype)
         self.native_attention = str(inner.config._attn_implementation)
         self.is_sharded = False
         self.packed: PackedAttention | None = None
@@ -134,8 +133,21 @@ class CausalLM:
                 why=self.whole_why,
                 remedy="--parallelism ddp, and nothing offloaded",
             )
+        self.leave_layers_alone()  # they are gathered one at a time, by their own forward
         shard(self.inner, self.decoder, self.device, sharder)
         self.is_sharded = True
+
+    def leave_layers_alone(self) -> None:
+        """Let PEFT compute every adapted projection, and transformers every norm."""
+        fused.remove(self.model)
+        norms.remove(self.model)
+        self.fused_projections = self.fused_norms = 0
+
+    @contextlib.contextmanager
+    def plain_layers(self) -> Iterator[None]:
+        """Let PEFT and transformers compute every layer for a while, for a comparison."""
+        with fused.switched_off(self.model), norms.switched_off(self.model):
+            yield
 
     def pad(self) -> None:
         """Go over to padded micro-batches, for a model that packing would compute wrongly."""

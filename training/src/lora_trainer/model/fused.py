@@ -1,74 +1,263 @@
-"""One autograd function for each adapted projection, instead of PEFT's four operations.
+"""One autograd function for the adapted projections that read the same input.
 
-    y = x W' + b + s (x A') B'
+    y_i = x W_i' + bias_i + (s_i x A_i') B_i'
 
-It keeps x and x A' for the backward pass and nothing else, and adds the adapter's part to
-the base model's in place. PEFT's modules and the names of their parameters stay as they
-are: only what a layer computes is exchanged, and PEFT's own forward is called for
-whatever is not covered (dropout, DoRA, quantized layers, a switched-off or merged adapter).
+PEFT computes each projection by itself: it casts the input up and down again, scales and adds in
+passes of their own, and keeps an input for each. Here the input is cast and kept once, the A_i
+are one matrix, and products are added where they belong. PEFT's modules and the names of their
+parameters stay as they are; only what `forward` computes is exchanged. What is not covered (DoRA,
+8 bits, experts, a switched-off or merged adapter) is left to PEFT.
 
-Legend: T tokens, W input width, O output width, R rank; ' is the transpose.
+Legend: T tokens, W input width, O output width, R rank, S the ranks of all projections; ' is the
+transpose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the field's usual name
 from torch import Tensor, nn
 
+from .packed_linear import PackedLinear
+
+# Siblings that read the same input in every decoder layer that has them. Whether they do is seen
+# when they are called: each output is handed out for the input that it was computed from alone.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # PEFT's own forward of a layer whose computation is exchanged, kept under this name.
 OWN_FORWARD = "_lora_trainer_own_forward"
+GROUP = "_lora_trainer_group"
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The adapters of a group as the products take them, in the compute precision.
+
+    Shapes: `a` (S, W), scaled; each of `b` (O, R).
+    """
+
+    a: Tensor
+    b: tuple[Tensor, ...]
+
+
+@dataclass(eq=False)
+class Group:
+    """Projections that read the same input: computed together when the first of them is called."""
+
+    layers: list[Any]
+    dtype: torch.dtype
+    is_on: bool = True
+    _weights: Weights | None = None
+    _versions: tuple[Any, ...] = ()
+    _input: Tensor | None = None
+    _outputs: dict[Any, Tensor] = field(default_factory=dict)
+
+    @property
+    def adapter(self) -> str:
+        """Return the name of the only adapter."""
+        name: str = next(iter(self.layers[0].lora_A))
+        return name
+
+    @property
+    def dropout(self) -> float:
+        """Return the probability that an adapter's input is dropped; 0 outside of training."""
+        dropout = self.layers[0].lora_dropout[self.adapter]
+        return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+    @property
+    def scaling(self) -> float:
+        """Return the factor of the adapters' outputs."""
+        return float(self.layers[0].scaling[self.adapter])
+
+    def parameters(self) -> list[Tensor]:
+        """Return A and B of each projection."""
+        name = self.adapter
+        return [m.weight for one in self.layers for m in (one.lora_A[name], one.lora_B[name])]
+
+    def weights(self) -> Weights:
+        """Return the adapters in the compute precision, cast once for all uses of a step."""
+        parameters = self.parameters()
+        versions = tuple((p.data_ptr(), p._version, p.device) for p in parameters)
+        if self._weights is None or versions != self._versions:
+            with torch.no_grad():
+                scaled = [torch.mul(a, self.scaling).to(self.dtype) for a in parameters[::2]]
+                self._weights = Weights(
+                    torch.cat(scaled) if len(scaled) > 1 else scaled[0],
+                    tuple(b.detach().to(self.dtype) for b in parameters[1::2]),
+                )
+            self._versions = versions
+        return self._weights
+
+    def call(self, layer: Any, x: Tensor) -> Tensor:
+        """Return what a projection makes of `x`; its siblings' outputs wait for their call."""
+        if self._input is not x or layer not in self._outputs:
+            self.forget()
+            made = _FusedLora.apply(x, self, *self.parameters())
+            self._outputs = dict(zip(self.layers, made, strict=True))
+            self._input = x
+        output = self._outputs.pop(layer)
+        if not self._outputs:
+            self._input = None
+        return output
+
+    def forget(self) -> None:
+        """Let go of outputs that nobody asked for."""
+        self._input, self._outputs = None, {}
 
 
 class _FusedLora(torch.autograd.Function):
-    """The projection and its gradients to x, A and B; W and b are frozen."""
+    """The projections and their gradients to x and each A and B; W and bias are frozen."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_OW: Tensor,
-        bias_O: Tensor | None,
-        a_RW: Tensor,
-        b_OR: Tensor,
-        scaling: float,
-    ) -> Tensor:
-        x_TW = x.reshape(-1, x.shape[-1])
-        low_TR = x_TW @ a_RW.t()
-        output_TO = F.linear(x_TW, weight_OW, bias_O)
-        output_TO.addmm_(low_TR, b_OR.t(), alpha=scaling)
-        ctx.save_for_backward(x_TW, low_TR, weight_OW, a_RW, b_OR)
-        ctx.scaling = scaling
-        return output_TO.view(*x.shape[:-1], -1)
+    def forward(ctx: Any, x: Tensor, group: Group, *parameters: Tensor) -> tuple[Tensor, ...]:
+        weights, dropout = group.weights(), group.dropout
+        x_TW = x.reshape(-1, x.shape[-1]).to(group.dtype)
+        seed = int(torch.randint(1 << 62, ())) if dropout else 0
+        kept_TW = x_TW * _mask(x_TW, dropout, seed) if dropout else x_TW
+        low_TS = _product(kept_TW, weights.a.t(), 1 / (1 - dropout))
+        outputs, start = [], 0
+        for layer, b_OR in zip(group.layers, weights.b, strict=True):
+            y_TO = _base_output(layer.base_layer, x_TW)
+            y_TO.addmm_(low_TS[:, start : start + b_OR.shape[1]], b_OR.t())
+            outputs.append(y_TO.view(*x.shape[:-1], -1))
+            start += b_OR.shape[1]
+        ctx.save_for_backward(x_TW, low_TS, weights.a, *weights.b)
+        ctx.group, ctx.dropout, ctx.seed = group, dropout, seed
+        ctx.dtype, ctx.shape = x.dtype, x.shape
+        ctx.scaling, ctx.dtypes = group.scaling, [p.dtype for p in parameters]
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = outputs
-        x_TW, low_TR, weight_OW, a_RW, b_OR = ctx.saved_tensors
-        gradient_TO = gradient.reshape(-1, gradient.shape[-1])
-        low_gradient_TR = (gradient_TO @ b_OR).mul_(ctx.scaling)
-        a_gradient = low_gradient_TR.t() @ x_TW
-        b_gradient = (gradient_TO.t() @ low_TR).mul_(ctx.scaling)
-        x_gradient = None
-        if ctx.needs_input_grad[0]:
-            x_gradient = gradient_TO @ weight_OW
-            x_gradient.addmm_(low_gradient_TR, a_RW)
-            x_gradient = x_gradient.view(*gradient.shape[:-1], -1)
-        return x_gradient, None, None, a_gradient, b_gradient, None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        x_TW, low_TS, a_SW, *bs = ctx.saved_tensors
+        factor = 1 / (1 - ctx.dropout)
+        low_gradient_TS = torch.empty_like(low_TS)
+        x_gradient: Tensor | None = None
+        b_gradients: list[Tensor | None] = []
+        start = 0
+        for layer, b_OR, gradient in zip(ctx.group.layers, bs, gradients, strict=True):
+            ranks = slice(start, start + b_OR.shape[1])
+            start = ranks.stop
+            if gradient is None:  # its output was not used
+                low_gradient_TS[:, ranks] = 0
+                b_gradients.append(None)
+                continue
+            gradient_TO = gradient.reshape(-1, gradient.shape[-1]).to(x_TW.dtype)
+            _product(gradient_TO, b_OR, factor, low_gradient_TS[:, ranks])
+            b_gradients.append(gradient_TO.t() @ low_TS[:, ranks])
+            if ctx.needs_input_grad[0]:
+                weight_OW = _dense(layer.base_layer, x_TW.dtype)
+                if x_gradient is None:
+                    x_gradient = gradient_TO @ weight_OW
+                else:
+                    x_gradient.addmm_(gradient_TO, weight_OW)
+        mask_TW = _mask(x_TW, ctx.dropout, ctx.seed) if ctx.dropout else None
+        kept_TW = x_TW if mask_TW is None else x_TW * mask_TW
+        a_gradient_SW = low_gradient_TS.t() @ kept_TW
+        if x_gradient is not None:
+            if mask_TW is None:
+                x_gradient.addmm_(low_gradient_TS, a_SW)
+            else:
+                x_gradient.addcmul_(low_gradient_TS @ a_SW, mask_TW)
+            x_gradient = x_gradient.to(ctx.dtype).view(ctx.shape)
+        scaled = torch.empty_like(a_gradient_SW, dtype=ctx.dtypes[0])
+        torch.mul(a_gradient_SW, ctx.scaling, out=scaled)
+        adapters: list[Tensor | None] = []
+        a_gradients = scaled.split([b.shape[1] for b in bs])
+        for a_gradient, b_gradient in zip(a_gradients, b_gradients, strict=True):
+            adapters += [
+                None if b_gradient is None else a_gradient,
+                None if b_gradient is None else b_gradient.to(ctx.dtypes[1]),
+            ]
+        return x_gradient, None, *adapters
 
 
-def install(model: nn.Module) -> int:
-    """Exchange what every covered projection computes; return how many there are."""
+def _product(one: Tensor, other: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
+    """Return `factor` times a matrix product, by one operation; written to `out` where it is given."""
+    if factor == 1:
+        return torch.mm(one, other, out=out) if out is not None else one @ other
+    if out is None:
+        out = one.new_empty(one.shape[0], other.shape[1])
+    return torch.addmm(out, one, other, beta=0, alpha=factor, out=out)
+
+
+def _mask(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """Return which numbers dropout keeps, 1 or 0: drawn again from the seed instead of stored."""
+    if x.device.type == "meta":
+        return torch.empty_like(x)
+    generator = torch.Generator(x.device)
+    generator.manual_seed(seed)
+    return torch.empty_like(x).bernoulli_(1 - dropout, generator=generator)
+
+
+def _base_output(base: Any, x_TW: Tensor) -> Tensor:
+    """Return what the frozen projection computes, as a tensor that may be changed in place."""
+    if getattr(base.weight, "quant_state", None) is not None:
+        output: Tensor = base(x_TW)  # bitsandbytes has kernels of its own for few tokens
+        return output
+    return F.linear(x_TW, _dense(base, x_TW.dtype), base.bias)
+
+
+def _dense(base: Any, dtype: torch.dtype) -> Tensor:
+    """Return a frozen projection's weight (O, W); a quantized one is widened for this use."""
+    if isinstance(base, PackedLinear):
+        return torch.empty_like(base.weight, dtype=dtype)
+    state = getattr(base.weight, "quant_state", None)
+    if state is None:
+        weight: Tensor = base.weight
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(base.weight.data, state).to(dtype)
+
+
+def install(model: nn.Module, dtype: torch.dtype) -> int:
+    """Exchange what every covered projection computes; return how many there are.
+
+    `dtype` is the precision that the products are computed in.
+    """
     count = 0
-    for module in model.modules():
-        if is_covered(module) and not hasattr(module, OWN_FORWARD):
-            setattr(module, OWN_FORWARD, module.forward)
-            module.forward = _forward_of(module)
-            count += 1
+    for parent in model.modules():
+        children = {
+            name: child for name, child in parent.named_children() if is_covered(child, dtype)
+        }
+        for layers in _groups(children):
+            group = Group(layers, dtype)
+            for layer in layers:
+                if not hasattr(layer, OWN_FORWARD):
+                    setattr(layer, OWN_FORWARD, layer.forward)
+                    layer.forward = _forward_of(layer, group)
+                    object.__setattr__(layer, GROUP, group)
+                    count += 1
     return count
+
+
+def _groups(children: dict[str, Any]) -> Iterator[list[Any]]:
+    """Return which of a module's projections are computed together."""
+    left = dict(children)
+    for names in SIBLINGS:
+        siblings = [left[name] for name in names if name in left]
+        kinds = {_kind(layer) for layer in siblings}
+        if len(siblings) > 1 and len(kinds) == 1 and not next(iter(kinds))[-1]:
+            yield siblings
+            left = {name: layer for name, layer in left.items() if layer not in siblings}
+    for layer in left.values():
+        yield [layer]
+
+
+def _kind(layer: Any) -> tuple[Any, ...]:
+    """Return what projections of a group have in common; the last says whether there is dropout.
+
+    Each projection drops numbers of its own.
+    """
+    (name,) = layer.lora_A
+    has_dropout = isinstance(layer.lora_dropout[name], nn.Dropout)
+    return name, layer.in_features, layer.scaling[name], layer.base_layer.weight.device, has_dropout
 
 
 def remove(model: nn.Module) -> None:
@@ -77,41 +266,56 @@ def remove(model: nn.Module) -> None:
         if hasattr(module, OWN_FORWARD):
             del module.forward
             delattr(module, OWN_FORWARD)
+            delattr(module, GROUP)
 
 
-def is_covered(module: Any) -> bool:
-    """Return whether a module is a plain LoRA projection: one adapter, no dropout, no DoRA."""
-    from peft.tuners.lora.layer import Linear
+@contextlib.contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Let PEFT compute every projection for a while, for a comparison."""
+    groups = [group for m in model.modules() if (group := getattr(m, GROUP, None)) is not None]
+    try:
+        for group in groups:
+            group.is_on = False
+            group.forget()
+        yield
+    finally:
+        for group in groups:
+            group.is_on = True
 
-    if type(module) is not Linear or type(module.base_layer) is not nn.Linear:
+
+def is_covered(module: Any, dtype: torch.dtype) -> bool:
+    """Tell whether a module is a plain LoRA projection: one adapter, no DoRA, up to 16 or 4 bits."""
+    from peft.tuners.lora.layer import Linear, LoraLayer
+
+    base = getattr(module, "base_layer", None)
+    if not isinstance(module, LoraLayer) or base is None or not hasattr(module, "lora_A"):
         return False
-    name, *others = module.lora_A.keys()
-    weights = (module.base_layer.weight, module.lora_A[name].weight, module.lora_B[name].weight)
+    is_packed = isinstance(base, PackedLinear) and base.bits == 4
+    is_4bit = type(module).__name__ == "Linear4bit" and type(base).__name__ == "Linear4bit"
+    is_plain = type(module) is Linear and type(base) is nn.Linear and base.weight.dtype == dtype
+    if not (is_packed or is_4bit or is_plain) or len(module.lora_A) != 1:
+        return False
+    (name,) = module.lora_A
     return (
-        not others
-        and not getattr(module, "lora_variant", {})
+        not getattr(module, "lora_variant", {})
         and not module.use_dora.get(name, False)
-        and not module.fan_in_fan_out
-        and isinstance(module.lora_dropout[name], nn.Identity)
+        and not getattr(module, "fan_in_fan_out", False)
+        and type(module.lora_dropout[name]) in (nn.Identity, nn.Dropout)
+        and type(module.lora_A[name]) is nn.Linear
         and module.lora_B[name].bias is None
-        and not module.base_layer.weight.requires_grad
-        and len({weight.dtype for weight in weights}) == 1
+        and not base.weight.requires_grad
     )
 
 
-def _forward_of(module: Any) -> Callable[..., Tensor]:
+def _forward_of(layer: Any, group: Group) -> Callable[..., Tensor]:
     """Return what a covered projection computes, PEFT's own forward where its state asks for it."""
-    own: Callable[..., Tensor] = getattr(module, OWN_FORWARD)
-    (name,) = module.lora_A.keys()
-    base, a, b = module.base_layer, module.lora_A[name], module.lora_B[name]
+    own: Callable[..., Tensor] = getattr(layer, OWN_FORWARD)
+    names: Sequence[str] = [group.adapter]
 
     def forward(x: Tensor, *others: Any, **named: Any) -> Tensor:
-        is_plain = not (module.disable_adapters or module.merged or others or named)
-        if not is_plain or module.active_adapters != [name] or x.dtype != a.weight.dtype:
+        is_plain = not (layer.disable_adapters or layer.merged or others or named)
+        if not (is_plain and group.is_on) or layer.active_adapters != names:
             return own(x, *others, **named)
-        output: Tensor = _FusedLora.apply(
-            x, base.weight, base.bias, a.weight, b.weight, module.scaling[name]
-        )
-        return output
+        return group.call(layer, x)
 
     return forward

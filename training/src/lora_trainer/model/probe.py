@@ -96,6 +96,24 @@ def _verify(causal: CausalLM, is_any: Callable[[bool], bool]) -> str:
     ahead, fault = _attempted(lambda: _looks_ahead(causal, batch))
     if is_any(bool(fault) or not Difference(ahead, SAME[causal.precision]).is_small):
         raise refusal(causal.inner.config, LOOKS_AHEAD)
+    if not causal.fused_projections + causal.fused_norms:
+        return _choose_way(causal, batch, own, is_any)
+    if not is_any(bool(_fault(causal, batch, own))):
+        return ""
+    with causal.plain_layers():
+        reason = _choose_way(causal, batch, own, is_any)
+    fault = _fault(causal, batch, own)
+    if not is_any(bool(fault)):
+        return reason
+    causal.leave_layers_alone()
+    left = f"no layers are fused: fused projections and norms {fault or OTHER_RANK}"
+    return "; ".join(filter(None, (left, reason)))
+
+
+def _choose_way(
+    causal: CausalLM, batch: MicroBatch, own: float, is_any: Callable[[bool], bool]
+) -> str:
+    """Leave `causal` on the fastest way that is exact; return why it is none of the faster ones."""
     reasons = []
     if causal.packed is not None:
         fault = _fault(causal, batch, own)
@@ -259,10 +277,14 @@ def _looks_ahead(causal: CausalLM, batch: MicroBatch) -> float:
 
 @contextlib.contextmanager
 def _eager(causal: CausalLM) -> Iterator[None]:
-    """Switch to eager attention, which knows every argument; sdpa raises, or leaves some out."""
+    """Leave projections to PEFT and attention to eager, which takes every argument of a model.
+
+    sdpa raises, or leaves some out.
+    """
     before = switch(causal.inner, "eager")
     try:
-        yield
+        with causal.plain_layers():
+            yield
     finally:
         switch(causal.inner, before)
 

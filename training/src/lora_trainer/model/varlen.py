@@ -15,6 +15,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,11 +64,12 @@ def attend(
         )  # fmt: skip
     elif module == PYTORCH:
         assert softcap is None
+        is_grouped = query_THD.shape[1] != key_THD.shape[1]
+        # 2.11 takes fewer key heads than query heads without being told.
+        groups = {"enable_gqa": True} if is_grouped and _tells_groups() else {}
         result = _function(module, "varlen_attn")(
             query_THD, key_THD, value_THD, starts, starts, longest, longest,
-            scale=scaling,
-            window_size=(before, 0),
-            enable_gqa=query_THD.shape[1] != key_THD.shape[1],
+            scale=scaling, window_size=(before, 0), **groups,
         )  # fmt: skip
     else:
         result = _function(module, "flash_attn_varlen_func")(
@@ -92,7 +94,12 @@ def of_pytorch() -> str:
         parameters = inspect.signature(_function(PYTORCH, "varlen_attn")).parameters
     except (ImportError, AttributeError):
         return ""
-    return PYTORCH if {"window_size", "enable_gqa", "scale"} <= set(parameters) else ""
+    return PYTORCH if {"window_size", "scale"} <= set(parameters) else ""
+
+
+@cache
+def _tells_groups() -> bool:
+    return "enable_gqa" in inspect.signature(_function(PYTORCH, "varlen_attn")).parameters
 
 
 def unfit(module: str, capability: Capability, precision: str, width: int) -> str:
