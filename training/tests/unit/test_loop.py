@@ -166,7 +166,7 @@ def test_time_of_a_rank_includes_its_kernels_and_not_the_wait_for_others(tmp_pat
         events.append("sum")
         clock.seconds += 100.0  # another rank is slow
         measured.append(own)
-        return float(loss), [own]
+        return loss, [own]
 
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
     monkeypatch.setattr(loop, "sum_step", sum_step)

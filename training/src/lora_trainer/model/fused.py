@@ -178,7 +178,7 @@ class _FusedLora(torch.autograd.Function):
 
 
 def _product(one: Tensor, other: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
-    """Return `factor` times a matrix product, by one operation; written to `out` where it is given."""
+    """Return `factor` times a matrix product, by one operation; in `out` where it is given."""
     if factor == 1:
         return torch.mm(one, other, out=out) if out is not None else one @ other
     if out is None:
@@ -284,7 +284,7 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 
 
 def is_covered(module: Any, dtype: torch.dtype) -> bool:
-    """Tell whether a module is a plain LoRA projection: one adapter, no DoRA, up to 16 or 4 bits."""
+    """Tell whether a module is a plain LoRA projection: one adapter, no DoRA, not in 8 bits."""
     from peft.tuners.lora.layer import Linear, LoraLayer
 
     base = getattr(module, "base_layer", None)

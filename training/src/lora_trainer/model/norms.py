@@ -47,9 +47,7 @@ class _RmsNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight_W: Tensor, epsilon: float) -> Tensor:
     """Return the norm of `x` (..., W) in its precision; by one kernel where PyTorch has it."""
     if x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm"):
-        made: Tensor = torch.ops.aten._fused_rms_norm(
-            x, [x.shape[-1]], weight_W, epsilon
-        )[0]
+        made: Tensor = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight_W, epsilon)[0]
         return made
     output: Tensor = _RmsNorm.apply(x, weight_W, epsilon)
     return output

@@ -214,14 +214,16 @@ def sum_step(
     parameters: Sequence[torch.nn.Parameter],
     loss: Tensor,
     own: RankFigures,
-) -> tuple[float, list[RankFigures]]:
+) -> tuple[Tensor, list[RankFigures]]:
     """Make every rank's gradients the sum of all; return the summed loss and all figures.
+
+    The loss stays on its device: to read it is to wait for the device.
 
     One flat float32 bucket carries the gradients, which of them exist, the loss, and the
     figures of each rank in a place of its own, so that a step costs one collective.
     """
     if ranks.count == 1:
-        return float(loss), [own]
+        return loss.detach(), [own]
     gradients = [p.grad for p in parameters]
     exist = [float(gradient is not None) for gradient in gradients]
     figures = [0.0] * (FIGURES * ranks.count)
@@ -238,7 +240,7 @@ def sum_step(
         if has:
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
     rows = pieces[-1].tolist()
-    return float(pieces[-3]), [
+    return pieces[-3][0], [
         _unpacked(rank, rows[FIGURES * rank : FIGURES * (rank + 1)]) for rank in range(ranks.count)
     ]
 

@@ -66,10 +66,10 @@ def attend(
         assert softcap is None
         is_grouped = query_THD.shape[1] != key_THD.shape[1]
         # 2.11 takes fewer key heads than query heads without being told.
-        groups = {"enable_gqa": True} if is_grouped and _tells_groups() else {}
+        grouped: Any = {"enable_gqa": True} if is_grouped and _tells_groups() else {}
         result = _function(module, "varlen_attn")(
             query_THD, key_THD, value_THD, starts, starts, longest, longest,
-            scale=scaling, window_size=(before, 0), **groups,
+            scale=scaling, window_size=(before, 0), **grouped,
         )  # fmt: skip
     else:
         result = _function(module, "flash_attn_varlen_func")(

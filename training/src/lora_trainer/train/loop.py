@@ -191,13 +191,15 @@ def _gradients(
         gpu_memory_bytes=_gpu_memory_bytes(),
         **fitting.measured(),
     )
-    loss, measured = sum_step(ranks, parameters, summed, figures)
+    summed, measured = sum_step(ranks, parameters, summed, figures)
     fitting.agree(measured, state.step)
     if scale is not None:
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / multiple)
     # An infinite bound measures the norm and scales nothing.
     bound = context.training.max_grad_norm or math.inf
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, bound))
+    clipped = torch.nn.utils.clip_grad_norm_(parameters, bound)
+    # Read together: the host waits for the device once a step.
+    loss, norm = torch.stack([summed, clipped.to(summed.device)]).tolist()
     tokens = sum(batch.tokens for batch in batches)
     return _Gradients(loss / multiple, norm, tokens, targets, measured)
 
