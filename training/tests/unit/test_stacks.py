@@ -48,7 +48,7 @@ def gpus(monkeypatch):
         ("current", "535.104.05", [(8, 0)], "needs 580 or newer", "LORA_STACK=cu121"),
         ("current", "580.65.06", [(7, 0)], "supports 7.5 and newer", "LORA_STACK=cu121"),
         ("current", "470.1", [(6, 1)], "needs 580 or newer", "update the driver to 580"),
-        ("cu121", "580.65.06", [(12, 0)], "is 12.0, but the stack cu121 supports 7.0 to 9.0", "current"),
+        ("cu121", "580.65.06", [(12, 0)], "is 12.0, but the stack cu121 supports 7.0", "current"),
         ("cu121", "580.65.06", [(8, 0), (6, 1)], "is 6.1", "update the driver"),
         ("cpu", "580.65.06", [(8, 0)], "its torch has no CUDA", "LORA_STACK=current"),
     ],
