@@ -3,12 +3,12 @@
 #
 # Creates training/.venv as run.sh does, adds the tests' packages, then runs ruff (format and lint),
 # mypy, shellcheck, shfmt, hadolint, the check of the lock files and pytest. All of them run even if
-# some fail; the last line names the failures. Tests marked `gpu` need a GPU, those marked `browser`
-# chromium and chromedriver, those marked `docker` a Docker engine.
+# some fail; the last line names the failures. tests/gpu needs a GPU, tests/browser chromium
+# and chromedriver, tests/docker a Docker engine.
 #
-# Usage: test.sh [--fast] [--stack] [PYTEST ARGUMENT ...]
+# Usage: test.sh [--quick] [--stack] [PYTEST ARGUMENT ...]
 #
-#   --fast   leave out tests marked `slow`: long runs, mostly of the embedded model
+#   --quick  run the linters and tests/quick: what needs no torch, and one short run
 #   --stack  run only what differs between stacks: no linters, no browser or docker tests, and none
 #            marked `any_stack`
 #   --help   this text
@@ -46,7 +46,7 @@ check_sources() {
   else
     say "hadolint is not installed: the Dockerfile is not linted"
   fi
-  check locks check_locks
+  ((IS_QUICK)) || check locks check_locks
 }
 
 check_shell() {
@@ -55,7 +55,7 @@ check_shell() {
   check shfmt "$VENV/bin/shfmt" --diff --indent 2 --case-indent "${scripts[@]}"
 }
 
-# Without a registry in reach the locks are checked by tests/unit/test_locks.py alone.
+# Without a registry in reach the locks are checked by tests/quick/project/test_locks.py alone.
 check_locks() {
   local status=0
   PATH="$VENV/bin:$PATH" "$TRAINING/requirements/lock.sh" --check || status=$?
@@ -63,49 +63,69 @@ check_locks() {
   say "  not resolved: no package registry is in reach"
 }
 
-# leave_out MARKER WHY
+# leave_out TIER WHY
 leave_out() {
-  say "$2: tests marked $1 are left out"
-  MARKS+=("not $1")
+  say "$2: tests/$1 is left out"
+  LEFT_OUT+=" $1 "
 }
 
-# Tests run side by side, a core each and a file at a time, the long ones' folders first; those
-# that take every core, or a whole engine, run alone. The user's own choice runs as it is given.
-check_tests() {
-  local pytest=("$VENV/bin/python" -m pytest --durations 20 --durations-min 1) alone="slow or docker or browser" marks=""
-  MARKS=()
+leave_out_tiers() {
+  LEFT_OUT=''
   gpu_stack >/dev/null || leave_out gpu "No NVIDIA GPU can be used here"
   if ((! EVERYTHING)); then
-    MARKS+=("not (any_stack or browser or docker)")
-  else
-    { command -v chromium && command -v chromedriver; } >/dev/null ||
-      leave_out browser "No Chromium here (apt-get install chromium chromium-driver)"
-    [[ "${LORA_REQUIRE_DOCKER:-0}" == 1 ]] || docker version >/dev/null 2>&1 ||
-      leave_out docker "No Docker engine answers here"
-  fi
-  ((ALL)) || MARKS+=("not slow")
-  ((! ${#MARKS[@]})) || marks="$(printf ' and %s' "${MARKS[@]}")"
-  if (($#)); then
-    check pytest "${pytest[@]}" -m "${marks# and }" "$@"
+    LEFT_OUT+=" browser  docker "
     return
   fi
-  check "pytest, side by side" "${pytest[@]}" -n logical --maxprocesses 4 --dist loadfile \
-    --no-loadscope-reorder -m "not ($alone)$marks"
-  check "pytest, one by one" some_or_none "${pytest[@]}" -m "($alone)$marks"
+  { command -v chromium && command -v chromedriver; } >/dev/null ||
+    leave_out browser "No Chromium here (apt-get install chromium chromium-driver)"
+  [[ "${LORA_REQUIRE_DOCKER:-0}" == 1 ]] || docker version >/dev/null 2>&1 ||
+    leave_out docker "No Docker engine answers here"
 }
 
-some_or_none() { "$@" || (($? == 5)); } # pytest's exit code where no test was chosen
+# Tiny models run side by side, a core each and a file at a time. Runs of the embedded model take
+# every core, and go one by one; beside them, and before them in the queue for a core, run the
+# containers, which mostly wait. The user's own choice runs as it is given.
+check_tests() {
+  local pytest=("$VENV/bin/python" -m pytest --durations 20 --durations-min 1) tier alone=() docker='' log
+  local side_by_side=(-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
+  ((EVERYTHING)) || pytest+=(-m "not any_stack")
+  if (($#)); then
+    check pytest "${pytest[@]}" "$@"
+    return
+  fi
+  check tests/quick "${pytest[@]}" "${side_by_side[@]}" tests/quick
+  ((! IS_QUICK)) || return 0
+  leave_out_tiers
+  check "tests/process tests/model" "${pytest[@]}" "${side_by_side[@]}" tests/process tests/model
+  for tier in e2e browser gpu; do [[ "$LEFT_OUT" == *" $tier "* ]] || alone+=("tests/$tier"); done
+  if [[ "$LEFT_OUT" != *" docker "* ]]; then
+    log="$(mktemp)"
+    "${pytest[@]}" tests/docker >"$log" 2>&1 &
+    docker=$!
+  fi
+  check "${alone[*]}" nice "${pytest[@]}" "${alone[@]}"
+  [[ -z "$docker" ]] || check tests/docker report "$docker" "$log"
+}
+
+# report PROCESS LOG: prints the log of a process of this shell when it ends, and ends as it did
+report() {
+  local code=0
+  wait "$1" || code=$?
+  cat "$2"
+  rm -f -- "$2"
+  return "$code"
+}
 
 test_main() {
   local arguments=("$@")
-  ALL=1 EVERYTHING=1
+  IS_QUICK=0 EVERYTHING=1
   while (($#)); do
     case "$1" in
       --help | -h)
         print_header "${BASH_SOURCE[0]}"
         exit 0
         ;;
-      --fast) ALL=0 ;;
+      --quick) IS_QUICK=1 ;;
       --stack) EVERYTHING=0 ;;
       *) break ;;
     esac

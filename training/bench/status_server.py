@@ -268,7 +268,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 def tiny_job(folder: Path) -> list[str]:
     """Return the arguments of a job on a random two-layer model."""
     sys.path.insert(0, str(TRAINING / "tests"))
-    from faults.tiny_model import write_model, write_rows
+    from support.tiny_model import write_model, write_rows
 
     model = write_model(folder / "model")
     rows = write_rows(folder / "rows.jsonl", 0, 256)

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from browser.page import Page
 from lora_trainer.redaction import Redaction
 from lora_trainer.run.events import Event, StepDone
 from lora_trainer.run.status import RECENT_STEPS
 from lora_trainer.serve.run_state import RunState
 from lora_trainer.serve.server import StatusServer
+from support.page import Page
 
 Serve = Callable[..., StatusServer]
 MANY = 1000

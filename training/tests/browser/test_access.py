@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from browser.page import DESKTOP, PHONE, Page
-from browser.runs import failed, finished, going_on, step
 from lora_trainer.run.events import PhaseChanged
+from support.page import DESKTOP, PHONE, Page
+from support.page_runs import failed, finished, going_on, step
 
-pytestmark = pytest.mark.browser
 STATES = {"going-on": going_on, "failed": failed, "finished": finished}
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice"]
 

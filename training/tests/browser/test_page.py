@@ -7,11 +7,10 @@ import json
 import pytest
 
 from browser.conftest import Serve
-from browser.page import DESKTOP, PHONE, TABLET, Page
-from browser.runs import HOSTILE, REMEDY, failed, finished, going_on
 from lora_trainer.serve import app
+from support.page import DESKTOP, PHONE, TABLET, Page
+from support.page_runs import HOSTILE, REMEDY, failed, finished, going_on
 
-pytestmark = pytest.mark.browser
 STATES = {"going-on": going_on, "failed": failed, "finished": finished}
 CHARTS = ("loss", "speed", "norm", "rate", "memory")
 

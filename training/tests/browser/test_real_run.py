@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 
-from browser.page import PHONE, Page
-from faults.tiny_model import write_rows
-from faults.trainer import Run, Trainer
+from support.page import PHONE, Page
+from support.tiny_model import write_rows
+from support.trainer import Run, Trainer
 
-pytestmark = pytest.mark.browser
 STEPS, KILLED_AFTER = 150, 60
 CHANGED: dict[str, Any] = {
     "max_steps": STEPS, "save_steps": 20, "eval_steps": 50, "eval_generate": True,

@@ -10,16 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from browser.page import DESKTOP, PHONE, Page
-from browser.runs import HOSTILE, failed, finished, going_on
 from lora_trainer.redaction import Redaction
 from lora_trainer.run.events import StepDone
 from lora_trainer.run_folder import RunFolder
 from lora_trainer.serve.outputs import RunsSite
 from lora_trainer.serve.run_state import RunState
 from lora_trainer.serve.server import StatusServer
+from support.page import DESKTOP, PHONE, Page
+from support.page_runs import HOSTILE, failed, finished, going_on
 
-pytestmark = pytest.mark.browser
 NAMES = ("lr-1e-4", "lr-2e-4", "lr-4e-4", HOSTILE.replace("/", "\u2215"))
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 
 import pytest
-from run_events import evaluated
 
-from browser.runs import failed, finished, going_on, step
 from lora_trainer.run.events import PhaseChanged, RanksMeasured, Restarted
 from lora_trainer.serve import app
+from support.page_runs import failed, finished, going_on, step
+from support.run_events import evaluated
 
-pytestmark = pytest.mark.browser
 LONG = 100_000
 # Generous: a machine of two busy cores draws slowly. Here it takes a tenth of that.
 MOST_SECONDS_TO_OPEN, MOST_SECONDS_BLOCKED = 20.0, 3.0

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from composed import Project, build
+
+from support.composed import Project, build
 
 IMAGE = "lora-trainer:tested"
 

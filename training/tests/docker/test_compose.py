@@ -7,9 +7,10 @@ import os
 from typing import Any
 
 import pytest
-from composed import TRAINING, docker
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800)]
+from support.composed import TRAINING, docker
+
+pytestmark = [pytest.mark.timeout(1800)]
 CPU, AIRGAPPED = "docker-compose.cpu.yml", "docker-compose.airgapped.yml"
 
 

@@ -7,9 +7,10 @@ import re
 import subprocess
 
 import pytest
-from composed import MARK, build, docker
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800)]
+from support.composed import MARK, build, docker
+
+pytestmark = [pytest.mark.timeout(1800)]
 
 
 def in_image(image, *command: str) -> str:

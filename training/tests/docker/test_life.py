@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from composed import TRAINING, UID, Project, call, docker, health_check
 
-from faults.trainer import adapter_digest, of_kind
+from support.composed import TRAINING, UID, Project, call, docker, health_check
+from support.trainer import adapter_digest, of_kind
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.timeout(1800)]
 
 
 def supervisor(project: Project) -> int:

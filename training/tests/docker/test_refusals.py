@@ -7,9 +7,10 @@ import os
 from datetime import datetime
 
 import pytest
-from composed import UID, Project
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800)]
+from support.composed import UID, Project
+
+pytestmark = [pytest.mark.timeout(1800)]
 OTHER = 4321
 
 

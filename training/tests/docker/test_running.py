@@ -8,9 +8,10 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-from composed import UID, Project, docker, health_check
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800)]
+from support.composed import UID, Project, docker, health_check
+
+pytestmark = [pytest.mark.timeout(1800)]
 TOKEN = "hf_canary_of_the_run"
 
 

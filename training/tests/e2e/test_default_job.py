@@ -15,7 +15,7 @@ from lora_trainer.run.events import Evaluated, Generated, PhaseChanged, StepDone
 
 TRAINING = Path(__file__).resolve().parents[2]
 CONFIG = TRAINING / "config.json"
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.timeout(1200)]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from e2e.hub_standin import ACCOUNT, HubStandin, Repo, folder_bytes
-from faults.tiny_model import write_model, write_rows
+from support.hub_standin import ACCOUNT, HubStandin, Repo, folder_bytes
+from support.tiny_model import write_model, write_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.timeout(1200)]
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 SECONDS = 240
 SETTINGS: dict[str, Any] = {

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from faults.trainer import Run, adapter_digest, at_phase, at_step, losses, of_kind
+from support.trainer import Run, adapter_digest, at_phase, at_step, losses, of_kind
 
 TRAINING = Path(__file__).resolve().parents[2]
 KEYS = ["--max_steps=6", "--save_steps=2", "--eval_steps=0", "--eval_generate=false"]
 KEYS += ["--max_seq_length=128", "--per_device_train_batch_size=2", "--report_to=[]"]
 KEYS += ["--gradient_accumulation_steps=1", "--health_port=0"]
 # The same bytes after a kill are each stack's own matter, and in test_resume.py.
-pytestmark = [pytest.mark.slow, pytest.mark.any_stack, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.any_stack, pytest.mark.timeout(1200)]
 
 
 def start(output: Path) -> Run:

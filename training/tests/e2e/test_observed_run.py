@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from faults.trainer import SECONDS, STEPS, Run, Trainer
+from support.trainer import SECONDS, STEPS, Run, Trainer
 
 TOKEN = "canary-of-the-server-0123456789"
 CANARIES = {

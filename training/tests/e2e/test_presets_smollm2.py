@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkout import TRAINING
 
 from lora_trainer.config.schema import EMBEDDED_MODEL
 from lora_trainer.model import quantize
 from lora_trainer.run.events import StepDone, parse_line
+from support.checkout import TRAINING
 
 PRESETS = sorted((TRAINING / "configs").glob("*.json"))
 STEPS = 3
@@ -33,7 +33,7 @@ SCALED = {
     "health_port": 0,
 }
 # What a stack changes is in the default job, and in what test_presets.py asks of the same files.
-pytestmark = [pytest.mark.slow, pytest.mark.any_stack, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.any_stack, pytest.mark.timeout(1200)]
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkout import TRAINING
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +18,7 @@ from lora_trainer.train import session as sessions
 from lora_trainer.train.evaluate import take
 from lora_trainer.train.loop import train
 from lora_trainer.train.setup import TrainingSetup
+from support.checkout import TRAINING
 
 STEPS = 4
 # What the weights of the base model come to in memory, as docs/decisions state it.
@@ -29,7 +29,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "8bit": {"use_8bit": True, "optim": "adamw_8bit"},
 }
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.timeout(1200),
     pytest.mark.skipif(
         not quantize.works_on_cpu(),

