@@ -20,7 +20,7 @@ BASE_PYTHON = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info[1]}"
 
 # What runs before anything is installed.
 INSTALLS = (
-    "__init__.py errors.py commands/__init__.py commands/install.py commands/pip.py"
+    "__init__.py errors.py units.py commands/__init__.py commands/install.py commands/pip.py"
     " model/stacks.csv host/__init__.py host/quoting.py host/virtual_environment.py"
 )
 PYTHON = """#!/bin/sh

@@ -126,7 +126,7 @@ HOPELESS = {
     "a zip archive": zipped("data.jsonl"),
     "an Excel workbook": zipped("[Content_Types].xml"),
     "a PDF document": b"%PDF-1.7\n%\xe2\xe3\n" + b"obj\n" * 50,
-    "not one of the first 20 lines": b"instruction: x\noutput: y\n" * 30,
+    "none of the first 20 lines": b"instruction: x\noutput: y\n" * 30,
     "every line is a JSON array": b'[{"role": "user", "content": "q"}]\n' * 30,
 }
 

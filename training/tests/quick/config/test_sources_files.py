@@ -27,7 +27,7 @@ ROWS = 1000
 REFUSED = {
     "axolotl-12-full.yml": "full fine-tuning",
     "axolotl-13-dpo.yml": "preference",
-    "factory-09-full.yaml": "LoRA adapter",
+    "factory-09-full.yaml": "always LoRA",
     "torchtune-03-full.yaml": "full fine-tuning",
     "trainer-03-run-clm.json": "full fine-tuning",
     "trl-06-full.yaml": "full fine-tuning",

@@ -169,7 +169,11 @@ def test_answer_that_begins_like_the_rest_of_the_prompt_is_trained_whole() -> No
     assert trained_texts(chat("Hi", "<b>x</b>"), source) == ["<b>x</b><|im_end|>"]
 
 
-@given(st.lists(st.text(max_size=30), min_size=2, max_size=6))
+def has_no_token(text: str) -> bool:
+    return not any(token in text for token in ("<|im_start|>", "<|im_end|>", "</s>"))
+
+
+@given(st.lists(st.text(max_size=30).filter(has_no_token), min_size=2, max_size=6))
 @settings(max_examples=60, deadline=None)
 def test_any_answer_is_trained_exactly(contents: list[str]) -> None:
     texts = trained_texts(chat(*contents), CHATML)

@@ -116,7 +116,7 @@ def test_a_spreadsheets_semicolons_delimit(tmp_path):
         (b"[1, 2]", "is a JSON list, expected an object"),
         (b"null", "is a JSON NoneType"),
         (b'{"text": "a\0b"}', "a NUL character"),
-        (b'{"text": "' + SECRET.encode() + b'\\u0000"}', "field 'text' holds a NUL"),
+        (b'{"text": "' + SECRET.encode() + b'\\u0000"}', "field 'text' contains a NUL"),
         (b'{"text": "' + SECRET.encode() + b'\\ud800"}', "field 'text' is not valid UTF-8"),
         (b'{"text": "' + b"x" * 1_000_000 + b'"}', "1,000,000 bytes or larger"),
         (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "too deep nesting"),

@@ -121,7 +121,7 @@ def test_preflight_finds_the_cache_too_small(
         check.preflight(resolve(None, {}, folders))
     (problem,) = caught.value.problems
     assert (problem.where, problem.why) == (
-        f"model_cache_dir: {cache}", "315 MB are free, 566 MB are needed",
+        f"model_cache_dir: {cache}", "315 MB are free, 566 MB are required",
     )  # fmt: skip
 
 
