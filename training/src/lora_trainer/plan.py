@@ -67,6 +67,7 @@ class Plan:
     # For one example with gradient checkpointing; and what fits if that does not (`smaller`).
     least_memory_bytes: int = 0
     smaller_plans: tuple[str, ...] = ()
+    fused: str = ""  # which layers are fused; known once the model is loaded
     reasons: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

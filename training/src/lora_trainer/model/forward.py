@@ -55,8 +55,8 @@ class CausalLM:
     """A causal language model as the loop sees it: a micro-batch in, a summed loss out.
 
     `model` is the transformers or PEFT model; its decoder and head are called apart, so
-    that only supervised positions reach the head. `fused_projections` counts the adapted
-    projections that one function computes (`fused.py`); PEFT computes the others.
+    that only supervised positions reach the head. Adapted projections and norms are fused where
+    they can be (`fused.py`, `norms.py`).
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class CausalLM:
         self.chunk = chunk
         self.precision = precision
         self.dtype = dtype_of(precision)
-        self.fused_projections = fused.install(model, self.dtype)
+        fused.install(model, self.dtype)
         self.fused_norms = norms.install(model, self.dtype)
         self.native_attention = str(inner.config._attn_implementation)
         self.is_sharded = False
@@ -133,7 +133,6 @@ class CausalLM:
                 why=self.whole_why,
                 remedy="--parallelism ddp, and nothing offloaded",
             )
-        self.leave_layers_alone()  # they are gathered one at a time, by their own forward
         shard(self.inner, self.decoder, self.device, sharder)
         self.is_sharded = True
 
@@ -141,7 +140,18 @@ class CausalLM:
         """Let PEFT compute every adapted projection, and transformers every norm."""
         fused.remove(self.model)
         norms.remove(self.model)
-        self.fused_projections = self.fused_norms = 0
+        self.fused_norms = 0
+
+    @property
+    def has_fused_layers(self) -> bool:
+        """Tell whether any layer is computed by a function of ours."""
+        return bool(self.fused_norms or fused.count(self.model))
+
+    @property
+    def fused(self) -> str:
+        """Say how many projections and norms are fused, for the plan."""
+        adapted = sum(1 for module in self.model.modules() if getattr(module, "lora_A", None))
+        return f"{fused.count(self.model)} of {adapted} adapted modules, {self.fused_norms} norms"
 
     @contextlib.contextmanager
     def plain_layers(self) -> Iterator[None]:

@@ -51,6 +51,7 @@ class Group:
     layers: list[Any]
     dtype: torch.dtype
     is_on: bool = True
+    is_split: bool = False  # computed by autograd, operation by operation
     _weights: Weights | None = None
     _versions: tuple[Any, ...] = ()
     _input: Tensor | None = None
@@ -94,6 +95,8 @@ class Group:
 
     def call(self, layer: Any, x: Tensor) -> Tensor:
         """Return what a projection makes of `x`; its siblings' outputs wait for their call."""
+        if self.is_split:
+            return self._split(layer, x)
         if self._input is not x or layer not in self._outputs:
             self.forget()
             made = _FusedLora.apply(x, self, *self.parameters())
@@ -102,6 +105,16 @@ class Group:
         output = self._outputs.pop(layer)
         if not self._outputs:
             self._input = None
+        return output
+
+    def _split(self, layer: Any, x: Tensor) -> Tensor:
+        """Return the same, rounded otherwise, by operations that autograd knows."""
+        dropout, kept = self.dropout, x.to(self.dtype)
+        if dropout:
+            seed = int(torch.randint(1 << 62, ()))
+            kept = kept * _mask(kept.detach(), dropout, seed) / (1 - dropout)
+        a, b = (part[self.adapter].weight.to(self.dtype) for part in (layer.lora_A, layer.lora_B))
+        output: Tensor = layer.base_layer(x) + F.linear(F.linear(kept, a), b) * self.scaling
         return output
 
     def forget(self) -> None:
@@ -221,7 +234,7 @@ def install(model: nn.Module, dtype: torch.dtype) -> int:
 
     `dtype` is the precision that the products are computed in.
     """
-    count = 0
+    exchanged = 0
     for parent in model.modules():
         children = {
             name: child for name, child in parent.named_children() if is_covered(child, dtype)
@@ -233,8 +246,8 @@ def install(model: nn.Module, dtype: torch.dtype) -> int:
                     setattr(layer, OWN_FORWARD, layer.forward)
                     layer.forward = _forward_of(layer, group)
                     object.__setattr__(layer, GROUP, group)
-                    count += 1
-    return count
+                    exchanged += 1
+    return exchanged
 
 
 def _groups(children: dict[str, Any]) -> Iterator[list[Any]]:
@@ -258,6 +271,22 @@ def _kind(layer: Any) -> tuple[Any, ...]:
     (name,) = layer.lora_A
     has_dropout = isinstance(layer.lora_dropout[name], nn.Dropout)
     return name, layer.in_features, layer.scaling[name], layer.base_layer.weight.device, has_dropout
+
+
+def split(model: nn.Module) -> None:
+    """Have every projection call its base layer, whose weight is elsewhere until then.
+
+    Dropout keeps the same numbers as otherwise, so that a run can go on either way.
+    """
+    for module in model.modules():
+        if (group := getattr(module, GROUP, None)) is not None:
+            group.is_split = True
+
+
+def count(model: nn.Module) -> int:
+    """Return how many projections are computed by one function with their siblings."""
+    groups = (getattr(module, GROUP, None) for module in model.modules())
+    return sum(1 for group in groups if group is not None and not group.is_split)
 
 
 def remove(model: nn.Module) -> None:

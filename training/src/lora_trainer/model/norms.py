@@ -141,13 +141,16 @@ def _forward_of(module: Any, offset: float, dtype: torch.dtype) -> Callable[...,
     assert epsilon is not None
     own: Callable[..., Tensor] = getattr(module, OWN_FORWARD)
     wide = module.weight.detach().float() + offset
-    # A quantized base has its norms in float32; the one kernel wants one precision.
-    weights = {kind: wide.to(kind) for kind in (torch.float32, dtype)}
+    # A quantized base has its norms in float32; the one kernel wants one precision. Layers that
+    # are shared out move to their device later.
+    weights: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def forward(x: Tensor, *others: Any, **named: Any) -> Tensor:
-        weight = weights.get(x.dtype)
-        if others or named or weight is None:
+        if others or named:
             return own(x, *others, **named)
-        return rms_norm(x, weight, epsilon).to(dtype)
+        key = x.dtype, x.device
+        if key not in weights:
+            weights[key] = wide.to(x.device, x.dtype)
+        return rms_norm(x, weights[key], epsilon).to(dtype)
 
     return forward

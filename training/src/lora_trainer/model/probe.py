@@ -96,7 +96,7 @@ def _verify(causal: CausalLM, is_any: Callable[[bool], bool]) -> str:
     ahead, fault = _attempted(lambda: _looks_ahead(causal, batch))
     if is_any(bool(fault) or not Difference(ahead, SAME[causal.precision]).is_small):
         raise refusal(causal.inner.config, LOOKS_AHEAD)
-    if not causal.fused_projections + causal.fused_norms:
+    if not causal.has_fused_layers:
         return _choose_way(causal, batch, own, is_any)
     if not is_any(bool(_fault(causal, batch, own))):
         return ""

@@ -86,6 +86,7 @@ def shard_layers(
     from accelerate import Accelerator, DeepSpeedPlugin
     from torch import nn
 
+    from . import fused
     from .gather import move
     from .ranks import form_group
 
@@ -102,6 +103,7 @@ def shard_layers(
                 "others"
             )
             raise _model_refusal(why)
+    fused.split(layers)  # whose weights come when a module is called
     form_group(ranks, device)
     deepspeed = _imported(device, ranks)
     frozen = FrozenModules(module for module in layers.modules() if _is_shared(module))

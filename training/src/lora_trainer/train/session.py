@@ -172,7 +172,7 @@ def _open_model(
         count=footprint,
     )
     plan = with_smaller_plans(plan, config, base_size, profile, footprint)
-    plan = replace(plan, reasons=(*plan.reasons, *footprint.faults))
+    plan = replace(plan, reasons=(*plan.reasons, *footprint.faults), fused=causal.fused)
     if plan.gradient_checkpointing:
         enable_checkpointing(causal.inner, lets_go=parallelism == "deepspeed")
     if base_hash is None and ranks.is_first:

@@ -247,7 +247,7 @@ def test_signal_before_there_is_a_worker_is_not_lost(
             [4, 6],
             "steps 7 to 9 are not saved and will be repeated: the latest checkpoint is of step 6",
         ),
-        ([8], "step 9 is lost"),
+        ([8], "step 9 is not saved"),
         ([9], "progress is saved in the checkpoint of step 9"),
     ],
     ids=["none", "several", "one", "all"],
@@ -813,7 +813,7 @@ def test_rank_that_reports_memory_makes_all_go_on_with_less(made: Made, tmp_path
     assert workers(tmp_path) == 2
     assert "failed" not in kinds(run.output_dir)
     (restart,) = run.status.restarts
-    assert restart.cause == "memory ran out; goes on with micro-batches of 2 examples"
+    assert restart.cause == "memory ran out; continuing with micro-batches of 2 examples"
 
 
 def test_library_that_ends_the_process_for_want_of_a_thread_is_explained(
