@@ -29,10 +29,12 @@ def model(tmp_path_factory) -> Path:
 
 def check(model: Path, folder: Path, rows: list[dict], *keys: str, name: str = "d.jsonl") -> int:
     (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.json").write_text("{}")  # without the shipped one's held-out rows
     return cli.main(
         [
             "check",
             "--show-sample",
+            f"--config={folder / 'config.json'}",
             f"--model_name_or_path={model}",
             f"--dataset={folder / name}",
             f"--dataset_cache_dir={folder / 'cache'}",
@@ -140,8 +142,10 @@ def test_a_system_prompt_that_the_template_adds_is_quoted(model, tmp_path, capsy
 
 def test_the_flag_that_an_unknown_csv_is_answered_with_trains_it(model, tmp_path, capsys):
     (tmp_path / "d.csv").write_text("Question,Answer\nCapital?,Lima\nRiver?,Nile\n")
+    (tmp_path / "config.json").write_text("{}")
     keys = [
         f"--model_name_or_path={model}",
+        f"--config={tmp_path / 'config.json'}",
         f"--dataset={tmp_path / 'd.csv'}",
         f"--dataset_cache_dir={tmp_path / 'cache'}",
         f"--output_dir={tmp_path / 'out'}",

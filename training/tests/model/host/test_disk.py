@@ -54,7 +54,21 @@ def test_adapter_merged_model_and_caches_follow_the_umask(
         rows = f"--dataset={tmp_path / 'held-out.jsonl'}"
         model = f"--model_name_or_path={tmp_path / 'model'}"
         cache = f"--dataset_cache_dir={tmp_path / 'rows'}"
-        assert cli.main(["check", model, rows, cache, f"--output_dir={tmp_path / 'out'}"]) == 0
+        config = tmp_path / "config.json"
+        config.write_text("{}")
+        assert (
+            cli.main(
+                [
+                    "check",
+                    f"--config={config}",
+                    model,
+                    rows,
+                    cache,
+                    f"--output_dir={tmp_path / 'out'}",
+                ]
+            )
+            == 0
+        )
     finally:
         os.umask(before)
     for folder in (run, tmp_path / "merged", tmp_path / "rows"):

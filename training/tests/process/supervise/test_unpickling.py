@@ -112,7 +112,7 @@ def test_planted_file_makes_a_checkpoint_be_skipped_by_name(
 ) -> None:
     output, _ = audited
     (resumed,) = of_kind(output, "resumed")
-    assert any("optimizer.pt is no file of a checkpoint" in text for text in resumed["skipped"])
+    assert any("optimizer.pt is not a checkpoint file" in text for text in resumed["skipped"])
     assert any("optimizer.pt" in json.dumps(event) for event in events_of(output))
     assert not (trainer.root / "exploded").exists()
 

@@ -16,8 +16,8 @@ import pytest
 from support.trainer import Run, Trainer, at_phase, losses, of_kind, wait_until_gone
 
 BATCH, STEPS = 128, 3
-# A step of so many rows needs some 350 MB beyond the loaded model: this is less.
-TOO_LITTLE = 240 << 20
+# Beyond the loaded model, a step of half as many rows needs less than this, and of all more.
+TOO_LITTLE = 130 << 20
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -55,7 +55,7 @@ def assert_smaller(output: Path) -> None:
     assert reduced[0] == BATCH // 2
     kept = json.loads((output / "memory.json").read_text())
     assert kept["micro_batch_examples"] == reduced[-1]
-    assert any("memory ran out" in event["message"] for event in of_kind(output, "warning"))
+    assert any("out of memory" in event["message"] for event in of_kind(output, "warning"))
     assert losses(output).keys() == set(range(1, STEPS + 1))
 
 
@@ -138,5 +138,7 @@ def test_worker_that_the_kernel_kills_for_memory_goes_on_with_smaller_steps(
     assert ended.code == 0, ended.err
     restarts = of_kind(output, "restart")
     assert restarts
-    assert "killed by the kernel for memory; goes on with micro-batches of" in restarts[0]["cause"]
+    assert (
+        "killed by the kernel for memory; continuing with micro-batches of" in restarts[0]["cause"]
+    )
     assert_smaller(output)
