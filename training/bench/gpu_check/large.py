@@ -156,7 +156,7 @@ def _train(record: Record, scale: Scale, label: str, opened: Opened, tokens: int
             causal=causal,
             parameters=parameters,
             optimizer=make_optimizer(parameters, config.training),
-            order=Sampler(len(rows), plan.step_examples, config.training.seed),
+            sampler=Sampler(len(rows), plan.step_examples, config.training.seed),
             rows=rows,
             eval_rows=[],
             store=CheckpointStore(Path(folder), keep=1, digest="gpu check"),

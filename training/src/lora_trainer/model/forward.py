@@ -81,7 +81,7 @@ class CausalLM:
         self.precision = precision
         self.dtype = dtype_of(precision)
         fused.install(model, self.dtype)
-        self.fused_norms = norms.install(model, self.dtype)
+        self.fused_norms = norms.install(model)
         self.native_attention = str(inner.config._attn_implementation)
         self.is_sharded = False
         self.packed: PackedAttention | None = None

@@ -53,10 +53,10 @@ def rms_norm(x: Tensor, weight_W: Tensor, epsilon: float) -> Tensor:
     return output
 
 
-def install(model: nn.Module, dtype: torch.dtype) -> int:
+def install(model: nn.Module) -> int:
     """Exchange what every frozen RMS norm computes; return how many there are.
 
-    `dtype` is the precision of the outputs: what reads them computes in it.
+    Outputs are in the input's precision, where the weights are float32 too.
     """
     count = 0
     offsets: dict[type, float | None] = {}
@@ -69,7 +69,7 @@ def install(model: nn.Module, dtype: torch.dtype) -> int:
         offset = offsets[kind]
         if offset is not None:
             setattr(module, OWN_FORWARD, module.forward)
-            module.forward = _forward_of(module, offset, dtype)
+            module.forward = _forward_of(module, offset)
             count += 1
     return count
 
@@ -136,7 +136,7 @@ def _offset(module: Any) -> float | None:
     return None
 
 
-def _forward_of(module: Any, offset: float, dtype: torch.dtype) -> Callable[..., Tensor]:
+def _forward_of(module: Any, offset: float) -> Callable[..., Tensor]:
     epsilon = _epsilon(module)
     assert epsilon is not None
     own: Callable[..., Tensor] = getattr(module, OWN_FORWARD)
@@ -151,6 +151,6 @@ def _forward_of(module: Any, offset: float, dtype: torch.dtype) -> Callable[...,
         key = x.dtype, x.device
         if key not in weights:
             weights[key] = wide.to(x.device, x.dtype)
-        return rms_norm(x, weights[key], epsilon).to(dtype)
+        return rms_norm(x, weights[key], epsilon)
 
     return forward

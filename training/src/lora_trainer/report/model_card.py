@@ -37,11 +37,9 @@ PROMPTS = {
 inputs = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
 )""",
-    "completion": """prompt = "..."  # as in the rows' `prompt`; the model was trained without a
-    chat template
+    "completion": """prompt = "..."  # as in the rows' `prompt`, without a chat template
 inputs = tokenizer(prompt, return_tensors="pt")""",
-    "text": """text = "..."  # the beginning of a text; the model was trained without a chat
-    template
+    "text": """text = "..."  # the beginning of a text, without a chat template
 inputs = tokenizer(text, return_tensors="pt")""",
 }
 

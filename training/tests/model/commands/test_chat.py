@@ -189,9 +189,9 @@ def test_terminal_holds_a_conversation_until_control_d(run: Path) -> None:
     try:
         read_until(b"> ")
         for typed, seen in (
-            (b"/help\n", b"forget the conversation"),
+            (b"/help\n", b"clear the conversation"),
             (b"/base\n", b"without the adapter answers"),
-            (b"/nonsense\n", b"no such command"),
+            (b"/nonsense\n", b"unknown command"),
             (b"hello\n", b"\n"),
         ):
             os.write(master, typed)

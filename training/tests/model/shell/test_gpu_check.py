@@ -155,7 +155,7 @@ def test_synchronizations_are_counted_over_whole_steps(tmp_path, monkeypatch):
             zeros = {one.name: 0 for one in fields(StepDone) if one.name not in ("step", "time")}
             emit(StepDone(step=step, **zeros))
 
-    session = SimpleNamespace(parts=lambda emit, _should_stop: emit)
+    session = SimpleNamespace(context=lambda emit, _should_stop: emit)
     monkeypatch.setattr(synchronizations, "open_small", lambda *_, **__: session)
     monkeypatch.setattr(synchronizations, "train", train)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", switch)

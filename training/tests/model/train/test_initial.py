@@ -149,7 +149,7 @@ def test_init_that_comes_out_differently_uses_the_first_one_or_ends(
     elsewhere = replace(session.initial, digest="of another machine")
     told = elsewhere.settle(session.causal.model, snapshot.initial)
     assert "first start is used" in told
-    assert initial.verify(tmp_path / initial.FOLDER) == snapshot.initial
-    flip_weights(tmp_path / initial.FOLDER)
+    assert initial.verify(tmp_path / RunFolder.initial_adapter) == snapshot.initial
+    flip_weights(tmp_path / RunFolder.initial_adapter)
     with pytest.raises(UnavailableError, match="is missing"):
         elsewhere.settle(session.causal.model, snapshot.initial)

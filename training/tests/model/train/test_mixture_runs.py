@@ -114,8 +114,13 @@ def test_adapter_of_other_parameters_is_refused_with_both(runs: Runs) -> None:
 def test_check_names_experts_that_would_not_be_quantized_and_what_is_reached(
     runs: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (runs.root / "config.json").write_text("{}")  # without the shipped one's held-out rows
     given = (("model_name_or_path", runs.model), ("dataset", runs.rows), ("output_dir", runs.root))
-    check = ["check", *(f"--{key}={value}" for key, value in given)]
+    check = [
+        "check",
+        f"--config={runs.root / 'config.json'}",
+        *(f"--{key}={value}" for key, value in given),
+    ]
     assert cli.main([*check, "--use_4bit=true"]) == 78
     assert "use_4bit cannot quantize the experts of mixtral" in capsys.readouterr().err
     assert cli.main([*check, f"--lora_target_parameters={EXPERTS}"]) == 0

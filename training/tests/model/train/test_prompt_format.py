@@ -83,7 +83,9 @@ def test_the_end_of_the_template_is_the_end_in_every_artefact(chat_run) -> None:
 
 def test_check_reports_the_end_of_the_answers(chat_run, capsys: pytest.CaptureFixture[str]) -> None:
     root = chat_run[0].parent
-    keys = [f"--model_name_or_path={root / 'model'}", f"--dataset={root / 'rows.jsonl'}"]
+    (root / "config.json").write_text("{}")  # without the shipped one's held-out rows
+    keys = [f"--config={root / 'config.json'}", f"--model_name_or_path={root / 'model'}"]
+    keys += [f"--dataset={root / 'rows.jsonl'}"]
     keys += [f"--dataset_cache_dir={root / 'cache'}", f"--output_dir={root / 'checked'}"]
     assert cli.main(["check", *keys, f"--chat_template={CHATML}"]) == 0
     shown = capsys.readouterr().out

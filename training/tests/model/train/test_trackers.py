@@ -130,7 +130,7 @@ def test_a_tracker_that_does_not_start_is_left_out(monkeypatch, tmp_path):
     tracker = open_trackers(["wandb"], tmp_path, "run", {}, on_warning=warnings.append)
     tracker.log({"loss": 1.0}, 0)
     tracker.close()
-    assert warnings == ["tracker wandb failed and is left out: RuntimeError: no API key"]
+    assert warnings == ["tracker wandb failed and is disabled: RuntimeError: no API key"]
 
 
 def test_a_warning_quotes_no_secret(start, monkeypatch, tmp_path):
