@@ -66,6 +66,7 @@ def test_the_files_of_a_run_are_all_there(job):
         "loss.png",
         "plan.json",
         "report.html",
+        "results.json",
         "train.log",
     }
     final = {path.name for path in (folder / "final_model").iterdir()}

@@ -134,9 +134,11 @@ class _FusedLora(torch.autograd.Function):
         low_TS = _product(kept_TW, weights.a.t(), 1 / (1 - dropout))
         outputs, start = [], 0
         for layer, b_OR in zip(group.layers, weights.b, strict=True):
-            y_TO = _base_output(layer.base_layer, x_TW)
-            y_TO.addmm_(low_TS[:, start : start + b_OR.shape[1]], b_OR.t())
-            outputs.append(y_TO.view(*x.shape[:-1], -1))
+            # Whole, no view: models may change what a projection returns in place.
+            y = _base_output(layer.base_layer, x_TW.view(x.shape))
+            low_TR = low_TS[:, start : start + b_OR.shape[1]]
+            y.view(-1, y.shape[-1]).addmm_(low_TR, b_OR.t())
+            outputs.append(y)
             start += b_OR.shape[1]
         ctx.save_for_backward(x_TW, low_TS, weights.a, *weights.b)
         ctx.group, ctx.dropout, ctx.seed = group, dropout, seed
@@ -208,12 +210,19 @@ def _mask(x: Tensor, dropout: float, seed: int) -> Tensor:
     return torch.empty_like(x).bernoulli_(1 - dropout, generator=generator)
 
 
-def _base_output(base: Any, x_TW: Tensor) -> Tensor:
+def _base_output(base: Any, x: Tensor) -> Tensor:
     """Return what the frozen projection computes, as a tensor that may be changed in place."""
     if getattr(base.weight, "quant_state", None) is not None:
-        output: Tensor = base(x_TW)  # bitsandbytes has kernels of its own for few tokens
+        output: Tensor = base(x)  # bitsandbytes has kernels of its own for few tokens
         return output
-    return F.linear(x_TW, _dense(base, x_TW.dtype), base.bias)
+    weight_OW = _dense(base, x.dtype)
+    made = x.new_empty((*x.shape[:-1], len(weight_OW)))
+    x_TW, made_TO = x.view(-1, x.shape[-1]), made.view(-1, len(weight_OW))
+    if base.bias is None:
+        torch.mm(x_TW, weight_OW.t(), out=made_TO)
+    else:
+        torch.addmm(base.bias, x_TW, weight_OW.t(), out=made_TO)
+    return made
 
 
 def _dense(base: Any, dtype: torch.dtype) -> Tensor:

@@ -141,6 +141,15 @@ def test_a_base_in_4_bits_gives_the_gradients_that_peft_gives(tmp_path) -> None:
         torch.testing.assert_close(fused_gradients[name], gradient, rtol=1e-3, atol=1e-5)
 
 
+def test_what_a_projection_returns_may_be_changed_in_place() -> None:
+    model, x = block()
+    expected = torch.autograd.grad((2 * model(x)).sum(), x)[0]
+    fused.install(model, torch.float64)
+    outputs = [model.q_proj(x).mul_(2), model.k_proj(x).mul_(2), model.v_proj(x).mul_(2)]
+    gradient = torch.autograd.grad(torch.cat(outputs, -1).sum(), x)[0]
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_siblings_are_computed_together_and_kept_no_longer_than_needed() -> None:
     model, x = block()
     fused.install(model, torch.float64)
