@@ -234,7 +234,7 @@ def test_a_private_model_is_trained_with_a_token_that_stands_nowhere_afterwards(
         ("revision", 69, ["no such revision", "model_revision: v9"]),
         ("expired", 77, ["the hub rejected the token", "settings/tokens"]),
         ("pickled", 69, ["its weights are pickled (pytorch_model.bin)"]),
-        ("coded", 78, ["Python code of its own", "--trust_remote_code"]),
+        ("coded", 78, ["custom Python code", "--trust_remote_code"]),
         ("no rows", 69, ["the hub has no such dataset", "check the id"]),
         ("gated rows", 77, ["the dataset is gated", "accept the terms"]),
     ],
