@@ -1,7 +1,7 @@
 """Every number of a run, resolved: (Config, Machine, ModelShape, DataProfile) -> Plan. Pure.
 
-Nothing is derived later: the loop reads the plan, the report prints it, `plan.json` stores it.
-Imports no torch.
+Only the rate of each step is computed later, by `learning_rate` from the plan's peak: the loop
+reads the plan, the report prints it, `plan.json` stores it. Imports no torch.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def learning_rate(
 
 
 def _every(steps: int, per_epoch: int, steps_per_epoch: int) -> int:
-    """Return the steps between two of what happens so often per epoch, if that is given."""
+    """Return the interval in steps; `per_epoch` takes priority."""
     return math.ceil(steps_per_epoch / per_epoch) if per_epoch else steps
 
 

@@ -1,7 +1,8 @@
 """The meaning of keys and values of Axolotl, LLaMA-Factory, TRL and Transformers.
 
-`interpret` maps a key and its value to a leaf with a value, to nothing (it asks for the default
-behaviour), or to an error that names the equivalent to use.
+Every key passes through `interpret`, this trainer's own too: it maps a key and its value to a leaf
+with a value, to nothing (it asks for the default behaviour), or to an error that names the
+equivalent to use.
 """
 
 from __future__ import annotations

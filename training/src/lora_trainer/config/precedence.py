@@ -23,7 +23,7 @@ RIVALS = (
 
 
 def merge(layers: Sequence[Layer]) -> tuple[dict[str, Given], list[Problem]]:
-    """Return the winning values of sources, the later ones first in rank, and problems."""
+    """Return the winning values (later sources win) and the problems."""
     given = {leaf: value for layer in layers for leaf, value in layer.given.items()}
     rank = {leaf: n for n, layer in enumerate(layers) for leaf in layer.given}
     for pair in RIVALS:

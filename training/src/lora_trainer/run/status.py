@@ -264,7 +264,7 @@ def _apply(status: RunStatus, event: Event) -> RunStatus:
 
 
 def _is_progress(status: RunStatus, event: Event) -> bool:
-    # A worker that only warns, or says the same count again, does not get on.
+    # A worker that only warns, or repeats the same count, makes no progress.
     if isinstance(event, events.Progress) and status.progress is not None:
         return event.done != status.progress.done
     return not isinstance(event, (events.Warned, events.Failed, events.Ended))
@@ -296,7 +296,7 @@ def _started(status: RunStatus, event: events.RunStarted) -> RunStatus:
         finished=None,
         stopped=None,
         exit_code=None,
-        # A restarted worker is back with its own first word, not with the intention.
+        # A restarted worker counts as up at its first event, not when its restart is announced.
         is_worker_down=event.attempt > 0,
     )
 

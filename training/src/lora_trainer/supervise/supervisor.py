@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import IO, Any
 
 from ..config.settings import Settings
-from ..errors import MemoryKilledError, Problem, TrainerError, UnavailableError
+from ..errors import InternalError, MemoryKilledError, Problem, TrainerError, UnavailableError
 from ..host.disk import write_json, write_text
 from ..host.interrupts import handled
 from ..machine import read_machine
@@ -51,7 +51,7 @@ from .secrets import redaction_of
 from .watchdog import Watchdog
 from .workers import WorkerGroup, cause_of
 
-STALLED = 70
+STALLED = InternalError.exit_code
 WATCH_SECONDS = 1.0  # between two looks at a worker
 PIPE_BYTES = 1 << 16
 # A lost terminal stops a run too, unless nohup started it.
@@ -320,9 +320,9 @@ class Supervisor:
                                 self.record(event)
                 if time.monotonic() - checked >= WATCH_SECONDS:
                     checked = time.monotonic()
-                    stall = stall or self._check(watch)
+                    stall = stall or self._end_if_stalled(watch)
 
-    def _check(self, watch: Watchdog) -> str:
+    def _end_if_stalled(self, watch: Watchdog) -> str:
         """Warn about shortages; log the stacks of a stalled worker, kill it and return why."""
         for warning in watch.warnings(self.status):
             self.record(Warned(message=warning))

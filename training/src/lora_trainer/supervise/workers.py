@@ -52,7 +52,7 @@ class WorkerGroup:
     ) -> None:
         self._meeting = contextlib.ExitStack()
         store = ""
-        if count > 1:  # a rank alone meets nobody
+        if count > 1:  # one process needs no rendezvous store
             parent = Path(tempfile.gettempdir())
             store = str(self._meeting.enter_context(scratch_folder(parent, TEMPORARY)) / "store")
         self._fallen: int | None = None  # the first rank that ended badly by itself
@@ -111,7 +111,7 @@ class WorkerGroup:
 
     @property
     def fallen(self) -> str:
-        """Return which rank ended the group, to put before how: nothing for a rank alone."""
+        """Return a prefix such as "rank 2 ", which ended the group; empty with one rank."""
         return f"rank {self._fallen or 0} " if len(self._ranks) > 1 else ""
 
     def _code(self) -> int:

@@ -2,7 +2,7 @@
 `loop.py` trains with `optim.py`.
 
 `lora_trainer.train` is this folder and the function of that name: calling the module calls
-`lora_trainer.api.train`, which see.
+`lora_trainer.api.train`: see there.
 """
 
 import sys

@@ -129,7 +129,7 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, torch.nn.Parameter],
 ) -> None:
-    """Put the moments back."""
+    """Restore AdamW's moments; the learning rate comes from the plan."""
     groups = {
         id(parameter): (group, parameter, number, index)
         for number, group in enumerate(optimizer.param_groups)

@@ -37,7 +37,7 @@ def make_optimizer(
             {"params": members, "weight_decay": decay, "rate_factor": factor}
             for (factor, decay), members in groups.items()
         ],
-        lr=section.learning_rate,
+        lr=section.learning_rate,  # the loop sets each step's before that step
         betas=(section.adam_beta1, section.adam_beta2),
         eps=section.adam_epsilon,
     )

@@ -101,7 +101,7 @@ def open_session(
         session = _open_model(config, *opening)
     except probe.Float16OverflowError:
         overflowed = OVERFLOWED
-    if overflowed:  # only here are the first one's weights gone
+    if overflowed:  # outside `except`, so that the first model is freed
         release()
         session = _open_model(_in_float32(config), *opening)
     reasons = (*filter(None, (whole, overflowed)), *session.plan.reasons)

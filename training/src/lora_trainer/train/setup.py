@@ -225,7 +225,7 @@ class TrainingSetup:
     def export(self, spec: WorkerSpec, state: TrainState) -> Path:
         """Write final_model/."""
         if self.source.hub_id:
-            # The folder that it was loaded from is this machine's affair.
+            # A path on this machine means nothing elsewhere.
             self.causal.model.peft_config["default"].base_model_name_or_path = self.source.hub_id
         return export.export(
             self.causal.model,

@@ -2,7 +2,8 @@
 
 The supervisor starts it with a `WorkerSpec` (config, folders) as JSON on standard input. It reports
 events, one JSON object per line, on the file descriptor in LORA_TRAINER_EVENTS_FD. It knows nothing
-of HTTP or terminals. Its exit code is the run's.
+of HTTP or terminals. Its exit code becomes the run's unless the supervisor
+restarts or ends it.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ class EventPipe:
 
 
 def main() -> int:
-    """Train as ordered; return the exit code."""
-    # Asked for by the supervisor when nothing moves any more.
+    """Read the spec and train; return the exit code."""
+    # The supervisor asks for them when the run is stalled.
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
     pipe = EventPipe(int(os.environ[EVENTS_FD]))
     stop = StopFlag()
@@ -132,7 +133,7 @@ def main() -> int:
 
 
 def _only_failures(emit: Callable[[Event], None]) -> Callable[[Event], None]:
-    """Let a rank other than the first speak of nothing but its end."""
+    """Let a rank other than the first report its failure only."""
     return lambda event: emit(event) if isinstance(event, Failed) else None
 
 
