@@ -17,7 +17,7 @@ from support.trainer import Run, Trainer, at_phase, losses, of_kind, wait_until_
 
 BATCH, STEPS = 128, 3
 # Beyond the loaded model, a step of half as many rows needs less than this, and of all more.
-TOO_LITTLE = 130 << 20
+TOO_LITTLE = 90 << 20
 CGROUP = Path("/sys/fs/cgroup")
 
 
