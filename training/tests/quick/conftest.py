@@ -15,6 +15,7 @@ STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn")
 # transformers 4 imports torch with its chat templates.
 IS_LIGHT = int(importlib.metadata.version("transformers").split(".")[0]) >= 5
 started: list[str] = []
+HAS_TORCH = pytest.StashKey[bool]()
 
 
 def _watch(event: str, _: object) -> None:
@@ -23,6 +24,16 @@ def _watch(event: str, _: object) -> None:
 
 
 sys.addaudithook(_watch)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[HAS_TORCH] = "torch" in sys.modules
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fonts() -> None:
+    """Have matplotlib look for fonts, which starts processes, before a test is watched."""
+    import matplotlib.font_manager  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +46,12 @@ def light(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     assert had_torch or not IS_LIGHT or "torch" not in sys.modules, "move it to tests/model"
     assert not started, "move it to tests/process"
+
+
+@pytest.fixture
+def is_torch_collected(request: pytest.FixtureRequest) -> bool:
+    """Return whether torch was imported by the end of the collection."""
+    return request.config.stash[HAS_TORCH]
 
 
 @pytest.fixture
