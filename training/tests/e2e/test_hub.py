@@ -283,7 +283,7 @@ def test_a_hub_that_does_not_answer_is_told_at_once_or_done_without(studio, gone
         },
         gone,
     )
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 120  # not the minutes of a client that tries again
     assert ended["never fetched"].code == 69
     assert "the hub cannot be reached" in ended["never fetched"].text
     assert "why:    Connection refused" in ended["never fetched"].text

@@ -99,7 +99,7 @@ def _verify(causal: CausalLM, is_any: Callable[[bool], bool]) -> str:
     if not causal.has_fused_layers:
         return _choose_way(causal, batch, own, is_any)
     if not is_any(bool(_fault(causal, batch, own))):
-        return ""
+        return _why_whole(causal)
     with causal.plain_layers():
         reason = _choose_way(causal, batch, own, is_any)
     fault = _fault(causal, batch, own)
@@ -138,13 +138,20 @@ def _choose_way(
         causal.use_whole_forward(fault)
     fault = _fault(causal, batch, own)
     if not is_any(bool(fault)):
-        return f"padding is used, and logits of every token are computed: {causal.whole_why}"
+        return _why_whole(causal)
     causal.is_one_by_one = True
     why = f"padded examples {fault or OTHER_RANK}"
     fault = _fault(causal, batch, own)
     if is_any(bool(fault)):
         raise refusal(causal.inner.config, f"one example at a time, {fault or OTHER_RANK}")
     return f"examples are computed one at a time: {why}"
+
+
+def _why_whole(causal: CausalLM) -> str:
+    """Say why the model's own forward pass is used; empty where it is not."""
+    if not causal.whole_why:
+        return ""
+    return f"padding is used, and logits of every token are computed: {causal.whole_why}"
 
 
 def overflows_float16(causal: CausalLM) -> bool:
