@@ -192,7 +192,7 @@ def when(is_it: Callable[[], bool], act: Callable[[], object]) -> threading.Thre
     """Do something in the background as soon as something holds."""
 
     def watch() -> None:
-        until = time.monotonic() + 10
+        until = time.monotonic() + 120
         while not is_it() and time.monotonic() < until:
             time.sleep(0.01)
         act()
@@ -273,9 +273,10 @@ def test_third_signal_ends_a_worker_that_does_not_listen(made: Made) -> None:
     run = made(says(step_line(1)) + "trap '' TERM INT; while :; do sleep 0.02; done")
 
     def insist() -> None:
-        for _ in range(3):
+        for count in range(1, 4):
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.1)
+            while run._signals < count:  # two at once would be one
+                time.sleep(0.01)
 
     thread = when(lambda: run.status.step == 1, insist)
     with pytest.raises(StoppedError):
