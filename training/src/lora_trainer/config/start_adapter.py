@@ -268,7 +268,7 @@ def _disagreement(
 def _listed(folder: Path) -> list[Path]:
     try:
         return listed(folder)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no path holds a NUL character
         return []
 
 

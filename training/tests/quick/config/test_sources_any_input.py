@@ -91,6 +91,10 @@ def test_any_environment_resolves_or_is_a_config_error(folder, environ):
     resolve_or_config_error(None, environ, [])
 
 
+def test_an_adapter_at_a_path_that_cannot_be_is_a_config_error(folder):
+    resolve_or_config_error(None, {"LORA_TRAINER_ADAPTER_NAME_OR_PATH": "\0"}, [])
+
+
 def test_half_a_surrogate_pair_is_told_in_a_way_that_prints(folder):
     resolve_or_config_error(write(folder, json.dumps("\ud800")), {}, [])
     resolve_or_config_error(write(folder, {"\ud800": 1}), {}, [])
