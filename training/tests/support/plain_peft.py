@@ -55,7 +55,7 @@ def make_rows(count: int = 31, vocabulary: int = VOCABULARY) -> ListRows:
 
 def ours(
     model, rows, folder: Path, *, padding_free: bool, lora: LoraSection, own=None,
-    precision="float32",
+    precision="float32", is_fused=True,
 ):  # fmt: skip
     settings = SETTINGS | (own or {})
     known = {key: value for key, value in settings.items() if key != "has_checkpointing"}
@@ -66,6 +66,8 @@ def ours(
     causal = CausalLM(
         peft_model, device="cpu", padding_free=padding_free, chunk=7, precision=precision
     )
+    if not is_fused:
+        causal.leave_layers_alone()
     parameters = trainable_parameters(peft_model)
     shape = ModelSize("tiny", 2, 32, VOCABULARY, 1, 1, 128)
     plan = make_plan(

@@ -90,13 +90,16 @@ def test_ranks_train_what_one_process_trains(
         count, tmp_path / "run", ranks_at_work.trained, tmp_path / "run", parallelism, own
     )
     # DeepSpeed's projections are not fused, and round what one process adds in place.
+    rounding = {"bfloat16": 5e-3, "float16": 1e-3}
     is_rounded = parallelism == "deepspeed" and "dtype" in own
-    tolerance = 1e-2 if is_rounded else 1e-4
+    tolerance = rounding[own["dtype"]] if is_rounded else 1e-4
     assert found[0]["losses"] == pytest.approx(expected["losses"], abs=tolerance)
     assert len(found[0]["losses"]) == 12
     assert found[0]["evals"] == pytest.approx(expected["evals"], abs=tolerance)
     for name, tensor in found[0]["adapter"].items():
-        torch.testing.assert_close(tensor, expected["adapter"][name], atol=tolerance, rtol=0)
+        torch.testing.assert_close(
+            tensor, expected["adapter"][name], atol=1e-2 if is_rounded else 1e-4, rtol=0
+        )
         for other in found[1:]:
             assert torch.equal(tensor, other["adapter"][name])
 
