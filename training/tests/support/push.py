@@ -24,4 +24,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadStandin]:
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setenv("no_proxy", "127.0.0.1")
+        _forget_sessions()
         yield standin
+    _forget_sessions()
+
+
+def _forget_sessions() -> None:
+    """Close kept connections: huggingface_hub 0.x decides only once whether one is offline."""
+    from huggingface_hub.utils import _http
+
+    forget = getattr(_http, "reset_sessions", None) or _http.close_session
+    forget()
