@@ -109,17 +109,19 @@ def _settings(context: typer.Context, config: Path | None) -> Settings:
 
     if os.environ.get("LORA_CONTAINER"):
         config = _check_container(config)
-    if config is not None:
-        return resolve(config, os.environ, context.args)
-    config, why = find_config(os.environ)
-    is_said = config is not None
+    why = ""
+    if config is None:
+        config, why = find_config(os.environ)
+    notes = [f"config: {config} ({why})"] if config is not None and why else []
     try:
         settings = resolve(config, os.environ, context.args)
         monitoring = settings.config.monitoring
-        is_said &= not monitoring.quiet and monitoring.log_format == "text"
+        notes += [f"note: {note}" for note in settings.notes]
+        if monitoring.quiet or monitoring.log_format != "text":
+            notes = []
     finally:
-        if is_said:
-            streams.say(f"config: {config} ({why})")
+        for note in notes:
+            streams.say(note)
     return settings
 
 

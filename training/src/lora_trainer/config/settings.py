@@ -26,12 +26,13 @@ from .validation import find_misfits
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The configuration, the origin of every leaf, and warnings."""
+    """The configuration, the origin of every leaf, warnings, and notes on what was derived."""
 
     config: Config
     origins: Mapping[str, Origin]
     config_file: Path | None = None
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def redacted(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Return section -> leaf -> value and origin, secrets as `***`."""
@@ -64,7 +65,7 @@ def resolve(
     if config_file is not None:
         source = read_file(config_file, file_format)
         layers.insert(0, source.layer)
-    given, foreign = merge(layers)
+    given, foreign, notes = merge(layers)
     settled = []
     if source is not None and source.trainer is not None and config_file is not None:
         settled = settle(source.trainer, given, source.keys, config_file)
@@ -92,7 +93,7 @@ def resolve(
         }
     warnings = [warning for layer in layers for warning in layer.warnings]
     warnings += find_warnings(config, given)
-    return Settings(config, origins, config_file, warnings)
+    return Settings(config, origins, config_file, warnings, notes)
 
 
 def _config_of(values: Mapping[str, Any]) -> Config:

@@ -31,13 +31,19 @@ Row = tuple[str, list[str]]
 
 
 @dataclass(frozen=True, slots=True)
-class ComparedRun:
+class RunFacts:
+    """What a run was given: its configuration, and what its data came to."""
+
+    config: dict[str, Any]
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedRun(RunFacts):
     """A run with all that is compared of it."""
 
     summary: RunSummary
     history: History
-    config: dict[str, Any]
-    data: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -48,8 +54,13 @@ class ComparedRun:
 def read_compared(name: str, folder: Path) -> ComparedRun:
     """Read a run from its folder."""
     _, history = read_run(folder, WHOLE)
-    config, data = read_json(RunFolder(folder).resolved), read_json(folder / DATA)
-    return ComparedRun(summarize(name, folder), history, config, data)
+    facts = read_facts(folder)
+    return ComparedRun(facts.config, facts.data, summarize(name, folder), history)
+
+
+def read_facts(folder: Path) -> RunFacts:
+    """Read what a run was given."""
+    return RunFacts(read_json(RunFolder(folder).resolved), read_json(folder / DATA))
 
 
 def figures(runs: Sequence[ComparedRun]) -> list[Row]:
@@ -84,12 +95,20 @@ def differing_keys(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]
     return {key: row for key, row in table.items() if any(value != row[0] for value in row)}
 
 
-def notes(data: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what makes a comparison unfair, by the runs' `data.json`."""
-    digests = {str((facts.get("eval") or {}).get("digest", "")) for facts in data} - {""}
-    if len(digests) > 1:
+def notes(runs: Sequence[RunFacts]) -> list[str]:
+    """Return what makes a comparison unfair."""
+    if len({_held_out_rows(run) for run in runs} - {""}) > 1:
         return ["the held-out rows differ: evaluation figures of these runs are not comparable"]
     return []
+
+
+def _held_out_rows(run: RunFacts) -> str:
+    """Return what identifies the held-out rows: those of a share follow from data and seed."""
+    if held_out := run.data.get("eval"):
+        return str(held_out.get("digest", ""))
+    leaves = {key: cell.get("value") for leaf in run.config.values() for key, cell in leaf.items()}
+    fraction, digest = leaves.get("eval_fraction"), (run.data.get("train") or {}).get("digest")
+    return f"{fraction} of {digest}, seed {leaves.get('seed')}" if fraction and digest else ""
 
 
 def comparison_lines(runs: Sequence[ComparedRun], *, is_unicode: bool) -> Iterator[str]:
@@ -105,7 +124,7 @@ def comparison_lines(runs: Sequence[ComparedRun], *, is_unicode: bool) -> Iterat
     lines = list(_sparklines(runs, is_unicode=is_unicode))
     if lines:
         yield from ("", "loss, on one scale", *lines)
-    yield from (f"note: {note}" for note in notes([run.data for run in runs]))
+    yield from (f"note: {note}" for note in notes(runs))
 
 
 def to_json(runs: Sequence[ComparedRun]) -> dict[str, Any]:
@@ -113,7 +132,7 @@ def to_json(runs: Sequence[ComparedRun]) -> dict[str, Any]:
     return {
         "runs": [run.summary.to_json() for run in runs],
         "differing_keys": differing_keys([run.config for run in runs]),
-        "notes": notes([run.data for run in runs]),
+        "notes": notes(runs),
     }
 
 
@@ -125,7 +144,7 @@ def comparison_html(runs: Sequence[ComparedRun]) -> str:
         names=[run.name for run in runs],
         figures=figures(runs),
         keys=rows,
-        notes=notes([run.data for run in runs]),
+        notes=notes(runs),
         charts=list(_charts(runs)),
     )
     return page
@@ -206,5 +225,8 @@ def _value(value: object, limit: int = WIDEST) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list):
-        return shortened(", ".join(map(str, value)) or "none", limit)
-    return shortened(f"{value:g}" if isinstance(value, float) else str(value), limit)
+        return _value(", ".join(map(str, value)) or "none", limit)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    if text.startswith("/") and len(text) > limit:  # paths differ at their end
+        return "..." + text[3 - limit :]
+    return shortened(text, limit)

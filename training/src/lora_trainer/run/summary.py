@@ -60,8 +60,11 @@ class RunSummary:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder holds a run's files."""
-    return any((folder / name).is_file() for name in MARKS)
+    """Return whether a folder holds a run's files, or the results of one."""
+    if any((folder / name).is_file() for name in MARKS):
+        return True
+    results = read_results(folder)
+    return results is not None and results.status != "refused"
 
 
 def run_folders(parent: Path) -> dict[str, Path]:

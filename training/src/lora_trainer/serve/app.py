@@ -214,7 +214,7 @@ class Files:
 
     def routes(self) -> list[Route]:
         """Return what is served where."""
-        return [Route("/", self.page), Route("/static/{name}", self.static)]
+        return [Route("/", self.page), Route("/static/{file}", self.static)]
 
     async def page(self, request: Request) -> Response:
         """Return the page."""
@@ -227,7 +227,7 @@ class Files:
 
         Not again to who has it: the chart library alone is over a megabyte.
         """
-        response = self._file(request.path_params["name"])
+        response = self._file(request.path_params["file"])
         tag = f'"{hashlib.sha256(response.body).hexdigest()[:32]}"'
         if tag in request.headers.get("if-none-match", ""):
             response = Response(status_code=304)
@@ -244,10 +244,15 @@ class Files:
 
 @functools.cache
 def openapi_document() -> dict[str, Any]:
-    """Return the OpenAPI document of this server."""
+    """Return the OpenAPI document of a run's server."""
+    return read_document("openapi.yaml")
+
+
+def read_document(name: str) -> dict[str, Any]:
+    """Return a YAML file of this package."""
     import yaml
 
-    text = (importlib.resources.files(__package__ or "") / "openapi.yaml").read_text("utf-8")
+    text = (importlib.resources.files(__package__ or "") / name).read_text("utf-8")
     document: dict[str, Any] = yaml.safe_load(text)
     return document
 

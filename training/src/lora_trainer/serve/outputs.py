@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,12 +24,11 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount, Route, Router
 
 from ..redaction import Redaction
-from ..report.comparison import DATA, differing_keys, notes
-from ..report.html import read_json
+from ..report.comparison import differing_keys, notes, read_facts
 from ..report.tensorboard import tensorboard_command
 from ..run.summary import RunSummary, run_folders, summarize
 from ..run_folder import RunFolder
-from .app import Files, Pages, answer
+from .app import Files, Pages, answer, openapi_document, read_document
 from .auth import Receive, Scope, Send
 from .follower import FOLLOW_SECONDS, EventFollower, stall_timeout_seconds
 from .gauges import Gauges
@@ -71,6 +71,7 @@ class RunsSite:
             Route("/health", self.health),
             Route("/runs", self.runs),
             Route("/differences", self.differences),
+            Route("/openapi.json", self.openapi),
             Mount("/runs/{name}", app=self.one),
         ]
 
@@ -93,7 +94,7 @@ class RunsSite:
         """Return the runs with their figures, the one that was started last first."""
         listed, view = self._listed
         if time.monotonic() - listed >= LISTED_SECONDS:
-            view = await run_in_threadpool(self._list)
+            view = await run_in_threadpool(self.listing)
             self._listed = (time.monotonic(), view)
         return answer(view)
 
@@ -103,10 +104,13 @@ class RunsSite:
         names = request.query_params.getlist("run")
         if unknown := [name for name in names if name not in folders]:
             raise HTTPException(404, f"there is no run {unknown[0]}")
-        chosen = [folders[name] for name in names]
-        keys = differing_keys([read_json(RunFolder(folder).resolved) for folder in chosen])
-        view = {"keys": keys, "notes": notes([read_json(folder / DATA) for folder in chosen])}
-        return answer(view)
+        chosen = [await run_in_threadpool(read_facts, folders[name]) for name in names]
+        keys = differing_keys([facts.config for facts in chosen])
+        return answer({"keys": keys, "notes": notes(chosen)})
+
+    async def openapi(self, _request: Request) -> Response:
+        """Return the document that describes all of this."""
+        return answer(runs_document())
 
     async def one(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on to the pages of the run that it names."""
@@ -144,7 +148,8 @@ class RunsSite:
     async def _folders(self) -> dict[str, Path]:
         return await run_in_threadpool(addresses, self._folder)
 
-    def _list(self) -> dict[str, Any]:
+    def listing(self) -> dict[str, Any]:
+        """Return the answer of `/runs`."""
         runs = [
             self._summary(address, folder) | {"address": address}
             for address, folder in addresses(self._folder).items()
@@ -168,6 +173,33 @@ class RunsSite:
         return known[1].to_json()
 
 
+@functools.cache
+def runs_document() -> dict[str, Any]:
+    """Return the OpenAPI document of the page of several runs: its own paths, and each run's."""
+    run, site = openapi_document(), read_document("openapi_runs.yaml")
+    shared = {path: run["paths"][path] for path in ("/", "/static/{file}", "/openapi.json")}
+    for item in site["paths"].values():
+        item["head"] = shared["/"]["head"]
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+    missing = {"$ref": "#/components/responses/Error"}
+    for path, item in run["paths"].items():
+        get = item["get"]
+        site["paths"][f"/runs/{{name}}{path}"] = item | {
+            "parameters": [name, *item.get("parameters", [])],
+            "get": get
+            | {
+                "operationId": f"run_{get['operationId']}",
+                "responses": get["responses"] | {"404": missing},
+            },
+        }
+    schemas = run["components"]["schemas"] | site["components"]["schemas"]
+    return run | {
+        "info": run["info"] | site["info"],
+        "paths": shared | site["paths"],
+        "components": run["components"] | {"schemas": schemas},
+    }
+
+
 def addresses(parent: Path) -> dict[str, Path]:
     """Return the runs in a folder by the names in their addresses."""
     runs = run_folders(parent)
@@ -177,7 +209,7 @@ def addresses(parent: Path) -> dict[str, Path]:
 
 def _changed(folder: Path) -> tuple[int, ...]:
     stamps: list[int] = []
-    for name in (RunFolder.events, RunFolder.done):
+    for name in (RunFolder.events, RunFolder.results, RunFolder.done):
         with contextlib.suppress(OSError):
             info = (folder / name).stat()
             stamps += (info.st_mtime_ns, info.st_size, info.st_ino)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..config import named_templates
 from ..config.schema import Config, DatasetSource
@@ -101,15 +102,37 @@ def data_warnings(config: Config, splits: DataSplits) -> list[str]:
         if report.rows_truncated:
             warnings.append(
                 f"{name}: {report.rows_truncated:,} of {report.rows_read:,} rows are truncated to "
-                f"max_seq_length {config.data.max_seq_length} (the longest has "
-                f"{report.longest_tokens:,} tokens)"
+                f"max_seq_length {config.data.max_seq_length} (--max_seq_length "
+                f"{report.longest_tokens} keeps the longest whole)"
             )
         for verb, counts in (("left out", report.rows_dropped), ("skipped", report.rows_skipped)):
             warnings += [f"{name}: {count:,} rows {verb}: {why}" for why, count in counts.items()]
         warnings += [
             f"{name}: {text}" for text in warnings_of(report.rows_changed, report.rows_used)
         ]
+    if config.training.eval_generate:
+        warnings += _answers_out_of_reach(splits, config.training.eval_max_new_tokens)
     return warnings
+
+
+def _answers_out_of_reach(splits: DataSplits, limit: int) -> list[str]:
+    """Warn of expected answers that no answer of so many tokens can match."""
+    rows = RowView(splits.train if splits.eval is None else splits.eval, splits.eval_rows)
+    lengths = [_last_answer_tokens(rows[index][1]) for index in range(len(rows))]
+    long = [length for length in lengths if length > limit]
+    if not long:
+        return []
+    return [
+        f"{len(long):,} of {len(rows):,} held-out answers are longer than eval_max_new_tokens "
+        f"{limit} and cannot be an exact match (--eval_max_new_tokens {max(long)} fits the longest)"
+    ]
+
+
+def _last_answer_tokens(mask: NDArray[Any]) -> int:
+    """Return the length of a row's last run of trained tokens, without the token that ends it."""
+    trained = np.flatnonzero(np.asarray(mask, dtype=bool))
+    breaks = np.flatnonzero(np.diff(trained) > 1)
+    return len(trained) - (int(breaks[-1]) + 1 if len(breaks) else 0) - 1
 
 
 def format_of_splits(splits: DataSplits, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:

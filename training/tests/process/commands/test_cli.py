@@ -112,6 +112,20 @@ def test_a_quick_check_is_refused_while_a_run_holds_the_folder(
     assert cli.main(arguments) == 0
 
 
+@pytest.mark.parametrize("options", [[], ["--quiet"]], ids=["loud", "quiet"])
+def test_own_data_alone_passes_and_says_that_a_share_is_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    data = tmp_path / "my.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n' * 2)
+    config = Path(__file__).parents[3] / "config.json"
+    arguments = ["check", "--quick", "--config", str(config), "--dataset", str(data)]
+    code = cli.main([*arguments, "--output_dir", str(tmp_path / "out"), *options])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert ("a tenth of your rows is held out" in printed.out) is (not options)
+
+
 def test_a_check_makes_no_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_trainer.commands.check._check_model", lambda _: None)
     data = tmp_path / "x.jsonl"

@@ -142,12 +142,15 @@ def test_each_event_is_told_by_one_rank(chain: Chain) -> None:
     assert [e["phase"] for e in phases].count("starting") == 4
 
 
-def test_sharded_ranks_start_from_an_adapter_with_its_loss(
-    trainer: Trainer, undisturbed: Path
+@pytest.mark.parametrize(
+    "parallelism", ["ddp", "fsdp", pytest.param("deepspeed", marks=needs_deepspeed)]
+)
+def test_two_ranks_start_from_an_adapter_with_its_loss(
+    trainer: Trainer, undisturbed: Path, parallelism: str
 ) -> None:
-    output = trainer.root / "from-adapter"
+    output = trainer.root / f"from-adapter-{parallelism}"
     start = {"adapter_name_or_path": str(undisturbed), "learning_rate": 0, "max_steps": 1}
-    ended = trainer.train(output, nproc=2, parallelism="fsdp", **start)
+    ended = trainer.train(output, nproc=2, parallelism=parallelism, **start)
     assert ended.code == 0, ended.err
     evaluated = of_kind(undisturbed, "eval")
     exported = of_kind(undisturbed, "finished")[-1]["adapter_step"]

@@ -135,10 +135,45 @@ def test_comparison_of_other_held_out_rows_says_so(tmp_path: Path):
         folder = make_run(tmp_path / name, *RUN)
         (folder / "data.json").write_text(json.dumps({"eval": {"digest": name}}))
         runs.append(read_compared(name, folder))
-    data = [run.data for run in runs]
-    assert "not comparable" in notes(data)[0]
-    assert notes(data[:1]) == []
+    assert "not comparable" in notes(runs)[0]
+    assert notes(runs[:1]) == []
     assert differing_keys([run.config for run in runs]) == {}
+
+
+@pytest.mark.parametrize(
+    ("digest", "fraction", "is_comparable"),
+    [("a", 0.1, True), ("b", 0.1, False), ("a", 0.2, False)],
+)
+def test_held_out_shares_are_the_same_rows_of_the_same_data(
+    tmp_path: Path, digest, fraction, is_comparable
+):
+    runs = []
+    for name, data, share in (("one", "a", 0.1), ("other", digest, fraction)):
+        folder = make_run(tmp_path / name, *RUN, eval_fraction=share, seed=7)
+        (folder / "data.json").write_text(json.dumps({"train": {"digest": data}}))
+        runs.append(read_compared(name, folder))
+    assert (notes(runs) == []) is is_comparable
+
+
+def test_long_paths_are_told_apart_by_their_ends(tmp_path: Path, capsys):
+    start = "/home/someone/with/a/long/folder/public/datasets"
+    for name in ("a", "b"):
+        make_run(tmp_path / name, *RUN, dataset=[f"{start}/{name}.jsonl"])
+    assert main(["compare", "a", "b", "--outputs", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "datasets/a.jsonl" in out
+    assert "datasets/b.jsonl" in out
+
+
+def test_folder_that_kept_only_its_results_is_a_run(tmp_path: Path, capsys):
+    folder = make_run(tmp_path / "a", *RUN, END)
+    results = asdict(read_results(folder))
+    for name, changed in (("kept", {}), ("refused", {"status": "refused", "exit_code": 65})):
+        (tmp_path / "archive" / name).mkdir(parents=True)
+        write_results(tmp_path / "archive" / name, results | changed)
+    (run,) = summaries(tmp_path / "archive")
+    assert (run.name, run.state, run.last_loss) == ("kept", "finished", 1.0)
+    assert main(["compare", "kept", "kept", "--outputs", str(tmp_path / "archive")]) == 0
 
 
 @pytest.mark.parametrize("count", [1, 7])

@@ -1,4 +1,4 @@
-"""A later source displaces an earlier one's rival keys; foreign held-out rows are an error."""
+"""A later source displaces an earlier one's rival keys; foreign held-out rows are not used."""
 
 from pathlib import Path
 
@@ -24,6 +24,27 @@ def test_own_data_with_a_held_out_share_takes_the_shipped_config_without_a_word(
 
 
 @pytest.mark.parametrize(
+    ("environ", "arguments"),
+    [
+        ({}, ["--dataset", "my.jsonl"]),
+        ({"LORA_TRAINER_DATASET": "my.jsonl"}, []),
+    ],
+)
+def test_own_data_alone_holds_back_a_tenth_in_place_of_the_demos_rows(folder, environ, arguments):
+    resolved = resolve(SHIPPED, environ, arguments)
+    assert evaluation_of(resolved) == (None, 0.1, 20, True)
+    assert str(resolved.origins["eval_fraction"]).startswith("in place of eval_dataset")
+    (note,) = resolved.notes
+    assert note.startswith("a tenth of your rows is held out")
+
+
+def test_own_data_with_no_held_out_share_is_not_evaluated(folder):
+    resolved = resolve(SHIPPED, {}, ["--dataset", "my.jsonl", "--eval_fraction", "0"])
+    assert evaluation_of(resolved) == (None, 0.0, 0, False)
+    assert resolved.notes == []
+
+
+@pytest.mark.parametrize(
     ("environ", "arguments", "remedy"),
     [
         ({}, ["--dataset", "my.jsonl"], "add --eval_fraction 0.1 to"),
@@ -31,10 +52,11 @@ def test_own_data_with_a_held_out_share_takes_the_shipped_config_without_a_word(
         ({"LORA_TRAINER_DATASET": "my.jsonl"}, [], "add LORA_TRAINER_EVAL_FRACTION=0.1 to"),
     ],
 )
-def test_own_data_with_the_shipped_held_out_rows_is_refused_with_a_remedy(
+def test_own_data_with_another_files_held_out_rows_is_refused_with_a_remedy(
     folder, environ, arguments, remedy
 ):
-    (problem,) = problems_of(SHIPPED, environ, arguments)
+    path = write(folder, {"dataset": "a.jsonl", "eval_dataset": "held-out.jsonl"})
+    (problem,) = problems_of(path, environ, arguments)
     assert problem.what == "eval_dataset belongs to another dataset than the one to train on"
     assert "config.json:" in problem.where
     assert remedy in problem.remedy

@@ -66,11 +66,22 @@ def test_rows_that_are_cut_left_out_or_skipped_are_said():
     assert "2 of 3 rows: the chat template drops the reasoning" in told[-1]
     assert "train_on to last" in told[-1]
     for text in (
-        "2 of 9 rows are truncated",
+        "2 of 9 rows are truncated to max_seq_length 2048 (--max_seq_length 4000 keeps",
         "3 rows left out: too long",
         "1 rows skipped: invalid",
     ):
         assert any(text in line for line in told)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(2, "1 of 2 held-out answers"), (3, ""), (4, "")])
+def test_answers_that_cannot_match_in_so_many_tokens_are_said(limit, expected):
+    # The last trained tokens are the answer, and the last of them ends it: here 1 and 3 are text.
+    masks = ([0, 1, 1], [1, 1, 1, 1, 1, 0, 1, 1, 1, 1])
+    rows = [(np.zeros(len(mask)), np.array(mask)) for mask in masks]
+    config = Config(training={"eval_generate": True, "eval_max_new_tokens": limit})
+    told = "".join(data_warnings(config, splits(eval=rows)))
+    assert told.startswith(expected)
+    assert ("--eval_max_new_tokens 3 " in told) is bool(expected)
 
 
 def test_weights_that_leave_no_row_are_a_data_error():
