@@ -118,10 +118,10 @@ NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "pad_to_sequence_len": (ANY, "examples are concatenated without padding"),
     "group_by_length": (ANY, "without padding it would save nothing"),
     "tf32": (ANY, "the precision is chosen by measurement"),
-    "eval_strategy": (("steps",), "use eval_steps or evals_per_epoch"),
-    "evaluation_strategy": (("steps",), "use eval_steps or evals_per_epoch"),
-    "save_strategy": (("steps",), "use save_steps or saves_per_epoch"),
-    "logging_strategy": (("steps",), "use logging_steps"),
+    "eval_strategy": (("steps",), "eval_steps or evals_per_epoch says when"),
+    "evaluation_strategy": (("steps",), "eval_steps or evals_per_epoch says when"),
+    "save_strategy": (("steps",), "save_steps or saves_per_epoch says when"),
+    "logging_strategy": (("steps",), "logging_steps says when"),
     "logging_dir": (ANY, "logs are written to the output folder"),
     "logging_first_step": (ANY, "use logging_steps"),
     "plot_loss": (ANY, "the loss is always plotted"),
@@ -162,7 +162,11 @@ NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "neftune_noise_alpha": ((0, False), "noisy embeddings are not supported"),
     "plugins": ((), "only the plugins for kernels are known"),
     "peft": ((), "LoftQ is the only one of its settings that is supported"),
-    "pissa_iter": (ANY, "use init_lora_weights: pissa_niter_16"),
+    "pissa_iter": (
+        ANY,
+        "in a file of LLaMA-Factory it is part of pissa_init; elsewhere write "
+        "init_lora_weights: pissa_niter_16",
+    ),
     **no_meaning(),
 }
 
@@ -192,12 +196,23 @@ REMEDIES = {
     "max_packed_sequence_len": "write max_seq_length",
     "dataset_config_name": "write dataset: [{path: NAME, subset: SUBSET}]",
     "peft": "write init_lora_weights: loftq",
+    "create_new_adapter": "merge the adapter first: lora-trainer merge ADAPTER merged, then write "
+    "model_name_or_path: merged without adapter_name_or_path",
 }
 
+# transformers' schedules by the names of ours: constant has a warmup here too, and without
+# lr_scheduler_kwargs, which are refused, the only restart of the cosine would be at the end.
+SCHEDULES = {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine"}
 STRATEGIES = {
     "save_strategy": ("saves_per_epoch", "save_steps"),
     "eval_strategy": ("evals_per_epoch", "eval_steps"),
     "evaluation_strategy": ("evals_per_epoch", "eval_steps"),
+}
+# Numbers of steps that may be a fraction of all steps elsewhere.
+OF_ALL_STEPS = {
+    "warmup_steps": "warmup_ratio",
+    "eval_steps": "evals_per_epoch",
+    "save_steps": "saves_per_epoch",
 }
 # Templates of LLaMA-Factory that ship here under the same name; a test compares them.
 SHIPPED = ("chatml", "llama3", "mistral")
@@ -243,7 +258,21 @@ def interpret(key: str, value: Any) -> Meaning | None:
             "a number of rows is not supported, only a fraction",
             "write a fraction such as 0.05, or set eval_dataset",
         )
+    if key in OF_ALL_STEPS and isinstance(value, float) and 0 < value < 1:
+        return _fraction_of_steps(key, value)
     return Means(leaf, normalise(leaf, value))
+
+
+def _fraction_of_steps(key: str, value: float) -> Meaning:
+    """Interpret a number of steps under 1, which transformers and Axolotl take as a fraction."""
+    if key == "warmup_steps":
+        return Means("warmup_ratio", value)
+    per_epoch = OF_ALL_STEPS[key]
+    times = "once" if value > 0.5 else f"{round(1 / value)} times"
+    return Refused(
+        "a fraction of all steps is not supported",
+        f"write a number of steps, or {per_epoch} (here {times} in all epochs together)",
+    )
 
 
 def _judge(key: str, value: Any) -> Meaning:
@@ -269,8 +298,8 @@ def normalise(leaf: str, value: Any) -> Any:
         return None
     if leaf == "optim" and isinstance(value, str):
         return OPTIMIZERS.get(value, value)
-    if (leaf, value) == ("lr_scheduler_type", "constant_with_warmup"):
-        return "constant"  # our constant schedule also has a warmup
+    if leaf == "lr_scheduler_type" and isinstance(value, str):
+        return SCHEDULES.get(value, value)
     return value
 
 

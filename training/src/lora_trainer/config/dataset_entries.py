@@ -38,6 +38,10 @@ READERS = ("json", "csv", "parquet", "arrow", "text")
 OWN_KEYS = (
     "path", "weight", "format", "split", "revision", "type", "columns", "subset", "max_samples",
 )  # fmt: skip
+OWN_PROMPT = (
+    "write the rows as messages, prompt and completion or text, and remove type: the format is "
+    "detected"
+)
 LIST_FORM = """write --dataset '["a.jsonl", {"path": "b.jsonl", "weight": 2}]'"""
 
 
@@ -87,6 +91,13 @@ def _is_idle(key: str, value: object) -> bool:
     return (key not in OWN_KEYS and value in (None, "", [], {})) or value in DETECTED.get(key, ())
 
 
+def _unknown_type(kind: object) -> str:
+    """Return what is wrong with Axolotl's `type` of a dataset; empty if it has a meaning here."""
+    if isinstance(kind, dict):
+        return "a type with a prompt of its own"
+    return f"a type of Axolotl that has no counterpart: {kind}" if "." in str(kind or "") else ""
+
+
 def unreadable_datasets(value: Any) -> tuple[str, str] | None:
     """Return why a dataset entry is invalid, and the remedy; None if it is valid."""
     if isinstance(value, str) and value.lstrip().startswith(("{", "[{", '["')):
@@ -100,6 +111,8 @@ def unreadable_datasets(value: Any) -> tuple[str, str] | None:
             else:
                 remedy = f"remove {key}"
             return f"entry {number} has a {key} that is not supported for one dataset alone", remedy
+        if isinstance(entry, dict) and (unknown := _unknown_type(entry.get("type"))):
+            return f"entry {number} has {unknown}", OWN_PROMPT
         if isinstance(entry, dict) and {"field_chosen", "field_rejected"} & entry.keys():
             why = f"entry {number} holds preferences, and only supervised fine-tuning is done"
             return why, "train preferences elsewhere, such as with TRL"

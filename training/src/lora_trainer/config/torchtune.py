@@ -60,6 +60,13 @@ DATASET_KEYS = (
     "column_map", "conversation_column", "conversation_style", "add_eos", "filter_fn",
     "new_system_prompt",
 )  # fmt: skip
+REFUSED_DATASET_KEYS = {
+    "filter_fn": ("no code of a config file is run", "filter the rows beforehand and remove it"),
+    "new_system_prompt": (
+        "system prompts come from the rows",
+        "add a system turn, or a system field, to the rows and remove it",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +187,11 @@ def _dataset(
             what = f"dataset.{key} is an unknown key"
             remedy = did_you_mean(key, DATASET_KEYS, lambda name: f"dataset.{name}")
             layer.problems.append(Problem(what, document.location((*at, key)), remedy=remedy))
+        for key in REFUSED_DATASET_KEYS.keys() & entry.keys():
+            if entry[key]:
+                why, remedy = REFUSED_DATASET_KEYS[key]
+                location = document.location((*at, key))
+                layer.problems.append(Problem(f"dataset.{key} is set", location, why, remedy))
         meant = _entry(entry, component(keys, "tokenizer"))
         if meant is None:
             why = "its rows are written by code of torchtune"

@@ -134,7 +134,8 @@ TRAINERS = (
         _torchtune,
         torchtune.is_full,
         "a model whose component begins with lora_",
-        "an epoch's last, incomplete step is trained too; without a seed the seed is 42",
+        "the batch size counts rows, with packed too; an epoch's last, incomplete step is trained "
+        "too; without a seed the seed is 42",
     ),
     Trainer(
         "axolotl",
@@ -155,7 +156,8 @@ TRAINERS = (
         _llama_factory,
         lambda _: False,  # an explicit finetuning_type: full is rejected elsewhere
         "finetuning_type: lora",
-        "the tokenizer's own chat template is used; rows that are too long lose their end",
+        "the batch sizes count rows, with packing too; the tokenizer's own chat template is used; "
+        "rows that are too long lose their end",
     ),
     Trainer(
         "trl",
@@ -165,7 +167,8 @@ TRAINERS = (
         _trl,
         lambda keys: not keys.get("use_peft"),
         "use_peft: true",
-        "lora_target_modules are those that PEFT chooses for Llama, Mistral, Qwen and Gemma",
+        "the batch sizes count rows, with packing too; lora_target_modules are those that PEFT "
+        "chooses for Llama, Mistral, Qwen and Gemma",
     ),
     Trainer(
         "transformers",

@@ -131,6 +131,9 @@ def test_two_spellings_that_differ_are_still_given_twice(folder):
     [
         ("save_strategy", "best", "save_steps"),
         ("eval_strategy", "best", "evals_per_epoch"),
+        ("eval_steps", 0.05, "evals_per_epoch (here 20 times in all epochs together)"),
+        ("create_new_adapter", True, "lora-trainer merge"),
+        ("datasets", [{"path": "a", "type": {"format": "{input}"}}], "remove type"),
     ],
 )
 def test_a_refused_key_comes_with_what_to_write(folder, key, value, remedy):
@@ -151,6 +154,22 @@ def test_a_refused_key_comes_with_what_to_write(folder, key, value, remedy):
 def test_a_guess_takes_the_same_kind_of_value(folder, key, value, remedy):
     given = problem_in(folder, {key: value}).remedy
     assert given.startswith(remedy) if remedy else "token" not in given and "lora_r" not in given
+
+
+@pytest.mark.parametrize(("key", "value"), [("new_system_prompt", "Be brief."), ("filter_fn", "f")])
+def test_what_torchtune_would_change_in_the_rows_is_refused(folder, key, value):
+    text = f"""
+model: {{_component_: torchtune.models.llama3.lora_llama3_8b, lora_attn_modules: [q_proj]}}
+checkpointer: {{_component_: torchtune.training.FullModelHFCheckpointer, checkpoint_dir: model}}
+dataset: {{_component_: torchtune.datasets.chat_dataset, source: org/rows, {key}: {value}}}
+"""
+    assert problem_in(folder, text, "torchtune.yaml").what == f"dataset.{key} is set"
+
+
+@pytest.mark.parametrize("text", [AXOLOTL, FACTORY, TRL])
+def test_every_file_is_told_that_packing_does_not_change_the_batch(folder, text):
+    warnings = from_file(folder, text, "other.yaml").warnings
+    assert any("the batch sizes count rows" in warning for warning in warnings)
 
 
 def test_lists_on_the_command_line_may_be_words(folder):
