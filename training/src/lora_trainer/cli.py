@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +12,7 @@ import typer
 
 from . import invocation
 from .commands import runs
+from .errors import TrainerError
 from .host import environment, interrupts, streams
 from .redaction import Redaction, given_secrets
 
@@ -119,10 +120,21 @@ def _settings(context: typer.Context, config: Path | None) -> Settings:
         notes += [f"note: {note}" for note in settings.notes]
         if monitoring.quiet or monitoring.log_format != "text":
             notes = []
+    except TrainerError:
+        if _wants_quiet(context.args, os.environ):
+            notes = []
+        raise
     finally:
         for note in notes:
             streams.say(note)
     return settings
+
+
+def _wants_quiet(arguments: Sequence[str], environ: Mapping[str, str]) -> bool:
+    """Return whether standard output is for programs, where the settings are not known."""
+    words = [part for argument in arguments for part in argument.split("=")]
+    is_json = environ.get("LORA_TRAINER_LOG_FORMAT") == "json" or "json" in words
+    return is_json or "--quiet" in words or "LORA_TRAINER_QUIET" in environ
 
 
 def _check_container(config: Path | None) -> Path:

@@ -166,7 +166,7 @@ def _label(tick: float, ticks: Sequence[float]) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def short(value: float) -> str:
+def short(value: float, digits: int = 3) -> str:
     """Return a number in about three digits: 1,234 or 0.125 or 2e-4."""
     size = abs(value)
     if not math.isfinite(value):
@@ -174,7 +174,7 @@ def short(value: float) -> str:
     if size >= 1000:
         return f"{value:,.0f}"
     if not size or size >= 0.001:
-        return f"{value:.3g}"
+        return f"{value:.{digits}g}"
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
 

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,11 +190,11 @@ def _compared(
     name: str, old: float | None, new: float | None, *, is_fraction: bool
 ) -> tuple[str, str, str, str, bool]:
     """Return a row of the table; of a share more is better, of a loss less."""
-    shown = percent if is_fraction else short
+    shown = percent if is_fraction else partial(short, digits=4)  # a perplexity is 1.004, not 1
     texts = ["not measured" if value is None else shown(value) for value in (old, new)]
     if old is None or new is None or not math.isfinite(new - old):
         return name, texts[0], texts[1], "", False
-    change = f"{100 * abs(new - old):.1f} points" if is_fraction else short(abs(new - old))
+    change = f"{100 * abs(new - old):.1f} points" if is_fraction else shown(abs(new - old))
     sign = "+" if new >= old else "\u2212"
     return name, texts[0], texts[1], sign + change, new > old if is_fraction else new < old
 

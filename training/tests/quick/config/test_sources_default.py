@@ -48,6 +48,13 @@ def test_commands_report_which_config_they_take(folder, command, capsys):
     assert f"{own}:1" in printed.err
 
 
+@pytest.mark.parametrize("flags", [["--log_format", "json"], ["--log_format=json"], ["--quiet"]])
+def test_a_refused_start_prints_nothing_that_a_script_would_read(folder, flags, capsys):
+    write(folder, {"lora_r": 0})
+    assert cli.main(["train", *flags]) == 78
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("content", SPECIFIED, ids=["low memory", "fast"])
 def test_config_without_data_and_output_uses_the_public_folders(folder, content, monkeypatch):
     public = folder / "public"

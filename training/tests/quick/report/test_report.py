@@ -172,6 +172,12 @@ def test_a_worker_that_was_killed_without_a_word_has_failed(report):
     assert "failed · exit code 137, killed for memory" in text
 
 
+def test_a_perplexity_near_one_keeps_its_digits(report):
+    nearly = replace(evaluated(2, 0.004), eval_perplexity=1.0043)
+    text = report([STARTED, evaluated(0, 3.5), step(1), step(2), nearly]).text
+    assert "1.004" in text
+
+
 def test_work_that_was_redone_counts_once(report):
     resumed = kinds.Resumed(time=120.0, step=1, path="checkpoints/step-000001")
     text = report([STARTED, *map(step, (1, 2, 3)), evaluated(3, 0.1), resumed, step(2)]).text

@@ -21,7 +21,7 @@ const TICKS = {
   number: () => new Bokeh.BasicTickFormatter({ precision: "auto" }),
   log: () => new Bokeh.NumeralTickFormatter({ format: "0.[00000]" }),
   count: () => new Bokeh.NumeralTickFormatter({ format: "0,0" }),
-  rate: () => new Bokeh.PrintfTickFormatter({ format: "%.1e" }),
+  rate: () => new Bokeh.NumeralTickFormatter({ format: "0.[0000000000]" }),
   decimal: () => new Bokeh.NumeralTickFormatter({ format: "0.[00]" }),
 };
 const TIPS = { number: "0.0000", count: "0,0", rate: "0.00e+0", decimal: "0.00" };
