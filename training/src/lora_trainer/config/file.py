@@ -18,6 +18,7 @@ from .text import MAX_BYTES, Document, read_json, read_yaml
 from .trainers import Trainer, complete, recognise
 
 SUFFIXES = (".json", ".yaml", ".yml")
+OF_TRANSFORMERS = ("llamafactory", "trl", "transformers")  # that read TrainingArguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +55,21 @@ def read_file(path: Path, file_format: str = "") -> ConfigFile:
         for key, value in keys.items():
             if not _is_superseded(layer, document, key, keys):
                 _take(layer, document, key, value)
-    steps = layer.given.get("warmup_steps")
-    if steps is not None and steps.value == 0 and "warmup_ratio" in layer.given:
-        del layer.given["warmup_steps"]  # in transformers, 0 steps means: use the ratio
+    _settle_warmup(layer, trainer)
     if trainer is not None:
         complete(layer, trainer, keys, path)
     return ConfigFile(layer, trainer, keys)
+
+
+def _settle_warmup(layer: Layer, trainer: Trainer | None) -> None:
+    """Keep one length of the warmup: in transformers, steps win over a share unless they are 0."""
+    steps, share = layer.given.get("warmup_steps"), layer.given.get("warmup_ratio")
+    if steps is None or share is None:
+        return
+    if steps.value == 0:
+        del layer.given["warmup_steps"]
+    elif share.value == 0 or (trainer is not None and trainer.name in OF_TRANSFORMERS):
+        del layer.given["warmup_ratio"]
 
 
 def _is_superseded(layer: Layer, document: Document, key: str, keys: Mapping[str, Any]) -> bool:

@@ -42,6 +42,13 @@ def test_lora_rank_alone_is_scaled_as_in_llama_factory(folder):
     assert schedule == ("linear", 0.0, None)
 
 
+@pytest.mark.parametrize("text", [FACTORY, TRL])
+def test_steps_of_warmup_win_over_a_share_as_in_transformers(folder, text):
+    both = text + "warmup_steps: 50\nwarmup_ratio: 0.1\n"
+    values = values_of(from_file(folder, both, "other.yaml"))
+    assert values["warmup_steps"] == 50
+
+
 def test_axolotl_drops_long_rows_and_evaluates_in_its_micro_batches(folder):
     values = values_of(from_file(folder, AXOLOTL, "axolotl.yml"))
     assert (values["too_long"], values["max_seq_length"]) == ("drop", 512)
@@ -109,6 +116,7 @@ def test_preference_training_is_named_as_what_is_not_there(folder, key, value):
         ({"lora_target_linear": True, "lora_target_modules": ["q_proj"]},
          "lora_target_modules", "all-linear"),
         ({"warmup_steps": 0, "warmup_ratio": 0.1}, "warmup_ratio", 0.1),
+        ({"warmup_steps": 500, "warmup_ratio": 0.0}, "warmup_steps", 500),
         ({"save_strategy": "no"}, "save_steps", 0),
         ({"max_steps": "20_000"}, "max_steps", 20_000),
         ({"run_name": "20_000"}, "run_name", "20_000"),
