@@ -21,7 +21,7 @@ from .finetuned import ADAPTER_CONFIG
 
 SUFFIXES = (".safetensors", ".json", ".md", ".txt", ".model", ".jinja")
 FORBIDDEN = (401, 403)
-TOKENS = "https://huggingface.co/settings/tokens"
+REMEDY = "make one at https://huggingface.co/settings/tokens and export HF_TOKEN=hf_..."
 
 
 def push(named: str, repo_id: str, *, token: str | None, is_public: bool, message: str) -> None:
@@ -32,11 +32,18 @@ def push(named: str, repo_id: str, *, token: str | None, is_public: bool, messag
         UnavailableError: a file is not the one that was exported, or the hub is out of reach.
         AccessError: the hub takes no token, or not this one.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
 
     folder = _folder(named)
     names = [file.name for file in _files(folder)]
     _warn_of_paths(folder)
+    if not (token or get_token()):
+        raise AccessError.of(
+            "there is no token for the hub",
+            where=repo_id,
+            why="uploading needs a token with write access to this account or organization",
+            remedy=REMEDY,
+        )
     api = HfApi(token=token)
     try:
         _prepare(api, repo_id, is_public=is_public)
@@ -121,7 +128,7 @@ def _explained(error: Exception, repo_id: str, endpoint: str) -> TrainerError:
             where=repo_id,
             why=f"the hub answered {status or 'nothing: there is no token'}; a token needs write "
             "access to this account or organization",
-            remedy=f"make one at {TOKENS} and export HF_TOKEN=hf_...",
+            remedy=REMEDY,
         )
     if hub.is_offline(error):
         return UnavailableError.of(

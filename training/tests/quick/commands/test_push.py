@@ -58,6 +58,16 @@ def test_token_that_the_hub_refuses_ends_in_77_and_is_not_shown(hub, run, monkey
     assert wrong not in shown
 
 
+def test_upload_without_a_token_is_refused_before_the_hub_is_asked(hub, run, monkeypatch, capsys):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert main(["push", str(run), "me/mine"]) == 77
+    shown = capsys.readouterr().err
+    assert "there is no token for the hub" in shown
+    assert "export HF_TOKEN" in shown
+
+
 def test_changed_weights_are_not_uploaded(hub, run, capsys):
     (run / "final_model" / "adapter_model.safetensors").write_bytes(b"other")
     assert main(["push", str(run), "me/mine"]) == 69
