@@ -82,6 +82,7 @@ class Partition:
     """The share of one process; `micro_batch` 0: as configured.
 
     `is_offloaded`: its layers are kept in host memory. `eval_batch` 0: as configured.
+    `accumulates`: a step has several micro-batches.
     """
 
     processes: int = 1
@@ -89,6 +90,7 @@ class Partition:
     micro_batch: int = 0
     is_offloaded: bool = False
     eval_batch: int = 0
+    accumulates: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +139,11 @@ def estimate_memory_bytes(
     state = 4 + MOMENT_BYTES[training.optim]  # bytes per float32 adapter parameter
     bits = 4 if config.model.use_4bit else 8 if config.model.use_8bit else 16
     most = data.most_supervised or data.longest
-    asked = training.per_device_train_batch_size
     train = Work(
-        data.batch(partition.micro_batch or asked),
+        data.batch(partition.micro_batch or training.per_device_train_batch_size),
         most,
         gradient_checkpointing=has_checkpointing,
-        accumulates=training.gradient_accumulation_steps > 1 or 0 < partition.micro_batch < asked,
+        accumulates=partition.accumulates,
         bits=bits,
     )
     works = [count(train)]

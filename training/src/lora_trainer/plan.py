@@ -28,6 +28,7 @@ from .memory_estimate import (
     weights_bytes,
 )
 from .run.memory_limits import MemoryLimits
+from .run.smaller_sizes import batch_text
 from .units import size
 
 # A base model that takes more of a device leaves too little memory for training.
@@ -73,7 +74,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain JSON data."""
         lists = {"reasons": list(self.reasons), "smaller_plans": list(self.smaller_plans)}
-        return asdict(self) | lists
+        return asdict(self) | lists | {"batch": batch_text(asdict(self))}
 
 
 def make_plan(
@@ -88,15 +89,14 @@ def make_plan(
     processes: int = 1,
     parallelism: Parallelism = "none",
     limits: MemoryLimits = AS_CONFIGURED,
+    step_examples: int = 0,
     reasons: tuple[str, ...] = (),
     count: Count = uncounted,
 ) -> Plan:
     """Resolve a run's numbers; `machine`, `precision` and `attention` come from the backend.
 
-    `limits` are the reduced sizes after the run was out of memory.
-
-    A step is per_device_train_batch_size x gradient_accumulation_steps examples whatever the number
-    of processes: these divide the examples, and only the time changes.
+    `limits` are the reduced sizes after the run was out of memory. `step_examples` are those of
+    the run that continues, with whatever number of processes it began; 0: it begins now.
 
     Raises:
         ValueError: there are no rows; the data check rejects that first.
@@ -104,17 +104,20 @@ def make_plan(
     if data.rows < 1:
         raise ValueError("no rows to train on")
     training = config.training
-    step_examples = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    begun_with, step_examples = step_examples, step_examples or fresh_step(training, processes)
     steps_per_epoch = math.ceil(data.rows / step_examples)
     total, warmup = steps_of(training, steps_per_epoch)
     # With fewer micro-batches than processes, micro-batches become smaller.
     as_asked = min(training.per_device_train_batch_size, -(-step_examples // processes))
     micro_batch = min(as_asked, limits.micro_batch_examples or as_asked)
+    micro_batches = -(-math.ceil(step_examples / micro_batch) // processes)
     eval_batch = training.per_device_eval_batch_size
     eval_batch = min(eval_batch, limits.eval_batch_examples or eval_batch)
     # Without a GPU the layers are in host memory anyway.
     is_offloaded = config.training.offload_param_device == "cpu" and machine.has_gpu
-    partition = Partition(processes, parallelism, micro_batch, is_offloaded, eval_batch)
+    partition = Partition(
+        processes, parallelism, micro_batch, is_offloaded, eval_batch, micro_batches > 1
+    )
     chosen = _choose_checkpointing(
         config, machine, model_size, data, precision, partition, limits, count
     )
@@ -130,7 +133,7 @@ def make_plan(
         gradient_checkpointing=checkpointing,
         rows=data.rows,
         micro_batch_examples=micro_batch,
-        micro_batches=-(-math.ceil(step_examples / micro_batch) // processes),
+        micro_batches=micro_batches,
         step_examples=step_examples,
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
@@ -160,7 +163,8 @@ def make_plan(
         reasons=(
             *reasons,
             *why,
-            *_idle_reasons(config, step_examples, processes),
+            *_kept_step(training, begun_with, processes),
+            *_idle_reasons(training, step_examples, processes),
             *limits.reasons(as_asked, training.per_device_eval_batch_size),
         ),
     )
@@ -278,19 +282,34 @@ def process_count(config: Config, machine: Machine) -> int:
     return asked
 
 
-def _idle_reasons(config: Config, step_examples: int, processes: int) -> tuple[str, ...]:
-    asked = config.training.per_device_train_batch_size
-    if processes <= step_examples // asked:
+def fresh_step(training: TrainingSection, processes: int) -> int:
+    """Return the examples of a step of a run that begins with that many processes."""
+    accumulated = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return training.train_batch_size or accumulated * processes
+
+
+def _kept_step(training: TrainingSection, examples: int, processes: int) -> tuple[str, ...]:
+    if examples in (0, fresh_step(training, processes)):
+        return ()
+    count = "1 process" if processes == 1 else f"{processes} processes"
+    return (
+        f"a step keeps the {examples} examples that this run began with; a new run with {count} "
+        f"would have {fresh_step(training, processes)}",
+    )
+
+
+def _idle_reasons(training: TrainingSection, step_examples: int, processes: int) -> tuple[str, ...]:
+    asked = training.per_device_train_batch_size
+    if processes <= math.ceil(step_examples / asked):
         return ()
     if step_examples < processes:
         return (
             f"{processes - step_examples} of {processes} processes have nothing to do: a step "
-            f"has {step_examples} examples; raise gradient_accumulation_steps",
+            f"has {step_examples} examples; --nproc {step_examples} is enough",
         )
     return (
         f"micro-batches have {-(-step_examples // processes)} instead of {asked} examples, so that "
-        f"{processes} processes can share a step of {step_examples}; raise "
-        f"gradient_accumulation_steps to {processes} to fill them",
+        f"{processes} processes can share a step of {step_examples}",
     )
 
 

@@ -43,7 +43,8 @@ def test_preset_trains_the_embedded_model(preset: Path, tmp_path: Path) -> None:
         pytest.skip("this stack's bitsandbytes does not train on a CPU")
     settings = SCALED | {"output_dir": str(tmp_path), "run_name": "run"}
     if preset.stem == "multi-gpu":
-        settings["nproc"] = 2  # here each GPU is a core
+        # Here each GPU is a core.
+        settings |= {"nproc": 2, "train_batch_size": 4}
     done = subprocess.run(
         [sys.executable, TRAINING / "train_lora.py", "--config", preset]
         + [

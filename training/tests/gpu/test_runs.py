@@ -103,7 +103,9 @@ def test_attention_over_variable_lengths_trains_as_an_example_at_a_time(trainer,
     "parallelism", ["ddp", "fsdp", pytest.param("deepspeed", marks=needs_deepspeed)]
 )
 def test_two_gpus_train_what_one_does(trainer, plain, page, parallelism):
-    plan, told, last = run(trainer, parallelism, nproc=2, parallelism=parallelism, bf16=False)
+    same_step = {"nproc": 2, "gradient_accumulation_steps": 1}
+    keys = {"parallelism": parallelism, "bf16": False, **same_step}
+    plan, told, last = run(trainer, parallelism, **keys)
     assert (plan["processes"], plan["parallelism"]) == (2, parallelism)
     worst = max(abs(told[step] / plain[1][step] - 1) for step in told)
     page(

@@ -43,7 +43,7 @@ with contextlib.suppress(ImportError):
     import bitsandbytes  # noqa: F401
     import transformers.integrations.bitsandbytes  # noqa: F401
 
-OWN = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 12}
+OWN = {"per_device_train_batch_size": 2, "train_batch_size": 6, "max_steps": 12}
 
 
 def make_parts(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) -> Any:

@@ -21,6 +21,7 @@ from ..model import precision, stacks
 from ..plan import process_count
 from ..run.folder import check_folder, output_folder
 from ..supervise import earlier_run
+from ..train.recorded_run import step_examples
 from ..train.trackers import missing_trackers
 from ..units import size
 
@@ -179,7 +180,7 @@ def _check_rows(settings: Settings, sample_rows: int) -> None:
     source = load.locate(config.model)
     tokenizer = load.load_tokenizer(source, config.model)
     splits = open_data(config, source, tokenizer)
-    plan = preview(config, source, splits)
+    plan = preview(config, source, splits, step_examples=_begun_step(settings))
     report = splits.train_report
     typer.echo(f"base model   {source.name}")
     typer.echo(
@@ -199,7 +200,7 @@ def _check_rows(settings: Settings, sample_rows: int) -> None:
     for fact in facts_of(report.rows_changed, own):
         typer.echo(f"template     {fact}")
     typer.echo(
-        f"plan         {plan.total_steps} steps of {plan.step_examples} examples, "
+        f"plan         {plan.total_steps} steps of {plan.to_dict()['batch']}, "
         f"{plan.trainable_parameters:,} trainable parameters on a base of {plan.parameters:,}, "
         f"about {size(plan.estimated_memory_bytes)} of {size(plan.memory_limit_bytes)} memory"
     )
@@ -217,6 +218,14 @@ def _check_rows(settings: Settings, sample_rows: int) -> None:
         ids, mask = splits.train[int(row)]
         typer.echo(f"\nrow {int(row) + 1}:")
         typer.echo(shown_row(tokenizer, [int(i) for i in ids], [bool(m) for m in mask]))
+
+
+def _begun_step(settings: Settings) -> int:
+    """Return the examples per step of the run that a start would continue; 0: it would begin."""
+    folder = output_folder(settings)
+    if earlier_run.judge(folder, settings).does != "go on":
+        return 0
+    return step_examples(folder)
 
 
 def shown_row(tokenizer: object, ids: list[int], mask: list[bool]) -> str:

@@ -84,6 +84,9 @@ ALIASES: dict[str, str] = {
     "token": "hf_token",
     "model": "model_name_or_path",
     "model_name": "model_name_or_path",
+    # NeMo and Megatron; Composer
+    "global_batch_size": "train_batch_size",
+    "global_train_batch_size": "train_batch_size",
 }
 # Aliases whose values have another type than their leaf: `layers` translates them.
 CONVERTED_ALIASES = frozenset(

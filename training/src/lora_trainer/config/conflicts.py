@@ -44,6 +44,15 @@ def _changes_base(config: Config) -> bool:
     return str(config.lora.init_lora_weights).startswith(("pissa", "olora"))
 
 
+def _has_two_steps(config: Config) -> bool:
+    """Return whether no number of processes makes the two ways to set a step's size agree."""
+    training, size = config.training, config.training.train_batch_size
+    accumulation = training.gradient_accumulation_steps
+    return bool(
+        size and accumulation > 1 and size % (accumulation * training.per_device_train_batch_size)
+    )
+
+
 # A run without a name writes to the output folder itself, beside the folders of named runs.
 NAMES_OF_A_RUNS_FILES = frozenset(
     {
@@ -254,6 +263,15 @@ CONFLICTS = (
         "--parallelism deepspeed",
     ),
     Conflict(
+        ("train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"),
+        _has_two_steps,
+        "train_batch_size is not a multiple of per_device_train_batch_size x "
+        "gradient_accumulation_steps",
+        "with no number of processes do they give a step of the same size",
+        "remove gradient_accumulation_steps: it follows from train_batch_size and the number of "
+        "processes",
+    ),
+    Conflict(
         ("max_steps",),
         lambda c: c.training.max_steps == 0,
         "max_steps is 0",
@@ -299,6 +317,11 @@ def _locations(keys: tuple[str, ...], given: Mapping[str, Given]) -> str:
 IDLE: tuple[tuple[str, Check, str], ...] = (
     ("bnb_4bit_quant_type", lambda c: not c.model.use_4bit, "use_4bit is off"),
     ("bnb_4bit_use_double_quant", lambda c: not c.model.use_4bit, "use_4bit is off"),
+    (
+        "gradient_accumulation_steps",
+        lambda c: c.training.train_batch_size is not None,
+        "train_batch_size is set; accumulation follows from it and the number of processes",
+    ),
     ("max_bad_rows_share", lambda c: c.data.on_bad_rows == "error", "on_bad_rows is error"),
     ("eval_steps", lambda c: not _is_evaluated(c), "there is no held-out data"),
     ("evals_per_epoch", lambda c: not _is_evaluated(c), "there is no held-out data"),

@@ -188,9 +188,18 @@ class DataSection(Section):
 class TrainingSection(Section):
     """Optimization."""
 
-    per_device_train_batch_size: Count = Field(4, description="Examples per micro-batch")
+    per_device_train_batch_size: Count = Field(
+        4, description="Examples that a process computes at a time (a micro-batch)"
+    )
+    train_batch_size: Count | None = Field(
+        None,
+        description="Examples per step over all processes; default: "
+        "per_device_train_batch_size x gradient_accumulation_steps x processes",
+    )
     per_device_eval_batch_size: Count = Field(8, description="Examples per evaluation batch")
-    gradient_accumulation_steps: Count = Field(1, description="Micro-batches per step")
+    gradient_accumulation_steps: Count = Field(
+        1, description="Micro-batches per step and process; train_batch_size overrides it"
+    )
     num_train_epochs: float = Field(1.0, gt=0, le=1e6, description="Passes over the data")
     max_steps: int = Field(
         -1, ge=-1, le=10**9, description="Optimizer steps; -1: from num_train_epochs"

@@ -92,6 +92,11 @@ class Ranks:
         values[self.rank] = value
         return int(self.summed(values).min())
 
+    def of_first(self, value: int) -> int:
+        """Return rank 0's value; every rank must ask."""
+        own = value if self.is_first else 0
+        return int(self.summed(torch.tensor([own])).item())
+
     def wait(self) -> None:
         """Wait until every rank is here."""
         self.is_any(False)

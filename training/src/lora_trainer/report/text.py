@@ -220,7 +220,7 @@ def _plan_line(status: RunStatus) -> str:
     plan = status.plan
     phrases = [f"{status.total_steps:,} steps"]
     if examples := status.planned("step_examples"):
-        phrases[0] += f" of {examples:,} examples"
+        phrases[0] += f" of {one_line(str(plan.get('batch', f'{examples:,} examples')))}"
     if trainable := status.planned("trainable_parameters"):
         phrases.append(f"{trainable:,} trainable parameters")
     if plan.get("device"):

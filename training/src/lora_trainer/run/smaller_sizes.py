@@ -1,4 +1,4 @@
-"""The sizes of a plan after memory ran out."""
+"""How a plan cuts a step into micro-batches, also after memory ran out."""
 
 from __future__ import annotations
 
@@ -13,9 +13,23 @@ def with_sizes(plan: Mapping[str, Any], event: events.MemoryReduced) -> Mapping[
     processes = max(1, int(plan.get("processes", 1)))
     examples = int(plan.get("step_examples", 0))
     batches = -(-examples // max(1, event.micro_batch_examples))
-    return dict(plan) | {
+    smaller = dict(plan) | {
         "micro_batch_examples": event.micro_batch_examples,
         "micro_batches": -(-batches // processes),
         "eval_batch_examples": event.eval_batch_examples,
         "gradient_checkpointing": event.gradient_checkpointing,
     }
+    return smaller | {"batch": batch_text(smaller)}
+
+
+def batch_text(plan: Mapping[str, Any]) -> str:
+    """Return the factors of a step and their product: `4 per device x 2 accumulated x ...`."""
+    per_device, accumulated = plan["micro_batch_examples"], plan["micro_batches"]
+    processes, examples = plan.get("processes", 1), plan.get("step_examples", 0)
+    factors = (
+        f"{per_device} per device x {accumulated} accumulated x "
+        f"{'1 process' if processes == 1 else f'{processes} processes'}"
+    )
+    is_even = per_device * accumulated * processes == examples
+    product = "1 example" if examples == 1 else f"{examples} examples"
+    return f"{factors} = {product}" if is_even else f"{product}, at most {factors}"

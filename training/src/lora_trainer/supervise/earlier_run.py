@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..checkpoint_folder import CorruptCheckpointError, listed, read_state, step_of
+from ..checkpoint_folder import step_of
 from ..config.schema import LENGTH_KEYS, NOT_IN_DIGEST, Config, sections
 from ..config.settings import Settings
 from ..config.start_adapter import SHAPE_KEYS
@@ -22,6 +22,7 @@ from ..plan import steps_of
 from ..run_folder import RunFolder, is_own
 from ..train import identity
 from ..train.identity import EarlierFormError, Identity, Mark
+from ..train.recorded_run import checkpoints, newest_identity, read_json
 
 # Any of these says that a run was here.
 TRACES = (
@@ -76,7 +77,7 @@ class Earlier:
             mark, why = identity.read_mark(folder)
         except EarlierFormError:
             is_earlier_form = True
-        checkpoints = _checkpoints(RunFolder(folder).checkpoints)
+        saved = checkpoints(folder)
         return Earlier(
             folder=folder,
             has_traces=has_traces(folder),
@@ -84,10 +85,10 @@ class Earlier:
             mark=mark,
             why_no_mark=why,
             is_earlier_form=is_earlier_form,
-            steps=tuple(step for path in checkpoints if (step := step_of(path.name)) is not None),
-            newest=_newest_identity(checkpoints),
-            recorded=_read_json(RunFolder(folder).resolved),
-            plan=_read_json(RunFolder(folder).plan),
+            steps=tuple(step for path in saved if (step := step_of(path.name)) is not None),
+            newest=newest_identity(saved),
+            recorded=read_json(RunFolder(folder).resolved),
+            plan=read_json(RunFolder(folder).plan),
         )
 
     @property
@@ -353,33 +354,6 @@ def _finished_note(earlier: Earlier) -> str:
 
 def _mark_note(earlier: Earlier) -> tuple[str, ...]:
     return (earlier.why_no_mark,) if earlier.why_no_mark else ()
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    try:
-        return listed(folder)
-    except OSError:
-        return []
-
-
-def _newest_identity(checkpoints: Sequence[Path]) -> Identity | None:
-    """Return the identity that the newest checkpoint with a readable state holds."""
-    for path in reversed(checkpoints):
-        try:
-            text = read_state(path).get("digest")
-        except CorruptCheckpointError:
-            continue
-        if isinstance(text, str):
-            return Identity.parse(text)
-    return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _shown(value: object) -> str:

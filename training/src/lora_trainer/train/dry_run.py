@@ -73,8 +73,12 @@ def refuse_unsupported(config: Config, model_config: PretrainedConfig) -> None:
     probe.check_unloaded(base)
 
 
-def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Plan:
+def preview(
+    config: Config, source: load.ModelSource, splits: DataSplits, *, step_examples: int = 0
+) -> Plan:
     """Return the plan without loading weights: the model is built on the meta device.
+
+    `step_examples` are those of the run that a start would continue.
 
     Raises:
         ConfigError, DataError: what training would refuse of adapter and lengths.
@@ -116,6 +120,7 @@ def preview(config: Config, source: load.ModelSource, splits: DataSplits) -> Pla
         padding_free=is_packed,
         processes=processes,
         parallelism=parallelism,
+        step_examples=step_examples,
         reasons=tuple(filter(None, (whole, *backend.reasons, why, *reached))),
         count=footprint,
     )

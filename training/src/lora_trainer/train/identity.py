@@ -1,9 +1,10 @@
 """The identity of a run: the content of its inputs, never their paths.
 
-An identity has five parts: the configuration's values, the adapter that training starts
-from, the base model's weights, the tokenized rows, and the learning-rate schedule. Every
-checkpoint carries it. The first two are known before anything is loaded; they are in the
-output folder's `config.digest` too, by which a start knows the run in the folder.
+An identity has six parts: the configuration's values, the adapter that training starts
+from, the base model's weights, the tokenized rows, the learning-rate schedule, and the number of
+examples per step, which a run keeps whatever the number of processes. Every checkpoint carries
+it. The first two are known before anything is loaded; they are in the output folder's
+`config.digest` too, by which a start knows the run in the folder.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ IN_WORDS = {
     "base": "the base model's weights",
     "data": "the tokenized rows (data, tokenizer or chat template)",
     "schedule": "the learning-rate schedule",
+    "batch": "the number of examples per step",
 }
 MARK = re.compile(rf"{FORM} (?P<config>[0-9a-f]{{16}}) (?P<adapter>[0-9a-f]+) (?P<check>[0-9a-f]+)")
 EARLIER_MARK = re.compile(r"[0-9a-f]{16}")
@@ -56,6 +58,7 @@ class Identity:
     base: str
     data: str
     schedule: str
+    batch: str
 
     def __str__(self) -> str:
         return "-".join([FORM, *(getattr(self, field.name) for field in fields(self))])
@@ -83,7 +86,7 @@ def other_run(checkpoint: Path, theirs: str, ours: str) -> ConfigError:
     )
     if before is None or now is None:
         what = "the output folder contains a run of an earlier version"
-        why = "its checkpoints identify inputs by path; this version identifies them by content"
+        why = "its checkpoints identify their inputs in another way than this version's"
         remedy = remedy.replace("undo the change to resume", "finish it with that version")
     else:
         changed = now.differences(before)
@@ -271,7 +274,8 @@ def digest_of(
     """
     adapter = adapter_digest(config)
     schedule = schedule_part(config, plan.warmup_steps, plan.total_steps)
-    return lambda: str(Identity(config_digest, adapter, base.result(), data, schedule))
+    batch = str(plan.step_examples)
+    return lambda: str(Identity(config_digest, adapter, base.result(), data, schedule, batch))
 
 
 def base_files(folder: Path, *, has_code: bool) -> list[Path]:

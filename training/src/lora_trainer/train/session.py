@@ -55,6 +55,7 @@ from .dry_run import footprint_of, model_size_of, parallelism_before_loading, re
 from .identity import BaseHash, check_adapter_base, digest_of
 from .initial import Initial, weights_digest
 from .optim import make_optimizer
+from .recorded_run import step_examples
 from .setup import TrainingSetup
 from .smaller_plans import with_smaller_plans
 
@@ -168,6 +169,7 @@ def _open_model(
         processes=ranks.count,
         parallelism=parallelism,
         limits=read_limits(output_dir),
+        step_examples=ranks.of_first(step_examples(output_dir)),
         reasons=(*backend.reasons, *filter(None, (chosen, *proven))),
         count=footprint,
     )

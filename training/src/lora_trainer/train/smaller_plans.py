@@ -36,7 +36,13 @@ def with_smaller_plans(
     When one example with gradient checkpointing runs out of memory, the estimate for it is too
     low or above the limit: a change has to stay below both.
     """
-    partition = Partition(plan.processes, plan.parallelism, micro_batch=1, eval_batch=1)
+    partition = Partition(
+        plan.processes,
+        plan.parallelism,
+        micro_batch=1,
+        eval_batch=1,
+        accumulates=plan.step_examples > plan.processes,
+    )
 
     def estimate(option: Mapping[str, Any]) -> int:
         longest = min(data.longest, option.get("max_seq_length", data.longest))

@@ -32,6 +32,9 @@ from support.trainer import (
 )
 
 KILLED, FIRST_STOP, SECOND_STOP = 13, 30, 42
+# A run that begins so on two processes has the step of `undisturbed`, and keeps it.
+BEGUN_ON_TWO = {"gradient_accumulation_steps": 1}
+SET_DIRECTLY = {"train_batch_size": 4}
 TOLD = random.Random(8).randrange(2)  # the rank that is killed
 
 
@@ -51,7 +54,7 @@ class Chain:
 def chain(trainer: Trainer) -> Chain:
     """Kill one of two ranks, stop both; go on alone, stop; end on two that share the base."""
     output = trainer.root / "ranks"
-    run = trainer.start(output, nproc=2)
+    run = trainer.start(output, nproc=2, **BEGUN_ON_TWO)
     run.wait_for(at_step(KILLED))
     os.kill(run.ranks()[TOLD], signal.SIGKILL)
     run.wait_for(at_step(FIRST_STOP))
@@ -61,11 +64,11 @@ def chain(trainer: Trainer) -> Chain:
     first = run.wait()
     wait_until_gone(ranks)
     saved = steps_saved(output)
-    run = trainer.start(output, nproc=1)
+    run = trainer.start(output, nproc=1, **BEGUN_ON_TWO)
     run.wait_for(at_step(SECOND_STOP))
     run.process.send_signal(signal.SIGTERM)
     alone = run.wait()
-    sharded = trainer.train(output, nproc=2, parallelism="fsdp")
+    sharded = trainer.train(output, nproc=2, parallelism="fsdp", **BEGUN_ON_TWO)
     return Chain(output, first, alone, sharded, saved, len(status.ranks))
 
 
@@ -80,6 +83,13 @@ def test_signal_stops_all_ranks_with_the_step_saved(chain: Chain) -> None:
     (first, *_) = of_kind(chain.output, "stopped")
     assert first["step"] == chain.saved[-1] >= FIRST_STOP
     assert chain.alone.code == 143, chain.alone.err
+
+
+def test_run_keeps_its_step_and_changes_the_accumulation_with_the_processes(chain: Chain) -> None:
+    batches = [event["plan"]["batch"] for event in of_kind(chain.output, "plan")]
+    on_two = "2 per device x 1 accumulated x 2 processes = 4 examples"
+    alone = "2 per device x 2 accumulated x 1 process = 4 examples"
+    assert batches == [on_two, on_two, alone, on_two]
 
 
 def test_status_shows_every_rank_and_names_the_slowest(chain: Chain) -> None:
@@ -109,12 +119,12 @@ def test_run_on_two_ranks_then_one_then_two_sharded_ends_with_the_bytes_of_one(
 def chain_of_deepspeed(trainer: Trainer) -> tuple[Path, list[Ended]]:
     """Kill one of two ranks that share the base by DeepSpeed, stop both; end alone without it."""
     output = trainer.root / "deepspeed"
-    run = trainer.start(output, nproc=2, parallelism="deepspeed")
+    run = trainer.start(output, nproc=2, parallelism="deepspeed", **SET_DIRECTLY)
     run.wait_for(at_step(KILLED))
     os.kill(run.ranks()[TOLD], signal.SIGKILL)
     run.wait_for(at_step(FIRST_STOP))
     run.process.send_signal(signal.SIGTERM)
-    return output, [run.wait(), trainer.train(output, nproc=1)]
+    return output, [run.wait(), trainer.train(output, nproc=1, **SET_DIRECTLY)]
 
 
 @needs_deepspeed

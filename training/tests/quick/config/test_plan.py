@@ -185,7 +185,7 @@ def test_float16_takes_the_memory_of_bfloat16():
     assert needed[0] == needed[1] < needed[2]
 
 
-def shared(processes, parallelism="ddp", **training):
+def shared(processes, parallelism="ddp", step_examples=0, **training):
     return make_plan(
         Config.model_validate({"training": training}),
         FOUR,
@@ -196,25 +196,53 @@ def shared(processes, parallelism="ddp", **training):
         padding_free=True,
         processes=processes,
         parallelism=parallelism,
+        step_examples=step_examples,
     )
 
 
-def test_steps_do_not_depend_on_the_number_of_processes():
+def batch_of(plan):
+    return plan.micro_batch_examples, plan.micro_batches, plan.processes, plan.step_examples
+
+
+def test_step_of_a_new_run_grows_with_the_number_of_processes():
     training = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    one, four = shared(1, "none", **training), shared(4, **training)
-    assert (one.step_examples, one.total_steps) == (four.step_examples, four.total_steps)
-    assert (one.micro_batches, four.micro_batches) == (4, 1)
-    assert four.micro_batch_examples == 2
+    assert batch_of(shared(1, "none", **training)) == (2, 4, 1, 8)
+    plan = shared(4, **training)
+    assert batch_of(plan) == (2, 4, 4, 32)
+    assert plan.to_dict()["batch"] == "2 per device x 4 accumulated x 4 processes = 32 examples"
+
+
+def test_run_with_the_default_config_uses_every_gpu():
+    assert batch_of(shared(8)) == (4, 1, 8, 32)
+    assert not shared(8).reasons
+
+
+def test_continued_run_keeps_its_step_and_changes_the_accumulation():
+    training = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    plan = shared(2, step_examples=32, **training)
+    assert batch_of(plan) == (2, 8, 2, 32)
+    assert plan.reasons[-1] == (
+        "a step keeps the 32 examples that this run began with; a new run with 2 processes "
+        "would have 16"
+    )
+
+
+def test_train_batch_size_is_the_step_whatever_the_number_of_processes():
+    plans = [shared(count, train_batch_size=24) for count in (1, 3, 4)]
+    assert [batch_of(plan) for plan in plans] == [(4, 6, 1, 24), (4, 2, 3, 24), (4, 2, 4, 24)]
+    assert plans[2].to_dict()["batch"] == (
+        "24 examples, at most 4 per device x 2 accumulated x 4 processes"
+    )
 
 
 def test_micro_batch_is_cut_where_a_step_has_too_few_for_the_processes():
-    plan = shared(4, per_device_train_batch_size=6)
-    assert (plan.micro_batch_examples, plan.micro_batches, plan.step_examples) == (2, 1, 6)
-    assert "raise gradient_accumulation_steps to 4" in plan.reasons[-1]
+    plan = shared(4, per_device_train_batch_size=6, train_batch_size=6)
+    assert batch_of(plan) == (2, 1, 4, 6)
+    assert "micro-batches have 2 instead of 6 examples" in plan.reasons[-1]
 
 
 def test_processes_without_an_example_are_told_of():
-    plan = shared(4, per_device_train_batch_size=3)
+    plan = shared(4, train_batch_size=3)
     assert plan.reasons[-1].startswith("1 of 4 processes have nothing to do")
 
 

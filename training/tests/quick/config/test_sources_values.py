@@ -124,6 +124,10 @@ def test_no_error_shows_a_secret(folder, path, environ, arguments):
         ({"chat_template": "vicuna"}, "chat_template"),
         ({"use_dora": True, "parallelism": "deepspeed"}, "use_dora"),
         ({"offload_param_device": "cpu"}, "offload_param_device without"),
+        (
+            {"train_batch_size": 30, "gradient_accumulation_steps": 2},
+            "train_batch_size is not a multiple",
+        ),
     ],
 )
 def test_conflicting_values_are_refused(folder, content, words):
@@ -151,6 +155,7 @@ def test_conflict_over_two_sources_names_both(folder):
     "content",
     [
         {"bnb_4bit_quant_type": "fp4"},
+        {"gradient_accumulation_steps": 2, "train_batch_size": 32},
         {"max_bad_rows_share": 0.1},
         {"eval_steps": 10},
         {"early_stopping_threshold": 0.1},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from lora_trainer.run_folder import RunFolder
 from lora_trainer.supervise import earlier_run
 from lora_trainer.supervise.earlier_run import judge, mark_of
 from lora_trainer.train.identity import Identity, Mark, read_mark
+from lora_trainer.train.recorded_run import step_examples
 
 FOREVER = ["--lr_scheduler_type", "constant", "--warmup_steps", "0"]
 
@@ -39,7 +41,7 @@ class Folder:
         total, warmup = steps_of(config.training, 10)
         plan = {"total_steps": total, "warmup_steps": warmup, "steps_per_epoch": 10}
         write_json(self.path / "plan.json", plan)
-        identity = Identity(config.digest(), "0", "b" * 16, "d" * 16, "0")
+        identity = Identity(config.digest(), "0", "b" * 16, "d" * 16, "0", "12")
         state = {"digest": str(identity), "state": {"step": steps}}
         write_json(self.path / "checkpoints" / f"step-{steps:06d}" / "state.json", state)
         mark_of(config).write(self.path)
@@ -62,6 +64,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
     data.write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "out").mkdir()
     return Folder(tmp_path / "out", data)
+
+
+def test_step_of_a_run_is_read_from_its_checkpoint_then_from_its_plan(folder: Folder) -> None:
+    assert step_examples(folder.path) == 0
+    folder.leave(is_finished=False)
+    write_json(folder.path / "plan.json", {"step_examples": 32})
+    assert step_examples(folder.path) == 12
+    shutil.rmtree(folder.path / "checkpoints")
+    assert step_examples(folder.path) == 32
+    write_json(folder.path / "plan.json", {"step_examples": -1})
+    assert step_examples(folder.path) == 0
 
 
 def test_finished_run_is_reported_with_its_results_and_the_way_to_train_again(

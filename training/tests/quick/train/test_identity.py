@@ -114,10 +114,13 @@ def test_change_while_the_model_loads_is_refused(
 
 
 def test_refusal_names_the_inputs_that_differ() -> None:
-    mine = Identity("c" * 16, "0", "b" * 16, "d" * 16, "3")
-    other = Identity("c" * 16, "0", "e" * 16, "d" * 16, "3.8")
+    mine = Identity("c" * 16, "0", "b" * 16, "d" * 16, "3", "8")
+    other = Identity("c" * 16, "0", "e" * 16, "d" * 16, "3.8", "16")
     error = other_run(Path("step-000004"), str(other), str(mine))
-    assert "the base model's weights, the learning-rate schedule" in error.problems[0].what
+    assert (
+        "the base model's weights, the learning-rate schedule, the number of examples per step"
+        in error.problems[0].what
+    )
     assert Identity.parse(str(mine)) == mine
     old = other_run(Path("step-000004"), "0123456789abcdef-fedcba9876543210", str(mine))
     assert "earlier version" in old.problems[0].what
