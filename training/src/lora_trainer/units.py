@@ -23,8 +23,8 @@ def size(count: float) -> str:
 
 
 def number(value: float) -> str:
-    """Return a loss or perplexity in four decimals, a large one in four digits."""
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:.4g}"
+    """Return a loss or perplexity in four decimals, a large or small one in four digits."""
+    return f"{value:.4f}" if value == 0 or 0.1 <= abs(value) < 10 else f"{value:.4g}"
 
 
 def percent(fraction: float) -> str:

@@ -14,6 +14,7 @@ from lora_trainer.report.html import write_report
 from lora_trainer.report.text import total_time
 from lora_trainer.run import events as kinds
 from lora_trainer.run.status import RunStatus, fold
+from lora_trainer.units import number
 from support.report import FINISHED, RUN, STARTED, evaluated, step
 
 VOID = {"meta", "polyline"}
@@ -337,6 +338,15 @@ def test_smoothing_adds_no_lag():
 )
 def test_numbers_are_short(value, text):
     assert short(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(2.9433295, "2.9433"), (40.1, "40.1"), (0.0, "0.0000"), (0.00426, "0.00426"),
+     (0.000237782, "0.0002378"), (0.25, "0.2500")],
+)  # fmt: skip
+def test_losses_near_zero_keep_the_digits_that_tell_runs_apart(value, text):
+    assert number(value) == text
 
 
 def test_small_ticks_of_one_axis_are_told_apart():
