@@ -64,6 +64,18 @@ def test_smoothing_range_and_scale_can_be_set(page, serve):
     assert page.errors() == []
 
 
+def test_no_step_of_a_short_run_is_labelled_twice(page, serve):
+    opened(page, serve, going_on())
+    ticks = page.js(
+        """return Bokeh.documents.flatMap((one) => one.roots())
+        .map((figure) => [[...figure.xaxis][0].ticker, figure.x_range])
+        .filter(([ticker]) => ticker.min_interval !== undefined && ticker.base === 10)
+        .map(([ticker, range]) => ticker.get_ticks(1, 3, range, 0).major)"""
+    )
+    assert ticks
+    assert all(step == int(step) for chart in ticks for step in chart), ticks
+
+
 def test_a_failure_says_what_where_why_and_what_helps(page, serve):
     opened(page, serve, failed())
     assert page.text("#phase") == "failed"

@@ -91,6 +91,7 @@ export class Plot {
     } else {
       xaxis.formatter = new Bokeh.NumeralTickFormatter({ format: "0,0" });
       xaxis.ticker.desired_num_ticks = 5;
+      xaxis.ticker.min_interval = 1; // of few steps none is labelled twice
     }
     yaxis.formatter = TICKS[shape.isLog ? "log" : shape.format]();
     yaxis.ticker.desired_num_ticks = shape.height > 200 ? 6 : 4;
