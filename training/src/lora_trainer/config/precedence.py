@@ -58,7 +58,7 @@ def _hold_out_own_rows(given: dict[str, Given]) -> list[str]:
     """
     demo = given.pop("eval_dataset")
     if "eval_fraction" in given:
-        for leaf in ("eval_steps", "eval_generate"):
+        for leaf in ("eval_steps", "eval_generate", "eval_max_new_tokens"):
             if leaf in given and given[leaf].origin.kind == "file":
                 del given[leaf]
         return []

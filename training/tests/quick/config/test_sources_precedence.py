@@ -41,7 +41,7 @@ def test_own_data_alone_holds_back_a_tenth_in_place_of_the_demos_rows(folder, en
 def test_own_data_with_no_held_out_share_is_not_evaluated(folder):
     resolved = resolve(SHIPPED, {}, ["--dataset", "my.jsonl", "--eval_fraction", "0"])
     assert evaluation_of(resolved) == (None, 0.0, 0, False)
-    assert resolved.notes == []
+    assert resolved.notes == resolved.warnings == []
 
 
 @pytest.mark.parametrize(
