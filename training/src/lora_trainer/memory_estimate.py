@@ -83,6 +83,7 @@ class Partition:
 
     `is_offloaded`: its layers are kept in host memory. `eval_batch` 0: as configured.
     `accumulates`: a step has several micro-batches.
+    `is_on_gpu`: it computes there, so that copies in host memory take none of its own.
     """
 
     processes: int = 1
@@ -91,6 +92,7 @@ class Partition:
     is_offloaded: bool = False
     eval_batch: int = 0
     accumulates: bool = True
+    is_on_gpu: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +133,9 @@ def estimate_memory_bytes(
 ) -> int:
     """Return a process's peak memory: runtime, weights, adapter states, and the largest work.
 
-    The largest work is the longest examples in one micro-batch, an evaluation batch (which keeps
-    nothing for a backward pass), or a checkpoint's copy of the adapter and its moments.
+    The largest work is the longest examples in one micro-batch, or an evaluation batch (which
+    keeps nothing for a backward pass). Meanwhile the last checkpoint's copy of the adapter and its
+    moments is in host memory.
     """
     training = config.training
     weights = weights_bytes(config, model_size, precision, partition)
@@ -150,8 +153,10 @@ def estimate_memory_bytes(
     if data.eval_rows:
         batch = data.batch(partition.eval_batch or training.per_device_eval_batch_size)
         works.append(count(Work(batch, most, is_training=False, accumulates=False, bits=bits)))
-    step = max(*works, model_size.trainable_parameters * state)
-    return int(RUNTIME_BYTES + weights + model_size.trainable_parameters * state + step)
+    copies = 1 if partition.is_on_gpu else 2
+    return int(
+        RUNTIME_BYTES + weights + copies * model_size.trainable_parameters * state + max(works)
+    )
 
 
 def weights_bytes(

@@ -116,7 +116,13 @@ def make_plan(
     # Without a GPU the layers are in host memory anyway.
     is_offloaded = config.training.offload_param_device == "cpu" and machine.has_gpu
     partition = Partition(
-        processes, parallelism, micro_batch, is_offloaded, eval_batch, micro_batches > 1
+        processes,
+        parallelism,
+        micro_batch,
+        is_offloaded,
+        eval_batch,
+        accumulates=micro_batches > 1,
+        is_on_gpu=machine.has_gpu,
     )
     chosen = _choose_checkpointing(
         config, machine, model_size, data, precision, partition, limits, count

@@ -45,10 +45,11 @@ def generated(step, when, exact_match):
     )
 
 
-def saved(step, seconds=0.0, size=10):
+def saved(step, seconds=0.0, size=10, wait_seconds=0.0):
     return CheckpointSaved(
-        time=float(step), step=step, path=f"c/{step}", bytes=size, seconds=seconds
-    )
+        time=float(step), step=step, path=f"c/{step}", bytes=size, seconds=seconds,
+        wait_seconds=wait_seconds,
+    )  # fmt: skip
 
 
 def sample(step, when, answer="a", index=0, prompt="lamp on"):

@@ -165,7 +165,7 @@ class Sample(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSaved(Event):
-    """A checkpoint is on disk and verified."""
+    """A checkpoint is on disk and verified; its step waited `wait_seconds` of its time."""
 
     kind: ClassVar[str] = "checkpoint"
     step: int
@@ -173,6 +173,7 @@ class CheckpointSaved(Event):
     bytes: int
     seconds: float
     is_best: bool = False
+    wait_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

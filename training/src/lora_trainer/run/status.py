@@ -37,6 +37,7 @@ class Checkpoint:
     is_best: bool
     after: events.StepDone | None
     saved_time: float = 0.0
+    wait_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ class RunStatus:
     generated_after: events.Generated | None = None
     samples: tuple[events.Sample, ...] = ()
     checkpoints: tuple[Checkpoint, ...] = ()
+    saving: tuple[events.StepDone, ...] = ()  # steps whose checkpoints may still be written
     resumed: events.Resumed | None = None
     restarts: tuple[events.Restarted, ...] = ()
     warnings: tuple[RunWarning, ...] = ()
@@ -137,7 +139,7 @@ class RunStatus:
         if self.evals:
             seconds += self.evals[-1].eval_seconds * self._times_left("eval_every_steps")
         if self.checkpoints:
-            seconds += self.checkpoints[-1].seconds * self._times_left("save_every_steps")
+            seconds += self.checkpoints[-1].wait_seconds * self._times_left("save_every_steps")
         return seconds
 
     @property
@@ -216,6 +218,8 @@ def _apply(status: RunStatus, event: Event) -> RunStatus:
         case events.RunStarted():
             return _started(status, event)
         case events.PhaseChanged(phase=phase, detail=detail):
+            if phase == "saving" and status.latest is not None:
+                status = replace(status, saving=(*status.saving[-1:], status.latest))
             return replace(status, phase=phase, detail=detail, progress=None, is_worker_down=False)
         case events.Planned(plan=plan):
             return replace(status, plan=plan)
@@ -228,12 +232,8 @@ def _apply(status: RunStatus, event: Event) -> RunStatus:
         case events.Evaluated():
             return _evaluated(status, event)
         case events.Generated(when=when):
-            is_before = when == "before"
-            return replace(
-                status,
-                generated_before=event if is_before else status.generated_before,
-                generated_after=status.generated_after if is_before else event,
-            )
+            changed: dict[str, Any] = {f"generated_{when}": event}
+            return replace(status, **changed)
         case events.Sample():
             return replace(status, samples=_with_sample(status.samples, event))
         case events.CheckpointSaved():
@@ -338,10 +338,9 @@ def _evaluated(status: RunStatus, event: events.Evaluated) -> RunStatus:
 
 
 def _saved(status: RunStatus, event: events.CheckpointSaved) -> RunStatus:
-    latest = status.latest
-    after = latest if latest is not None and latest.step == event.step else None
+    after = next((s for s in (*status.saving, status.latest) if s and s.step == event.step), None)
     facts = (event.step, event.path, event.bytes, event.seconds, event.is_best)
-    saved = Checkpoint(*facts, after, event.time)
+    saved = Checkpoint(*facts, after, event.time, event.wait_seconds)
     others = tuple(kept for kept in status.checkpoints if kept.step != event.step)
     return replace(status, checkpoints=_kept((*others, saved)))
 
@@ -359,6 +358,7 @@ def _rewound(status: RunStatus, step: int) -> RunStatus:
         evals=tuple(kept for kept in status.evals if kept.step <= step),
         bests=tuple(kept for kept in status.bests if kept.step <= step),
         checkpoints=tuple(kept for kept in status.checkpoints if kept.step <= step),
+        saving=tuple(kept for kept in status.saving if kept.step <= step),
         generated_after=generated if generated and generated.step <= step else None,
         samples=tuple(kept for kept in status.samples if kept.step <= step),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,12 +38,14 @@ class Unrecorded:
     def __init__(self, recording: Path) -> None:
         self._recording = recording
         self._pending: dict[Key, Figure] = {}
+        self._lock = threading.Lock()
         self._offset = _size(recording)
 
     def add(self, event: Event) -> None:
         """Take up an event that is on its way to the recording."""
         if isinstance(event, FIGURES):
-            self._pending[_key(event)] = event
+            with self._lock:
+                self._pending[_key(event)] = event
 
     def beside(self, emit: Callable[[Event], None]) -> Callable[[Event], None]:
         """Return `emit`, whose events are taken up here before they go on their way."""
@@ -53,12 +56,24 @@ class Unrecorded:
 
         return both
 
-    def lines(self) -> list[str]:
-        """Return the figures that are not on the disk by now, as lines of a recording."""
-        for event in parse_lines(self._new_lines()):
-            if isinstance(event, FIGURES):
-                self._pending.pop(_key(event), None)
-        return [event.to_line() for event in self._pending.values()]
+    def up_to_now(self) -> Callable[[], list[str]]:
+        """Return a function that gives the figures taken up so far, as lines of a recording.
+
+        It leaves out those that the disk has when it is called, which waits for the disk and
+        may happen in another thread.
+        """
+        with self._lock:
+            taken = list(self._pending)
+
+        def lines() -> list[str]:
+            recorded = list(parse_lines(self._new_lines()))
+            with self._lock:
+                for event in recorded:
+                    if isinstance(event, FIGURES):
+                        self._pending.pop(_key(event), None)
+                return [self._pending[key].to_line() for key in taken if key in self._pending]
+
+        return lines
 
     def _new_lines(self) -> list[bytes]:
         """Return the whole lines that were recorded since the last time, once the disk has them."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -32,6 +32,8 @@ Kind = TypeVar("Kind")
 
 # bitsandbytes keeps its number formats beside each 8-bit state; they never change.
 CODES = "qmap"
+# Tensors by the file they belong to and their name in it.
+Named = dict[tuple[str, str], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,21 +100,31 @@ class Snapshot:
     figures: Sequence[str] = ()  # what the recording may lack of the way here (unrecorded.py)
 
 
+def to_host(tensors: Named) -> Named:
+    """Return contiguous copies in host memory."""
+    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
 def take_snapshot(
     state: TrainState,
-    adapter: dict[str, Tensor],
+    adapter: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, torch.nn.Parameter],
-    digest: str,
-    figures: Sequence[str] = (),
+    digest: str = "",
+    *,
+    copy: Callable[[Named], Named] = to_host,
 ) -> Snapshot:
     """Copy what a checkpoint holds; `digest` names the run it belongs to."""
-    moments = {
-        f"{name}.{key}": torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
+    tensors = {("adapter", name): tensor.detach() for name, tensor in adapter.items()}
+    tensors |= {
+        ("optimizer", f"{name}.{key}"): torch.as_tensor(value).detach()
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
         if not key.startswith(CODES)
     }
+    copies: dict[str, dict[str, Tensor]] = {"adapter": {}, "optimizer": {}}
+    for (file, name), tensor in copy(tensors).items():
+        copies[file][name] = tensor
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         rng |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -121,7 +133,7 @@ def take_snapshot(
         "python": _to_json(random.getstate()),
         "numpy": [kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
     }
-    return Snapshot(state, adapter, moments, rng, generators, digest, figures=figures)
+    return Snapshot(state, copies["adapter"], copies["optimizer"], rng, generators, digest)
 
 
 def restore_optimizer(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from ..checkpoint_folder import (
     MANIFEST,
@@ -33,6 +33,7 @@ from ..checkpoint_folder import (
 from ..errors import AccessError, ConfigError
 from ..host.disk import sync
 from .checkpoint import Snapshot, TrainState, state_from, try_generators
+from .tensor_file import Data, serialized
 
 
 class OtherRunError(Exception):
@@ -62,6 +63,8 @@ class CheckpointStore:
         self.keep = keep
         self.set_aside: list[Path] = []  # by the last save: what was in the checkpoint's place
         self.initial = ""  # goes into each checkpoint
+        # Waits for a checkpoint that is being saved in the background.
+        self.before_reading: Callable[[], None] = lambda: None
         self._digest = digest
 
     @property
@@ -109,6 +112,7 @@ class CheckpointStore:
             AccessError: none can be used, and some may not be read by this user.
             ConfigError: the checkpoints' folder is a file.
         """
+        self.before_reading()
         skipped: list[str] = []
         others: list[OtherRunError] = []
         unreadable: list[Path] = []
@@ -177,22 +181,14 @@ class CheckpointStore:
             "figures": list(snapshot.figures),
             "torch": torch.__version__,
         }
-        contents = {
-            "adapter.safetensors": save(snapshot.adapter),
-            "optimizer.safetensors": save(snapshot.optimizer),
-            "rng.safetensors": save(snapshot.rng),
-            STATE: json.dumps(state).encode(),
+        contents: dict[str, Iterable[Data]] = {
+            "adapter.safetensors": serialized(snapshot.adapter),
+            "optimizer.safetensors": serialized(snapshot.optimizer),
+            "rng.safetensors": serialized(snapshot.rng),
+            STATE: [json.dumps(state).encode()],
         }
-        manifest = {
-            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            for name, data in contents.items()
-        }
-        contents[MANIFEST] = json.dumps(manifest, indent=1).encode()
-        for name, data in contents.items():
-            with (folder / name).open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+        manifest = {name: _write_file(folder / name, data) for name, data in contents.items()}
+        _write_file(folder / MANIFEST, [json.dumps(manifest, indent=1).encode()])
         sync(folder)
 
     def _listed(self) -> list[Path]:
@@ -229,6 +225,18 @@ class CheckpointStore:
         for path in ours:
             if path not in kept:
                 remove(path)
+
+
+def _write_file(path: Path, data: Iterable[Data]) -> dict[str, Any]:
+    """Write a file to the disk; return its entry in the manifest."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for block in data:
+            digest.update(block)
+            size += file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _not_allowed(path: Path) -> Exception:

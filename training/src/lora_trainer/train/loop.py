@@ -18,12 +18,10 @@ import torch
 from ..config.schema import TrainingSection
 from ..data.batches import Rows, Sampler, split_micro_batches
 from ..machine import peak_memory_bytes
-from ..model.adapter import adapter_state
 from ..model.forward import CausalLM
 from ..model.ranks import ALONE, Ranks, own_batches, sum_step
 from ..plan import Plan, learning_rate
 from ..run.events import (
-    CheckpointSaved,
     Evaluated,
     Event,
     PhaseChanged,
@@ -31,16 +29,16 @@ from ..run.events import (
     RankFigures,
     RanksMeasured,
     StepDone,
-    Warned,
     progress_of,
 )
 from ..run.memory_limits import MemoryLimits
 from . import evaluate, finite
-from .checkpoint import TrainState, take_snapshot
+from .checkpoint import TrainState
 from .checkpoint_store import CheckpointStore
 from .fitting import Fitting
 from .loss_scale import LossScale
 from .optim import set_learning_rate
+from .saver import Saver
 
 # Interval of progress events for steps that are not logged, for the watchdog.
 BEAT_SECONDS = 5.0
@@ -64,7 +62,7 @@ class TrainingContext:
     should_stop: Callable[[], bool]
     ranks: Ranks = ALONE
     # The figures that a checkpoint carries, because the recording may lack them.
-    unrecorded: Callable[[], Sequence[str]] = tuple
+    unrecorded: Callable[[], Callable[[], Sequence[str]]] = lambda: tuple
     # Names rows by file and line, given their indices and whether they are held out.
     name_rows: Callable[[Sequence[int], bool], list[str]] = lambda indices, _: [
         f"row {index}" for index in indices
@@ -75,6 +73,11 @@ class TrainingContext:
 
 def train(context: TrainingContext, state: TrainState) -> TrainState:
     """Train from `state` to the plan's end, an early stop, or a stop request; saved on return."""
+    with Saver(context.store, context.emit) as saver:
+        return _train(context, state, saver)
+
+
+def _train(context: TrainingContext, state: TrainState, saver: Saver) -> TrainState:
     saved_step = state.step if state.step else -1
     fitting = Fitting(
         context.plan, context.causal, context.ranks, context.emit, context.keep_limits
@@ -82,16 +85,17 @@ def train(context: TrainingContext, state: TrainState) -> TrainState:
     context.causal.model.train()
     beat = progress_of(context.emit, "steps", context.plan.total_steps, BEAT_SECONDS)
     while True:
+        saver.check()
         if saved_step != state.step and _ends_between_evaluations(context, state):
             # Its evaluation is the end's alone: a longer run, which may continue from this
             # checkpoint, does not have it, and must not take this step for its best.
-            saved_step = _save_at(context, state)
+            saved_step = _save_at(context, state, saver, is_last=True)
         if _is_evaluation_due(context, state):
             state = _evaluate(context, state, fitting)
         is_done = state.step >= context.plan.total_steps or _is_out_of_patience(context, state)
         must_end = is_done or context.should_stop()
         if saved_step != state.step and (must_end or _is_save_due(context, state)):
-            saved_step = _save_at(context, state)
+            saved_step = _save_at(context, state, saver, is_last=must_end)
         if must_end:
             return state
         state = _step(context, state, fitting)
@@ -99,12 +103,13 @@ def train(context: TrainingContext, state: TrainState) -> TrainState:
             beat(state.step)
 
 
-def _save_at(context: TrainingContext, state: TrainState) -> int:
+def _save_at(context: TrainingContext, state: TrainState, saver: Saver, *, is_last: bool) -> int:
     """Save on rank 0, but not before the first step; return the step."""
     if state.step:
         finite.check_before_save(context, state.step)
     if state.step and context.ranks.is_first:
-        _save(context, state)
+        figures = context.unrecorded()
+        saver.save(state, context.parameters, context.optimizer, figures, is_last=is_last)
     return state.step
 
 
@@ -309,33 +314,3 @@ def _is_save_due(context: TrainingContext, state: TrainState) -> bool:
     every = context.plan.save_every_steps
     is_new_best = state.best_step == state.step
     return state.step > 0 and (is_new_best or (every > 0 and state.step % every == 0))
-
-
-def _save(context: TrainingContext, state: TrainState) -> None:
-    start = time.monotonic()
-    context.emit(PhaseChanged(phase="saving", detail=f"step {state.step}"))
-    snapshot = take_snapshot(
-        state,
-        adapter_state(context.causal.model),
-        context.optimizer,
-        context.parameters,
-        context.store.digest,
-        context.unrecorded(),
-    )
-    path = context.store.save(snapshot)
-    for aside in context.store.set_aside:
-        context.emit(
-            Warned(
-                message=f"{path.name} was not a checkpoint of this run and was renamed to {aside}"
-            )
-        )
-    context.emit(
-        CheckpointSaved(
-            step=state.step,
-            path=f"checkpoints/{path.name}",
-            bytes=sum(file.stat().st_size for file in path.iterdir()),
-            seconds=time.monotonic() - start,
-            is_best=state.best_step == state.step,
-        )
-    )
-    context.emit(PhaseChanged(phase="training"))

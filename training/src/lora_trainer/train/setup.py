@@ -188,7 +188,7 @@ class TrainingSetup:
         self,
         emit: Callable[[Event], None],
         should_stop: Callable[[], bool],
-        unrecorded: Callable[[], Sequence[str]] = tuple,
+        unrecorded: Callable[[], Callable[[], Sequence[str]]] = lambda: tuple,
     ) -> TrainingContext:
         """Return what the loop drives."""
         return TrainingContext(

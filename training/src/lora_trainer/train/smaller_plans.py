@@ -42,6 +42,7 @@ def with_smaller_plans(
         micro_batch=1,
         eval_batch=1,
         accumulates=plan.step_examples > plan.processes,
+        is_on_gpu=plan.device != "cpu",
     )
 
     def estimate(option: Mapping[str, Any]) -> int:

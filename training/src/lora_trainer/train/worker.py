@@ -187,7 +187,7 @@ def run(spec: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag) -> int:
     first_step = state.step + 1 if state.step else 0
     with _tracked(spec, setup, emit, first_step) as record, _deferring(stop):
         emit(PhaseChanged(phase="training"))
-        state = train(setup.context(record, must_stop, unrecorded.lines), state)
+        state = train(setup.context(record, must_stop, unrecorded.up_to_now), state)
     stop.step = state.step
     if must_stop():
         emit(Stopped(step=state.step, signal=stop.signal or "SIGTERM"))

@@ -86,6 +86,7 @@ def test_damaged_checkpoint_is_not_called_sound(tmp_path):
 
     def spoil():
         weights_of(context).data.fill_(math.nan)
+        context.store.before_reading()
         for path in tmp_path.glob("step-*/adapter.safetensors"):
             path.write_bytes(b"torn")
 

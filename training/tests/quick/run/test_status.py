@@ -82,9 +82,11 @@ def test_the_first_step_of_a_process_does_not_count_for_speed():
     assert after(stepped(1, seconds=50.0)).tokens_per_second == 2
 
 
-def test_time_left_counts_steps_evaluations_and_checkpoints():
+def test_time_left_counts_steps_evaluations_and_what_checkpoints_hold_up():
     status = training(4, total_steps=10, eval_every_steps=2, save_every_steps=5)
-    status = after(evaluated(4, 1.0, seconds=7.0), saved(4, seconds=0.5), status=status)
+    status = after(
+        evaluated(4, 1.0, seconds=7.0), saved(4, seconds=9.0, wait_seconds=0.5), status=status
+    )
     assert status.eta_seconds == pytest.approx(6 * 1.0 + 3 * 7.0 + 2 * 0.5)
 
 
@@ -170,6 +172,15 @@ def test_before_and_after_are_kept_apart():
     before, later = generated(0, "before", 0.0), generated(9, "after", 1.0)
     status = after(before, later)
     assert (status.generated_before, status.generated_after) == (before, later)
+
+
+def test_resume_goes_back_to_a_step_whose_checkpoint_was_reported_after_later_ones():
+    at_boundary = PhaseChanged(phase="saving", detail="step 2")
+    status = after(
+        stepped(1), stepped(2, loss=1.5), at_boundary, stepped(3), stepped(4), saved(2), stepped(5),
+        Resumed(step=2, path="c/2"),
+    )  # fmt: skip
+    assert (status.step, status.last_loss) == (2, 1.5)
 
 
 def test_a_new_phase_begins_without_progress():
