@@ -6,7 +6,8 @@
 #
 #   train         (default) check, then train with /workspace/config.json; options follow it
 #   preflight     check mounts, config, data, model and disk; train nothing
-#   healthcheck   ask /health; exit 0 if the run is well (what HEALTHCHECK calls)
+#   healthcheck [--alive]   ask /health; exit 0 if the run is well (what HEALTHCHECK calls), with
+#                 --alive if anything answers
 #   --KEY VALUE   options alone are train's
 #   check, schema, keys, ...   any other command of lora-trainer
 #   COMMAND       anything else is executed as it stands, e.g. bash or python3
@@ -47,7 +48,7 @@ entrypoint_main() {
   case "${1:-train}" in
     train | check) LORA_CONTAINER=train exec lora-trainer "${@:-train}" ;;
     preflight) LORA_CONTAINER=preflight exec lora-trainer check --quick "${@:2}" ;;
-    healthcheck) exec python3 -I -S "${LORA_SOURCE:-/opt/trainer/src}/lora_trainer/serve/probe.py" ;;
+    healthcheck) exec python3 -I -S "${LORA_SOURCE:-/opt/trainer/src}/lora_trainer/serve/probe.py" "${@:2}" ;;
     chat | evaluate | merge | export | dashboard | health | runs | compare | clean | schema | keys) exec lora-trainer "$@" ;;
     *) exec "$@" ;;
   esac

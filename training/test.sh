@@ -13,6 +13,11 @@
 #            marked `any_stack`
 #   --help   this text
 #
+# Not part of any of these, since it installs SkyPilot, and needs root, slurm-wlm and munge
+# (what is missing is skipped and named; 15 minutes):
+#
+#   sudo ./training/test.sh tests/engines
+#
 # Variables:
 #   LORA_STACK, LORA_PYTHON, LORA_VENV   as for run.sh
 #   LORA_REQUIRE_DOCKER    1: a docker test that cannot run is a failure
@@ -50,7 +55,7 @@ check_sources() {
 }
 
 check_shell() {
-  local scripts=("$TRAINING"/*.sh "$TRAINING"/*/*.sh "$TRAINING"/../.ci/*)
+  local scripts=("$TRAINING"/*.sh "$TRAINING"/*/*.sh "$TRAINING"/deploy/slurm/* "$TRAINING"/../.ci/*)
   check shellcheck "$VENV/bin/shellcheck" --external-sources "${scripts[@]}"
   check shfmt "$VENV/bin/shfmt" --diff --indent 2 --case-indent "${scripts[@]}"
 }

@@ -63,8 +63,13 @@ def test_entrypoint_drops_secrets_that_are_empty_and_hands_wandb_its_own(tmp_pat
     assert "WANDB_API_KEY=k3y\n" in seen
 
 
-@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1), (None, 1)])
-def test_healthcheck_asks_the_status_server(tmp_path: Path, status: int | None, code: int) -> None:
+@pytest.mark.parametrize(
+    ("status", "options", "code"),
+    [(200, (), 0), (503, (), 1), (503, ("--alive",), 0), (None, (), 1), (None, ("--alive",), 1)],
+)
+def test_healthcheck_asks_the_status_server(
+    status: int | None, options: tuple[str, ...], code: int
+) -> None:
     class Server(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(status or 500)
@@ -79,7 +84,7 @@ def test_healthcheck_asks_the_status_server(tmp_path: Path, status: int | None, 
         thread.start()
         source, port = str(TRAINING / "src"), str(server.server_port if status else free_port())
         done = subprocess.run(
-            [TRAINING / "docker-entrypoint.sh", "healthcheck"],
+            [TRAINING / "docker-entrypoint.sh", "healthcheck", *options],
             env={"PATH": "/usr/bin:/bin", "LORA_SOURCE": source, "HEALTH_PORT": port},
             capture_output=True,
             text=True,
