@@ -12,17 +12,10 @@ fi
 
 say() { printf '%s\n' "$*" >&2; }
 
-# fail CODE WHAT WHERE WHY REMEDY: the same block that the trainer ends with
+# fail CODE WHAT WHERE WHY REMEDY: the same block that the trainer ends with, in errors.py's words
 fail() {
   local meaning
-  case "$1" in
-    69) meaning="unavailable" ;;
-    74) meaning="disk full or I/O" ;;
-    75) meaning="another run holds this" ;;
-    77) meaning="no permission" ;;
-    78) meaning="configuration" ;;
-    *) meaning="internal fault" ;;
-  esac
+  meaning="$(sed -n "/^MEANINGS/,/^}/ s/^ *$1: \"\(.*\)\",/\1/p" "$TRAINING/src/lora_trainer/errors.py")"
   say "$RED$BOLD$2$PLAIN"
   say "  where:  $3"
   say "  why:    $4"
