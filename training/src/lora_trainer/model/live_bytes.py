@@ -154,7 +154,7 @@ class AsOnDevice(TorchFunctionMode):
             query, named.get("attn_mask") is not None, named.get("dropout_p", 0)
         ):
             return func(query, key, value, **named)
-        return attend(query, key, value, self.device)
+        return attend(query, key, value, self.device, named.get("attn_mask"))
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -186,23 +186,27 @@ class AsOnDevice(TorchFunctionMode):
 
 
 class _Attention(torch.autograd.Function):
-    """What a fused kernel keeps: query, key, value, output, and a float32 for each row of scores.
+    """What a fused kernel keeps: query, key, value, output, mask, a float32 for each row of scores.
 
     Source: aten's derivatives of _scaled_dot_product_flash_attention; flash-attn's are alike.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, device: str) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, device: str, mask: Tensor | None
+    ) -> Tensor:
         output = torch.empty_like(query)
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, output, sums)
+        # aten makes a boolean mask one of numbers to add, in every layer again.
+        bias = mask.to(query.dtype) if mask is not None else None
+        ctx.save_for_backward(query, key, value, output, sums, bias)
         ctx.device = device
         return output
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         del outputs  # the gradients made here are of the inputs' shapes
-        query, key, value, _, sums = ctx.saved_tensors
+        query, key, value, _, sums, _ = ctx.saved_tensors
         # On a GPU the queries' gradient is added up in float32.
         scratch = (
             [torch.empty_like(query, dtype=torch.float32), torch.empty_like(sums)]
@@ -211,12 +215,14 @@ class _Attention(torch.autograd.Function):
         )
         gradients = tuple(torch.empty_like(one) for one in (query, key, value))
         del scratch
-        return *gradients, None
+        return *gradients, None, None
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, device: str) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, device: str, mask: Tensor | None = None
+) -> Tensor:
     """Return attention as a fused kernel leaves it, for tensors of any layout."""
-    output: Tensor = _Attention.apply(query, key, value, device)
+    output: Tensor = _Attention.apply(query, key, value, device, mask)
     return output
 
 

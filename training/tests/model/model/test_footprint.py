@@ -122,12 +122,12 @@ def test_model_that_cannot_be_counted_is_named_in_the_plan():
 
 
 def compared(_ranks, numbers):
-    chosen = [memory_bench.cases()[number] for number in numbers]
+    chosen = [memory_bench.cases(divisor=2)[number] for number in numbers]
     return memory_bench.compare(chosen)
 
 
 def test_counted_memory_is_what_a_step_takes(tmp_path):
-    # Steps that take 70 to 190 MB: of less, the few megabytes that the heap keeps are too much.
-    numbers = [0, 2, 4, 6, 7]
+    # In 16, 4 and 8 bits, with dropout, padding and checkpointing; bench/memory.py measures all 40.
+    numbers = [0, 2, 4, 9]
     (pairs,) = together(1, tmp_path / "ranks", compared, numbers)
     memory_bench.judge(pairs)
