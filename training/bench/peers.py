@@ -25,8 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from comparison import data, ours, results, tokenizing
-from comparison.contest import OURS, Contest, compare_tokenizing, run, seconds_to_import
+from comparison import data, ours, results
+from comparison.contest import OURS, Contest, run, seconds_to_import
 from comparison.environments import cache_folder, peers_python
 from comparison.job import KINDS, Job
 
@@ -76,16 +76,14 @@ def main() -> None:
         for job, names in zip(jobs, (options.contestants, options.demo_contestants), strict=True):
             limit = out / f"limit-{job.name}.json"
             run([sys.executable, "-m", "comparison.limit", job.write(), limit])
-            contest = Contest(job, peers, Path(folder), tuple(names.split(",")))
+            contest = Contest(job, peers, Path(folder), out, tuple(names.split(",")))
             figures[job.name] = {
                 "contestants": contest.run(options.repeats),
                 "limit": json.loads(limit.read_text()),
                 "job": results.description(job),
             }
-        rows = tokenizing.write_rows(data.jargon_rows(cache), Path(folder) / "rows.jsonl")
-        tokenized = compare_tokenizing(jobs[0].model, rows, peers, options.repeats)
         imports = seconds_to_import(Path(sys.executable), options.repeats)
-    document = results.document(figures, imports, tokenized, OURS)
+    document = results.document(figures, imports, OURS)
     (out / "results.json").write_text(json.dumps(document, indent=1) + "\n")
     results.draw(document, out / "comparison.png")
     print(results.table(document))

@@ -26,7 +26,8 @@ class Contest:
 
     job: Job
     peers: Path  # the Python of the peers' environment
-    folder: Path
+    folder: Path  # for what they write
+    out: Path  # for the results
     contestants: tuple[str, ...] = (OURS, *KINDS)
 
     def run(self, repeats: int) -> dict[str, list[dict[str, float]]]:
@@ -43,6 +44,8 @@ class Contest:
                 record = self._train(name, self.folder / f"{self.job.name}-{name}-{repeat}")
                 judge.same_training(name, self.job, record, self.reference(record.step_rows))
                 figures[name].append(self._figures(record, spawned))
+                kept = json.dumps(figures, indent=1)  # of a comparison that is cut off
+                (self.out / f"{self.job.name}-so-far.json").write_text(kept)
                 speed = figures[name][-1]["tokens_per_second"]
                 print(f"{self.job.name} {repeat + 1}: {name} {speed:.0f} tokens/s", flush=True)
         return figures
@@ -97,25 +100,6 @@ def seconds_to_import(python: Path, repeats: int) -> list[float]:
         run([python, "-c", IMPORTS])
         taken.append(time.monotonic() - start)
     return taken
-
-
-def compare_tokenizing(
-    model: str, rows: Path, peers: Path, repeats: int
-) -> dict[str, list[dict[str, float]]]:
-    """Tokenize the rows with this project and with TRL in turn; return each run's figures.
-
-    Raises:
-        AssertionError: they did not find the same rows and tokens.
-    """
-    figures: dict[str, list[dict[str, float]]] = {OURS: [], "trl": []}
-    for _ in range(repeats):
-        for name, python in ((OURS, Path(sys.executable)), ("trl", peers)):
-            out = rows.with_suffix(f".{name}.json")
-            run([python, "-m", "comparison.tokenizing", name, model, rows, out])
-            figures[name].append(json.loads(out.read_text()))
-    counts = {(one["rows"], one["tokens"]) for of in figures.values() for one in of}
-    assert len(counts) == 1, f"not the same rows and tokens: {counts}"
-    return figures
 
 
 def run(command: list[Any], **environment: str) -> str:

@@ -78,7 +78,6 @@ class Record:
     peak_bytes: int = 0
     largest_batch_tokens: int = 0  # of a micro-batch, padding included
     adapter: str = ""
-    tokenizing: list[float] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path) -> Record:

@@ -27,7 +27,7 @@ from .job import Job, Record
 RECORDED = Path(__file__).with_name("quick.json")
 LEAST_SHARE = 0.8
 SHAPE = Shape(256, 704, 3, 4, 2, 4096, True)
-ROWS, LONGEST, RANK, REPEATS = 16, 256, 8, 5
+ROWS, LONGEST, RANK, REPEATS = 16, 256, 8, 3
 
 
 def rows() -> list[dict[str, Any]]:

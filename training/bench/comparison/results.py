@@ -41,7 +41,6 @@ def description(job: Job) -> dict[str, int]:
 def document(
     jobs: dict[str, dict[str, Any]],
     imports: list[float],
-    tokenized: dict[str, list[dict[str, float]]],
     ours: str,
 ) -> dict[str, Any]:
     """Return everything measured, with medians, spreads, and ratios to this project."""
@@ -68,7 +67,6 @@ def document(
         "ours": {name: metadata.version(name) for name in ("torch", "transformers", "peft")},
         "peers": list(PEERS),
         "import_seconds": imports,
-        "tokenizing": tokenized,
         "jobs": jobs,
     }
 
@@ -90,9 +88,6 @@ def table(document: dict[str, Any]) -> str:
                      for key, (_, unit) in MEASURES.items()]  # fmt: skip
             lines.append(f"| {contestant} | " + " | ".join(cells) + " |")
         lines += ["", *_summary(job), ""]
-    for name, runs in document["tokenizing"].items():
-        speed = _cell([run["tokens"] / run["seconds"] for run in runs])
-        lines.append(f"{name} tokenizes {runs[0]['rows']:,} rows at {speed} tokens/s")
     return "\n".join(lines)
 
 
