@@ -13,7 +13,7 @@ import typer
 from . import invocation
 from .commands import runs
 from .errors import TrainerError
-from .host import environment, interrupts, streams
+from .host import environment, interrupts, launcher, streams
 from .redaction import Redaction, given_secrets
 
 if TYPE_CHECKING:
@@ -373,6 +373,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, print any error as the last block, and return the exit code."""
     environment.set_defaults(os.environ)
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["train"] and launcher.is_silent(os.environ):
+        streams.silence()  # another process of this host says the same
     with streams.redacted(Redaction.of(os.environ, *given_secrets(given))) as out:
         code = invocation.invoke(app, given)
         out.flush()

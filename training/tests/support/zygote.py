@@ -61,12 +61,15 @@ class Zygote:
 class ForkedProcess:
     """A forked supervisor, with as much of Popen as `Run` uses."""
 
-    def __init__(self, zygote: Zygote, command: Sequence[str], streams: list[Path]) -> None:
+    def __init__(
+        self, zygote: Zygote, command: Sequence[str], streams: list[Path], **where: Any
+    ) -> None:
         self._zygote = zygote
         self._streams = streams
         self.returncode: int | None = None
         arguments = list(command[command.index("lora_trainer") + 1 :])
-        self.pid: int = zygote.ask(start=arguments, streams=[str(one) for one in self._streams])
+        names = [str(one) for one in self._streams]
+        self.pid: int = zygote.ask(start=arguments, streams=names, **where)
 
     def poll(self) -> int | None:
         """Return the exit code, None while it runs."""
@@ -104,10 +107,14 @@ class ForkingTrainer(Trainer):
 
     def start(self, output: Path, *options: str, **changed: Any) -> Run:
         """Start training."""
+        return self.start_in({}, output, *options, **changed)
+
+    def start_in(self, where: dict[str, Any], output: Path, *options: str, **changed: Any) -> Run:
+        """Start training with more `environment`."""
         command = [*self.command(output, **changed), *options]
         self._starts += 1
         streams = [self.root / f"start-{self._starts}.{name}" for name in ("out", "err")]
-        process = ForkedProcess(self._zygote, command, streams)
+        process = ForkedProcess(self._zygote, command, streams, **where)
         return Run(command, output, self.environment(), process)
 
     def close(self) -> None:
@@ -168,6 +175,7 @@ def _become(stdin: int, out: int, err: int, *, kept: Sequence[int], environment:
                 os.close(descriptor)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
@@ -189,6 +197,7 @@ def _end_with(act: Callable[[], int]) -> None:
 
 def _train(order: dict[str, Any], environment: dict[str, str]) -> None:
     streams = [os.open(one, os.O_CREAT | os.O_WRONLY | os.O_TRUNC) for one in order["streams"]]
+    environment = environment | order.get("environment", {})
     _become(os.open(os.devnull, os.O_RDONLY), *streams, kept=(), environment=environment)
     from lora_trainer import __main__
     from lora_trainer.supervise import workers

@@ -6,12 +6,15 @@ import os
 from collections.abc import Callable
 
 from ..config.settings import Settings
+from ..errors import ConfigError
 from ..host import streams
+from ..host.launcher import Launch, read_launch
 from ..host.scratch import remove_temporary
 from ..report.console import Display
 from ..report.console_log import Transcript
 from ..run.events import Event
 from ..run.status import RunStatus
+from ..supervise.follower import Follower
 from ..supervise.secrets import redaction_of
 from ..supervise.supervisor import Supervisor
 from . import check
@@ -19,8 +22,10 @@ from . import check
 Listener = Callable[[Event, RunStatus], object]
 
 
-def run_shown(settings: Settings, listener: Listener = lambda *_: None) -> Supervisor:
+def run_shown(settings: Settings, listener: Listener = lambda *_: None) -> Supervisor | Follower:
     """Do a whole run; show its events, keep them in the transcript, and pass them to `listener`.
+
+    Where a launcher has started several processes, rank 0's does this, and the others follow.
 
     Raises:
         TrainerError: with the exit code of whatever ended it.
@@ -28,6 +33,11 @@ def run_shown(settings: Settings, listener: Listener = lambda *_: None) -> Super
     redaction = redaction_of(settings)
     streams.strike(redaction)
     remove_temporary()
+    launch = _launch()
+    if launch is not None and not launch.is_first:
+        follower = Follower(settings, launch)
+        follower.run(check.preflight)
+        return follower
     monitoring = settings.config.monitoring
     steps, is_json = monitoring.logging_steps, monitoring.log_format == "json"
     name = settings.config.output.run_name or "run"
@@ -45,6 +55,24 @@ def run_shown(settings: Settings, listener: Listener = lambda *_: None) -> Super
             display.print_line(text)
             kept.print_line(text)
 
-        supervisor = Supervisor(settings, show, print_line=print_line)
+        supervisor = Supervisor(settings, show, print_line=print_line, launch=launch)
         supervisor.run(check.preflight)
     return supervisor
+
+
+def _launch() -> Launch | None:
+    """Return what a launcher says of this process.
+
+    Raises:
+        ConfigError: its variables make no sense.
+    """
+    try:
+        return read_launch(os.environ)
+    except ValueError as error:
+        raise ConfigError.of(
+            "the variables of a launcher make no sense",
+            where="environment",
+            why=str(error),
+            remedy="start with torchrun or srun, or unset RANK and WORLD_SIZE to train in one "
+            "process",
+        ) from None

@@ -24,10 +24,11 @@ from types import FrameType
 
 Handler = Callable[[int, FrameType | None], object]
 
-STOPS = (signal.SIGINT, signal.SIGTERM)
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 MEANINGS = {
     signal.SIGINT: (130, "interrupted before the run began"),
     signal.SIGTERM: (143, "stopped by signal"),
+    signal.SIGUSR1: (143, "stopped by signal"),
 }
 received: list[int] = []  # the signals received so far, in any stage
 _is_installed = False

@@ -92,6 +92,12 @@ def complain(text: str) -> None:
     say(text, sys.stderr)
 
 
+def silence() -> None:
+    """Print nothing more from this process; those that it starts have its streams as before."""
+    nowhere = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+    sys.stdout = sys.stderr = nowhere
+
+
 def let_go() -> None:
     """Let the interpreter exit with its code: on a full disk it would be 120 or worse."""
     for stream in (sys.stdout, sys.stderr):

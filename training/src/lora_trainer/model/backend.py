@@ -18,7 +18,7 @@ from ..machine import Device, Machine, is_hidden
 from ..memory_estimate import Precision
 from . import flash, stacks
 from .precision import choose_precision, dtype_of
-from .ranks import ALONE, Ranks
+from .ranks import ALONE, Ranks, device_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -124,7 +124,7 @@ def resolve(
         packed=flash.described(choice, own),
         own=own,
         choice=choice,
-        index=ranks.rank if machine.has_gpu else 0,
+        index=device_of(ranks) if machine.has_gpu else 0,
         reasons=tuple(filter(None, (why, flash.reason(asked, choice), varying))),
     )
 

@@ -4,9 +4,9 @@ Every rank holds the whole adapter and computes a share of each step's micro-bat
 of a flat bucket sums their gradients. A single process is the same object, whose collectives do
 nothing. Small messages use gloo on the CPU, gradients the training device.
 
-The rendezvous uses a file (`store`), so no port is opened; the supervisor watches the ranks, so
-there are no timeouts here: a rank whose peer is gone raises `PeerLostError`, reports nothing, and
-is ended or restarted with the group.
+On one machine the rendezvous uses a file, so no port is opened; under a launcher, its store
+(`rendezvous.py`). The supervisor watches the ranks, so there are no timeouts here: a rank whose
+peer is gone raises `PeerLostError`, reports nothing, and is ended or restarted with the group.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch
 import torch.distributed.fsdp
 from torch import Tensor
 
-from ..machine import Device
+from ..machine import Device, Machine
 from ..run.events import RankFigures
 
 # A rank waits for another as long as that one lives: tokenizing may take hours.
@@ -50,6 +50,18 @@ class Ranks:
 
     rank: int = 0
     count: int = 1
+    # Its number among the ranks of its host, and how many those are; None: all are on one.
+    here: tuple[int, int] | None = None
+
+    @property
+    def local_rank(self) -> int:
+        """Return this rank's number among those of its host."""
+        return self.here[0] if self.here else self.rank
+
+    @property
+    def local_count(self) -> int:
+        """Return how many ranks share this host."""
+        return self.here[1] if self.here else self.count
 
     @property
     def is_first(self) -> bool:
@@ -123,24 +135,50 @@ class Ranks:
 ALONE = Ranks()
 
 
-def join(rank: int, count: int, store: str, device: Device = "cpu") -> Ranks:
+def join(
+    rank: int,
+    count: int,
+    store: Any,
+    device: Device = "cpu",
+    here: tuple[int, int] | None = None,
+) -> Ranks:
     """Meet the other ranks, each on a device of its own; return this one's place.
+
+    `store` is one of PyTorch's, or the path of a file on this host.
 
     Raises:
         PeerLostError: one of them ended before all had come.
     """
     if count == 1:
         return ALONE
+    ranks = Ranks(rank, count, here)
     if device == "cuda":
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(device_of(ranks))
         if not hasattr(torch.distributed.fsdp, "fully_shard"):
             # Later versions do so by themselves: memory that was gathered into is free again
             # at once, instead of when the processor has caught up with the GPU.
             os.environ.setdefault("TORCH_NCCL_AVOID_RECORD_STREAMS", "1")
-    ranks = Ranks(rank, count)
+    where = {"init_method": f"file://{store}"} if isinstance(store, str) else {"store": store}
+    if not isinstance(store, str):
+        store.set_timeout(PATIENCE)
     with _peers():
-        _meet(ranks, device, init_method=f"file://{store}")
+        _meet(ranks, device, **where)
     return ranks
+
+
+def device_of(ranks: Ranks) -> int:
+    """Return the number of this rank's GPU; a launcher may show each process only its own."""
+    visible = torch.cuda.device_count()
+    return ranks.local_rank if visible >= ranks.local_count else 0
+
+
+def over_hosts(machine: Machine, ranks: Ranks) -> Machine:
+    """Return the hosts of all ranks as one machine, from which the plan computes shares."""
+    return replace(
+        machine,
+        cores=machine.cores * ranks.count // ranks.local_count,
+        memory_bytes=machine.memory_bytes * ranks.count // ranks.local_count,
+    )
 
 
 def form_group(ranks: Ranks, device: str) -> None:

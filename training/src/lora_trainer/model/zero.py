@@ -166,8 +166,8 @@ def _imported(device: str, ranks: Ranks) -> Any:
     """Import DeepSpeed, and tell it and Accelerate in which process they are."""
     import torch
 
-    variables = {"RANK": ranks.rank, "LOCAL_RANK": ranks.rank, "WORLD_SIZE": ranks.count}
-    variables["LOCAL_WORLD_SIZE"] = ranks.count
+    variables = {"RANK": ranks.rank, "LOCAL_RANK": ranks.local_rank, "WORLD_SIZE": ranks.count}
+    variables["LOCAL_WORLD_SIZE"] = ranks.local_count
     os.environ |= {key: str(value) for key, value in variables.items()}
     os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": device}
     # Without it Accelerate would choose the number of threads again.

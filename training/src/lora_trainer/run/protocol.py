@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..config.schema import Config
+from ..host.launcher import Launch
 from ..redaction import Redaction
 
 # The environment variable with the number of the descriptor that events are written to.
@@ -30,7 +31,18 @@ class WorkerSpec:
     rank: int = 0
     ranks: int = 1
     store: str = ""
+    launch: Launch | None = None
     redaction: Redaction = field(default_factory=Redaction)
+
+    @property
+    def here(self) -> tuple[int, int] | None:
+        """Return this rank's number among those of its host, and how many those are."""
+        return (self.launch.local_rank, self.launch.local_count) if self.launch else None
+
+    @property
+    def local_ranks(self) -> int:
+        """Return how many ranks share this host."""
+        return self.launch.local_count if self.launch else self.ranks
 
     def to_json(self) -> str:
         """Return what `read` reads; the supervisor alone writes it, to a pipe."""
@@ -42,6 +54,7 @@ class WorkerSpec:
                 "rank": self.rank,
                 "ranks": self.ranks,
                 "store": self.store,
+                "launch": asdict(self.launch) if self.launch else None,
                 "secrets": sorted(self.redaction.secrets),
             }
         )
@@ -58,5 +71,6 @@ class WorkerSpec:
             raw["rank"],
             raw["ranks"],
             raw["store"],
+            Launch(**raw["launch"]) if raw["launch"] else None,
             redaction,
         )

@@ -24,18 +24,22 @@ from ..config.environment import PREFIX
 from ..config.schema import Config
 from ..errors import TrainerError
 from ..host import interrupts
+from ..host.launcher import OWN_VARIABLES
 from ..redaction import Redaction
 from ..run.events import Warned
 from ..run_folder import RunFolder
 from ..serve.run_state import RunState
 from .log_filter import open_log
+from .stop_signals import STOPS
 
 COMMAND_SECONDS = 60.0
 WEBHOOK_SECONDS = 10.0
 POLL_SECONDS = 0.05
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Else a run that the command starts would run the command at its end again.
-OWN_KEYS = tuple(f"{PREFIX}{key}" for key in ("ON_END_COMMAND", "WEBHOOK_URL", "WEBHOOK_URL_FILE"))
+OWN_KEYS = (
+    *(f"{PREFIX}{key}" for key in ("ON_END_COMMAND", "WEBHOOK_URL", "WEBHOOK_URL_FILE")),
+    *OWN_VARIABLES,  # it would be one of this run's processes
+)
 
 
 class EndedRun(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from ..errors import (
 )
 from ..faults import limit_in_log
 from ..redaction import Redaction
+from ..report.html import write_report
 from ..run import lock
 from ..run.events import Failed, Finished
 from ..run.memory_limits import why_nothing_fits
@@ -139,6 +140,35 @@ def leave_results(
     if status.exit_code is not None:
         results = results_of(status, folder, problems)
         write_results(folder, redaction.value(asdict(results)))
+
+
+def leave_all(
+    folder: Path,
+    status: RunStatus,
+    problems: Sequence[Problem],
+    redaction: Redaction,
+    warn: Callable[[str], None],
+) -> None:
+    """Write results and report; a failure is a warning, and does not fail the run."""
+    for name, write in (
+        (RunFolder.results, lambda: leave_results(folder, status, problems, redaction)),
+        ("report", lambda: write_report(folder)),
+    ):
+        try:
+            write()
+        except Exception as error:
+            warn(f"no {name} was written: {type(error).__name__}: {error}")
+
+
+def left_to_launcher(cause: str, is_memory: bool, launcher: str) -> TrainerError:
+    """Return the error of a worker that only the launcher can start again, with all others."""
+    return (MemoryKilledError if is_memory else InternalError).of(
+        cause,
+        where="processes that train together",
+        why="all of them have to start again",
+        remedy=f"{launcher} does it where restarts are allowed (torchrun --max-restarts); else "
+        "run the same command again: the run resumes from its last checkpoint",
+    )
 
 
 def leave_refusal(folder: Path, run_name: str, error: TrainerError, redaction: Redaction) -> None:

@@ -27,6 +27,8 @@ class Restarts:
         position = (status.step, status.steps_in_attempt > 0)
         if position == self._position:
             return f"it ended at step {status.step} twice in a row"
+        if self.limit == 0:
+            return "it is not restarted here"
         if self._used_at(status) >= self.limit:
             return f"it was restarted {self.limit} times without progress"
         return ""

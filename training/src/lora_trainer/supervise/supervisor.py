@@ -20,9 +20,9 @@ from ..config.settings import Settings
 from ..errors import InternalError, MemoryKilledError, Problem, TrainerError, UnavailableError
 from ..host.disk import write_json, write_text
 from ..host.interrupts import handled
+from ..host.launcher import Launch
 from ..machine import read_machine
 from ..plan import process_count
-from ..report.html import write_report
 from ..run import lock
 from ..run.events import (
     Ended,
@@ -43,19 +43,18 @@ from ..serve.run_state import RunState
 from ..serve.server import LogFollower, StatusServer, read_token
 from . import earlier_run, endings
 from .announcement import announced
-from .endings import WorkerEnd, leave_results
+from .endings import WorkerEnd
 from .log_filter import open_log
 from .recovery import Recovery
 from .restarts import Restarts
 from .secrets import redaction_of
+from .stop_signals import STOPS, StopSignals
 from .watchdog import Watchdog
 from .workers import WorkerGroup, cause_of
 
 STALLED = InternalError.exit_code
 WATCH_SECONDS = 1.0  # between two looks at a worker
 PIPE_BYTES = 1 << 16
-# A lost terminal stops a run too, unless nohup started it.
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Supervisor:
@@ -70,6 +69,7 @@ class Supervisor:
         display: Any,
         *,
         print_line: Callable[[str], None] = lambda _: None,
+        launch: Launch | None = None,
     ) -> None:
         self.settings = settings
         self.display = display
@@ -83,13 +83,13 @@ class Supervisor:
         self.redaction = redaction_of(settings)
         self.live = RunState(self.redaction, monitoring.stall_timeout_seconds)
         self._events: EventFile | None = None
-        self._processes = process_count(self.config, read_machine())
-        self._worker: WorkerGroup | None = None
+        self.launch = launch
+        self._processes = 1 if launch else process_count(self.config, read_machine())
         self._lock_file: IO[str] | None = None
         self._problems: Sequence[Problem] = ()  # that the run ended with
         self._notes: list[str] = []
         self._warned: set[str] = set()
-        self._signals = 0
+        self._signals = StopSignals(is_launched=launch is not None)
 
     @property
     def status(self) -> RunStatus:
@@ -132,7 +132,7 @@ class Supervisor:
         self.live.detail = "checking the configuration"
         check(self.settings)
         make_folder(self.output_dir)
-        with lock.hold(self.output_dir) as self._lock_file, handled(self._forward, STOPS):
+        with lock.hold(self.output_dir) as self._lock_file, handled(self._signals.handle, STOPS):
             verdict = earlier_run.judge(self.output_dir, self.settings)
             has_work = verdict.does != "nothing"
             if has_work:
@@ -162,7 +162,7 @@ class Supervisor:
         finally:
             # Go on answering for as long as asked, or until a signal comes.
             until = time.monotonic() + self.config.monitoring.health_linger_seconds
-            while time.monotonic() < until and not self._signals:
+            while time.monotonic() < until and not self._signals.count:
                 time.sleep(0.1)
             with contextlib.suppress(OSError):
                 self.folder.server.unlink()
@@ -215,7 +215,9 @@ class Supervisor:
 
     def _restart_loop(self) -> None:
         """Start the worker until it finishes, fails for good, or uses up its restarts."""
-        restarts = Restarts(self.config.monitoring.max_restarts)
+        # One of several processes cannot start again without the others.
+        is_shared = self.launch is not None and not self.launch.is_alone
+        restarts = Restarts(0 if is_shared else self.config.monitoring.max_restarts)
         recovery = Recovery(self.output_dir)
         while True:
             self.record(
@@ -233,17 +235,21 @@ class Supervisor:
             if end.code == 0:
                 self.record(Ended(exit_code=0))
                 return
-            if not self._signals and (retry := recovery.after(end, self.status)):
-                attempt = restarts.spare()
+            if not self._signals.count and (retry := recovery.after(end, self.status)):
                 for event in retry.events:
                     self.record(event)
+                if self.launch is not None and is_shared:
+                    launcher, is_memory = self.launch.launcher, end.is_out_of_memory
+                    error = endings.left_to_launcher(retry.cause, is_memory, launcher)
+                    raise self._recorded_end(error)
+                attempt = restarts.spare()
                 self.record(Restarted(attempt=attempt, cause=retry.cause, exit_code=end.code))
                 continue
             if end.failure:
                 error = endings.failed(end.failure, self.status)
                 is_recorded = endings.is_recorded_at_once(end.failure)
                 raise self._recorded_end(error, is_recorded=is_recorded)
-            if end.code == 143 or self._signals:
+            if end.code == 143 or self._signals.count:
                 raise self._stopped()
             refusal = restarts.refusal(self.status)
             if refusal or end.code in endings.FINAL_CODES:
@@ -263,16 +269,21 @@ class Supervisor:
         log_file = self.folder.log
         log_bytes = log_file.stat().st_size if log_file.exists() else 0
         with open_log(log_file, self.redaction, self._warn) as log, os.fdopen(reading):
-            self._worker = worker = WorkerGroup(
-                WorkerSpec(self.config, self.output_dir, self.run_name, redaction=self.redaction),
+            worker = WorkerGroup(
+                WorkerSpec(
+                    self.config,
+                    self.output_dir,
+                    self.run_name,
+                    launch=self.launch,
+                    redaction=self.redaction,
+                ),
                 self._processes,
                 log=log,
                 pass_fds=(writing, self._lock_file.fileno()),
                 environment={EVENTS_FD: str(writing)},
             )
             os.close(writing)
-            if self._signals:  # received before there was a worker to forward it to
-                worker.send_signal(signal.SIGTERM)
+            self._signals.pass_to(worker)
             watch = Watchdog(
                 worker.pids,
                 log_file,
@@ -320,6 +331,7 @@ class Supervisor:
                                 self.record(event)
                 if time.monotonic() - checked >= WATCH_SECONDS:
                     checked = time.monotonic()
+                    self._signals.look_for_launcher()
                     stall = stall or self._end_if_stalled(watch)
 
     def _end_if_stalled(self, watch: Watchdog) -> str:
@@ -360,17 +372,6 @@ class Supervisor:
             self._warned.add(message)
             self.record(Warned(message=message))
 
-    def _forward(self, number: int, _frame: object) -> None:
-        """Pass the first stop signal to the worker; a third one ends it at once."""
-        self._signals += 1
-        worker = self._worker
-        if worker is None or worker.poll() is not None:
-            return
-        if self._signals == 1:
-            worker.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
-        elif self._signals >= 3:
-            worker.kill()
-
     def _warnings(self) -> list[str]:
         """Return what the user should know before the worker begins."""
         warnings = [*self._notes]
@@ -386,14 +387,11 @@ class Supervisor:
         return [*warnings, *self.settings.warnings]
 
     def _leave_results(self) -> None:
-        """Write results and report; a failure is reported, and does not fail the run."""
-        folder, status, redaction = self.output_dir, self.status, self.redaction
-        for name, write in (
-            (RunFolder.results, lambda: leave_results(folder, status, self._problems, redaction)),
-            ("report", lambda: write_report(folder)),
-        ):
-            try:
-                write()
-            except Exception as error:
-                why = f"{type(error).__name__}: {error}"
-                self.record(Warned(message=f"no {name} was written: {why}"))
+        """Write results and report."""
+        endings.leave_all(
+            self.output_dir,
+            self.status,
+            self._problems,
+            self.redaction,
+            lambda message: self.record(Warned(message=message)),
+        )

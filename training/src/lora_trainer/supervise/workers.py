@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
+from ..host.launcher import LOOPBACK, OWN_VARIABLES, Launch, network_of
 from ..host.scratch import TEMPORARY, scratch_folder
 from ..machine import read_machine
 from ..run.protocol import PEER_LOST, WorkerSpec
@@ -34,8 +35,6 @@ WORKER_DEFAULTS = {
     # instead of 2 (docs/decisions/0006-threads-that-wait.md).
     "GOMP_SPINCOUNT": "1000",
 }
-# Communication between ranks stays on this machine.
-LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 class WorkerGroup:
@@ -51,12 +50,14 @@ class WorkerGroup:
         environment: Mapping[str, str],
     ) -> None:
         self._meeting = contextlib.ExitStack()
-        store = ""
+        launch, store = spec.launch, ""
+        self._first = launch.rank if launch else 0
         if count > 1:  # one process needs no rendezvous store
             parent = Path(tempfile.gettempdir())
             store = str(self._meeting.enter_context(scratch_folder(parent, TEMPORARY)) / "store")
+        self._is_shared = count > 1 or (launch is not None and not launch.is_alone)
         self._fallen: int | None = None  # the first rank that ended badly by itself
-        own = _defaults(count) | os.environ | dict(environment) | _python_path()
+        own = _defaults(count, launch) | _inherited(launch) | dict(environment) | python_path()
         self._ranks = [
             subprocess.Popen(
                 [sys.executable, "-m", "lora_trainer.train.worker"],
@@ -72,7 +73,8 @@ class WorkerGroup:
         self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
         self._watcher.start()
         for rank, process in enumerate(self._ranks):
-            own_spec = replace(spec, rank=rank, ranks=count, store=store)
+            ranks = launch.count if launch else count
+            own_spec = replace(spec, rank=self._first + rank, ranks=ranks, store=store)
             assert process.stdin is not None
             # The watcher notices one that has already died.
             with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
@@ -112,7 +114,8 @@ class WorkerGroup:
     @property
     def fallen(self) -> str:
         """Return a prefix such as "rank 2 ", which ended the group; empty with one rank."""
-        return f"rank {self._fallen or 0} " if len(self._ranks) > 1 else ""
+        number = self._first + (self._fallen or 0)
+        return f"rank {number} " if self._is_shared else ""
 
     def _code(self) -> int:
         if self._fallen is not None:
@@ -139,12 +142,20 @@ class WorkerGroup:
         self._meeting.close()
 
 
-def _defaults(count: int) -> dict[str, str]:
+def _defaults(count: int, launch: Launch | None) -> dict[str, str]:
     """Return default environment variables of a worker that the user has not set."""
+    network = network_of(launch) if launch else LOOPBACK
+    count = launch.local_count if launch else count
     if count == 1:
-        return WORKER_DEFAULTS | LOOPBACK
+        return WORKER_DEFAULTS | network
     threads = max(1, read_machine().cores // count)
-    return WORKER_DEFAULTS | LOOPBACK | {"OMP_NUM_THREADS": str(threads)}
+    return WORKER_DEFAULTS | network | {"OMP_NUM_THREADS": str(threads)}
+
+
+def _inherited(launch: Launch | None) -> dict[str, str]:
+    """Return this process's environment; a worker has its number from its spec instead."""
+    own = OWN_VARIABLES if launch else ()
+    return {name: value for name, value in os.environ.items() if name not in own}
 
 
 def cause_of(code: int) -> str:
@@ -158,8 +169,8 @@ def cause_of(code: int) -> str:
     return f"ended with exit code {code}"
 
 
-def _python_path() -> dict[str, str]:
-    """Let the worker import this package from wherever the supervisor has it."""
+def python_path() -> dict[str, str]:
+    """Let a child process import this package from wherever the supervisor has it."""
     own = str(Path(__file__).resolve().parents[2])
     rest = os.environ.get("PYTHONPATH", "")
     return {"PYTHONPATH": f"{own}{os.pathsep}{rest}" if rest else own}

@@ -12,10 +12,7 @@ import contextlib
 import faulthandler
 import os
 import platform
-import queue
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -41,65 +38,12 @@ from ..run.events import (
 from ..run.protocol import EVENTS_FD, PEER_LOST, STACKS_SIGNAL, WorkerSpec
 from ..run.unrecorded import Unrecorded, recall
 from ..run_folder import RunFolder
+from .channel import EventPipe, StopFlag, StopRequested
+from .peers import Peers
 
 if TYPE_CHECKING:
     from .checkpoint import Snapshot, TrainState
     from .setup import TrainingSetup
-
-
-class StopRequested(BaseException):
-    """A signal came while nothing was worth saving."""
-
-
-class StopFlag:
-    """Whether a signal asked to stop; raises at once outside of training, waits inside."""
-
-    def __init__(self) -> None:
-        self.signal = ""
-        self.step = 0  # the one that is saved
-        self.is_deferred = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _frame: object) -> None:
-        is_first, self.signal = not self.signal, signal.Signals(number).name
-        if is_first and not self.is_deferred:
-            raise StopRequested
-
-    def is_set(self) -> bool:
-        """Return whether to stop at the next step boundary."""
-        return bool(self.signal)
-
-
-class EventPipe:
-    """Writes events to the supervisor from a thread of its own, so that no reader holds up a step.
-
-    A supervisor that is gone is not an error.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self._file = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
-        self._queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._writer = threading.Thread(target=self._write, name="events", daemon=True)
-        self._writer.start()
-
-    def emit(self, event: Event) -> None:
-        """Hand over one event; never waits."""
-        self._queue.put(event)
-
-    def close(self) -> None:
-        """Wait until all events are written."""
-        self._queue.put(None)
-        self._writer.join()
-
-    def _write(self) -> None:
-        """Write as long as somebody reads; stop the run as on a signal when nobody does."""
-        try:
-            with self._file:
-                while (event := self._queue.get()) is not None:
-                    self._file.write(event.to_line())
-        except BrokenPipeError:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main() -> int:
@@ -109,26 +53,36 @@ def main() -> int:
     pipe = EventPipe(int(os.environ[EVENTS_FD]))
     stop = StopFlag()
     emit: Callable[[Event], None] = pipe.emit
+    peers = Peers(pipe)
     try:
         spec = WorkerSpec.read(sys.stdin.read())
+        if spec.launch is not None:
+            emit = peers.beside(emit)
         if spec.rank > 0:
-            emit = _only_failures(pipe.emit)
+            emit = _only_failures(emit)
         emit(PhaseChanged(phase="starting"))
-        return run(spec, emit, stop)
+        return run(spec, emit, stop, peers)
     except StopRequested:
         emit(Stopped(step=stop.step, signal=stop.signal))
         return 143
     except BaseException as error:
-        with contextlib.suppress(OSError):  # the log may be on the disk that is full
-            traceback.print_exc()
-        if is_peer_lost(error):
+        is_lost = is_peer_lost(error)
+        if not (is_lost and peers.is_followed):
+            with contextlib.suppress(OSError):  # the log may be on the disk that is full
+                traceback.print_exc()
+        if is_lost:
+            stop.is_deferred = True
+            peers.explain()
             return PEER_LOST
         known = explain(error)
         problems = [asdict(problem) for problem in known.problems]
         failed = Failed(exit_code=known.exit_code, problems=problems)
-        pipe.emit(replace(failed, retry=known.retry, step=known.step))
+        failed = replace(failed, retry=known.retry, step=known.step)
+        peers.report(failed)
+        pipe.emit(failed)
         return known.exit_code
     finally:
+        peers.leave()
         pipe.close()
 
 
@@ -146,7 +100,9 @@ def is_peer_lost(error: BaseException) -> bool:
     return ranks.is_peer_lost(error)
 
 
-def run(spec: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag) -> int:
+def run(
+    spec: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag, peers: Peers | None = None
+) -> int:
     """Load, prepare, train, evaluate, export."""
     from ..model import quantize
 
@@ -154,14 +110,19 @@ def run(spec: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag) -> int:
     from ..machine import read_machine
     from ..model.backend import usable_machine
 
+    # A fault of this process's GPU reaches rank 0 through the store.
+    meeting = peers.begin(spec.launch) if peers and spec.launch else None
     # Before ranks meet, and before transformers and peft are imported, which takes seconds.
-    machine = usable_machine(read_machine(), spec.ranks)
-    from ..model.ranks import join
+    machine = usable_machine(read_machine(), spec.local_ranks)
+    from ..model.ranks import join, over_hosts
     from .loop import train
     from .session import open_session
 
     emit(PhaseChanged(phase="loading", detail=spec.config.model.model_name_or_path))
-    ranks = join(spec.rank, spec.ranks, spec.store, machine.device)
+    ranks = join(
+        spec.rank, spec.ranks, meeting.store if meeting else spec.store, machine.device, spec.here
+    )
+    machine = over_hosts(machine, ranks)
     setup = open_session(spec.config, spec.output_dir, emit, ranks, machine)
     must_stop = ranks.agreed(stop.is_set)
     snapshot, skipped = _newest(spec, setup)
@@ -238,12 +199,14 @@ def _finish(
 def _newest(spec: WorkerSpec, setup: TrainingSetup) -> tuple[Snapshot | None, list[str]]:
     from .checkpoint_store import OtherRunError
     from .identity import other_run
+    from .peers import check_shared_folder
 
     try:
         snapshot, skipped = setup.store.newest(setup.refuse)
     except OtherRunError as error:
         folder = RunFolder(spec.output_dir).checkpoints / str(error)
         raise other_run(folder, error.digest, setup.store.digest) from None
+    check_shared_folder(setup.ranks, snapshot.state.step if snapshot else 0, spec.output_dir)
     if snapshot is not None and snapshot.state.step > setup.plan.total_steps:
         raise ConfigError.of(
             "the run has already trained more steps than are configured now",

@@ -16,7 +16,7 @@ from lora_trainer.config.settings import Settings, resolve
 from lora_trainer.errors import ConfigError, TrainerError
 from lora_trainer.run.events import Finished, Warned
 from lora_trainer.run_folder import RunFolder
-from lora_trainer.supervise import announcement, supervisor
+from lora_trainer.supervise import announcement, endings
 from lora_trainer.supervise.supervisor import Supervisor
 from support.shell_worker import says, step_line, supervisor_of
 
@@ -62,7 +62,7 @@ def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
-    monkeypatch.setattr(supervisor, "write_report", lambda _: None)
+    monkeypatch.setattr(endings, "write_report", lambda _: None)
 
     def make(script: str, *arguments: str) -> Supervisor:
         run = supervisor_of(tmp_path, monkeypatch, script, *arguments)

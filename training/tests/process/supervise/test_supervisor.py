@@ -42,8 +42,9 @@ from lora_trainer.run.folder import archive, make_folder
 from lora_trainer.run.recording import EventFile
 from lora_trainer.run.status import RunStatus, fold
 from lora_trainer.run_folder import RunFolder
-from lora_trainer.supervise import supervisor
+from lora_trainer.supervise import endings, supervisor
 from lora_trainer.supervise.earlier_run import mark_of
+from lora_trainer.supervise.stop_signals import STOPS
 from lora_trainer.supervise.supervisor import Supervisor
 from lora_trainer.supervise.workers import cause_of
 from support.shell_worker import says, step_line, supervisor_of
@@ -54,7 +55,7 @@ Made = Callable[..., Supervisor]
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
     """Return a function that makes a supervisor of a worker that a shell script plays."""
-    monkeypatch.setattr(supervisor, "write_report", lambda _: None)
+    monkeypatch.setattr(endings, "write_report", lambda _: None)
     return lambda *arguments: supervisor_of(tmp_path, monkeypatch, *arguments)
 
 
@@ -213,7 +214,7 @@ def hangup() -> Iterator[None]:
     signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", STOPS)
 @pytest.mark.usefixtures("hangup")
 def test_signal_is_passed_on_and_ends_as_stopped(made: Made, number: int) -> None:
     run = made(says(step_line(9)) + WAITS)
@@ -275,7 +276,7 @@ def test_third_signal_ends_a_worker_that_does_not_listen(made: Made) -> None:
     def insist() -> None:
         for count in range(1, 4):
             os.kill(os.getpid(), signal.SIGTERM)
-            while run._signals < count:  # two at once would be one
+            while run._signals.count < count:  # two at once would be one
                 time.sleep(0.01)
 
     thread = when(lambda: run.status.step == 1, insist)
@@ -503,11 +504,11 @@ def test_kill_before_the_report_is_complete_leaves_it_to_the_next_start(
 
     run = made(says(step_line(1)))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(supervisor, "write_report", die)
+        patch.setattr(endings, "write_report", die)
         run.run()
     assert not RunFolder(run.output_dir).done.exists()
     reported: list[Path] = []
-    monkeypatch.setattr(supervisor, "write_report", reported.append)
+    monkeypatch.setattr(endings, "write_report", reported.append)
     assert made(says(step_line(1))).run() == 0
     assert reported == [run.output_dir]
     assert RunFolder(run.output_dir).done.exists()
@@ -577,7 +578,7 @@ def test_report_that_fails_is_told_and_fails_nothing(
         raise ValueError("no plot")
 
     run = made("")
-    monkeypatch.setattr(supervisor, "write_report", refuse)
+    monkeypatch.setattr(endings, "write_report", refuse)
     assert run.run() == 0
     warned = [event.message for event in told(run.output_dir) if isinstance(event, Warned)]
     assert any("no plot" in message for message in warned)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from lora_trainer.config.schema import Config
+from lora_trainer.host.launcher import Launch
 from lora_trainer.redaction import Redaction
 from lora_trainer.run.protocol import EVENTS_FD, WorkerSpec
 from lora_trainer.train import worker
@@ -33,14 +34,15 @@ def test_stop_after_the_training_tells_the_step_that_is_saved(
 ) -> None:
     reading, writing = os.pipe()
 
-    def run(_order: object, _emit: object, stop: worker.StopFlag) -> int:
+    def run(_order: object, _emit: object, stop: worker.StopFlag, *_: object) -> int:
         stop.step = 40
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the signal raises")
 
     monkeypatch.setenv(EVENTS_FD, str(writing))
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    monkeypatch.setattr(WorkerSpec, "read", staticmethod(lambda _: SimpleNamespace(rank=0)))
+    spec = SimpleNamespace(rank=0, launch=None)
+    monkeypatch.setattr(WorkerSpec, "read", staticmethod(lambda _: spec))
     monkeypatch.setattr(worker.faulthandler, "register", lambda *_, **__: None)
     monkeypatch.setattr(worker, "run", run)
     assert worker.main() == 143
@@ -51,7 +53,10 @@ def test_stop_after_the_training_tells_the_step_that_is_saved(
 
 def test_a_spec_reaches_the_worker_as_it_was_written() -> None:
     config = Config.model_validate({"model": {"hf_token": "hf_secret"}})
-    spec = WorkerSpec(config, Path("out"), "run", rank=1, ranks=2, redaction=Redaction(["s3cret"]))
+    launch = Launch(3, 4, 1, 2, "10.0.0.1", 29500, "torchrun", has_agent_store=True)
+    spec = WorkerSpec(
+        config, Path("out"), "run", 3, 4, launch=launch, redaction=Redaction(["s3cret"])
+    )
     received = WorkerSpec.read(spec.to_json())
     assert replace(received, redaction=spec.redaction) == spec
     assert received.redaction.secrets == {"s3cret"}
