@@ -72,7 +72,7 @@ class PackedAttention:
             window = None
         if self.kernel is not None and not dropout and self.kernel.takes(window, softcap):
             query_THD, key_THD, value_THD = (
-                part[0].transpose(0, 1) for part in (query_BHTD, key_BHTD, value_BHTD)
+                part.squeeze(0).transpose(0, 1) for part in (query_BHTD, key_BHTD, value_BHTD)
             )
             made_THD: Tensor = self.kernel(
                 query_THD, key_THD, value_THD, self.lengths,
@@ -81,7 +81,7 @@ class PackedAttention:
             return made_THD[None], None
         groups = query_BHTD.shape[1] // key_BHTD.shape[1]
         is_grouped = groups > 1 and softcap is None and window is None
-        if groups > 1 and not (is_grouped and _shares_heads(query_BHTD, dropout)):
+        if groups > 1 and not (is_grouped and _shares_heads(query_BHTD, key_BHTD, dropout)):
             key_BHTD = key_BHTD.repeat_interleave(groups, dim=1)
             value_BHTD = value_BHTD.repeat_interleave(groups, dim=1)
         examples = zip(
@@ -91,18 +91,23 @@ class PackedAttention:
             strict=True,
         )
         done = [_attend(q, k, v, scaling, dropout, window, softcap) for q, k, v in examples]
-        return torch.cat(done, dim=2).transpose(1, 2).contiguous(), None
+        return torch.cat([one.transpose(1, 2) for one in done], dim=1), None
 
 
-def _shares_heads(query_BHTD: Tensor, dropout: float) -> bool:
+def _shares_heads(query_BHTD: Tensor, key_BHTD: Tensor, dropout: float) -> bool:
     """Return whether the kernel that PyTorch picks takes fewer key heads than query heads.
 
-    Flash attention on a GPU does; where PyTorch picks another kernel, grouped heads would make
-    it compute all scores.
+    Flash attention does, on a GPU and on a CPU; where PyTorch picks another kernel, grouped heads
+    would make it compute all scores.
     """
-    if query_BHTD.device.type != "cuda" or not HAS_GROUPS:
+    if not HAS_GROUPS or query_BHTD.device.type not in ("cpu", "cuda"):
         return False
-    number = torch._fused_sdp_choice(query_BHTD, query_BHTD, query_BHTD, None, dropout, True)
+    if query_BHTD.device.type == "cpu":
+        number = torch._fused_sdp_choice(
+            query_BHTD, key_BHTD, key_BHTD, None, dropout, True, enable_gqa=True
+        )
+    else:
+        number = torch._fused_sdp_choice(query_BHTD, query_BHTD, query_BHTD, None, dropout, True)
     return int(number) == FLASH
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import UnavailableError
 from ..memory_estimate import Precision
 from . import attention as packed_attention
-from . import compat, fused, norms
+from . import compat, exchange, fused, gated, norms, rotary
 from .attention import PackedAttention
 from .flash import VariableLength, switch_cudnn_off
 from .head import Head, find_head, loss_and_hits, summed_loss, summed_loss_and_hits
@@ -55,8 +55,8 @@ class CausalLM:
     """A causal language model as the loop sees it: a micro-batch in, a summed loss out.
 
     `model` is the transformers or PEFT model; its decoder and head are called apart, so
-    that only supervised positions reach the head. Adapted projections and norms are fused where
-    they can be (`fused.py`, `norms.py`).
+    that only supervised positions reach the head. Layers are fused where they can be (`fused.py`,
+    `norms.py`, `rotary.py`, `gated.py`).
     """
 
     def __init__(
@@ -81,7 +81,11 @@ class CausalLM:
         self.precision = precision
         self.dtype = dtype_of(precision)
         fused.install(model, self.dtype)
-        self.fused_norms = norms.install(model)
+        self.fused_layers = {
+            "norms": norms.install(model),
+            "rotary embeddings": rotary.install(model),
+            "gated activations": gated.install(model),
+        }
         self.native_attention = str(inner.config._attn_implementation)
         self.is_sharded = False
         self.packed: PackedAttention | None = None
@@ -137,26 +141,27 @@ class CausalLM:
         self.is_sharded = True
 
     def leave_layers_alone(self) -> None:
-        """Let PEFT compute every adapted projection, and transformers every norm."""
+        """Let PEFT compute every adapted projection, and transformers everything else."""
         fused.remove(self.model)
-        norms.remove(self.model)
-        self.fused_norms = 0
+        exchange.remove(self.model)
+        self.fused_layers = dict.fromkeys(self.fused_layers, 0)
 
     @property
     def has_fused_layers(self) -> bool:
         """Tell whether any layer is computed by a function of ours."""
-        return bool(self.fused_norms or fused.count(self.model))
+        return any(self.fused_layers.values()) or fused.count(self.model) > 0
 
     @property
     def fused(self) -> str:
-        """Say how many projections and norms are fused, for the plan."""
+        """Say how many layers of each kind are fused, for the plan."""
         adapted = sum(1 for module in self.model.modules() if getattr(module, "lora_A", None))
-        return f"{fused.count(self.model)} of {adapted} adapted modules, {self.fused_norms} norms"
+        others = (f"{count} {kind}" for kind, count in self.fused_layers.items())
+        return ", ".join((f"{fused.count(self.model)} of {adapted} adapted modules", *others))
 
     @contextlib.contextmanager
     def plain_layers(self) -> Iterator[None]:
         """Let PEFT and transformers compute every layer for a while, for a comparison."""
-        with fused.switched_off(self.model), norms.switched_off(self.model):
+        with fused.switched_off(self.model), exchange.switched_off(self.model):
             yield
 
     def pad(self) -> None:

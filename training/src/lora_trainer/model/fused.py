@@ -3,10 +3,11 @@
     y_i = x W_i' + bias_i + (s_i x A_i') B_i'
 
 PEFT computes each projection by itself: it casts the input up and down again, scales and adds in
-passes of their own, and keeps an input for each. Here the input is cast and kept once, the A_i
-are one matrix, and products are added where they belong. PEFT's modules and the names of their
-parameters stay as they are; only what `forward` computes is exchanged. What is not covered (DoRA,
-8 bits, experts, a switched-off or merged adapter) is left to PEFT.
+passes of their own, and keeps an input for each. Here the input is cast and kept once, or computed
+again (`recompute.py`), the A_i are one matrix, and products are added where they belong. PEFT's
+modules and the names of their parameters stay as they are; only what `forward` computes is
+exchanged. What is not covered (DoRA, 8 bits, experts, a switched-off or merged adapter) is left to
+PEFT.
 
 Legend: T tokens, W input width, O output width, R rank, S the ranks of all projections; ' is the
 transpose.
@@ -24,6 +25,7 @@ import torch.nn.functional as F  # noqa: N812  the field's usual name
 from torch import Tensor, nn
 
 from .packed_linear import PackedLinear
+from .recompute import Source, source_of
 
 # Siblings that read the same input in every decoder layer that has them. Whether they do is seen
 # when they are called: each output is handed out for the input that it was computed from alone.
@@ -99,7 +101,8 @@ class Group:
             return self._split(layer, x)
         if self._input is not x or layer not in self._outputs:
             self.forget()
-            made = _FusedLora.apply(x, self, *self.parameters())
+            source = source_of(x, self.dtype)
+            made = _FusedLora.apply(self, source, *source.inputs, *self.parameters())
             self._outputs = dict(zip(self.layers, made, strict=True))
             self._input = x
         output = self._outputs.pop(layer)
@@ -123,11 +126,14 @@ class Group:
 
 
 class _FusedLora(torch.autograd.Function):
-    """The projections and their gradients to x and each A and B; W and bias are frozen."""
+    """The projections, and their gradients to what `source` is computed from and each A and B.
+
+    W and bias are frozen.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, *parameters: Tensor) -> tuple[Tensor, ...]:
-        weights, dropout = group.weights(), group.dropout
+    def forward(ctx: Any, group: Group, source: Source, *tensors: Tensor) -> tuple[Tensor, ...]:
+        weights, dropout, x = group.weights(), group.dropout, source.value
         x_TW = x.reshape(-1, x.shape[-1]).to(group.dtype)
         seed = int(torch.randint(1 << 62, ())) if dropout else 0
         kept_TW = x_TW * _mask(x_TW, dropout, seed) if dropout else x_TW
@@ -140,56 +146,82 @@ class _FusedLora(torch.autograd.Function):
             y.view(-1, y.shape[-1]).addmm_(low_TR, b_OR.t())
             outputs.append(y)
             start += b_OR.shape[1]
-        ctx.save_for_backward(x_TW, low_TS, weights.a, *weights.b)
+        kept = source.tensors if source.formula else (x_TW,)
+        ctx.save_for_backward(low_TS, weights.a, *weights.b, *kept)
         ctx.group, ctx.dropout, ctx.seed = group, dropout, seed
+        ctx.formula, ctx.inputs = source.formula, len(source.inputs)
         ctx.dtype, ctx.shape = x.dtype, x.shape
-        ctx.scaling, ctx.dtypes = group.scaling, [p.dtype for p in parameters]
+        ctx.scaling, ctx.dtypes = group.scaling, [t.dtype for t in tensors[ctx.inputs :]]
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        x_TW, low_TS, a_SW, *bs = ctx.saved_tensors
-        factor = 1 / (1 - ctx.dropout)
-        low_gradient_TS = torch.empty_like(low_TS)
-        x_gradient: Tensor | None = None
-        b_gradients: list[Tensor | None] = []
-        start = 0
-        for layer, b_OR, gradient in zip(ctx.group.layers, bs, gradients, strict=True):
-            ranks = slice(start, start + b_OR.shape[1])
-            start = ranks.stop
-            if gradient is None:  # its output was not used
-                low_gradient_TS[:, ranks] = 0
-                b_gradients.append(None)
-                continue
-            gradient_TO = gradient.reshape(-1, gradient.shape[-1]).to(x_TW.dtype)
-            _product(gradient_TO, b_OR, factor, low_gradient_TS[:, ranks])
-            b_gradients.append(gradient_TO.t() @ low_TS[:, ranks])
-            if ctx.needs_input_grad[0]:
-                weight_OW = _dense(layer.base_layer, x_TW.dtype)
-                if x_gradient is None:
-                    x_gradient = gradient_TO @ weight_OW
-                else:
-                    x_gradient.addmm_(gradient_TO, weight_OW)
+        low_TS, a_SW, *others = ctx.saved_tensors
+        bs, kept = others[: len(gradients)], others[len(gradients) :]
+        flat = a_SW.new_empty(sum(one.numel() for one in (a_SW, *bs)))
+        a_gradient, *b_gradients = _apart(flat, a_SW, bs)
+        low_gradient_TS, x_gradient = _through_b(ctx, gradients, low_TS, bs, b_gradients)
+        x, work = (kept[0], None) if ctx.formula is None else ctx.formula.again(*kept)
+        x_TW = x.view(-1, x.shape[-1])
         mask_TW = _mask(x_TW, ctx.dropout, ctx.seed) if ctx.dropout else None
         kept_TW = x_TW if mask_TW is None else x_TW * mask_TW
-        a_gradient_SW = low_gradient_TS.t() @ kept_TW
+        _product(low_gradient_TS.t(), kept_TW, ctx.scaling, a_gradient)
+        inputs: tuple[Tensor | None, ...] = (None,) * ctx.inputs
         if x_gradient is not None:
             if mask_TW is None:
                 x_gradient.addmm_(low_gradient_TS, a_SW)
             else:
                 x_gradient.addcmul_(low_gradient_TS @ a_SW, mask_TW)
-            x_gradient = x_gradient.to(ctx.dtype).view(ctx.shape)
-        scaled = torch.empty_like(a_gradient_SW, dtype=ctx.dtypes[0])
-        torch.mul(a_gradient_SW, ctx.scaling, out=scaled)
+            inputs = (x_gradient.to(ctx.dtype).view(ctx.shape),)
+            if ctx.formula is not None:
+                inputs = ctx.formula.gradients(*inputs, work, *kept)
+        # One cast for all of them.
+        a_gradient, *b_gradients = _apart(flat.to(ctx.dtypes[0]), a_SW, bs)
+        a_gradients = a_gradient.split([b.shape[1] for b in bs])
         adapters: list[Tensor | None] = []
-        a_gradients = scaled.split([b.shape[1] for b in bs])
-        for a_gradient, b_gradient in zip(a_gradients, b_gradients, strict=True):
-            adapters += [
-                None if b_gradient is None else a_gradient,
-                None if b_gradient is None else b_gradient.to(ctx.dtypes[1]),
-            ]
-        return x_gradient, None, *adapters
+        for gradient, pair in zip(
+            gradients, zip(a_gradients, b_gradients, strict=True), strict=True
+        ):
+            adapters += pair if gradient is not None else (None, None)
+        return None, None, *inputs, *adapters
+
+
+def _through_b(
+    ctx: Any,
+    gradients: Sequence[Tensor | None],
+    low_TS: Tensor,
+    bs: Sequence[Tensor],
+    b_gradients: Sequence[Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of x A' and, through the frozen weights, of x; fill those of each B."""
+    low_gradient_TS, x_gradient = torch.empty_like(low_TS), None
+    start = 0
+    for layer, gradient, b_OR, b_gradient in zip(
+        ctx.group.layers, gradients, bs, b_gradients, strict=True
+    ):
+        ranks = slice(start, start + b_OR.shape[1])
+        start = ranks.stop
+        if gradient is None:  # its output was not used
+            low_gradient_TS[:, ranks] = 0
+            continue
+        gradient_TO = gradient.reshape(-1, gradient.shape[-1]).to(low_TS.dtype)
+        _product(gradient_TO, b_OR, 1 / (1 - ctx.dropout), low_gradient_TS[:, ranks])
+        torch.mm(gradient_TO.t(), low_TS[:, ranks], out=b_gradient)
+        if any(ctx.needs_input_grad[2 : 2 + ctx.inputs]):
+            weight_OW = _dense(layer.base_layer, low_TS.dtype)
+            if x_gradient is None:
+                x_gradient = gradient_TO @ weight_OW
+            else:
+                x_gradient.addmm_(gradient_TO, weight_OW)
+    return low_gradient_TS, x_gradient
+
+
+def _apart(flat: Tensor, a_SW: Tensor, bs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the pieces of a flat tensor that have the shapes of A and each B."""
+    whole = (a_SW, *bs)
+    pieces = flat.split([one.numel() for one in whole])
+    return [piece.view(one.shape) for piece, one in zip(pieces, whole, strict=True)]
 
 
 def _product(one: Tensor, other: Tensor, factor: float, out: Tensor | None = None) -> Tensor:

@@ -3,6 +3,7 @@
     y = x / sqrt(mean(x x) + eps) w
 
 transformers computes this by eight operations in float32, and autograd keeps most of their results.
+Projections that read a norm compute it again from the same two (`recompute.py`).
 A layer's own `forward` is exchanged where a comparison on random numbers shows that it computes
 this, with w its weight or, in Gemma's models, one more than that; other norms stay as they are.
 
@@ -11,14 +12,18 @@ Legend: W width.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-OWN_FORWARD = "_lora_trainer_own_norm"
+from .exchange import exchange, is_own
+from .recompute import Formula, computed_by
+
+aten = torch.ops.aten
+
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
 # In float32, the largest difference that the order of operations explains.
 TOLERANCE = 1e-5
@@ -26,31 +31,80 @@ COMPARED_TOKENS = 4
 
 
 class _RmsNorm(torch.autograd.Function):
-    """The norm and its gradient to x, computed in float32 whatever x is in."""
+    """The norm, the inverse of each token's root mean square, and the gradient to x.
+
+    Computed in float32 at least, whatever x is in.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_W: Tensor, epsilon: float) -> Tensor:
-        wide = x.float()
-        inverse = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+    def forward(ctx: Any, x: Tensor, weight_W: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        width = x.shape[-1]
+        inverse = length.mul_(width**-0.5).square_().add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, inverse, weight_W)
-        return (wide * inverse).mul_(weight_W).to(x.dtype)
+        ctx.mark_non_differentiable(inverse)
+        ctx.set_materialize_grads(False)
+        return _scaled(x * inverse, weight_W, x), inverse
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, inverse, weight_W = ctx.saved_tensors
-        normed = x * inverse
-        scaled = gradients[0] * weight_W
-        along = (scaled * normed).mean(-1, keepdim=True)
-        return torch.addcmul(scaled, normed, along, value=-1).mul_(inverse).to(x.dtype), None, None
+        if gradients[0] is None:
+            return None, None, None
+        return *_gradients(gradients[0], x * inverse, x, inverse, weight_W), None, None
+
+
+def _scaled(one: Tensor, other: Tensor, like: Tensor) -> Tensor:
+    """Return a product in the precision of `like`, by one operation."""
+    return torch.mul(one, other, out=torch.empty_like(like))
+
+
+def _again(x: Tensor, inverse: Tensor, weight_W: Tensor) -> tuple[Tensor, Tensor]:
+    normed = x * inverse
+    return _scaled(normed, weight_W, x), normed
+
+
+def _gradients(
+    above: Tensor, normed: Tensor, x: Tensor, inverse: Tensor, weight_W: Tensor
+) -> tuple[Tensor, ...]:
+    scaled = above * weight_W
+    along = (scaled * normed).mean(-1, keepdim=True)
+    return (_scaled(torch.addcmul(scaled, normed, along, value=-1), inverse, x),)
+
+
+def _kernel_again(
+    x: Tensor, inverse: Tensor, weight_W: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    output: Tensor = aten._fused_rms_norm(x, [x.shape[-1]], weight_W, epsilon)[0]
+    return output, inverse
+
+
+def _kernel_gradients(
+    above: Tensor, work: Tensor, x: Tensor, inverse: Tensor, weight_W: Tensor
+) -> tuple[Tensor, ...]:
+    del work
+    gradients = aten._fused_rms_norm_backward(
+        above, x, [x.shape[-1]], inverse, weight_W, [True, False]
+    )
+    return (gradients[0],)
+
+
+OPERATIONS = Formula(1, _again, _gradients)
+
+
+@cache
+def _kernel(epsilon: float) -> Formula:
+    return Formula(1, partial(_kernel_again, epsilon=epsilon), _kernel_gradients)
 
 
 def rms_norm(x: Tensor, weight_W: Tensor, epsilon: float) -> Tensor:
     """Return the norm of `x` (..., W) in its precision; by one kernel where PyTorch has it."""
-    if x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm"):
-        made: Tensor = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight_W, epsilon)[0]
-        return made
-    output: Tensor = _RmsNorm.apply(x, weight_W, epsilon)
-    return output
+    if x.is_cuda and hasattr(aten, "_fused_rms_norm"):
+        output, inverse = aten._fused_rms_norm(x, [x.shape[-1]], weight_W, epsilon)
+        return computed_by(_kernel(epsilon), output, x, inverse.detach(), weight_W)
+    output, inverse = _RmsNorm.apply(x, weight_W, epsilon)
+    return computed_by(OPERATIONS, output, x, inverse, weight_W)
 
 
 def install(model: nn.Module) -> int:
@@ -68,31 +122,9 @@ def install(model: nn.Module) -> int:
             offsets[kind] = _offset(module)
         offset = offsets[kind]
         if offset is not None:
-            setattr(module, OWN_FORWARD, module.forward)
-            module.forward = _forward_of(module, offset)
+            exchange(module, _forward_of(module, offset))
             count += 1
     return count
-
-
-def remove(model: nn.Module) -> None:
-    """Give every norm its own forward back."""
-    for module in model.modules():
-        if hasattr(module, OWN_FORWARD):
-            del module.forward
-            delattr(module, OWN_FORWARD)
-
-
-@contextlib.contextmanager
-def switched_off(model: nn.Module) -> Iterator[None]:
-    """Let every norm compute what it did before for a while, for a comparison."""
-    exchanged = [(m, m.forward) for m in model.modules() if hasattr(m, OWN_FORWARD)]
-    try:
-        for module, _ in exchanged:
-            module.forward = getattr(module, OWN_FORWARD)
-        yield
-    finally:
-        for module, ours in exchanged:
-            module.forward = ours
 
 
 def _may_be_rms_norm(module: Any) -> bool:
@@ -104,7 +136,7 @@ def _may_be_rms_norm(module: Any) -> bool:
         and not weight.requires_grad
         and getattr(module, "bias", None) is None
         and _epsilon(module) is not None
-        and not hasattr(module, OWN_FORWARD)
+        and is_own(module)
     )
 
 
@@ -130,7 +162,7 @@ def _offset(module: Any) -> float | None:
     finally:
         module.weight.data = before
     for offset in (0.0, 1.0):
-        ours = _RmsNorm.apply(x, weight_W + offset, epsilon)
+        ours, _ = _RmsNorm.apply(x, weight_W + offset, epsilon)
         if own.shape == ours.shape and torch.allclose(own, ours, rtol=TOLERANCE, atol=TOLERANCE):
             return offset
     return None
@@ -139,7 +171,7 @@ def _offset(module: Any) -> float | None:
 def _forward_of(module: Any, offset: float) -> Callable[..., Tensor]:
     epsilon = _epsilon(module)
     assert epsilon is not None
-    own: Callable[..., Tensor] = getattr(module, OWN_FORWARD)
+    own: Callable[..., Tensor] = module.forward
     wide = module.weight.detach().float() + offset
     # A quantized base has its norms in float32; the one kernel wants one precision. Layers that
     # are shared out move to their device later.

@@ -106,7 +106,7 @@ def _verify(causal: CausalLM, is_any: Callable[[bool], bool]) -> str:
     if not is_any(bool(fault)):
         return reason
     causal.leave_layers_alone()
-    left = f"no layers are fused: fused projections and norms {fault or OTHER_RANK}"
+    left = f"no layers are fused: fused layers {fault or OTHER_RANK}"
     return "; ".join(filter(None, (left, reason)))
 
 

@@ -8,6 +8,7 @@ import torch
 from lora_trainer.config.schema import LoraSection
 from lora_trainer.model import fused, quantize
 from lora_trainer.model.adapter import add_adapter, trainable_parameters
+from lora_trainer.model.recompute import Source
 from support.families import FAMILIES, tiny_model
 
 
@@ -67,7 +68,7 @@ def test_gradients_are_those_of_autograd_in_double_precision(has_bias: bool) -> 
 
     def compute(x: torch.Tensor, *parameters: torch.Tensor):
         group._versions = ()  # gradcheck changes numbers in a way that no version tells
-        return fused._FusedLora.apply(x, group, *parameters)
+        return fused._FusedLora.apply(group, Source(x, (x,)), x, *parameters)
 
     assert torch.autograd.gradcheck(compute, (x, *group.parameters()))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_trainer.model import norms
+from lora_trainer.model import exchange, norms
 from support.families import FAMILIES, tiny_model
 
 
@@ -14,15 +14,15 @@ def test_the_gradient_is_that_of_autograd_in_double_precision() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(6, dtype=torch.float64)
-    ours = norms._RmsNorm.apply(x, weight, 1e-5)
+    ours, _ = norms._RmsNorm.apply(x, weight, 1e-5)
     own = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
-    torch.testing.assert_close(ours, own, rtol=1e-6, atol=1e-6)  # float32 inside
+    torch.testing.assert_close(ours, own, rtol=1e-12, atol=1e-12)
     gradient = torch.randn_like(x)
     torch.testing.assert_close(
         torch.autograd.grad(ours, x, gradient)[0],
         torch.autograd.grad(own, x, gradient)[0],
-        rtol=1e-5,
-        atol=1e-6,
+        rtol=1e-10,
+        atol=1e-12,
     )
 
 
@@ -44,9 +44,9 @@ def test_hidden_states_and_gradients_of_every_family_stay_the_same(family: str) 
     assert norms.install(model) == expected
     for one, other in zip(logits_and_gradient(), own, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    with norms.switched_off(model):
+    with exchange.switched_off(model):
         assert torch.equal(logits_and_gradient()[0], own[0])
-    norms.remove(model)
+    exchange.remove(model)
     assert torch.equal(logits_and_gradient()[0], own[0])
 
 
@@ -79,3 +79,28 @@ def test_a_norm_whose_weights_are_float32_gives_the_precision_of_its_input() -> 
     norms.install(model)
     x = torch.randn(1, 3, len(norm.weight), dtype=torch.bfloat16)
     assert norm(x).dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(
+    not hasattr(norms.aten, "_fused_rms_norm_backward"), reason="this torch has no kernel for norms"
+)
+def test_the_kernels_formula_gives_what_our_own_gives() -> None:
+    torch.manual_seed(0)
+    x, above, weight = torch.randn(3, 6), torch.randn(3, 6), torch.randn(6)
+
+    def backward(grad, x, shape, inverse, weight, mask):
+        assert list(shape) == [6] and list(mask) == [True, False]
+        return *norms._gradients(grad, x * inverse, x, inverse, weight), torch.empty(0)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_fused_rms_norm_backward", backward, "CPU")  # PyTorch has it for GPUs alone
+    try:
+        _, inverse = norms.aten._fused_rms_norm(x, [6], weight, 1e-5)
+        results = []
+        for formula in (norms.OPERATIONS, norms._kernel(1e-5)):
+            again, work = formula.again(x, inverse, weight)
+            results.append((again, *formula.gradients(above, work, x, inverse, weight)))
+    finally:
+        library._destroy()
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)

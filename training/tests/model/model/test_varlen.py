@@ -280,11 +280,20 @@ def test_key_heads_are_shared_by_pytorch_where_its_flash_kernel_runs(monkeypatch
 def test_key_heads_are_repeated_for_every_other_kernel(number, expected, monkeypatch):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_: number)
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: number)
     with FakeTensorMode():
         on_gpu, on_cpu = torch.empty(1, 4, 9, 8, device="cuda"), torch.empty(1, 4, 9, 8)
-    assert attention._shares_heads(on_gpu, 0.0) is expected
-    assert attention._shares_heads(on_cpu, 0.0) is False
+    on_meta = torch.empty(1, 4, 9, 8, device="meta")
+    assert attention._shares_heads(on_gpu, on_gpu, 0.0) is expected
+    assert attention._shares_heads(on_cpu, on_cpu, 0.0) is expected
+    assert attention._shares_heads(on_meta, on_meta, 0.0) is False
+
+
+@pytest.mark.skipif(not attention.HAS_GROUPS, reason="PyTorch 2.1 does not share key heads")
+def test_flash_attention_on_a_cpu_shares_key_heads():
+    query, key = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8)
+    assert attention._shares_heads(query, key, 0.0)
+    assert not attention._shares_heads(query, key, 0.1)
 
 
 def test_what_goes_to_a_gpu_is_pinned_so_that_the_host_goes_on():
