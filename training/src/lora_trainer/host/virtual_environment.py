@@ -40,7 +40,7 @@ class VirtualEnvironment:
     @property
     def test_locks(self) -> list[Path]:
         """Return the locks of the tests' own packages, which replace none of the trainer's."""
-        names = ("cu121-test",) if self.stack == "cu121" else ("cpu-test", "deepspeed")
+        names = ("cu121-test",) if self.stack == "cu121" else ("cpu-test", "deepspeed", "s3fs-test")
         return [self.locks / f"{name}.txt" for name in names]
 
     def stack_digest(self, stack: str) -> str:

@@ -131,11 +131,14 @@ def test_build_picks_the_stack_by_gpu_and_driver(checkout: Checkout, gpu: str, s
     assert "1.76 GB" in result.stderr
 
 
-def test_build_takes_an_extra_of_the_stacks_that_have_it(checkout: Checkout) -> None:
+@pytest.mark.parametrize(("stack", "extra"), [("current", "deepspeed"), ("cu121", "s3fs")])
+def test_build_takes_an_extra_of_the_stacks_that_have_it(
+    checkout: Checkout, stack: str, extra: str
+) -> None:
     checkout.write_tool("df", "#!/bin/sh\necho title; echo disk 9 9 99000000 9 /\n")
-    result = checkout.run("training/build.sh", "--stack", "current", "--extra", "deepspeed")
+    result = checkout.run("training/build.sh", "--stack", stack, "--extra", extra)
     assert result.returncode == 0, result.stderr
-    assert "--build-arg EXTRA=deepspeed " in calls(checkout)
+    assert f"--build-arg EXTRA={extra} " in calls(checkout)
 
 
 @pytest.mark.parametrize(

@@ -446,7 +446,12 @@ def test_test_sh_adds_its_packages_once(checkout: Checkout) -> None:
     checkout.run("training/run.sh")
     checkout.run("training/test.sh")
     checkout.run("training/test.sh")
-    assert checkout.calls() == [*FIRST_INSTALLATION, "cpu-test.txt", "deepspeed.txt"]
+    assert checkout.calls() == [
+        *FIRST_INSTALLATION,
+        "cpu-test.txt",
+        "deepspeed.txt",
+        "s3fs-test.txt",
+    ]
 
 
 @pytest.fixture
