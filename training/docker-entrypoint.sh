@@ -18,8 +18,8 @@
 #   LORA_GPU_RESERVED     1: preflight checks that this host can give the trainer a GPU
 #   LORA_HOST_<MOUNT>, LORA_HOST_CONFIG, LORA_HOST_PORT   what the mounts (OUTPUTS, DATASETS, MODELS,
 #                         LOGS), the config file and the port are called on the host
-#   HF_TOKEN_FILE, WANDB_API_KEY_FILE, LORA_TRAINER_HEALTH_TOKEN_FILE: files with secrets; one
-#   that is empty counts as not given
+#   HF_TOKEN_FILE, WANDB_API_KEY_FILE, LORA_TRAINER_HEALTH_TOKEN_FILE, AWS_SHARED_CREDENTIALS_FILE,
+#   GOOGLE_APPLICATION_CREDENTIALS: files with secrets; one that is empty counts as not given
 #   LORA_TRAINER_<KEY>    a key of the config
 #
 # Exit codes: the trainer's; from here 69 no usable GPU, 74 a full disk, 77 a mount that may not be
@@ -29,7 +29,8 @@ set -Eeuo pipefail
 # Secrets that Compose mounts from nowhere are empty files.
 drop_empty_secrets() {
   local name
-  for name in HF_TOKEN_FILE WANDB_API_KEY_FILE LORA_TRAINER_HEALTH_TOKEN_FILE; do
+  for name in HF_TOKEN_FILE WANDB_API_KEY_FILE LORA_TRAINER_HEALTH_TOKEN_FILE AWS_SHARED_CREDENTIALS_FILE \
+    GOOGLE_APPLICATION_CREDENTIALS; do
     [[ -n "${!name:-}" && -e "${!name}" && ! -s "${!name}" ]] && unset "$name"
   done
   for name in HF_TOKEN WANDB_API_KEY; do

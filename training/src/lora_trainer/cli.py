@@ -270,6 +270,21 @@ def export(
 
 
 @app.command()
+def fetch(
+    address: Annotated[str, typer.Argument(help="Run on an object store: s3://bucket/run.")],
+    target: Target,
+    debug: Debug = False,
+) -> None:
+    """Copy a run from an object store, verified: its records, adapter or newest checkpoint."""
+    from .commands.fetch import fetch_run
+
+    if debug:
+        os.environ[invocation.DEBUG] = "1"
+    interrupts.unwind()
+    fetch_run(address, target)
+
+
+@app.command()
 def push(
     source: Annotated[str, typer.Argument(help="Folder of a run, an adapter or a merged model.")],
     repo_id: Annotated[str, typer.Argument(help="Repository on the hub: ACCOUNT/NAME.")],

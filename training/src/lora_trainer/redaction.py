@@ -22,7 +22,8 @@ LEAST_CHARACTERS = 6  # a shorter value occurs in too much text that is not secr
 MOST_BYTES = 64 * 1024
 # TOKENIZERS_PARALLELISM=false is not a secret, nor is the path in a variable ending in _FILE.
 NAMES = re.compile(
-    r"TOKEN(?!IZER)|SECRET|KEY|PASSW|CREDENTIAL|WEBHOOK|_(PWD|PASS|AUTH)$", re.IGNORECASE
+    r"TOKEN(?!IZER)|SECRET|KEY|PASSW|CREDENTIAL|WEBHOOK|CONNECTION_STRING|_(PWD|PASS|AUTH|SAS)$",
+    re.IGNORECASE,
 )
 OPTION = re.compile(
     r"--?(?:[\w.-]*[_.-])?(?:token|secret|key|password|credentials?|webhook[_-]url)",
@@ -147,7 +148,27 @@ def _kept_secrets(environ: Mapping[str, str]) -> list[str]:
         with contextlib.suppress(OSError, ValueError):
             if path.is_file() and path.stat().st_size <= MOST_BYTES:
                 kept.append(path.read_text(encoding="utf-8"))
-    return kept + _netrc_passwords(Path(environ.get("NETRC") or home / ".netrc"))
+    kept += _netrc_passwords(Path(environ.get("NETRC") or home / ".netrc"))
+    named = environ.get("AWS_SHARED_CREDENTIALS_FILE") or home / ".aws" / "credentials"
+    return kept + _values_of_keys(Path(named)) + _google_keys(environ)
+
+
+def _values_of_keys(path: Path) -> list[str]:
+    """Return the secrets in an AWS credentials file: a value a line, under a telling name."""
+    with contextlib.suppress(OSError, ValueError):
+        if path.is_file() and path.stat().st_size <= MOST_BYTES:
+            pairs = (line.partition("=") for line in path.read_text(encoding="utf-8").splitlines())
+            return [value.strip() for name, _, value in pairs if NAMES.search(name)]
+    return []
+
+
+def _google_keys(environ: Mapping[str, str]) -> list[str]:
+    path = Path(environ.get("GOOGLE_APPLICATION_CREDENTIALS") or "/nonexistent")
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if path.is_file() and path.stat().st_size <= MOST_BYTES:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return [v for name, v in content.items() if NAMES.search(name) and isinstance(v, str)]
+    return []
 
 
 def _netrc_passwords(path: Path) -> list[str]:

@@ -19,7 +19,7 @@ from ..errors import ConfigError, DataError, Problem, StorageError, TrainerError
 from ..machine import free_disk_bytes, read_machine
 from ..model import precision, stacks
 from ..plan import process_count
-from ..run.folder import check_folder, output_folder
+from ..run.folder import check_folder, output_address, output_folder
 from ..supervise import earlier_run
 from ..train.recorded_run import step_examples
 from ..train.trackers import missing_trackers
@@ -72,6 +72,11 @@ def _check_gpus(_: Settings) -> None:
 
 def _check_output(settings: Settings) -> None:
     check_folder(output_folder(settings))
+    if address := output_address(settings):
+        from ..remote import folder
+
+        folder.check(address)
+        return  # the earlier run is there, and compared once it was brought from there
     earlier_run.judge(output_folder(settings), settings)
 
 

@@ -18,7 +18,9 @@ from ..config.settings import Settings
 from ..data.fingerprint import MEMORY_NAME
 from ..errors import AccessError
 from ..host import scratch
+from ..host.addresses import default_cache
 from ..model import embedded, load
+from ..remote import copies
 from ..units import size
 
 ENTRY = re.compile(r"[0-9a-f]{32}")  # a tokenized dataset
@@ -74,7 +76,7 @@ def clean(settings: Settings, *, is_dry_run: bool) -> None:
 
 def removable(settings: Settings) -> Iterator[Removable]:
     """Return everything that can be removed: only what this program made, by its names."""
-    models = _unique(load.cache_of(settings.config.model), load.default_cache(), CONTAINER_CACHE)
+    models = _unique(load.cache_of(settings.config.model), default_cache(), CONTAINER_CACHE)
     rows = _unique(
         load.dataset_cache_of(settings.config.data), *(cache / "datasets" for cache in models)
     )
@@ -93,6 +95,8 @@ def removable(settings: Settings) -> Iterator[Removable]:
         for pattern in (f"{embedded.MAKING}*", "*.tmp-*"):
             for left in scratch.abandoned(cache, pattern, is_own=True):
                 yield Removable(left, "unfinished entry")
+    for copy in _listed(copies.downloads()):
+        yield Removable(copy, "copy of an object store's files")
     for left in scratch.abandoned_temporary():
         yield Removable(left, "temporary folder of a process that ended")
 

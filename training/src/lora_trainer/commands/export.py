@@ -20,6 +20,7 @@ from ..errors import Problem, UnavailableError
 from ..faults import disk_fault
 from ..host.disk import write_checksums
 from ..redaction import Redaction
+from ..remote.copies import copy_of_run
 from ..run.events import Evaluated, StepDone
 from ..run.recording import read_events
 from ..run_folder import RunFolder
@@ -60,8 +61,9 @@ def export_adapter(named: str, target: Path, *, has_base: bool = False) -> None:
         UnavailableError: there is none, or it does not verify.
         ConfigError, StorageError: the target already exists, or has no room.
     """
-    path = Path(named).expanduser().absolute()
     refuse_existing(target)
+    named = copy_of_run(named)
+    path = Path(named).expanduser().absolute()
     final = RunFolder(path).final_model
     if (final / ADAPTER_CONFIG).is_file():
         refuse_changed(final)

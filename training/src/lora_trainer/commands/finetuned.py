@@ -20,6 +20,7 @@ from ..config.start_adapter import EMBEDDED_HUB_ID
 from ..data.prompt_format import PromptFormat, read_format
 from ..errors import ConfigError, Problem, TrainerError, UnavailableError
 from ..host.disk import CHECKSUMS, is_changed
+from ..remote.copies import copy_of_run
 from ..run_folder import RunFolder
 from .base_copy import FOLDER as BASE_FOLDER
 
@@ -60,6 +61,7 @@ def find(named: str, **model_keys: str | None) -> FinetunedModel:
         UnavailableError: nothing of the kind is there.
         ConfigError: the run has no final adapter yet.
     """
+    named = copy_of_run(named)
     path = Path(named).expanduser().absolute()
     other: dict[str, Any] = {key: v for key, v in model_keys.items() if v is not None}
     if "model_name_or_path" in other:

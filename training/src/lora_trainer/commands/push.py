@@ -1,6 +1,6 @@
 """Upload an adapter or a merged model to the Hugging Face hub: `lora-trainer push`.
 
-Nothing else here ever uploads. A new repository is private unless `--public` says otherwise,
+Nothing else here uploads to the hub. A new repository is private unless `--public` says otherwise,
 and one that is public already is refused without it.
 """
 
@@ -15,6 +15,7 @@ import typer
 from ..errors import AccessError, ConfigError, TrainerError, UnavailableError
 from ..host.disk import CHECKSUMS, is_changed
 from ..model import hub
+from ..remote.copies import copy_of_run
 from ..run_folder import RunFolder
 from ..units import size
 from .finetuned import ADAPTER_CONFIG
@@ -62,7 +63,7 @@ def push(named: str, repo_id: str, *, token: str | None, is_public: bool, messag
 
 
 def _folder(named: str) -> Path:
-    path = Path(named).expanduser().absolute()
+    path = Path(copy_of_run(named)).expanduser().absolute()
     folder = RunFolder(path).final_model if (RunFolder(path).final_model).is_dir() else path
     if (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
         return folder

@@ -12,6 +12,8 @@ import typer
 
 from ..config.paths import PUBLIC
 from ..errors import ConfigError
+from ..host.addresses import is_address, unfolded
+from ..host.quoting import shell_word
 
 if TYPE_CHECKING:
     from ..report.comparison import ComparedRun
@@ -39,6 +41,8 @@ def list_runs(
     from ..report.tensorboard import tensorboard_command
     from ..run.summary import summaries
 
+    if folder is not None:
+        refuse_address(str(folder), "/RUN")
     parent = outputs_folder(folder)
     if not parent.is_dir():
         raise ConfigError.of(
@@ -103,6 +107,7 @@ def remove(
     from ..run.summary import find_run
     from .remove import remove_run
 
+    refuse_address(run)
     remove_run(find_run(run, outputs_folder(outputs)), is_sure=is_sure)
 
 
@@ -143,7 +148,26 @@ def dashboard(
 def outputs_folder(given: Path | None) -> Path:
     """Return the folder that contains the runs: as given, else the checkout's or the current's."""
     public = PUBLIC / "outputs"
+    if given is not None:
+        refuse_address(str(given))
     return given or (public if public.is_dir() else Path("outputs"))
+
+
+def refuse_address(named: str, run: str = "") -> None:
+    """Refuse a run on an object store, with the command that copies it here.
+
+    `run` is what the address of one run has in addition.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if is_address(address := unfolded(named)):
+        raise ConfigError.of(
+            "runs on an object store are not read in place",
+            where=address,
+            why="this command reads local folders",
+            remedy=f"lora-trainer fetch {shell_word(address)}{run} FOLDER, then use FOLDER",
+        )
 
 
 def _row(run: RunSummary) -> tuple[str, list[str]]:
@@ -172,6 +196,8 @@ def _compared(runs: Sequence[str], outputs: Path) -> Iterator[ComparedRun]:
     from ..report.comparison import read_compared
     from ..run.summary import find_run
 
+    for run in runs:
+        refuse_address(run)
     folders = [find_run(run, outputs) for run in runs]
     names = [folder.name for folder in folders]
     for folder in folders:

@@ -11,15 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..host.addresses import is_address
 from .layers import Given
 from .named_templates import NAMES
 from .schema import EMBEDDED_MODEL, Config
 
 PUBLIC = Path(__file__).parents[4] / "public"
 PLAIN = (
-    "datasets_dir", "dataset_cache_dir", "model_cache_dir", "output_dir", "health_token_file",
-    "adapter_name_or_path",
+    "datasets_dir", "dataset_cache_dir", "model_cache_dir", "output_dir", "output_cache_dir",
+    "health_token_file", "adapter_name_or_path",
 )  # fmt: skip
+ADDRESSES = ("output_dir", "adapter_name_or_path")  # of an object store, instead of a path
 DATASETS = ("dataset", "eval_dataset")
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 
@@ -38,7 +40,7 @@ def locate_paths(config: Config, given: Mapping[str, Given]) -> dict[str, Any]:
         values |= {leaf: getattr(section, leaf) for leaf in type(section).model_fields}
     located: dict[str, Any] = {}
     for leaf in PLAIN:
-        if values[leaf] is not None:
+        if values[leaf] is not None and not (leaf in ADDRESSES and is_address(values[leaf])):
             located[leaf] = absolute(values[leaf], _folder(leaf, given))
     if "output_dir" not in given and (PUBLIC / values["output_dir"]).is_dir():
         located["output_dir"] = str(PUBLIC / values["output_dir"])

@@ -271,7 +271,14 @@ class OutputSection(Section):
     output_dir: str = Field(
         "outputs",
         min_length=1,
-        description="Folder for all results; default: the checkout's public/",
+        description="Folder for all results, also s3://, gs:// or az://; default: the checkout's "
+        "public/",
+    )
+    output_cache_dir: str | None = Field(
+        None,
+        min_length=1,
+        description="Local folder of runs on an object store; default: in HF_HOME or the user's "
+        "cache",
     )
     run_name: str | None = Field(
         None,

@@ -15,7 +15,9 @@ from typing import Any
 
 from ..checkpoint_folder import CorruptCheckpointError, listed, verify
 from ..errors import ConfigError, Problem
+from ..host.addresses import is_address
 from ..host.disk import CHECKSUMS, is_changed
+from ..host.quoting import shell_word
 from ..run_folder import RunFolder
 from .layers import Given
 from .schema import EMBEDDED_MODEL, Config
@@ -92,6 +94,14 @@ def find_adapter(named: str) -> StartAdapter:
         ConfigError: it does not exist, is pickled, or cannot be trained further.
     """
     path = Path(named)
+    if is_address(named):
+        raise ConfigError.of(
+            "adapter_name_or_path cannot be on an object store",
+            where=named,
+            why="training starts from a local folder",
+            remedy=f"lora-trainer fetch {shell_word(named)} FOLDER, then --adapter_name_or_path "
+            "FOLDER",
+        )
     if (path / CONFIG).is_file():
         run = (
             path.parent

@@ -6,11 +6,12 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from ..errors import AccessError, DataError
+from ..host.addresses import is_address, joined
 from ..host.quoting import shell_word
 
 FileKind = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "txt"]
@@ -82,6 +83,8 @@ def locate(spec: SourceSpec) -> tuple[DataFile, ...] | None:
     name = spec.path_or_id
     if name.startswith(HUB_PREFIX):
         return None
+    if is_address(name):
+        return _copies(spec)
     path = _existing(spec)
     if path is None:
         if _reads_like_hub_id(name):
@@ -103,6 +106,21 @@ def locate(spec: SourceSpec) -> tuple[DataFile, ...] | None:
             remedy=f"use a file name that ends in one of {', '.join(KINDS)}, optionally with .gz",
         )
     return (file,)
+
+
+def _copies(spec: SourceSpec) -> tuple[DataFile, ...]:
+    """Return local copies of the files at an address, shown by their addresses."""
+    from ..remote.copies import copy_of_data
+
+    address = spec.path_or_id.rstrip("/")
+    copy = copy_of_data(address, lambda name: _kind_of(name)[0] is not None)
+    files = locate(replace(spec, path_or_id=str(copy), datasets_dir=None)) or ()
+    if copy.is_file():
+        return tuple(replace(file, shown=address) for file in files)
+    return tuple(
+        replace(file, shown=joined(address, file.path.relative_to(copy).as_posix()))
+        for file in files
+    )
 
 
 def hub_id(spec: SourceSpec) -> str:

@@ -6,7 +6,6 @@ Only safetensors are read; code of a model repository runs only when asked for.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import named_templates
 from ..config.schema import EMBEDDED_MODEL, DataSection, ModelSection
 from ..errors import TrainerError, UnavailableError
+from ..host.addresses import default_cache
 from . import embedded, hub, quantize
 
 if TYPE_CHECKING:
@@ -48,12 +48,6 @@ class ModelSource:
     def refusal(self, error: BaseException) -> TrainerError:
         """Return what an error of transformers or of the hub means for this model."""
         return hub.explained(error, self.path, self.revision, is_local=self.is_local)
-
-
-def default_cache() -> Path:
-    """Return the folder for prepared models: beside the hub's cache, as HF_HOME says."""
-    home = os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "lora-trainer"
 
 
 def cache_of(section: ModelSection) -> Path:

@@ -12,15 +12,34 @@ from typing import IO
 
 from ..config.settings import Settings
 from ..errors import AccessError, ConfigError, StorageError
+from ..host.addresses import default_cache, is_address, joined, local_name
 from ..host.disk import sync
 from ..run_folder import RunFolder, is_own
 
 
 def output_folder(settings: Settings) -> Path:
-    """Return the folder of this run's results."""
+    """Return the local folder of this run's results, mirrored if they go to an object store."""
     output = settings.config.output
+    if address := output_address(settings):
+        return Path(output.output_cache_dir or default_cache() / "outputs") / local_name(address)
     folder = Path(output.output_dir).absolute()
     return folder / output.run_name if output.run_name else folder
+
+
+def output_address(settings: Settings) -> str:
+    """Return the address of this run's results on an object store; empty for a local folder."""
+    output = settings.config.output
+    if not is_address(output.output_dir):
+        return ""
+    address = output.output_dir.rstrip("/")
+    return joined(address, output.run_name) if output.run_name else address
+
+
+def name_of_run(settings: Settings) -> str:
+    """Return the run's name: as given, else that of its folder."""
+    address = output_address(settings)
+    last = address.rpartition("/")[2] if address else output_folder(settings).name
+    return settings.config.output.run_name or last
 
 
 def make_folder(folder: Path) -> None:

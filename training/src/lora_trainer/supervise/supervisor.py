@@ -34,7 +34,7 @@ from ..run.events import (
     Stopped,
     Warned,
 )
-from ..run.folder import archive, make_folder, output_folder
+from ..run.folder import make_folder, name_of_run, output_folder
 from ..run.protocol import EVENTS_FD, WorkerSpec
 from ..run.recording import EventFile, parse_lines
 from ..run.status import RunStatus
@@ -45,6 +45,7 @@ from . import earlier_run, endings
 from .announcement import announced
 from .endings import WorkerEnd
 from .log_filter import open_log
+from .mirroring import mirror_of
 from .recovery import Recovery
 from .restarts import Restarts
 from .secrets import redaction_of
@@ -77,7 +78,7 @@ class Supervisor:
         self.config = settings.config
         self.output_dir = output_folder(settings)
         self.folder = RunFolder(self.output_dir)
-        self.run_name = self.config.output.run_name or self.output_dir.name
+        self.run_name = name_of_run(settings)
         monitoring = self.config.monitoring
         self._token = read_token(monitoring.health_token_file)
         self.redaction = redaction_of(settings)
@@ -90,6 +91,7 @@ class Supervisor:
         self._notes: list[str] = []
         self._warned: set[str] = set()
         self._signals = StopSignals(is_launched=launch is not None)
+        self._mirror = mirror_of(settings, print_line, lambda: self._signals.count > 1)
 
     @property
     def status(self) -> RunStatus:
@@ -114,6 +116,7 @@ class Supervisor:
                         self._restart_loop()
                     # Last of all: without it, the next start completes what is missing.
                     write_text(self.folder.done, f"{time.time():.0f}\n")
+                    self._mirror.complete()
         return 0
 
     @contextlib.contextmanager
@@ -132,7 +135,11 @@ class Supervisor:
         self.live.detail = "checking the configuration"
         check(self.settings)
         make_folder(self.output_dir)
-        with lock.hold(self.output_dir) as self._lock_file, handled(self._signals.handle, STOPS):
+        with (
+            lock.hold(self.output_dir) as self._lock_file,
+            handled(self._signals.handle, STOPS),
+            self._mirror.held(),
+        ):
             verdict = earlier_run.judge(self.output_dir, self.settings)
             has_work = verdict.does != "nothing"
             if has_work:
@@ -140,13 +147,14 @@ class Supervisor:
             else:
                 for line in verdict.notes:
                     self.print_line(line)
+            self._mirror.begin(has_work=has_work)
             yield has_work
 
     def _make_room(self, verdict: earlier_run.Verdict) -> None:
         """Move an earlier run aside where it has to go, and leave this one's settings."""
         self._notes = [*verdict.notes]
         if verdict.does == "move aside":
-            aside = archive(self.output_dir)
+            aside = self._mirror.archive(self.output_dir)
             self._notes.append(f"the run that was here is now in {aside}")
         # Until this start has ended, only events.jsonl is true of the run.
         self.folder.results.unlink(missing_ok=True)
@@ -185,6 +193,7 @@ class Supervisor:
             event = endings.with_outcome(event, self.status, self.output_dir)
         event = self.redaction.event(event)
         self._events.append(event)
+        self._mirror.take_up(event)
         self.display(event, self.live.add(event))
 
     @contextlib.contextmanager
@@ -233,6 +242,10 @@ class Supervisor:
                 self.record(Warned(message=warning))
             end = self._one_attempt()
             if end.code == 0:
+                try:
+                    self._mirror.complete()
+                except TrainerError as unmirrored:
+                    raise self._recorded_end(unmirrored) from unmirrored
                 self.record(Ended(exit_code=0))
                 return
             if not self._signals.count and (retry := recovery.after(end, self.status)):
@@ -284,11 +297,8 @@ class Supervisor:
             )
             os.close(writing)
             self._signals.pass_to(worker)
-            watch = Watchdog(
-                worker.pids,
-                log_file,
-                self.config.monitoring.stall_timeout_seconds,
-            )
+            stall_seconds = self.config.monitoring.stall_timeout_seconds
+            watch = Watchdog(worker.pids, log_file, stall_seconds)
             failure, stall = self._read_events(reading, watch)
             code = worker.wait()
         if failure is None and not stall:
@@ -336,16 +346,12 @@ class Supervisor:
 
     def _end_if_stalled(self, watch: Watchdog) -> str:
         """Warn about shortages; log the stacks of a stalled worker, kill it and return why."""
-        for warning in watch.warnings(self.status):
+        for warning in (*watch.warnings(self.status), *self._mirror.warnings()):
             self.record(Warned(message=warning))
         stall = watch.stall(self.status, self.live.silence.look())
         if stall:
-            self.record(
-                Warned(
-                    message=f"the worker {stall}; its stacks go to {RunFolder.log}, "
-                    "then it is ended"
-                )
-            )
+            stacks = f"its stacks go to {RunFolder.log}, then it is ended"
+            self.record(Warned(message=f"the worker {stall}; {stacks}"))
             if not watch.record_stacks():
                 self.record(Warned(message="the stalled worker wrote no stack traces"))
             watch.end()

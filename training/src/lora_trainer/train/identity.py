@@ -23,6 +23,7 @@ from ..config.schema import EMBEDDED_MODEL, Config, ModelSection
 from ..config.start_adapter import StartAdapter, find_adapter
 from ..data.fingerprint import FileHashes, stamp_of
 from ..errors import ConfigError, Problem, UnavailableError
+from ..host.addresses import default_cache
 from ..host.disk import write_text
 from ..model import embedded, load
 from ..plan import Plan
@@ -296,7 +297,7 @@ def base_files(folder: Path, *, has_code: bool) -> list[Path]:
 
 def hash_cache(section: ModelSection) -> Path:
     """Return the folder in which hashes of base models are remembered."""
-    return Path(section.model_cache_dir) if section.model_cache_dir else load.default_cache()
+    return Path(section.model_cache_dir) if section.model_cache_dir else default_cache()
 
 
 def base_folder(section: ModelSection) -> Path | None:

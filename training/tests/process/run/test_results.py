@@ -19,7 +19,7 @@ from lora_trainer.run.events import Evaluated, Failed, Finished, Generated, Stop
 from lora_trainer.run.recording import read_events
 from lora_trainer.run.results import Evaluation, RunResults, read_results
 from lora_trainer.run_folder import RunFolder, is_own
-from lora_trainer.supervise import supervisor
+from lora_trainer.supervise import endings
 from lora_trainer.supervise.supervisor import Supervisor
 from support.shell_worker import says, step_line, supervisor_of
 
@@ -61,7 +61,7 @@ EXPORTS = 'echo "abc123  adapter_model.safetensors" > {0}/SHA256SUMS'
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
     """Return a function that makes a supervisor of a worker that a shell script plays."""
-    monkeypatch.setattr(supervisor, "write_report", lambda _: None)
+    monkeypatch.setattr(endings, "write_report", lambda _: None)
     return lambda *arguments: supervisor_of(tmp_path, monkeypatch, *arguments)
 
 

@@ -58,7 +58,10 @@ def test_entrypoint_drops_secrets_that_are_empty_and_hands_wandb_its_own(tmp_pat
     empty.write_text("")
     key.write_text("k3y\n")
     names = {"HF_TOKEN_FILE": str(empty), "HF_TOKEN": "", "WANDB_API_KEY_FILE": str(key)}
+    names |= {"AWS_SHARED_CREDENTIALS_FILE": str(empty), "GOOGLE_APPLICATION_CREDENTIALS": str(key)}
     seen = entrypoint(tmp_path, "env", **names)
+    assert "AWS_SHARED_CREDENTIALS_FILE" not in seen
+    assert f"GOOGLE_APPLICATION_CREDENTIALS={key}\n" in seen
     assert "HF_TOKEN" not in seen
     assert "WANDB_API_KEY=k3y\n" in seen
 

@@ -106,6 +106,22 @@ def test_tokens_of_a_known_shape_are_struck_wherever_they_come_from(text, struck
     assert Redaction().text(text) == struck
 
 
+def test_keys_of_object_stores_are_struck_wherever_they_are_kept(home, tmp_path):
+    aws, google = tmp_path / "aws", tmp_path / "google.json"
+    aws.write_text("[default]\naws_access_key_id = AKIA-first\naws_secret_access_key=sea/cret+1\n")
+    google.write_text(json.dumps({"type": "service_account", "private_key_id": "0123456789"}))
+    redaction = Redaction.of(
+        home
+        | {
+            "AWS_SHARED_CREDENTIALS_FILE": str(aws),
+            "GOOGLE_APPLICATION_CREDENTIALS": str(google),
+            "AZURE_STORAGE_CONNECTION_STRING": "AccountName=x;AccountKey=abcdefgh",
+        }
+    )
+    text = "AKIA-first sea/cret+1 0123456789 AccountName=x;AccountKey=abcdefgh default"
+    assert redaction.text(text) == "*** *** *** *** default"
+
+
 def test_password_in_a_url_of_the_environment_is_struck_alone_too(home):
     redaction = Redaction.of(home | {"HTTPS_PROXY": f"http://me:{quote('hunter-2')}@proxy:1"})
     assert redaction.text("407 for me with hunter-2") == "407 for me with ***"
