@@ -32,7 +32,13 @@ class S3Server:
 
     url: str
     requests: list[tuple[str, str]] = field(default_factory=list)  # method and path, in order
+    answered: list[tuple[str, str]] = field(default_factory=list)  # those of them without a fault
     fault: Callable[[str, str, int], Answer | None] = lambda *_: None
+
+    def clear(self) -> None:
+        """Forget what was asked."""
+        self.requests.clear()
+        self.answered.clear()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -42,7 +48,7 @@ class S3Server:
     def written(self) -> list[str]:
         """Return the names of the objects that were written, in order."""
         start = f"/{BUCKET}/"
-        return [path[len(start) :] for method, path in self.requests if method == "PUT"]
+        return [path[len(start) :] for method, path in [*self.answered] if method == "PUT"]
 
 
 @contextlib.contextmanager
@@ -63,11 +69,13 @@ def serving() -> Iterator[S3Server]:
         server.requests.append((method, path))
         faulty = server.fault(method, path, len(server.requests))
         if faulty is None:
-            return application(environ, start)
+            content = application(environ, start)
+            server.answered.append((method, path))
+            return content
         status, body = faulty
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         start(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
-        return [body]
+        return [b"" if method == "HEAD" else body]
 
     httpd = make_server("127.0.0.1", 0, answer, threaded=True, request_handler=Quiet)
     server.url = f"http://127.0.0.1:{httpd.server_port}"
@@ -85,7 +93,7 @@ def serving() -> Iterator[S3Server]:
         )
         client.create_bucket(Bucket=BUCKET)
         client.close()
-        server.requests.clear()
+        server.clear()
         yield server
     finally:
         httpd.shutdown()

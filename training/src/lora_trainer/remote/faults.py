@@ -30,6 +30,7 @@ REFUSALS = frozenset(
 )  # fmt: skip
 REFUSING_CODES = frozenset({"AuthorizationHeaderMalformed", "ExpiredToken", "InvalidToken"})
 FULL_CODES = frozenset({"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage"})
+STATUS_NAMES = ("code", "status", "status_code")  # of gcsfs, aiohttp and Azure
 FULL_NUMBERS = frozenset({errno.ENOSPC, errno.EDQUOT})
 RENEW = {
     "s3": "renew them (aws sts get-caller-identity shows whose they are)",
@@ -41,9 +42,9 @@ def kind_of(error: BaseException) -> Kind:
     """Return what kind of fault an error is; whatever is not known counts as transient."""
     chain = causes(error)
     names = {kind.__name__ for link in chain for kind in type(link).__mro__}
-    codes = {_code(link) for link in chain}
+    codes = {code_of(link) for link in chain}
     numbers = {link.errno for link in chain if isinstance(link, OSError)}
-    statuses = {getattr(link, "code", None) for link in chain}
+    statuses = {vars(link).get(name) for link in chain for name in STATUS_NAMES}
     if numbers & FULL_NUMBERS or codes & FULL_CODES or 507 in statuses:
         return "full"
     if names & REFUSALS or codes & REFUSING_CODES or statuses & {401, 403}:
@@ -51,12 +52,17 @@ def kind_of(error: BaseException) -> Kind:
     return "missing" if "FileNotFoundError" in names else "transient"
 
 
-def _code(error: BaseException) -> str:
+def code_of(error: BaseException) -> str:
     """Return the code in an answer of S3; empty for any other error."""
     response = getattr(error, "response", None)
     if not isinstance(response, dict) or not isinstance(response.get("Error"), dict):
         return ""
     return str(response["Error"].get("Code", ""))
+
+
+def is_wordless(error: BaseException) -> bool:
+    """Return whether S3 gave no reason: it answers HEAD requests with a number alone."""
+    return any(code_of(link).isdigit() for link in causes(error))
 
 
 def reason(error: BaseException) -> str:

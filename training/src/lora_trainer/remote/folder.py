@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from ..errors import ConfigError
 from ..host.addresses import joined, protocol_of
-from .faults import explained, kind_of, unsupported
+from ..run_folder import RunFolder
+from .faults import explained, is_wordless, kind_of, unsupported
 
 ANSWER_SECONDS = 60.0  # how long a start waits for the store
 ATTEMPTS = 4
@@ -119,6 +120,15 @@ class RemoteFolder:
         address = joined(self.address, "run") if is_bucket else self.address
         return RemoteFolder(f"{address}.{number}")
 
+    def worded(self, error: Exception) -> Exception:
+        """Return the error with its reason, asked for by a request whose answer has one."""
+        if is_wordless(error):
+            try:
+                self.listed(RunFolder.lock)
+            except Exception as worded:
+                return worded
+        return error
+
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}" if name else self._root
 
@@ -191,8 +201,8 @@ def answered(
             try:
                 outcome.append(call())
             except Exception as error:
-                fault.append(error)
-                is_last = kind_of(error) != "transient" or number == ATTEMPTS - 1
+                fault.append(folder.worded(error))
+                is_last = kind_of(fault[0]) != "transient" or number == ATTEMPTS - 1
                 if is_last or is_late.wait(FIRST_PAUSE_SECONDS * 2**number):
                     return
             else:

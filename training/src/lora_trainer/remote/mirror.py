@@ -138,11 +138,11 @@ class Mirror:
             except Exception as error:
                 if self._fault is None:
                     self._faulty_since = time.monotonic()
-                self._fault = error
+                self._fault = fault = self._folder.worded(error)
                 pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2**attempt)
                 attempt = min(attempt + 1, 20)
                 self._ended.wait(pause * random.uniform(0.5, 1))  # noqa: S311
-                if kind_of(error) == "refused":
+                if kind_of(fault) == "refused":
                     with contextlib.suppress(TrainerError):
                         self._folder.reopen()
                 continue

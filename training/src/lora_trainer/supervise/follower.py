@@ -19,7 +19,7 @@ from ..errors import ERRORS_BY_CODE, InternalError, MemoryKilledError, Problem, 
 from ..host.interrupts import handled
 from ..host.launcher import Launch, host_name
 from ..run.events import Failed
-from ..run.folder import output_folder
+from ..run.folder import name_of_run, output_folder
 from ..run.protocol import EVENTS_FD, PEER_LOST, WorkerSpec
 from ..run.recording import parse_lines
 from . import earlier_run
@@ -66,7 +66,7 @@ class Follower:
     def _attempt(self) -> tuple[Failed | None, int]:
         reading, writing = os.pipe()
         config = self.settings.config
-        name = config.output.run_name or self.output_dir.name
+        name = name_of_run(self.settings)
         spec = WorkerSpec(
             config, self.output_dir, name, launch=self.launch, redaction=self._redaction
         )

@@ -394,10 +394,5 @@ class Supervisor:
 
     def _leave_results(self) -> None:
         """Write results and report."""
-        endings.leave_all(
-            self.output_dir,
-            self.status,
-            self._problems,
-            self.redaction,
-            lambda message: self.record(Warned(message=message)),
-        )
+        run = (self.output_dir, self.status, self._problems, self.redaction)
+        endings.leave_all(*run, lambda message: self.record(Warned(message=message)))

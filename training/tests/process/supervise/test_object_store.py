@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,7 @@ pytest.importorskip("moto", reason="the packages of requirements/s3fs-test.txt a
 pytest.importorskip("s3fs", reason="the packages of requirements/s3fs-test.txt are not installed")
 
 from lora_trainer.host.addresses import local_name
-from support.s3_server import BUCKET, KEYS, SLOW_DOWN, S3Server, serving
+from support.s3_server import BUCKET, KEYS, SLOW_DOWN, Answer, S3Server, serving
 from support.same_bytes import assert_same_as
 from support.trainer import Trainer, at_step, of_kind
 
@@ -36,26 +38,36 @@ def server() -> Iterator[S3Server]:
         yield server
 
 
+def one_in_twenty(_method: str, _path: str, number: int) -> Answer | None:
+    """Refuse one request in twenty for load."""
+    return SLOW_DOWN if number % 20 == 0 else None
+
+
 def everything_below(folder: Path) -> str:
     return "".join(p.read_text(errors="replace") for p in folder.rglob("*") if p.is_file())
 
 
 @pytest.mark.timeout(900)
 def test_run_goes_on_from_the_store_on_an_empty_disk_and_ends_with_the_same_bytes(
-    server: S3Server, tmp_path: Path, undisturbed: Path
+    server: S3Server, tmp_path: Path
 ) -> None:
     trainer = StoreTrainer(tmp_path)
     trainer.server = server
+    trainer.settings["max_steps"] = 20
+    undisturbed = tmp_path / "undisturbed"
+    assert trainer.train(undisturbed).code == 0
     cache = tmp_path / "first-disk"
     local = cache / local_name(f"{ADDRESS}/mine")
     stored = {"output_dir": ADDRESS, "run_name": "mine"}
-    # One request in seven is refused for load.
-    server.fault = lambda _method, _path, number: SLOW_DOWN if number % 7 == 0 else None
+    server.fault = one_in_twenty
     run = trainer.start(local, **stored, output_cache_dir=str(cache))
-    run.wait_for(at_step(27))
+    run.wait_for(at_step(12))
     until_mirrored(server)
     run.kill()
     shutil.rmtree(cache)
+    # The lock of a killed run is taken over after 90 s (test_lease.py).
+    store_of(server).rm_file(f"{BUCKET}/runs/mine/.lock")
+    server.fault = one_in_twenty
 
     other = tmp_path / "second-disk"
     local = other / local_name(f"{ADDRESS}/mine")
@@ -69,27 +81,29 @@ def test_run_goes_on_from_the_store_on_an_empty_disk_and_ends_with_the_same_byte
 
 
 def until_mirrored(server: S3Server) -> None:
-    import time
-
     until = time.monotonic() + 120
     while not any(name.endswith("/manifest.json") for name in server.written()):
         assert time.monotonic() < until, server.written()
         time.sleep(0.02)
 
 
-def assert_whole(server: S3Server) -> None:
-    """Check what a reader of the bucket finds, and the order in which it came about."""
+def store_of(server: S3Server) -> Any:
+    """Return the file system of the server, which answers without faults from now on."""
     import fsspec
 
-    system = fsspec.filesystem(
+    server.fault = lambda *_: None
+    return fsspec.filesystem(
         "s3",
         endpoint_url=server.url,
         key=KEYS["AWS_ACCESS_KEY_ID"],
         secret=KEYS["AWS_SECRET_ACCESS_KEY"],
         skip_instance_cache=True,
     )
-    server.fault = lambda *_: None
-    root = f"{BUCKET}/runs/mine"
+
+
+def assert_whole(server: S3Server) -> None:
+    """Check what a reader of the bucket finds, and the order in which it came about."""
+    system, root = store_of(server), f"{BUCKET}/runs/mine"
     assert json.loads(system.cat_file(f"{root}/results.json"))["exit_code"] == 0
     names = {path.removeprefix(f"{root}/") for path in system.find(root)}
     assert {"DONE", "events.jsonl", "plan.json", "report.html", "final_model/SHA256SUMS"} <= names

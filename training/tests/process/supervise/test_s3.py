@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("moto", reason="the packages of requirements/s3fs-test.txt are not installed")
 pytest.importorskip("s3fs", reason="the packages of requirements/s3fs-test.txt are not installed")
+
+from aiohttp import ClientResponseError
 
 from lora_trainer.checkpoint_folder import verify
 from lora_trainer.data.read import iter_rows
@@ -17,6 +20,7 @@ from lora_trainer.data.resolve import SourceSpec
 from lora_trainer.errors import AccessError, TrainerError, UnavailableError
 from lora_trainer.remote import folder as remote_folder
 from lora_trainer.remote import lease, mirror, restore
+from lora_trainer.remote.faults import kind_of
 from lora_trainer.remote.folder import RemoteFolder, check
 from support import stores
 from support.s3_server import BUCKET, EXPIRED, SLOW_DOWN, S3Server, serving
@@ -45,7 +49,7 @@ def server(
     folder = RemoteFolder(ADDRESS)
     for name in folder.listed():
         folder.remove(name)
-    running.requests.clear()
+    running.clear()
     yield running
 
 
@@ -57,6 +61,16 @@ def test_folder_that_works_is_checked_and_left_empty(server: S3Server) -> None:
 def test_one_503_is_no_reason_to_refuse_a_start(server: S3Server) -> None:
     server.fault = lambda _method, _path, number: SLOW_DOWN if number < 3 else None
     check(ADDRESS)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(401, "refused"), (403, "refused"), (507, "full"), (503, "transient")]
+)
+def test_status_of_an_answer_says_whether_another_attempt_may_succeed(
+    status: int, kind: str
+) -> None:
+    request: Any = None
+    assert kind_of(ClientResponseError(request, (), status=status)) == kind
 
 
 def test_expired_credentials_are_refused_with_77(server: S3Server) -> None:
@@ -74,12 +88,14 @@ def test_expired_credentials_are_refused_with_77(server: S3Server) -> None:
 def test_missing_bucket_and_unreachable_server_are_refused_with_69(
     server: S3Server, monkeypatch: pytest.MonkeyPatch, address: str, said: str
 ) -> None:
+    seconds = 60.0
     if address == ADDRESS:
+        seconds = 2.0
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
         monkeypatch.setattr(remote_folder, "ANSWER_SECONDS", 1.0)
     with pytest.raises(UnavailableError, match=said):
         remote_folder.answered(
-            RemoteFolder(address), lambda: RemoteFolder(address).write("x", b""), 2.0
+            RemoteFolder(address), lambda: RemoteFolder(address).write("x", b""), seconds
         )
 
 
