@@ -4,7 +4,7 @@ Both train the same rows in turn, and both are judged against the reference. Com
 of the steps on one thread: the median over repeats of the two runs' ratio, which other work on the
 machine hardly moves. It must not fall under 0.8 of the recorded ratio.
 
-    python bench/peers.py --quick --record      writes quick.json anew
+    python bench/peers.py --quick --record      writes quick.json again
 """
 
 from __future__ import annotations

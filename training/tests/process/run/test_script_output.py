@@ -9,7 +9,7 @@ import pytest
 
 from lora_trainer import cli
 from lora_trainer.run.events import Finished
-from lora_trainer.supervise import supervisor
+from lora_trainer.supervise import endings
 from support.shell_worker import says, step_line, supervisor_of
 
 FINISHED = Finished(
@@ -21,7 +21,7 @@ WHOLE = says(step_line(1), FINISHED.to_line())
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Return a function that runs the command with a worker that a shell script plays."""
-    monkeypatch.setattr(supervisor, "write_report", lambda _: None)
+    monkeypatch.setattr(endings, "write_report", lambda _: None)
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "c.json").write_text(json.dumps({"dataset": "d.jsonl"}))
 
