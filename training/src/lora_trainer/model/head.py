@@ -85,15 +85,14 @@ class _ChunkedLoss(torch.autograd.Function):
             part = hidden_NW[start : start + chunk].detach()
             labels = labels_N[start : start + chunk]
             with torch.set_grad_enabled(has_gradient):
-                logits_NV = head(part.requires_grad_(has_gradient))
-            loss, gradient_NV = _in_place(logits_NV.detach(), labels, factor)
-            total += loss
+                part.requires_grad_(has_gradient)
+                loss = F.cross_entropy(head(part), labels, reduction="sum") * factor
+            total += loss.detach()
             if hidden_gradient is not None:
-                gradients = torch.autograd.grad(logits_NV, [part, *parameters], gradient_NV)
+                gradients = torch.autograd.grad(loss, [part, *parameters])
                 hidden_gradient[start : start + chunk] = gradients[0]
                 for index, gradient in enumerate(gradients[1:]):
                     sums[index] += gradient
-            del logits_NV, gradient_NV  # before the next chunk's are there
         ctx.save_for_backward(hidden_gradient, *sums)
         return total
 
@@ -102,24 +101,6 @@ class _ChunkedLoss(torch.autograd.Function):
         (scale,) = outputs
         hidden_gradient, *sums = ctx.saved_tensors
         return hidden_gradient * scale, None, None, None, None, *(s * scale for s in sums)
-
-
-def _in_place(logits_NV: Tensor, labels_N: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """Return `factor` times the summed cross entropy, and its gradient in the logits' memory.
-
-    The logits of a chunk are the largest tensor of a step, and autograd would keep three of them.
-    No function of a head saves its result for the backward pass, so it may be overwritten.
-
-    Shapes: logits and gradient (N, V), labels (N,). gradient = factor * (softmax - one hot).
-    """
-    labels_N1 = labels_N[:, None]
-    target_N1 = logits_NV.gather(1, labels_N1)
-    largest_N1 = logits_NV.amax(1, keepdim=True)
-    sums_N1 = logits_NV.sub_(largest_N1).exp_().sum(1, keepdim=True)
-    loss = (sums_N1.log() + largest_N1 - target_N1).sum() * factor
-    gradient_NV = logits_NV.mul_(factor / sums_N1)
-    at_target_N1 = gradient_NV.gather(1, labels_N1) - factor
-    return loss, gradient_NV.scatter_(1, labels_N1, at_target_N1)
 
 
 def summed_loss(
