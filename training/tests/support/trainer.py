@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,22 @@ class Run:
                 listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
                 found += [int(child) for child in listed.split()]
         return found
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Let no process of the run go on meanwhile."""
+        family = self.family()
+
+        def send(number: int) -> None:
+            for pid in family:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+        send(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            send(signal.SIGCONT)
 
     def kill(self) -> None:
         """Kill every process of the run at once, as a power cut does."""

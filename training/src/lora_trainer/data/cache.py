@@ -319,5 +319,5 @@ def _storage_faults(cache_dir: Path) -> Iterator[None]:
             "the disk is full" if is_full else "writing to the cache of tokenized data failed",
             where=str(cache_dir),
             why=error.strerror or "",
-            remedy="free disk space, or set dataset_cache_dir to a folder on a larger disk",
+            remedy="free disk space (df -h), or set dataset_cache_dir to a folder on a larger disk",
         ) from error

@@ -67,7 +67,7 @@ def _explained(error: Exception, spec: SourceSpec) -> TrainerError:
         return StorageError.of(
             "the disk is full while downloading the dataset",
             where=where,
-            remedy="free disk space, or set HF_HOME to a folder on a larger disk",
+            remedy="free disk space (df -h), or set HF_HOME to a folder on a larger disk",
         )
     if any(
         os.environ.get(switch, "0").lower() in ("1", "true", "yes", "on")

@@ -124,7 +124,7 @@ def resolve(
         packed=flash.described(choice, own),
         own=own,
         choice=choice,
-        index=device_of(ranks) if machine.has_gpu else 0,
+        index=device_of(ranks, len(machine.gpus)),
         reasons=tuple(filter(None, (why, flash.reason(asked, choice), varying))),
     )
 

@@ -141,10 +141,12 @@ def join(
     store: Any,
     device: Device = "cpu",
     here: tuple[int, int] | None = None,
+    visible_gpus: int = 0,
 ) -> Ranks:
     """Meet the other ranks, each on a device of its own; return this one's place.
 
-    `store` is one of PyTorch's, or the path of a file on this host.
+    `store` is one of PyTorch's, or the path of a file on this host. `visible_gpus` is how many
+    this process sees.
 
     Raises:
         PeerLostError: one of them ended before all had come.
@@ -153,7 +155,7 @@ def join(
         return ALONE
     ranks = Ranks(rank, count, here)
     if device == "cuda":
-        torch.cuda.set_device(device_of(ranks))
+        torch.cuda.set_device(device_of(ranks, visible_gpus))
         if not hasattr(torch.distributed.fsdp, "fully_shard"):
             # Later versions do so by themselves: memory that was gathered into is free again
             # at once, instead of when the processor has caught up with the GPU.
@@ -166,10 +168,9 @@ def join(
     return ranks
 
 
-def device_of(ranks: Ranks) -> int:
+def device_of(ranks: Ranks, visible_gpus: int) -> int:
     """Return the number of this rank's GPU; a launcher may show each process only its own."""
-    visible = torch.cuda.device_count()
-    return ranks.local_rank if visible >= ranks.local_count else 0
+    return ranks.local_rank if visible_gpus >= ranks.local_count else 0
 
 
 def over_hosts(machine: Machine, ranks: Ranks) -> Machine:

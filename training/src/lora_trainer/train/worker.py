@@ -120,7 +120,12 @@ def run(
 
     emit(PhaseChanged(phase="loading", detail=spec.config.model.model_name_or_path))
     ranks = join(
-        spec.rank, spec.ranks, meeting.store if meeting else spec.store, machine.device, spec.here
+        spec.rank,
+        spec.ranks,
+        meeting.store if meeting else spec.store,
+        machine.device,
+        spec.here,
+        visible_gpus=len(machine.gpus),
     )
     machine = over_hosts(machine, ranks)
     setup = open_session(spec.config, spec.output_dir, emit, ranks, machine)
