@@ -109,12 +109,14 @@ def _fused(own: Apply) -> Apply | None:
         return None
     is_partial = _is_same(own, 4)
 
-    def apply(query: Any, key: Any, cos: Any, sin: Any, *others: Any, **named: Any) -> Any:
+    def apply(*given: Any, **named: Any) -> Any:
+        tensors = (*given, *(named[name] for name in ("cos", "sin") if name in named))
         axis = named.get("unsqueeze_dim", 1)
-        is_plain = not others and set(named) <= {"unsqueeze_dim"} and axis in (1, 2)
-        if not is_plain or not _is_covered(query, key, cos, sin, is_partial=is_partial):
-            return own(query, key, cos, sin, *others, **named)
-        return rotate(query, key, cos, sin, axis)
+        is_plain = set(named) <= {"cos", "sin", "unsqueeze_dim"} and axis in (1, 2)
+        # Some models also turn a query alone.
+        if not is_plain or len(tensors) != 4 or not _is_covered(*tensors, is_partial=is_partial):
+            return own(*given, **named)
+        return rotate(*tensors, axis)
 
     return apply
 

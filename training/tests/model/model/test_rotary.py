@@ -37,6 +37,19 @@ def test_a_models_own_function_gives_the_same(module, turned: int) -> None:
         assert one.grad_fn.name() != other.grad_fn.name()
 
 
+def test_a_query_alone_is_left_to_the_model_and_named_arguments_are_not() -> None:
+    def own(q, k=None, cos=None, sin=None, unsqueeze_dim=1):
+        if k is None:
+            return modeling_llama.apply_rotary_pos_emb(q, q, cos, sin, unsqueeze_dim)[0]
+        return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+
+    query, key, cos, sin = drawn(6, 6)
+    apply = rotary._fused(own)
+    alone, (together, _) = apply(query, cos=cos, sin=sin), apply(query, key, cos=cos, sin=sin)
+    torch.testing.assert_close(alone, together)
+    assert "Rotary" in together.grad_fn.next_functions[0][0].name()
+
+
 def test_interleaved_halves_are_left_to_the_model() -> None:
     assert rotary._fused(modeling_cohere.apply_rotary_pos_emb) is None
 
