@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
+import requests
 
 from support.upload_standin import UploadStandin
 
@@ -24,14 +26,25 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadStandin]:
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        _forget_sessions()
-        yield standin
-    _forget_sessions()
+        with online_sessions():
+            yield standin
 
 
-def _forget_sessions() -> None:
-    """Close kept connections: huggingface_hub 0.x decides only once whether one is offline."""
+@contextlib.contextmanager
+def online_sessions() -> Iterator[None]:
+    """Let huggingface_hub connect, and close its connections.
+
+    Version 0.x keeps one for each thread, and decides only once whether it is offline.
+    """
+    import huggingface_hub
     from huggingface_hub.utils import _http
 
-    forget = getattr(_http, "reset_sessions", None) or _http.close_session
-    forget()
+    if not hasattr(huggingface_hub, "configure_http_backend"):
+        yield
+        _http.close_session()
+        return
+    with contextlib.ExitStack() as sessions:
+        # Whoever drops a session's last reference leaves its sockets open.
+        huggingface_hub.configure_http_backend(lambda: sessions.enter_context(requests.Session()))
+        yield
+    huggingface_hub.configure_http_backend()
