@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from collections.abc import Callable
 
 from ..config.settings import Settings
-from ..errors import ConfigError
+from ..errors import ConfigError, UnavailableError
 from ..host import streams
 from ..host.launcher import Launch, read_launch
 from ..host.scratch import remove_temporary
@@ -18,6 +19,8 @@ from ..supervise.follower import Follower
 from ..supervise.secrets import redaction_of
 from ..supervise.supervisor import Supervisor
 from . import check
+
+OLDEST_TORCH = (2, 2)  # that lets a launcher's processes meet
 
 Listener = Callable[[Event, RunStatus], object]
 
@@ -65,9 +68,10 @@ def _launch() -> Launch | None:
 
     Raises:
         ConfigError: its variables make no sense.
+        UnavailableError: the processes could not meet with this torch.
     """
     try:
-        return read_launch(os.environ)
+        launch = read_launch(os.environ)
     except ValueError as error:
         raise ConfigError.of(
             "the variables of a launcher make no sense",
@@ -76,3 +80,18 @@ def _launch() -> Launch | None:
             remedy="start with torchrun or srun, or unset RANK and WORLD_SIZE to train in one "
             "process",
         ) from None
+    if launch is not None and not launch.is_alone:
+        refuse_old_torch(importlib.metadata.version("torch"))
+    return launch
+
+
+def refuse_old_torch(version: str) -> None:
+    """Refuse processes of a launcher where torch 2.1 would let them wait for each other forever."""
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TORCH:
+        raise UnavailableError.of(
+            "several processes cannot be started by a launcher on this stack",
+            where=f"torch {version}",
+            why="they do not meet with torch 2.1 (stack cu121)",
+            remedy="unset RANK and WORLD_SIZE: the run then uses all GPUs of this machine; or use "
+            "the stack current",
+        )

@@ -26,6 +26,8 @@ from support.trainer import (
 )
 from support.zygote import ForkingTrainer
 
+pytestmark = pytest.mark.any_stack  # torch 2.1 is refused: tests/quick/host/test_launcher.py
+
 CHANCE = random.Random(14)
 # More of them: docs/decisions/0026.
 KILLS = int(os.environ.get("LORA_TEST_KILLS", "2"))

@@ -7,6 +7,8 @@ import socket
 import psutil
 import pytest
 
+from lora_trainer.commands import train
+from lora_trainer.errors import UnavailableError
 from lora_trainer.host import launcher
 from lora_trainer.host.launcher import Launch, first_host, is_silent, network_of, read_launch
 
@@ -124,3 +126,9 @@ def test_a_host_that_knows_its_name_by_loopback_alone_leaves_the_choice_to_gloo(
     answer = [(socket.AF_INET, socket.SOCK_DGRAM, 17, "", ("127.0.1.1", 1))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answer)
     assert network_of(Launch(0, 2, 0, 1, "host0", 29500)) == {}
+
+
+def test_a_launcher_is_refused_where_torch_lets_processes_wait_forever() -> None:
+    train.refuse_old_torch("2.13.0+cpu")
+    with pytest.raises(UnavailableError, match="cannot be started by a launcher"):
+        train.refuse_old_torch("2.1.2+cu121")
