@@ -40,9 +40,10 @@ def test_a_models_own_function_gives_the_same(module, turned: int) -> None:
 def test_a_query_alone_is_left_to_the_model_and_named_arguments_are_not() -> None:
     def own(q, k=None, cos=None, sin=None, unsqueeze_dim=1):
         if k is None:
-            return modeling_llama.apply_rotary_pos_emb(q, q, cos, sin, unsqueeze_dim)[0]
-        return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+            return whole(q, q, cos, sin, unsqueeze_dim=unsqueeze_dim)[0]
+        return whole(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
 
+    whole = modeling_llama.apply_rotary_pos_emb
     query, key, cos, sin = drawn(6, 6)
     apply = rotary._fused(own)
     alone, (together, _) = apply(query, cos=cos, sin=sin), apply(query, key, cos=cos, sin=sin)
