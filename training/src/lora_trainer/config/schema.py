@@ -10,28 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from .types import Auto, Count, CountOrZero, DatasetFormat, Fraction, Init
+
 EMBEDDED_MODEL = "embedded/SmolLM2-135M-Instruct"
 ALL_LINEAR = "all-linear"
-
-Auto = Literal["auto"]
-Count = Annotated[int, Field(ge=1, le=10**9)]
-CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-DatasetFormat = Literal[
-    "auto", "messages", "sharegpt", "alpaca", "alpaca_text", "alpaca_chat", "completion", "text"
-]
-INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
-Init = Annotated[
-    str,
-    Field(
-        pattern=rf"^({'|'.join(INITS)}|pissa_niter_[1-9][0-9]{{0,2}})$",
-        examples=[*INITS, "pissa_niter_4"],
-    ),
-]
 
 
 class Section(BaseModel):
