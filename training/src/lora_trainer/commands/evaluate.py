@@ -53,6 +53,7 @@ class Comparison:
     model: str
     adapter: str | None
     dataset: list[str]
+    is_held_out: bool
     rows: int
     questions: int
     trained_tokens: int
@@ -90,7 +91,9 @@ def table(result: Comparison) -> list[str]:
     shown = [(title, figures) for title, figures in columns if figures is not None]
     if len(shown) == 1:
         shown = [("", result.after)]
-    lines = [f"{'held-out rows':<16}" + "".join(f"{title:>12}" for title, _ in shown)]
+    # Rows that the user names may be among those trained on.
+    heading = "held-out rows" if result.is_held_out else "rows"
+    lines = [f"{heading:<16}" + "".join(f"{title:>12}" for title, _ in shown)]
     for name in NAMES:
         cells = [_cell(name, getattr(figures, name)) for _, figures in shown]
         if any(cells):
@@ -128,6 +131,7 @@ def _compare(finetuned: FinetunedModel, wanted: Wanted) -> Comparison:
         model=opened.source.name,
         adapter=str(finetuned.adapter) if finetuned.adapter else None,
         dataset=list(wanted.given.dataset) or _named(finetuned.config),
+        is_held_out=not wanted.given.dataset,
         rows=len(view),
         questions=after[1],
         trained_tokens=after[2],

@@ -31,7 +31,7 @@ class Meter:
         self._done, self._fraction = 0, 0.0
 
     def __enter__(self) -> Meter:
-        self._write(f"{self._doing} {self._total:,} {self._unit} ...", is_lasting=True)
+        self._write(f"{self._doing}: {self._total:,} {self._unit} ...", is_lasting=True)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -37,6 +37,7 @@ def test_figures_are_those_of_each_model_alone(
     assert (both["rows"], both["questions"]) == (6, 6)
     for name in ("before", "after", "exact match", "loss", "perplexity", "token accuracy"):
         assert name in shown
+    assert "held-out" not in shown  # a file that is named may hold rows that were trained on
 
 
 def test_progress_and_time_left_are_shown_where_there_is_no_terminal(
@@ -68,7 +69,9 @@ def test_own_held_out_rows_of_a_run_are_the_default(
 ) -> None:
     run = make_run(tmp_path, "--eval_fraction=0.5")
     assert cli.main(["evaluate", str(run), "--no-answers", "--json"]) == 0
-    assert 0 < json.loads(capsys.readouterr().out)["rows"] < 6
+    printed = json.loads(capsys.readouterr().out)
+    assert 0 < printed["rows"] < 6
+    assert printed["is_held_out"]
 
 
 def test_missing_rows_are_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,7 +84,7 @@ def test_missing_rows_are_told(run: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_perplexity_beyond_numbers_is_shown_as_infinite() -> None:
     figures = Figures(loss=99.0, perplexity=None, token_accuracy=0.5, exact_match=None)
-    lines = table(Comparison("m", "a", ["d"], 1, 0, 9, 2.0, figures, figures))
+    lines = table(Comparison("m", "a", ["d"], True, 1, 0, 9, 2.0, figures, figures))
     assert any(line.split() == ["perplexity", "infinite", "infinite"] for line in lines)
     assert not any("exact" in line for line in lines)
 

@@ -31,7 +31,7 @@ def test_a_log_gets_a_line_every_ten_seconds_with_the_time_left(clock: list[floa
             clock[0] = second
             one.update(done)
     assert log.getvalue().splitlines() == [
-        "answering 64 prompts ...",
+        "answering: 64 prompts ...",
         "answering: 16 of 64 prompts, 25.0%, 0:33 left",
         "answering: 32 of 64 prompts, 50.0%, 0:22 left",
     ]
@@ -52,5 +52,5 @@ def test_a_terminal_shows_one_line_that_goes_away(clock: list[float]) -> None:
         clock[0] = 1.0
         one.update(5)
     assert screen.getvalue().split(progress.CLEAR_LINE) == [
-        "", "scoring 10 rows ...\n", "scoring: 5 of 10 rows, 50.0%, 0:01 left", "",
+        "", "scoring: 10 rows ...\n", "scoring: 5 of 10 rows, 50.0%, 0:01 left", "",
     ]  # fmt: skip
