@@ -13,8 +13,8 @@
 #            marked `any_stack`
 #   --help   this text
 #
-# Not part of any of these, since it installs SkyPilot, and needs root, slurm-wlm and munge
-# (what is missing is skipped and named; 15 minutes):
+# Not part of any of these, since it installs Ray and SkyPilot, and needs root, slurm-wlm and munge
+# (what is missing is skipped and named; 25 minutes):
 #
 #   sudo ./training/test.sh tests/engines
 #

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from lora_trainer.commands.train import refuse_old_torch
 from lora_trainer.errors import MEANINGS
 from support.checkout import TRAINING
 
@@ -33,8 +36,11 @@ def composed() -> dict[str, Any]:
 
 def pods() -> dict[str, Any]:
     job = yaml.safe_load((DEPLOY / "kubernetes" / "job.yaml").read_text())
+    runtime = yaml.safe_load((DEPLOY / "kubeflow" / "runtime.yaml").read_text())
+    replicated = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]
     return {
         "kubernetes": job["spec"]["template"]["spec"],
+        "kubeflow": replicated["spec"]["template"]["spec"],
     }
 
 
@@ -133,28 +139,40 @@ def test_probes_ask_health_as_docker_does(name: str) -> None:
 def test_every_engine_restarts_a_crash_as_often_as_compose() -> None:
     restarts = int(composed()["restart"].removeprefix("on-failure:"))
     job = yaml.safe_load((DEPLOY / "kubernetes" / "job.yaml").read_text())
+    runtime = yaml.safe_load((DEPLOY / "kubeflow" / "runtime.yaml").read_text())
     sky = yaml.safe_load((DEPLOY / "skypilot" / "train.yaml").read_text())
     script = (DEPLOY / "slurm" / "train.sbatch").read_text()
     assert job["spec"]["backoffLimit"] == restarts
+    assert runtime["spec"]["template"]["spec"]["failurePolicy"]["maxRestarts"] == restarts
     assert sky["resources"]["job_recovery"]["max_restarts_on_errors"] == restarts
     assert f"RESTARTS={restarts} " in script
+    assert restarts == ray().RESTARTS
 
 
 def test_no_engine_repeats_an_error_that_a_retry_cannot_fix() -> None:
     assert set(NEVER_AGAIN) < set(MEANINGS)
-    for path in (DEPLOY / "kubernetes" / "job.yaml",):
+    for path in (DEPLOY / "kubernetes" / "job.yaml", DEPLOY / "kubeflow" / "runtime.yaml"):
         assert f"values: {NEVER_AGAIN}" in path.read_text()
     script = (DEPLOY / "slurm" / "train.sbatch").read_text()
     assert f"NEVER_AGAIN=' 0 {' '.join(map(str, NEVER_AGAIN))} '" in script
+    assert list(ray().NEVER_AGAIN) == NEVER_AGAIN
 
 
-def test_slurm_and_skypilot_ask_for_the_limits_of_compose() -> None:
+def test_slurm_and_ray_and_skypilot_ask_for_the_limits_of_compose() -> None:
     service = composed()
     memory = size(service["deploy"]["resources"]["limits"]["memory"])
     cpus = int(service["cpu_quota"]) // int(service["cpu_period"])
     assert (size(sbatch()["mem"]), int(sbatch()["cpus-per-task"])) == (memory, cpus)
+    assert (memory, cpus) == (ray().MEMORY_BYTES, ray().CPUS)
     asked = yaml.safe_load((DEPLOY / "skypilot" / "train.yaml").read_text())["resources"]
     assert (asked["cpus"], asked["memory"]) == (f"{cpus}+", f"{memory >> 30}+")
+
+
+def test_the_image_for_several_nodes_has_a_torch_that_a_launcher_can_start() -> None:
+    for container in pods()["kubeflow"]["containers"]:
+        stack = container["image"].split(":")[1]
+        lock = (TRAINING / "requirements" / f"{stack}-torch.txt").read_text()
+        refuse_old_torch(re.search(r"^torch==(\S+)", lock, re.MULTILINE)[1])  # type: ignore[index]
 
 
 def test_slurm_signals_early_enough_for_a_checkpoint() -> None:
@@ -162,12 +180,21 @@ def test_slurm_signals_early_enough_for_a_checkpoint() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["kubernetes/job.yaml", "slurm/train.sbatch",
-             "skypilot/train.yaml"],
+    "path", ["kubernetes/job.yaml", "kubeflow/trainjob.yaml", "slurm/train.sbatch",
+             "skypilot/train.yaml", "ray/train.py"],
 )  # fmt: skip
 def test_every_file_opens_with_the_three_commands_that_run_it(path: str) -> None:
     head = (DEPLOY / path).read_text().split("\n\n", 6)
     commands = re.findall(
-        r"^#?\s+(?:kubectl|sbatch|squeue|scancel|sky) ", "\n\n".join(head), re.MULTILINE
+        r"^#?\s+(?:kubectl|sbatch|squeue|scancel|sky|ray) ", "\n\n".join(head), re.MULTILINE
     )
     assert len(commands) >= 3
+
+
+def ray() -> Any:
+    """Import the script; it imports Ray only when it starts."""
+    path: Path = DEPLOY / "ray" / "train.py"
+    spec = importlib.util.spec_from_file_location("ray_train", path)
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
