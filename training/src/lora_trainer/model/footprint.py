@@ -73,7 +73,7 @@ class Footprint:
         """Return the most bytes that live at once in `work`, weights and states left out."""
         if work not in self._counted:
             try:
-                with _other_attention():
+                with _other_attention(), _small_heap():
                     self._counted[work] = self._count(work)
             except Exception as error:  # models do what they like, on no device but their own too
                 text = (str(error).strip().splitlines() or [""])[0][:LONGEST_FAULT]
@@ -249,6 +249,16 @@ def _resume_casts(causal: CausalLM, mode: AsOnDevice) -> None:
             module._gradient_checkpointing_func = partial(
                 function, use_reentrant=False, context_fn=mode.resume_autocast
             )
+
+
+@contextlib.contextmanager
+def _small_heap() -> Iterator[None]:
+    """Let Python's collector look at new objects only: those of the libraries are many."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

@@ -160,10 +160,10 @@ def release() -> None:
 def why_nothing_fits(plan: Mapping[str, Any]) -> tuple[str, str]:
     """Return the numbers of a plan that did not fit even at its smallest, and what would fit."""
     needed, limit = plan.get("least_memory_bytes", 0), plan.get("memory_limit_bytes", 0)
-    why = (
-        f"one example at a time with gradient checkpointing needs about {size(needed)}, and "
-        f"{size(limit)} are available"
-    )
+    what = "one example at a time with gradient checkpointing"
+    # Nothing is counted for a plan with room to spare, unless a smaller one is needed later.
+    needs = f"needs about {size(needed)}" if needed else "does not fit"
+    why = f"{what} {needs}, and {size(limit)} are available"
     fitting = [str(one) for one in plan.get("smaller_plans", ())]
     if not fitting:
         return why, f"use a machine with more memory than {size(limit)}, or a smaller base model"

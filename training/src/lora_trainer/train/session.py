@@ -35,7 +35,7 @@ from ..model.forward import CausalLM
 from ..model.precision import without_float16
 from ..model.ranks import ALONE, Ranks
 from ..model.shard import choose_sharder
-from ..plan import make_plan
+from ..plan import Plan, make_plan
 from ..run.events import Event, PhaseChanged, Warned
 from ..run.memory_limits import read_limits, release
 from ..run_folder import RunFolder
@@ -57,7 +57,7 @@ from .initial import Initial, weights_digest
 from .optim import make_optimizer
 from .recorded_run import step_examples
 from .setup import TrainingSetup
-from .smaller_plans import with_smaller_plans
+from .smaller_plans import is_tight, with_smaller_plans
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -173,7 +173,11 @@ def _open_model(
         reasons=(*backend.reasons, *filter(None, (chosen, *proven))),
         count=footprint,
     )
-    plan = with_smaller_plans(plan, config, base_size, profile, footprint)
+
+    def smaller(plan: Plan) -> Plan:
+        return with_smaller_plans(plan, config, base_size, profile, footprint)
+
+    plan = smaller(plan) if is_tight(plan) else plan
     plan = replace(plan, reasons=(*plan.reasons, *footprint.faults), fused=causal.fused)
     if plan.gradient_checkpointing:
         enable_checkpointing(causal.inner, lets_go=parallelism == "deepspeed")
@@ -209,6 +213,7 @@ def _open_model(
         if starts_from_adapter and config.training.eval_generate
         else None,
         ranks=ranks,
+        with_smaller_plans=smaller,
     )
 
 

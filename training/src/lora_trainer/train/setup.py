@@ -28,7 +28,7 @@ from ..model.forward import CausalLM
 from ..model.ranks import ALONE, Ranks
 from ..plan import Plan, limited
 from ..report import model_card
-from ..run.events import Event, Warned
+from ..run.events import Event, Planned, Warned
 from ..run.memory_limits import MemoryLimits, write_limits
 from ..run.protocol import WorkerSpec
 from ..run_folder import RunFolder
@@ -42,6 +42,7 @@ from .datasets import (
 )
 from .initial import Initial, verified
 from .loop import TrainingContext
+from .smaller_plans import is_tight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,6 +68,7 @@ class TrainingSetup:
     initial: Initial | None = None
     start: dict[str, torch.Tensor] | None = None  # weights of the adapter that training starts from
     ranks: Ranks = ALONE
+    with_smaller_plans: Callable[[Plan], Plan] = lambda plan: plan
     figures: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -207,12 +209,18 @@ class TrainingSetup:
             ranks=self.ranks,
             unrecorded=unrecorded,
             name_rows=self.name_rows,
-            keep_limits=self.keep_limits,
+            keep_limits=lambda limits: self.keep_limits(limits, emit),
         )
 
-    def keep_limits(self, limits: MemoryLimits) -> None:
-        """Keep what the run was cut down to when memory ran out, here and for later starts."""
+    def keep_limits(self, limits: MemoryLimits, emit: Callable[[Event], None]) -> None:
+        """Keep what the run was cut down to when memory ran out, here and for later starts.
+
+        With nothing left to reduce, what else would fit is reported as well.
+        """
         self.plan = limited(self.plan, limits)
+        if is_tight(self.plan) and not self.plan.least_memory_bytes:
+            self.plan = self.with_smaller_plans(self.plan)
+            emit(Planned(plan=self.plan.to_dict()))
         write_limits(self.output_dir, limits)
         write_json(RunFolder(self.output_dir).plan, self.plan.to_dict())
 

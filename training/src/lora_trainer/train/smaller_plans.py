@@ -17,11 +17,23 @@ from ..memory_estimate import (
     uncounted,
 )
 from ..plan import Plan
+from ..run.memory_limits import BatchSizes, reduced
 from ..units import size
 
+# A run that is to need less of its memory looks for smaller plans only once it runs out.
+TIGHT = 0.5
 # A smaller plan must leave some room to what the estimate does not know of.
 ROOM = 0.9
 LEAST_LENGTH = 32  # no shorter max_seq_length is proposed
+
+
+def is_tight(plan: Plan) -> bool:
+    """Return whether running out of memory is likely, or would leave nothing to reduce."""
+    sizes = BatchSizes(
+        plan.micro_batch_examples, plan.eval_batch_examples, plan.gradient_checkpointing
+    )
+    is_near = plan.estimated_memory_bytes > TIGHT * plan.memory_limit_bytes
+    return is_near or reduced(sizes) is None
 
 
 def with_smaller_plans(

@@ -25,7 +25,8 @@ from lora_trainer.run.memory_limits import (
 )
 from lora_trainer.train import evaluate, loop, smaller_plans
 from lora_trainer.train.checkpoint import TrainState
-from lora_trainer.train.smaller_plans import with_smaller_plans
+from lora_trainer.train.setup import TrainingSetup
+from lora_trainer.train.smaller_plans import is_tight, with_smaller_plans
 from support.training_loop import make_parts, of_kind
 
 ON_GPU = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -297,6 +298,34 @@ def test_plan_that_would_fit_is_named_with_its_numbers(monkeypatch):
     assert re.match(r"--max_seq_length \d+ needs about 4\.\d GB", plan.smaller_plans[0])
     assert "--use_4bit true needs about" in remedy
     assert "--resume never" in remedy
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "training", "expected"),
+    [
+        (100, {}, False),
+        (7, {}, True),
+        (100, {"per_device_train_batch_size": 1}, False),
+    ],
+)
+def test_smaller_plans_are_looked_for_at_once_where_memory_is_tight(gigabytes, training, expected):
+    assert is_tight(plan_of(memory_bytes=gigabytes * 10**9, **training)) is expected
+
+
+def test_smaller_plans_are_looked_for_at_once_where_nothing_is_left_to_reduce():
+    assert is_tight(plan_of(MemoryLimits(1, 1, True), memory_bytes=10**11))
+
+
+def test_smaller_plans_are_reported_once_a_run_has_nothing_left_to_reduce(tmp_path):
+    plan = replace(plan_of(memory_bytes=10**11), least_memory_bytes=0, smaller_plans=())
+    setup = object.__new__(TrainingSetup)
+    setup.plan, setup.output_dir = plan, tmp_path
+    setup.with_smaller_plans = lambda plan: replace(plan, least_memory_bytes=5)
+    events = []
+    setup.keep_limits(MemoryLimits(1, 8, False), events.append)
+    assert events == []
+    setup.keep_limits(MemoryLimits(1, 8, True), events.append)
+    assert [event.plan["least_memory_bytes"] for event in events] == [5]
 
 
 def test_machine_that_is_too_small_for_anything_is_named(monkeypatch):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
 from lora_trainer.config.schema import ModelSection
+from lora_trainer.data import fingerprint
 from lora_trainer.errors import UnavailableError
 from lora_trainer.model import embedded, load
 
@@ -39,6 +41,23 @@ def test_a_changed_byte_a_missing_file_and_no_manifest_are_all_noticed(tmp_path)
         else:
             (folder / "manifest.json").write_text("[]")
         assert not embedded.is_sound(folder)
+
+
+def test_prepared_files_are_hashed_once_until_they_are_written_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprint, "SETTLED_SECONDS", -1.0)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    file = folder / "a.bin"
+    file.write_bytes(b"abc")
+    (folder / "manifest.json").write_text(json.dumps({"a.bin": embedded._entry(file)}))
+    assert embedded.is_sound(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(fingerprint.hashlib, "sha256", None)
+        assert embedded.is_sound(folder)
+    before = file.stat()
+    file.write_bytes(b"abd")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert not embedded.is_sound(folder)
 
 
 def test_a_folder_with_pickled_weights_only_is_refused_by_name(tmp_path):
