@@ -254,6 +254,9 @@ def _resume_casts(causal: CausalLM, mode: AsOnDevice) -> None:
 @contextlib.contextmanager
 def _small_heap() -> Iterator[None]:
     """Let Python's collector look at new objects only: those of the libraries are many."""
+    if gc.get_freeze_count():  # the caller's, which a thaw would undo
+        yield
+        return
     gc.freeze()
     try:
         yield

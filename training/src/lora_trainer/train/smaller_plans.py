@@ -32,8 +32,9 @@ def is_tight(plan: Plan) -> bool:
     sizes = BatchSizes(
         plan.micro_batch_examples, plan.eval_batch_examples, plan.gradient_checkpointing
     )
-    is_near = plan.estimated_memory_bytes > TIGHT * plan.memory_limit_bytes
-    return is_near or reduced(sizes) is None
+    if plan.estimated_memory_bytes > TIGHT * plan.memory_limit_bytes:
+        return True
+    return reduced(sizes) is None or reduced(sizes, is_evaluation=True) is None
 
 
 def with_smaller_plans(

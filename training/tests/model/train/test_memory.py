@@ -312,8 +312,9 @@ def test_smaller_plans_are_looked_for_at_once_where_memory_is_tight(gigabytes, t
     assert is_tight(plan_of(memory_bytes=gigabytes * 10**9, **training)) is expected
 
 
-def test_smaller_plans_are_looked_for_at_once_where_nothing_is_left_to_reduce():
-    assert is_tight(plan_of(MemoryLimits(1, 1, True), memory_bytes=10**11))
+@pytest.mark.parametrize("limits", [MemoryLimits(1, 8, True), MemoryLimits(4, 1, False)])
+def test_smaller_plans_are_looked_for_at_once_where_nothing_is_left_to_reduce(limits):
+    assert is_tight(plan_of(limits, memory_bytes=10**11))
 
 
 def test_smaller_plans_are_reported_once_a_run_has_nothing_left_to_reduce(tmp_path):
