@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 
 from .host import interrupts
+from .host.environment import EXIT_CODES
 
 
 def main(*before: str) -> int:
@@ -20,7 +22,13 @@ def main(*before: str) -> int:
         from .cli import main as run
         from .host import streams
 
-        code = run([*before, *sys.argv[1:]])
+        given = [*before, *sys.argv[1:]]
+        if EXIT_CODES in os.environ:
+            from .commands.nodes import run_process
+
+            code = run_process(lambda: run(given))
+        else:
+            code = run(given)
         interrupts.finish(code)
         streams.let_go()
     except KeyboardInterrupt:

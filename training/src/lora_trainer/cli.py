@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import invocation
-from .commands import runs
-from .errors import TrainerError
+from .commands import node_options, runs
 from .host import environment, interrupts, launcher, streams
 from .redaction import Redaction, given_secrets
 
 if TYPE_CHECKING:
     from .commands.finetuned import FinetunedModel
-    from .config.settings import Settings
 
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -59,14 +57,29 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 @app.command(context_settings=EXTRA)
-def train(context: typer.Context, config: ConfigFile = None, debug: Debug = False) -> None:
+def train(
+    context: typer.Context,
+    config: ConfigFile = None,
+    nnodes: node_options.Nodes = "1",
+    node_rank: node_options.NodeRank = None,
+    rdzv_endpoint: node_options.Endpoint = "",
+    nproc_per_node: node_options.ProcessesPerNode = "",
+    debug: Debug = False,
+) -> None:
     """Train. Every key of the config is an option too: --learning_rate 1e-4."""
     if debug:
         os.environ[invocation.DEBUG] = "1"
-    settings = _settings(context, config)
+    from .commands import given_settings
+
+    arguments = node_options.with_processes(context.args, nnodes, nproc_per_node)
+    settings = given_settings.resolved(arguments, config)
+    from .commands.nodes import Node, run_node
     from .commands.train import run_shown
 
     interrupts.unwind()
+    if node_options.is_node(nnodes):
+        node = Node(nnodes, nproc_per_node, node_rank, rdzv_endpoint)
+        raise typer.Exit(run_node(node, settings, config, arguments))
     run_shown(settings)
 
 
@@ -87,11 +100,12 @@ def check(
     """Run every check that needs no training; list all problems at once."""
     if debug:
         os.environ[invocation.DEBUG] = "1"
+    from .commands import given_settings
     from .commands.check import check_all, preflight
     from .run import lock
     from .run.folder import output_folder
 
-    settings = _settings(context, config)
+    settings = given_settings.resolved(context.args, config)
     interrupts.unwind()
     if quick:
         preflight(settings)
@@ -101,54 +115,6 @@ def check(
         streams.complain("the quick checks found no problems")
         return
     check_all(settings, sample_rows=rows if show_sample else 0)
-
-
-def _settings(context: typer.Context, config: Path | None) -> Settings:
-    """Resolve the configuration; without --config, print which file is used."""
-    from .config.default_file import find_config
-    from .config.settings import resolve
-
-    if os.environ.get("LORA_CONTAINER"):
-        config = _check_container(config)
-    why = ""
-    if config is None:
-        config, why = find_config(os.environ)
-    notes = [f"config: {config} ({why})"] if config is not None and why else []
-    try:
-        settings = resolve(config, os.environ, context.args)
-        monitoring = settings.config.monitoring
-        notes += [f"note: {note}" for note in settings.notes]
-        if monitoring.quiet or monitoring.log_format != "text":
-            notes = []
-    except TrainerError:
-        if _wants_quiet(context.args, os.environ):
-            notes = []
-        raise
-    finally:
-        for note in notes:
-            streams.say(note)
-    return settings
-
-
-def _wants_quiet(arguments: Sequence[str], environ: Mapping[str, str]) -> bool:
-    """Return whether standard output is for programs, where the settings are not known."""
-    words = [part for argument in arguments for part in argument.split("=")]
-    is_json = environ.get("LORA_TRAINER_LOG_FORMAT") == "json" or "json" in words
-    return is_json or "--quiet" in words or "LORA_TRAINER_QUIET" in environ
-
-
-def _check_container(config: Path | None) -> Path:
-    """Check what Docker gave this container; return its config file."""
-    from .commands import container
-
-    for warning in container.check_container(os.environ):
-        streams.complain(f"warning  {warning}")
-    if config is not None:
-        return config
-    config, why = container.find_config(os.environ)
-    if why:
-        streams.complain(f"config: {config} ({why})")
-    return config
 
 
 Target = Annotated[Path, typer.Argument(help="Folder to create.")]

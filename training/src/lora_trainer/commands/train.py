@@ -85,13 +85,15 @@ def _launch() -> Launch | None:
     return launch
 
 
-def refuse_old_torch(version: str) -> None:
-    """Refuse processes of a launcher where torch 2.1 would let them wait for each other forever."""
+def refuse_old_torch(version: str, alone: str = "unset RANK and WORLD_SIZE") -> None:
+    """Refuse processes of a launcher where torch 2.1 would let them wait for each other forever.
+
+    `alone` says how to start on this machine alone.
+    """
     if tuple(map(int, version.split(".")[:2])) < OLDEST_TORCH:
         raise UnavailableError.of(
             "several processes cannot be started by a launcher on this stack",
             where=f"torch {version}",
             why="they do not meet with torch 2.1 (stack cu121)",
-            remedy="unset RANK and WORLD_SIZE: the run then uses all GPUs of this machine; or use "
-            "the stack current",
+            remedy=f"{alone}: the run then uses all GPUs of this machine; or use the stack current",
         )

@@ -14,7 +14,7 @@ from .schema import SECRET_KEYS, leaf_sections
 PREFIX = "LORA_TRAINER_"
 # Read elsewhere in the program; not configuration keys.
 RESERVED = frozenset(
-    f"{PREFIX}{name}" for name in ("CONFIG", "DEBUG", "CACHE", "EVENTS_FD", "LOG_DIR")
+    f"{PREFIX}{name}" for name in ("CONFIG", "DEBUG", "CACHE", "EVENTS_FD", "EXIT_CODES", "LOG_DIR")
 )
 # Names shared with other tools; the first one set wins, LORA_TRAINER_* before all.
 WELL_KNOWN = (

@@ -11,6 +11,8 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+# The folder in which the processes of a node leave their exit codes.
+EXIT_CODES = "LORA_TRAINER_EXIT_CODES"
 ALLOCATOR, GENERIC_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
 # Read by CUDA and PyTorch at start.
 CUDA_ENVIRONMENT = {
