@@ -14,7 +14,7 @@
 #   --help   this text
 #
 # Not part of any of these, since it installs Ray and SkyPilot, and needs root, slurm-wlm and munge
-# (what is missing is skipped and named; 25 minutes):
+# (what is missing is skipped and named; it takes some 20 minutes):
 #
 #   sudo ./training/test.sh tests/engines
 #

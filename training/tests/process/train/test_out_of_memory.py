@@ -64,7 +64,7 @@ def test_limit_on_the_address_space_makes_the_steps_smaller(
 ) -> None:
     output = trainer.root / "address-space"
     run = trainer.start(output, **wide)
-    # The model is there, and the first step is not: the evaluation before it has one row a batch.
+    # The model is there, and the steps are to come: the evaluation before them has one row a batch.
     run.wait_for(at_phase("evaluating"))
     worker = run.worker
     limit = address_space(worker) + TOO_LITTLE
@@ -72,9 +72,10 @@ def test_limit_on_the_address_space_makes_the_steps_smaller(
     ended = run.wait()
     assert ended.code == 0, ended.err
     assert_smaller(output)
-    # At the same step, in the same process.
+    # At the same step, in the same process; on a busy machine a step may come before the limit.
     first = of_kind(output, "memory")[0]
-    assert first["step"] == 0
+    done = [event["step"] for event in of_kind(output, "step") if event["time"] < first["time"]]
+    assert first["step"] == max(done, default=0)
     assert "can't allocate memory" in first["cause"]
     assert all(event["time"] > first["time"] for event in of_kind(output, "restart"))
     assert json.loads((output / "plan.json").read_text())["micro_batch_examples"] < BATCH
