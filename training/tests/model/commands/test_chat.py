@@ -70,7 +70,7 @@ def test_a_few_rows_of_a_dataset_are_answered_beside_their_own_answers(
     assert shown == ["a0", "a3", "a6"]
     assert printed.out.count("prompt    q") == 3
     assert "3 of 9 rows, spread evenly; --rows 0 answers all" in printed.err
-    assert "answering 3 prompts" in printed.err
+    assert "answering: 3 prompts" in printed.err
     assert cli.main(["chat", str(run), *asked, "--system", "Be brief."]) == 78
 
 
