@@ -98,6 +98,7 @@ def test_a_run_on_this_machine_is_newer_than_a_container_that_has_ended(
     status: str, place: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lora_trainer.commands.health.own_address", lambda _: url)
+    monkeypatch.setenv("HEALTH_PORT", "9")  # nobody else's run on this machine answers there
     (tmp_path / "events.jsonl").touch()
     container = Container("0123456789ab", "trainer", {"Status": status, "ExitCode": 78})
     assert look(tmp_path, "", [container], "").runs_in == place
