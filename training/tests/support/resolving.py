@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lora_trainer.config.schema import leaf_sections
+from lora_trainer.config.sections import leaf_sections
 from lora_trainer.config.settings import resolve
 from lora_trainer.errors import ConfigError
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..checkpoint_folder import has_any
-from ..config.schema import EMBEDDED_MODEL, Config, ModelSection, leaf_sections
+from ..config.schema import EMBEDDED_MODEL, Config, ModelSection
+from ..config.sections import leaf_sections
 from ..config.start_adapter import EMBEDDED_HUB_ID
 from ..data.prompt_format import PromptFormat, read_format
 from ..errors import ConfigError, Problem, TrainerError, UnavailableError

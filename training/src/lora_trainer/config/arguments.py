@@ -13,7 +13,7 @@ from .aliases import ALIASES, COMMA_LISTS, CONVERTED_ALIASES
 from .compatibility import NO_MEANING
 from .layers import Layer, did_you_mean, guess_key
 from .literal import accepts, from_text
-from .schema import leaf_sections, section_names, sections
+from .sections import leaf_sections, section_names, sections
 from .text import shown_key
 
 BARE = {"resume": "auto"}  # what a flag without a value means

@@ -15,7 +15,8 @@ from typing import Any
 from .aliases import ALIASES, COMMA_LISTS
 from .dataset_entries import normalise_datasets, unreadable_datasets
 from .other_keys import KERNEL_PLUGINS, no_meaning
-from .schema import SECRET_KEYS, leaf_sections, sections
+from .schema import SECRET_KEYS
+from .sections import leaf_sections, sections
 
 NAMES = re.compile(r"\s*[\w.\-]+(\s*,\s*[\w.\-]+)*\s*")
 OWN_TEMPLATE = re.compile(r"tokenizer_default(_fallback_\w+)?")  # Axolotl's

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from .schema import leaf_sections, sections
+from .sections import leaf_sections, sections
 from .text import Pointer
 
 Spec = dict[str, Any]

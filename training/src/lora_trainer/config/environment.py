@@ -9,7 +9,8 @@ from ..errors import Problem
 from .aliases import ALIASES
 from .layers import Layer, did_you_mean
 from .literal import from_text
-from .schema import SECRET_KEYS, leaf_sections
+from .schema import SECRET_KEYS
+from .sections import leaf_sections
 
 PREFIX = "LORA_TRAINER_"
 # Read elsewhere in the program; not configuration keys.

@@ -13,7 +13,7 @@ from ..errors import AccessError, ConfigError, Problem
 from . import torchtune
 from .aliases import ALIASES
 from .layers import Layer, given_text, unknown_key
-from .schema import section_names
+from .sections import section_names
 from .text import MAX_BYTES, Document, read_json, read_yaml
 from .trainers import Trainer, complete, recognise
 

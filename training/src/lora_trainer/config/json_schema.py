@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .aliases import ALIASES, COMMA_LISTS, CONVERTED_ALIASES
-from .schema import Config, sections
+from .schema import Config
+from .sections import sections
 
 
 def json_schema() -> dict[str, Any]:

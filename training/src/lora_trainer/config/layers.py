@@ -17,7 +17,8 @@ from ..errors import Problem
 from .aliases import ALIASES, CONVERTED_ALIASES
 from .compatibility import NO_MEANING, Ignored, Means, Refused, interpret
 from .literal import accepts
-from .schema import SECRET_KEYS, leaf_sections, section_names
+from .schema import SECRET_KEYS
+from .sections import leaf_sections, section_names
 from .text import Document, Pointer, shown_key
 
 OriginKind = Literal["default", "file", "environment", "command line", "argument", "adapter"]

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from .aliases import ALIASES, CONVERTED_ALIASES
 from .compatibility import DATASETS, NO_MEANING, normalise
-from .schema import leaf_sections, sections
+from .sections import leaf_sections, sections
 from .text import read_yaml
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .aliases import ALIASES
 from .constraints import limits_of, spec_at, words_of
-from .schema import sections
+from .sections import sections
 
 BEGIN, END = "<!-- keys:begin -->", "<!-- keys:end -->"
 

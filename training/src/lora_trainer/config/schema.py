@@ -387,23 +387,3 @@ NOT_IN_DIGEST = (
     ("training", "on_nan"),
 )
 SECRET_KEYS = frozenset({"hf_token", "webhook_url"})
-
-
-def section_names() -> tuple[str, ...]:
-    """Return the names of the sections, in schema order."""
-    return tuple(Config.model_fields)
-
-
-def sections() -> dict[str, type[Section]]:
-    """Return each section's class by its name."""
-    kinds: dict[str, type[Section]] = {}
-    for name, field in Config.model_fields.items():
-        assert isinstance(field.annotation, type)
-        assert issubclass(field.annotation, Section)
-        kinds[name] = field.annotation
-    return kinds
-
-
-def leaf_sections() -> dict[str, str]:
-    """Return leaf key -> its section; a test ensures that leaf names are unique."""
-    return {leaf: name for name, kind in sections().items() for leaf in kind.model_fields}

@@ -17,7 +17,8 @@ from .layers import Given, Origin, given_text
 from .named_templates import NAMES
 from .paths import exists, locate_paths
 from .precedence import merge
-from .schema import Config, leaf_sections, sections
+from .schema import Config
+from .sections import leaf_sections, sections
 from .start_adapter import adopt
 from .trainers import settle, take_format
 from .undecodable import find_undecodable, find_undecodable_paths

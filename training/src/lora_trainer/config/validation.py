@@ -13,7 +13,8 @@ from .constraints import choices_of, exceeded_limit, expectation, keys_at, spec_
 from .dataset_entries import LIST_FORM
 from .layers import Given, did_you_mean, given_text
 from .literal import from_text
-from .schema import SECRET_KEYS, leaf_sections, sections
+from .schema import SECRET_KEYS
+from .sections import leaf_sections, sections
 from .text import Pointer, shown_key
 
 Errors = list[tuple[Pointer, str]]  # the part of the value, and pydantic's name for its type

@@ -12,7 +12,8 @@ import pytest
 from transformers import LlamaConfig
 
 from lora_trainer.commands.check import preflight
-from lora_trainer.config.schema import Config, leaf_sections
+from lora_trainer.config.schema import Config
+from lora_trainer.config.sections import leaf_sections
 from lora_trainer.config.settings import resolve
 from lora_trainer.machine import Gpu, Machine
 from lora_trainer.memory_estimate import DataProfile, ModelSize

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lora_trainer import cli, invocation
-from lora_trainer.config.schema import leaf_sections
+from lora_trainer.config.sections import leaf_sections
 from lora_trainer.errors import BusyError
 from lora_trainer.run import lock
 

@@ -19,10 +19,8 @@ from lora_trainer.config.schema import (
     ModelSection,
     OutputSection,
     TrainingSection,
-    leaf_sections,
-    section_names,
-    sections,
 )
+from lora_trainer.config.sections import leaf_sections, section_names, sections
 from lora_trainer.config.settings import resolve
 from lora_trainer.errors import TrainerError
 from support.config import TRAINING

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from lora_trainer.config.schema import EMBEDDED_MODEL, leaf_sections
+from lora_trainer.config.schema import EMBEDDED_MODEL
+from lora_trainer.config.sections import leaf_sections
 from lora_trainer.config.settings import resolve
 from lora_trainer.errors import ConfigError
 from support.resolving import from_arguments, from_file, problems_of, values_of, write

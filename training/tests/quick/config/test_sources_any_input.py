@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lora_trainer.config.aliases import ALIASES
 from lora_trainer.config.compatibility import NO_MEANING
-from lora_trainer.config.schema import leaf_sections
+from lora_trainer.config.sections import leaf_sections
 from lora_trainer.config.settings import resolve
 from lora_trainer.errors import AccessError, ConfigError
 from support.resolving import write

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lora_trainer.config.compatibility import NO_MEANING, Ignored, Refused, interpret
-from lora_trainer.config.schema import leaf_sections
+from lora_trainer.config.sections import leaf_sections
 
 TABLE = json.loads((Path(__file__).parents[2] / "support" / "arguments.json").read_text())
 ARGUMENTS = {name: sorted(arguments) for name, arguments in TABLE.items()}
