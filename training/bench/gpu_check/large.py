@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lora_trainer.config.schema import Config
 from lora_trainer.data.batches import Sampler
 from lora_trainer.machine import peak_memory_bytes, read_machine
-from lora_trainer.memory_estimate import DataProfile, ModelSize
+from lora_trainer.memory_estimate import DataProfile, ModelSize, loss_chunk
 from lora_trainer.model import determinism, probe, quantize
 from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.backend import Backend, resolve, usable_machine
@@ -108,7 +108,7 @@ def _open(scale: Scale, config: Config) -> Opened:
         model,
         device=backend.device_name,
         padding_free=True,
-        chunk=config.training.loss_chunk_tokens,
+        chunk=loss_chunk(config.training, scale.large.vocabulary, backend.device),
         precision=backend.precision,
         kernel=backend.kernel,
     )

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .config.schema import Config
-from .machine import Machine
+from .config.schema import Config, TrainingSection
+from .machine import Device, Machine
 
 Precision = Literal["float32", "float16", "bfloat16"]
 Parallelism = Literal["none", "ddp", "fsdp", "deepspeed"]
@@ -112,8 +112,24 @@ class Work:
 
 
 UNDIVIDED = Partition()
+# Of one tensor of float32 logits; two are in memory at a time. Fewer positions than 128 make the
+# head's product slow (16% at 64, measured on a CPU); more than 1024 make it no faster.
+LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+FEWEST_POSITIONS, MOST_POSITIONS = 128, 1024
 # Returns the peak of live bytes for some work, without weights and optimizer states.
 Count = Callable[[Work], int]
+
+
+def loss_chunk(training: TrainingSection, vocabulary: int, device: Device) -> int:
+    """Return how many supervised positions go through the head at a time.
+
+    A pure function of the run's inputs, because gradients are added up in this order.
+    """
+    if training.loss_chunk_tokens != "auto":
+        return training.loss_chunk_tokens
+    fitting = LOGITS_BYTES[device] // (4 * max(1, vocabulary))
+    # A multiple of 64, which kernels have blocks for.
+    return min(MOST_POSITIONS, max(FEWEST_POSITIONS, fitting // 64 * 64))
 
 
 def uncounted(_work: Work) -> int:

@@ -23,6 +23,7 @@ from .memory_estimate import (
     Partition,
     Precision,
     estimate_memory_bytes,
+    loss_chunk,
     memory_limit_bytes,
     uncounted,
     weights_bytes,
@@ -153,7 +154,7 @@ def make_plan(
         save_every_steps=_every(
             config.output.save_steps, config.output.saves_per_epoch, steps_per_epoch
         ),
-        loss_chunk_tokens=training.loss_chunk_tokens,
+        loss_chunk_tokens=loss_chunk(training, model_size.vocab_size, machine.device),
         parameters=model_size.parameters,
         trainable_parameters=model_size.trainable_parameters,
         estimated_memory_bytes=estimate_memory_bytes(

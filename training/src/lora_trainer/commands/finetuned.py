@@ -21,6 +21,7 @@ from ..config.start_adapter import EMBEDDED_HUB_ID
 from ..data.prompt_format import PromptFormat, read_format
 from ..errors import ConfigError, Problem, TrainerError, UnavailableError
 from ..host.disk import CHECKSUMS, is_changed
+from ..memory_estimate import loss_chunk
 from ..remote.copies import copy_of_run
 from ..run_folder import RunFolder
 from .base_copy import FOLDER as BASE_FOLDER
@@ -243,7 +244,7 @@ def _on(
     backend: Backend, finetuned: FinetunedModel, source: ModelSource, section: ModelSection
 ) -> CausalLM:
     """Load base model and adapter to compute as `backend` says."""
-    from ..model import load
+    from ..model import load, sizes
     from ..model.forward import CausalLM
 
     model = load.load_model(
@@ -259,7 +260,7 @@ def _on(
         model.eval(),
         device=backend.device_name,
         padding_free=False,
-        chunk=finetuned.config.training.loss_chunk_tokens,
+        chunk=loss_chunk(finetuned.config.training, sizes.vocabulary(model.config), backend.device),
         precision=backend.precision,
     )
 

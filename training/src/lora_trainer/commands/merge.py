@@ -167,6 +167,7 @@ def _merge(finetuned: FinetunedModel, stored: Stored, target: Path) -> float:
         opened.tokenizer.save_pretrained(str(folder))
         opened.prompt_format.save(folder)
         _write_card(folder / CARD, finetuned, opened.source)
+        chunk = opened.causal.chunk
         del model, kept, opened.causal
         typer.echo("checking ...", err=True)
         section = finetuned.config.model.model_copy(update={"model_name_or_path": str(folder)})
@@ -181,7 +182,7 @@ def _merge(finetuned: FinetunedModel, stored: Stored, target: Path) -> float:
             read_back,
             device=backend.device_name,
             padding_free=False,
-            chunk=opened.finetuned.config.training.loss_chunk_tokens,
+            chunk=chunk,
             precision=backend.precision,
         )
         difference = float((_logits(merged, asked) - expected).abs().max() / expected.abs().max())

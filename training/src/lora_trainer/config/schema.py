@@ -221,8 +221,10 @@ class TrainingSection(Section):
     padding_free: bool | Auto = Field(
         "auto", description="Concatenate a micro-batch's examples instead of padding them"
     )
-    loss_chunk_tokens: Count = Field(
-        1024, description="Supervised positions whose logits are in memory at a time"
+    loss_chunk_tokens: Count | Auto = Field(
+        "auto",
+        description="Supervised positions whose logits are in memory at a time; auto: as many as "
+        "fit into 64 MiB on a CPU, 512 MiB on a GPU, between 128 and 1024",
     )
     seed: int = Field(
         42, ge=0, lt=2**32, description="Seed for data order, dropout and adapter initialization"

@@ -20,7 +20,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ..config.schema import Config
-from ..memory_estimate import Precision, Work
+from ..machine import Device
+from ..memory_estimate import Precision, Work, loss_chunk
 from . import attention as packed_attention
 from . import compat, packed_linear, quantize, sizes
 from .adapter import add_adapter, trainable_parameters
@@ -51,7 +52,7 @@ class Footprint:
         base_config: PretrainedConfig,
         build: Callable[[Any], Any],
         *,
-        device: str,
+        device: Device,
         precision: Precision,
         attention: str,
         padding_free: bool,
@@ -61,6 +62,8 @@ class Footprint:
         self._base_config = base_config
         self._build = build
         self._device = device
+        vocabulary = sizes.vocabulary(base_config)
+        self._chunk = loss_chunk(config.training, vocabulary, device)
         self._precision = precision
         self._attention = attention
         self._padding_free = padding_free
@@ -160,7 +163,7 @@ class Footprint:
             model,
             device="meta",
             padding_free=self._padding_free,
-            chunk=self._config.training.loss_chunk_tokens,
+            chunk=self._chunk,
             precision=self._precision,
             kernel=self._kernel,
         )

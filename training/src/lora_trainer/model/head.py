@@ -85,14 +85,15 @@ class _ChunkedLoss(torch.autograd.Function):
             part = hidden_NW[start : start + chunk].detach()
             labels = labels_N[start : start + chunk]
             with torch.set_grad_enabled(has_gradient):
-                part.requires_grad_(has_gradient)
-                loss = F.cross_entropy(head(part), labels, reduction="sum") * factor
-            total += loss.detach()
+                logits = head(part.requires_grad_(has_gradient))
+            loss, into_logits = _loss_and_gradient(logits.detach(), labels, factor)
+            total += loss
             if hidden_gradient is not None:
-                gradients = torch.autograd.grad(loss, [part, *parameters])
+                gradients = torch.autograd.grad(logits, [part, *parameters], into_logits)
                 hidden_gradient[start : start + chunk] = gradients[0]
                 for index, gradient in enumerate(gradients[1:]):
                     sums[index] += gradient
+            del logits, into_logits  # before the next chunk's are made
         ctx.save_for_backward(hidden_gradient, *sums)
         return total
 
@@ -101,6 +102,22 @@ class _ChunkedLoss(torch.autograd.Function):
         (scale,) = outputs
         hidden_gradient, *sums = ctx.saved_tensors
         return hidden_gradient * scale, None, None, None, None, *(s * scale for s in sums)
+
+
+def _loss_and_gradient(logits_NV: Tensor, labels_N: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Return `factor` times the summed cross entropy and its gradient; overwrites the logits.
+
+    The kernels are those of `F.cross_entropy`, so every bit is the same; autograd would have four
+    tensors of the logits' size in memory, this has two. No head keeps its logits for the backward
+    pass, and each of the kernels reads an element before it writes that element.
+    """
+    log_p_NV = torch.log_softmax(logits_NV, 1, out=logits_NV)
+    loss = F.nll_loss(log_p_NV, labels_N, reduction="sum") * factor
+    gradient_NV = torch.zeros_like(log_p_NV).scatter_(1, labels_N[:, None], -factor)
+    torch.ops.aten._log_softmax_backward_data.out(
+        gradient_NV, log_p_NV, 1, log_p_NV.dtype, out=gradient_NV
+    )
+    return loss, gradient_NV
 
 
 def summed_loss(

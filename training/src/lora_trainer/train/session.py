@@ -20,8 +20,8 @@ from ..data.batches import Sampler
 from ..data.prepare import DataSplits
 from ..errors import ConfigError
 from ..machine import Machine, read_machine
-from ..memory_estimate import ModelSize, Parallelism
-from ..model import determinism, flash, load, loftq, probe, quantize, reach, zero
+from ..memory_estimate import ModelSize, Parallelism, loss_chunk
+from ..model import determinism, flash, load, loftq, probe, quantize, reach, sizes, zero
 from ..model.adapter import (
     adapter_state,
     add_adapter,
@@ -261,7 +261,7 @@ def _load(
             model,
             device=backend.device_name,
             padding_free=config.training.padding_free is not False,
-            chunk=config.training.loss_chunk_tokens,
+            chunk=loss_chunk(config.training, sizes.vocabulary(base.config), backend.device),
             precision=backend.precision,
             kernel=backend.kernel,
         )

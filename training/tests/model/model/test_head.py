@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lora_trainer.model.head import Head, summed_loss, summed_loss_and_hits
+from lora_trainer.model.live_bytes import LiveBytes
 
 POSITIONS, WIDTH, VOCABULARY = 11, 5, 13
 
@@ -39,6 +40,31 @@ def test_all_gradients_equal_those_of_float64_autograd(multiplier, softcap, chun
     expected = torch.autograd.grad(plain, parameters)
     for gradient, reference in zip(ours, expected, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("multiplier", "softcap"), KINDS)
+def test_float32_loss_and_gradient_have_every_bit_of_autograds(multiplier, softcap):
+    torch.manual_seed(0)
+    head = Head(nn.Linear(16, 1003).requires_grad_(False), multiplier, softcap)
+    hidden = torch.randn(40, 16, requires_grad=True)
+    labels = torch.randint(1003, (40,))
+    ours = summed_loss(head, hidden, labels, 100, factor=0.37)
+    plain = nn.functional.cross_entropy(head(hidden), labels, reduction="sum") * 0.37
+    assert torch.equal(ours, plain)
+    (gradient,) = torch.autograd.grad(ours, hidden)
+    (expected,) = torch.autograd.grad(plain, hidden)
+    assert torch.equal(gradient, expected)
+
+
+def test_two_tensors_of_a_chunks_logits_are_in_memory_at_a_time():
+    with torch.device("meta"):
+        head = Head(nn.Linear(8, 4096, bias=False).requires_grad_(False))
+        hidden = torch.zeros(192, 8, requires_grad=True)
+        labels = torch.zeros(192, dtype=torch.long)
+        with LiveBytes() as live:
+            summed_loss(head, hidden, labels, 64)
+    logits = 64 * 4096 * 4
+    assert 2 * logits <= live.peak < 2.2 * logits
 
 
 def test_a_frozen_head_gets_no_gradient():

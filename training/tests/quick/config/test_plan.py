@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_trainer.config.schema import Config
+from lora_trainer.config.schema import Config, TrainingSection
 from lora_trainer.errors import ConfigError
 from lora_trainer.machine import (
     UNLIMITED_BYTES,
@@ -15,7 +15,7 @@ from lora_trainer.machine import (
     peak_memory_bytes,
     read_machine,
 )
-from lora_trainer.memory_estimate import DataProfile, ModelSize
+from lora_trainer.memory_estimate import DataProfile, ModelSize, loss_chunk
 from lora_trainer.plan import choose_parallelism, make_plan, process_count
 
 SHAPE = ModelSize("llama", 30, 576, 49152, 134_515_008, 4_884_480, 8192)
@@ -70,6 +70,28 @@ def test_checkpointing_goes_on_by_itself_when_memory_is_short():
     assert plan.gradient_checkpointing
     assert "gradient checkpointing is on" in plan.reasons[0]
     assert not plan_of(machine=MACHINE).gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "device", "positions"),
+    [
+        (4096, "cpu", 1024),
+        (49_152, "cpu", 320),
+        (131_072, "cpu", 128),
+        (262_144, "cpu", 128),
+        (128_256, "cuda", 1024),
+        (262_144, "cuda", 512),
+    ],
+)
+def test_logits_of_a_chunk_take_no_more_memory_with_a_larger_vocabulary(
+    vocabulary, device, positions
+):
+    assert loss_chunk(TrainingSection(), vocabulary, device) == positions
+
+
+def test_the_plan_says_how_many_positions_go_through_the_head_at_a_time():
+    assert plan_of().loss_chunk_tokens == 320
+    assert plan_of(training={"loss_chunk_tokens": 7}).loss_chunk_tokens == 7
 
 
 def test_nothing_to_train_is_refused():
