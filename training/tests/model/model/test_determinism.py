@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import pytest
@@ -53,6 +54,24 @@ def test_fresh_buffers_are_not_filled_with_nan() -> None:
     determinism.require(lambda: None)
     if hasattr(torch.utils, "deterministic"):
         assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.parametrize(
+    ("setting", "refuses", "left"),
+    [(":4096:8", False, None), (":4096:8", True, ":4096:8"), (":16:8", False, ":16:8")],
+)
+def test_a_setting_that_pytorch_has_checked_is_not_parsed_at_every_product(
+    monkeypatch, setting, refuses, left
+) -> None:
+    def multiply() -> None:
+        if refuses:
+            raise RuntimeError("CUBLAS_WORKSPACE_CONFIG is not set")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(determinism, "_multiply_on_the_gpu", multiply)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", setting)
+    assert determinism.require(lambda: None) == ""
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == left
 
 
 @pytest.mark.parametrize("is_strict", [True, False])

@@ -1,0 +1,64 @@
+"""Every step's losses are those of the adapters that the step before left behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lora_trainer.model.quantize import works_on_cpu
+from lora_trainer.run.events import StepDone
+from lora_trainer.train import loop
+from lora_trainer.train.checkpoint import TrainState
+from lora_trainer.train.optim import make_optimizer
+from support.training_loop import make_parts, of_kind
+
+needs_bitsandbytes = pytest.mark.skipif(
+    not works_on_cpu(), reason="this stack's bitsandbytes does not train on a CPU"
+)
+
+
+class Unnoticed(torch.optim.AdamW):
+    """AdamW that writes to memory as a kernel does, of which autograd knows nothing."""
+
+    def step(self, closure=None):
+        held = [(group, group["params"]) for group in self.param_groups]
+        for group, parameters in held:
+            shared = [parameter.data for parameter in parameters]
+            for one, parameter in zip(shared, parameters, strict=True):
+                one.grad = parameter.grad
+                self.state[one] = self.state.pop(parameter, {})
+            group["params"] = shared
+        super().step(closure)
+        for group, parameters in held:
+            for one, parameter in zip(group["params"], parameters, strict=True):
+                self.state[parameter] = self.state.pop(one)
+            group["params"] = parameters
+
+
+def losses(folder, precision, optimizer=None, **training):
+    context, events = make_parts(folder, precision=precision, **training)
+    if optimizer is not None:
+        same = make_optimizer(context.parameters, context.training)
+        groups = [{k: v for k, v in group.items() if k != "params"} | {"params": group["params"]}
+                  for group in same.param_groups]  # fmt: skip
+        context = replace(context, optimizer=optimizer(groups))
+    loop.train(replace(context, eval_rows=[]), TrainState())
+    return [event.loss for event in of_kind(events, StepDone)]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_optimizer_that_writes_past_autograd_trains_as_any_other(tmp_path, precision):
+    expected = losses(tmp_path / "a", precision)
+    assert losses(tmp_path / "b", precision, Unnoticed) == expected
+    assert expected[-1] < expected[0]
+
+
+@needs_bitsandbytes
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_32bit"])
+def test_bitsandbytes_takes_the_steps_of_pytorchs_adamw(tmp_path, optim):
+    # Tensors this small have no state in 8 bits.
+    expected = losses(tmp_path / "a", "float32")
+    assert losses(tmp_path / "b", "float32", optim=optim) == pytest.approx(expected, rel=1e-4)
