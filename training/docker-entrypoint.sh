@@ -50,7 +50,9 @@ entrypoint_main() {
     train | check) LORA_CONTAINER=train exec lora-trainer "${@:-train}" ;;
     preflight) LORA_CONTAINER=preflight exec lora-trainer check --quick "${@:2}" ;;
     healthcheck) exec python3 -I -S "${LORA_SOURCE:-/opt/trainer/src}/lora_trainer/serve/probe.py" "${@:2}" ;;
-    chat | evaluate | merge | export | dashboard | health | runs | compare | clean | schema | keys) exec lora-trainer "$@" ;;
+    chat | evaluate | merge | export | fetch | push | runs | compare | rm | dashboard | health | clean | schema | keys)
+      exec lora-trainer "$@"
+      ;;
     *) exec "$@" ;;
   esac
 }

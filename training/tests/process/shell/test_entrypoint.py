@@ -12,7 +12,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import typer.main
 
+from lora_trainer.cli import app
 from lora_trainer.commands import container
 from lora_trainer.errors import AccessError, ConfigError, UnavailableError
 from lora_trainer.machine import Gpu, Machine
@@ -51,6 +53,11 @@ def test_entrypoint_starts_the_command(
     tmp_path: Path, arguments: tuple[str, ...], started: str
 ) -> None:
     assert entrypoint(tmp_path, *arguments) == started
+
+
+@pytest.mark.parametrize("command", sorted(vars(typer.main.get_command(app))["commands"]))
+def test_entrypoint_knows_every_command_of_the_trainer(tmp_path: Path, command: str) -> None:
+    assert entrypoint(tmp_path, command, "a").endswith(f": {command} a\n")
 
 
 def test_entrypoint_drops_secrets_that_are_empty_and_hands_wandb_its_own(tmp_path: Path) -> None:
