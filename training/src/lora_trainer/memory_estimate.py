@@ -113,7 +113,7 @@ class Work:
 
 UNDIVIDED = Partition()
 # Of one tensor of float32 logits; two are in memory at a time. Fewer positions than 128 make the
-# head's product slow (16% at 64, measured on a CPU); more than 1024 make it no faster.
+# head's product slow (16% at 64, measured on a CPU, where 512 and 1024 take the same time).
 LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 FEWEST_POSITIONS, MOST_POSITIONS = 128, 1024
 # Returns the peak of live bytes for some work, without weights and optimizer states.

@@ -169,21 +169,28 @@ def run_process(run: Callable[[], int]) -> int:
         return code
     code = run()
     file = folder / os.environ.get("RANK", "0")
-    file.with_suffix(".new").write_text(str(code))
-    file.with_suffix(".new").replace(file)
+    with contextlib.suppress(FileNotFoundError):  # the node's command was killed, and left it
+        file.with_suffix(".new").write_text(str(code))
+        file.with_suffix(".new").replace(file)
     return code
 
 
 def _wait(agent: subprocess.Popen[bytes], folder: Path) -> None:
-    """Wait for the agent; end it where another start would end as the last one."""
-    ending: list[psutil.Process] = []
+    """Wait for the agent and its processes; end it where another start would end as the last one.
+
+    The processes of an agent that was killed notice it, and save.
+    """
+    processes: list[psutil.Process] = []
     is_ending = is_ended = False
     while agent.poll() is None:
-        if not is_ending and final_code(folder):
-            is_ending, ending = True, _processes(agent)
-        if is_ending and not is_ended and not any(map(_runs, ending)):
+        if not is_ending:
+            is_ending = bool(final_code(folder))
+            processes = _processes(agent) or processes
+        if is_ending and not is_ended and not any(map(_runs, processes)):
             is_ended = True
             _kill(agent)
+        time.sleep(POLL_SECONDS)
+    while any(map(_runs, processes)):
         time.sleep(POLL_SECONDS)
 
 
@@ -194,7 +201,7 @@ def final_code(folder: Path) -> int:
 
 def _codes(folder: Path) -> dict[int, int]:
     """Return the exit codes so far by rank, the first to end first."""
-    files = [path for path in folder.iterdir() if path.name.isdigit()]
+    files = [path for path in folder.glob("[0-9]*") if path.name.isdigit()]
     files.sort(key=lambda path: path.stat().st_mtime_ns)
     return {int(path.name): int(path.read_text()) for path in files}
 

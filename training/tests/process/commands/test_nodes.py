@@ -140,6 +140,20 @@ def test_a_stop_goes_to_the_processes_and_the_node_ends_with_143(
     assert (tmp_path / "saved").exists()
 
 
+def test_the_processes_of_a_killed_agent_are_waited_for_and_give_their_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = f"sleep 0.6; kill -KILL $PPID; sleep 0.6; {LEAVES.format(code=143)}"
+    assert run_with(tmp_path, monkeypatch, process) == 143
+
+
+def test_a_process_whose_command_was_killed_ends_with_its_own_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(EXIT_CODES, str(tmp_path / "removed"))
+    assert run_process(lambda: 143) == 143
+
+
 def test_a_stop_before_there_is_a_process_ends_the_node_with_143(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

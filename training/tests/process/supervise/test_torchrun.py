@@ -58,6 +58,16 @@ def torchrun(trainer: Trainer, output: Path, *options: str, **changed: object) -
     return Run([*agent, *arguments], output, trainer.environment())
 
 
+def nodes(trainer: Trainer, output: Path, **changed: object) -> list[Run]:
+    """Start a run of two nodes of one process each by `--nnodes`."""
+    own = ("--nnodes", "2", "--nproc_per_node", "1")
+    own += ("--rdzv_endpoint", f"127.0.0.1:{free_port()}")
+    return [
+        trainer.start(output, *own, "--node_rank", str(node), **SHORT | changed)
+        for node in range(2)
+    ]
+
+
 def test_torchrun_restarts_a_run_whose_rank_was_killed_and_it_ends_with_the_bytes_of_one(
     command_line: Trainer, alone: Path
 ) -> None:
@@ -95,16 +105,25 @@ def test_a_config_error_under_torchrun_is_printed_once(command_line: Trainer) ->
     assert "exitcode  : 78" in ended.err
 
 
+def test_nodes_restart_a_run_whose_worker_was_killed_and_it_ends_with_the_bytes_of_one(
+    command_line: Trainer, alone: Path
+) -> None:
+    output = command_line.root / "nodes-restarted"
+    first, other = nodes(command_line, output)
+    first.wait_for(at_step(CHANCE.randrange(4, 12)))
+    os.kill(other.worker, signal.SIGKILL)
+    ended = [one.wait() for one in (first, other)]
+    assert [one.code for one in ended] == [0, 0], ended
+    assert of_kind(output, "resumed")
+    assert losses(output) == losses(alone)
+    assert adapter_digest(output) == adapter_digest(alone)
+
+
 def test_nodes_of_one_command_stop_together_with_the_runs_exit_code_and_a_checkpoint(
     command_line: Trainer,
 ) -> None:
-    output, endpoint = command_line.root / "nodes", f"127.0.0.1:{free_port()}"
-
-    def start(node: int) -> Run:
-        options = ("--nnodes", "2", "--node_rank", str(node), "--rdzv_endpoint", endpoint)
-        return command_line.start(output, *options, "--nproc_per_node", "1", **SHORT | ENDLESS)
-
-    first, other = start(0), start(1)
+    output = command_line.root / "nodes"
+    first, other = nodes(command_line, output, **ENDLESS)
     step = first.wait_for(at_step(4))["step"]
     first.process.send_signal(signal.SIGTERM)
     ended = [one.wait() for one in (first, other)]
