@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 
 import pytest
 
@@ -101,6 +102,13 @@ def test_an_unhealthy_run_says_why_and_what_helps(page, serve):
     server.live.is_abandoned = False
     page.wait_for("health again", lambda: not page.is_shown("#trouble"))
     assert page.text("#health").startswith("Healthy")
+
+
+def test_a_finished_run_shows_its_mean_speed_as_the_report_does(page, serve):
+    url = opened(page, serve, finished())
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        mean = json.load(answer)["mean_tokens_per_second"]
+    page.wait_for_text("#tiles", f"mean {round(mean):,}, ")
 
 
 def test_a_finished_run_shows_what_was_learnt(page, serve):

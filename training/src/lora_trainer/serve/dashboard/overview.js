@@ -145,7 +145,8 @@ function showTiles(status, metrics, { latest, host, gpus }) {
     ["Held-out loss", number(held?.eval_loss),
       best ? `best ${number(best.eval_loss)} at step ${count(best.step)}` : ""],
     ["Tokens per second", count(metrics.tokens_per_second),
-      metrics.tokens_seen ? `${count(metrics.tokens_seen)} seen` : ""],
+      metrics.tokens_seen
+        ? `mean ${count(metrics.mean_tokens_per_second)}, ${count(metrics.tokens_seen)} seen` : ""],
     ["Learning rate", number(latest?.learning_rate ?? metrics.learning_rate, 3),
       latest?.step === 1 && latest.learning_rate === 0 ? "the warmup begins at 0" : ""],
     ["Gradient norm", number(latest?.grad_norm ?? metrics.grad_norm, 3), ""],
