@@ -114,9 +114,10 @@ def _loss_and_gradient(logits_NV: Tensor, labels_N: Tensor, factor: float) -> tu
     log_p_NV = torch.log_softmax(logits_NV, 1, out=logits_NV)
     loss = F.nll_loss(log_p_NV, labels_N, reduction="sum") * factor
     gradient_NV = torch.zeros_like(log_p_NV).scatter_(1, labels_N[:, None], -factor)
-    torch.ops.aten._log_softmax_backward_data.out(
-        gradient_NV, log_p_NV, 1, log_p_NV.dtype, out=gradient_NV
-    )
+    if not gradient_NV.is_meta:  # where it would change nothing; torch 2.1 does not have it there
+        torch.ops.aten._log_softmax_backward_data.out(
+            gradient_NV, log_p_NV, 1, log_p_NV.dtype, out=gradient_NV
+        )
     return loss, gradient_NV
 
 
