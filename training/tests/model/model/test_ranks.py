@@ -12,7 +12,6 @@ import torch.distributed.fsdp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_trainer.model.quantize import works_on_cpu
 from lora_trainer.model.ranks import (
     PeerLostError,
     Ranks,
@@ -26,6 +25,7 @@ from support import ranks_at_work
 from support.extras import needs_deepspeed
 from support.families import tiny_model
 from support.forked import together
+from support.quantized import needs_bitsandbytes
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return train
 
 
-needs_bitsandbytes = pytest.mark.skipif(
-    not works_on_cpu(), reason="this stack's bitsandbytes does not train on a CPU"
-)
 CASES = [
     (2, "ddp", {}),
     (4, "ddp", {}),

@@ -12,11 +12,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lora_trainer.config.start_adapter import IGNORED, SHAPE_KEYS, UNTRAINED
-from lora_trainer.model import quantize
 from lora_trainer.report.html import write_report
 from lora_trainer.run.events import Evaluated, Event, Sample
 from lora_trainer.train.session import open_session
 from support.continued import Runs
+from support.quantized import needs_bitsandbytes
 
 ANSWERING = ("eval_generate", "true", "eval_max_new_tokens", "8")
 STILL = ("lora_r", None, "learning_rate", "0", "max_steps", "2")
@@ -60,9 +60,7 @@ def test_saved_modules_start_as_they_were(runs: Runs) -> None:
     assert evaluations(runs.start("still-saved", *adapter, *STILL))[0] == min(trained)
 
 
-@pytest.mark.skipif(
-    not quantize.works_on_cpu(), reason="this stack's bitsandbytes does not train on a CPU"
-)
+@needs_bitsandbytes
 @pytest.mark.parametrize("kind", PACKED)
 def test_adapter_of_a_quantized_base_starts_on_it_as_it_was(runs: Runs, kind: str) -> None:
     trained = evaluations(runs.start(kind, *PACKED[kind]))

@@ -7,16 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_trainer.model.quantize import works_on_cpu
 from lora_trainer.run.events import StepDone
 from lora_trainer.train import loop
 from lora_trainer.train.checkpoint import TrainState
 from lora_trainer.train.optim import make_optimizer
+from support.quantized import needs_bitsandbytes
 from support.training_loop import make_parts, of_kind
-
-needs_bitsandbytes = pytest.mark.skipif(
-    not works_on_cpu(), reason="this stack's bitsandbytes does not train on a CPU"
-)
 
 
 class Unnoticed(torch.optim.AdamW):
@@ -41,9 +37,7 @@ def losses(folder, precision, optimizer=None, **training):
     context, events = make_parts(folder, precision=precision, **training)
     if optimizer is not None:
         same = make_optimizer(context.parameters, context.training)
-        groups = [{k: v for k, v in group.items() if k != "params"} | {"params": group["params"]}
-                  for group in same.param_groups]  # fmt: skip
-        context = replace(context, optimizer=optimizer(groups))
+        context = replace(context, optimizer=optimizer(same.param_groups))
     loop.train(replace(context, eval_rows=[]), TrainState())
     return [event.loss for event in of_kind(events, StepDone)]
 
