@@ -30,7 +30,7 @@ set -Eeuo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 
-FAILED=()
+FAILED=() BESIDE=()
 
 # check NAME COMMAND...
 check() {
@@ -39,6 +39,24 @@ check() {
   say "${BOLD}$name$PLAIN"
   "$@" || FAILED+=("$name")
   say "  $((SECONDS - begun)) s"
+}
+
+# beside NAME COMMAND...: what mostly waits runs while the checks go on; report_beside ends with it
+beside() {
+  local log
+  log="$(mktemp)"
+  "${@:2}" >"$log" 2>&1 &
+  BESIDE+=("$! $1 $log")
+}
+
+report_beside() {
+  local entry process name log
+  for entry in ${BESIDE[@]+"${BESIDE[@]}"}; do
+    read -r process name log <<<"$entry"
+    check "$name" wait "$process"
+    cat -- "$log"
+    rm -f -- "$log"
+  done
 }
 
 check_sources() {
@@ -51,7 +69,7 @@ check_sources() {
   else
     say "hadolint is not installed: the Dockerfile is not linted"
   fi
-  ((IS_QUICK)) || check locks check_locks
+  ((IS_QUICK)) || beside locks check_locks
 }
 
 check_shell() {
@@ -63,7 +81,7 @@ check_shell() {
 # Without a registry in reach the locks are checked by tests/quick/project/test_locks.py alone.
 check_locks() {
   local status=0
-  PATH="$VENV/bin:$PATH" "$TRAINING/requirements/lock.sh" --check || status=$?
+  PATH="$VENV/bin:$PATH" nice "$TRAINING/requirements/lock.sh" --check || status=$?
   ((status == 69)) || return "$status"
   say "  not resolved: no package registry is in reach"
 }
@@ -91,7 +109,7 @@ leave_out_tiers() {
 # every core, and go one by one; beside them, and before them in the queue for a core, run the
 # containers, which mostly wait. The user's own choice runs as it is given.
 check_tests() {
-  local pytest=("$VENV/bin/python" -m pytest --durations 20 --durations-min 1) tier alone=() docker='' log
+  local pytest=("$VENV/bin/python" -m pytest --durations 20 --durations-min 1) tier alone=()
   local side_by_side=(-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
   ((EVERYTHING)) || pytest+=(-m "not any_stack")
   if (($#)); then
@@ -103,22 +121,8 @@ check_tests() {
   leave_out_tiers
   check "tests/process tests/model" "${pytest[@]}" "${side_by_side[@]}" tests/process tests/model
   for tier in e2e browser gpu; do [[ "$LEFT_OUT" == *" $tier "* ]] || alone+=("tests/$tier"); done
-  if [[ "$LEFT_OUT" != *" docker "* ]]; then
-    log="$(mktemp)"
-    "${pytest[@]}" tests/docker >"$log" 2>&1 &
-    docker=$!
-  fi
+  [[ "$LEFT_OUT" == *" docker "* ]] || beside tests/docker "${pytest[@]}" tests/docker
   check "${alone[*]}" nice "${pytest[@]}" "${alone[@]}"
-  [[ -z "$docker" ]] || check tests/docker report "$docker" "$log"
-}
-
-# report PROCESS LOG: prints the log of a process of this shell when it ends, and ends as it did
-report() {
-  local code=0
-  wait "$1" || code=$?
-  cat "$2"
-  rm -f -- "$2"
-  return "$code"
 }
 
 test_main() {
@@ -140,6 +144,7 @@ test_main() {
   cd "$TRAINING"
   ((! EVERYTHING)) || check_sources
   check_tests "$@"
+  report_beside
   if ((${#FAILED[@]})); then
     say "${RED}${BOLD}Failed: $(printf '%s, ' "${FAILED[@]}" | sed 's/, $//')$PLAIN"
     exit 1

@@ -21,6 +21,7 @@ import pytest
 
 from support.trainer import SECONDS, STEPS, Run, Trainer
 
+pytestmark = pytest.mark.any_stack  # the server's own tests run with every stack
 TOKEN = "canary-of-the-server-0123456789"
 CANARIES = {
     "HF_TOKEN": "hf_canaryOfTheHub0123456789",

@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from support.trainer import SECONDS, Trainer
 
+pytestmark = pytest.mark.any_stack
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "runs.md"
 COMMAND = f'#!/bin/sh\nexec {sys.executable} -m lora_trainer "$@"\n'
 

@@ -125,6 +125,7 @@ def group() -> Iterator[MemoryGroup]:
         yield made
 
 
+@pytest.mark.any_stack  # the kernel and the supervisor decide, not torch
 def test_worker_that_the_kernel_kills_for_memory_goes_on_with_smaller_steps(
     trainer: Trainer, wide: dict[str, Any], group: MemoryGroup
 ) -> None:
