@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the field's usual name
 from torch import Tensor, nn
 
+from . import sinks
 from .flash import VariableLength
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class PackedAttention:
     def __init__(self, kernel: VariableLength | None = None) -> None:
         self.lengths: Sequence[int] = ()
         self.kernel = kernel
+        self.has_sinks = False  # seen in a call
 
     def __call__(
         self,
@@ -54,23 +56,27 @@ class PackedAttention:
         scaling: float | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        s_aux: Tensor | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
-        """Attend inside each example.
+        """Attend inside each example. `s_aux` are the heads' attention sinks.
 
         Shapes: query, key, value (1, heads, T, D); returns (1, T, heads, D).
 
         Raises:
-            UnsupportedAttentionError: attention sinks or a position bias are asked for.
+            UnsupportedAttentionError: a position bias, or sinks and a soft cap, are asked for.
         """
         del attention_mask
-        for name in ("s_aux", "position_bias"):
-            if others.get(name) is not None:
-                raise UnsupportedAttentionError(f"attention argument {name}")
+        if others.get("position_bias") is not None:
+            raise UnsupportedAttentionError("attention argument position_bias")
+        if s_aux is not None and softcap is not None:
+            raise UnsupportedAttentionError("attention argument s_aux with softcap")
         window = sliding_window
         if window is not None and max(self.lengths) <= window:
             window = None
-        if self.kernel is not None and not dropout and self.kernel.takes(window, softcap):
+        self.has_sinks |= s_aux is not None
+        is_covered = self.kernel is not None and self.kernel.takes(window, softcap)
+        if self.kernel is not None and is_covered and not dropout and s_aux is None:
             query_THD, key_THD, value_THD = (
                 part.squeeze(0).transpose(0, 1) for part in (query_BHTD, key_BHTD, value_BHTD)
             )
@@ -90,7 +96,7 @@ class PackedAttention:
             value_BHTD.split(list(self.lengths), dim=2),
             strict=True,
         )
-        done = [_attend(q, k, v, scaling, dropout, window, softcap) for q, k, v in examples]
+        done = [_attend(q, k, v, scaling, dropout, window, softcap, s_aux) for q, k, v in examples]
         return torch.cat([one.transpose(1, 2) for one in done], dim=1), None
 
 
@@ -119,9 +125,14 @@ def _attend(
     dropout: float,
     window: int | None,
     softcap: float | None,
+    sink: Tensor | None,
 ) -> Tensor:
     tokens = query.shape[2]
-    if softcap is None and (window is None or tokens <= window):
+    is_whole = window is None or tokens <= window
+    if sink is not None:
+        is_seen = None if is_whole else _causal_window(tokens, window, query.device)
+        return sinks.attend(query, key, value, sink, scaling, dropout, is_seen)
+    if softcap is None and is_whole:
         groups: Any = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, **groups

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ..errors import ConfigError, TrainerError
 from ..faults import is_out_of_memory
 from . import sizes
-from .attention import switch
+from .attention import PackedAttention, switch
 from .forward import CausalLM, MicroBatch, call
 from .quantize import rows_apart
 
@@ -118,7 +118,7 @@ def _choose_way(
     if causal.packed is not None:
         fault = _fault(causal, batch, own)
         if not is_any(bool(fault)):
-            return ""
+            return _left_to_pytorch(causal.packed)
         kernel, causal.packed.kernel = causal.packed.kernel, None
         if is_any(kernel is not None):
             name = kernel.kernel.name if kernel is not None else "the attention kernel"
@@ -145,6 +145,14 @@ def _choose_way(
     if is_any(bool(fault)):
         raise refusal(causal.inner.config, f"one example at a time, {fault or OTHER_RANK}")
     return f"examples are computed one at a time: {why}"
+
+
+def _left_to_pytorch(packed: PackedAttention) -> str:
+    """Say which layers the attention kernel does not compute; empty where there are none."""
+    if packed.kernel is None or not packed.has_sinks:
+        return ""
+    name = packed.kernel.kernel.name
+    return f"{name} does not support attention sinks: layers with sinks run one example at a time"
 
 
 def _why_whole(causal: CausalLM) -> str:
