@@ -10,6 +10,7 @@ ALIASES: dict[str, str] = {
     "load_in_4bit": "use_4bit",
     "load_in_8bit": "use_8bit",
     "flash_attention": "use_flash_attention",
+    "use_flash_attention_2": "use_flash_attention",
     "lora_target_linear": "lora_target_modules",
     "lora_model_dir": "adapter_name_or_path",
     "peft_use_dora": "use_dora",

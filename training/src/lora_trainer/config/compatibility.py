@@ -13,8 +13,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from .aliases import ALIASES, COMMA_LISTS
-from .dataset_entries import normalise_datasets, unreadable_datasets
-from .other_keys import KERNEL_PLUGINS, no_meaning
+from .dataset_entries import (
+    PART_OF_SPLIT,
+    WHOLE_SPLIT,
+    normalise_datasets,
+    unreadable_datasets,
+)
+from .other_keys import KERNEL_PLUGINS, REMEDIES, no_meaning
+from .other_values import (
+    FAMILY_TEMPLATES,
+    FLASH,
+    OPTIMIZERS,
+    OTHER_TRACKERS,
+    PRECISIONS,
+    SCHEDULES,
+    SHIPPED,
+)
 from .schema import SECRET_KEYS
 from .sections import leaf_sections, sections
 
@@ -58,20 +72,6 @@ SHARED = (
     "parallelism: auto shares the model among the GPUs where one cannot hold it; parallelism: fsdp "
     "and deepspeed always do"
 )
-# Axolotl's names for the templates of model families, which their tokenizers have themselves.
-FAMILY_TEMPLATES = frozenset(
-    {
-        "aya", "cohere", "command_a", "deepseek_v2", "deepseek_v3", "exaone", "exaone4",
-        "falcon_h1", "gemma", "gemma3", "gemma3n", "gemma4", "jamba", "llama4", "mistral_v1",
-        "mistral_v2v3", "mistral_v3_tekken", "mistral_v7_tekken", "nemotron_h", "phi_3", "phi_35",
-        "phi_4", "qwen3", "qwen3_5", "qwen_25", "jinja",
-    }
-)  # fmt: skip
-OPTIMIZERS = {
-    "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw",
-    "adamw_bnb_8bit": "adamw_8bit", "adamw_torch_8bit": "adamw_8bit",
-    "paged_adamw": "paged_adamw_32bit",
-}  # fmt: skip
 
 # key -> the values that ask for the default behaviour (ANY: all values), and the reason.
 NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
@@ -127,7 +127,7 @@ NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "logging_first_step": (ANY, "use logging_steps"),
     "plot_loss": (ANY, "the loss is always plotted"),
     "save_safetensors": ((True,), "weights are always saved as safetensors"),
-    "save_only_model": ((False,), "checkpoints can always be resumed from"),
+    "save_only_model": (ANY, "checkpoints can always be resumed from"),
     "metric_for_best_model": (
         ("eval_loss", "loss"),
         "the best checkpoint has the lowest eval_loss",
@@ -171,39 +171,6 @@ NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     **no_meaning(),
 }
 
-# The replacement for a rejected key; without one, the remedy is to remove it.
-REMEDIES = {
-    "stage": "write stage: sft, or train preferences elsewhere, such as with TRL",
-    "rl": "remove rl, or train preferences elsewhere, such as with TRL",
-    "finetuning_type": "write finetuning_type: lora, and a learning rate for LoRA, such as 2e-4",
-    "save_strategy": "write save_steps, e.g. 50, or saves_per_epoch; 0: only at the end",
-    "eval_strategy": "write eval_steps, e.g. 50, or evals_per_epoch; 0: only at the end",
-    "evaluation_strategy": "write eval_steps, e.g. 50, or evals_per_epoch",
-    "logging_strategy": "write logging_steps, e.g. 1",
-    "use_tensorboard": "write report_to: none",
-    "resume_from_checkpoint": "write adapter_name_or_path to start from another run's adapter",
-    "use_cpu": "remove use_cpu and start with CUDA_VISIBLE_DEVICES=",
-    "default_system": "add a system turn, or a system field, to the rows",
-    "default_system_message": "add a system turn, or a system field, to the rows",
-    "dataset_config": "write dataset: [{path: NAME, subset: SUBSET}]",
-    "mix_strategy": "write dataset: [{path: NAME, weight: 2}, ...]",
-    "interleave_probs": "write dataset: [{path: NAME, weight: 2}, ...]",
-    "pretraining_dataset": "write dataset: [{path: NAME, format: text}]",
-    "model_init_kwargs": "write its keys at the top level, such as dtype: bfloat16",
-    "neftune_noise_alpha": "remove neftune_noise_alpha; lora_dropout regularizes too",
-    "plugins": "remove the others",
-    "max_steps_per_epoch": "write max_steps",
-    "block_size": "write max_seq_length",
-    "max_packed_sequence_len": "write max_seq_length",
-    "dataset_config_name": "write dataset: [{path: NAME, subset: SUBSET}]",
-    "peft": "write init_lora_weights: loftq",
-    "create_new_adapter": "merge the adapter first: lora-trainer merge ADAPTER merged, then write "
-    "model_name_or_path: merged without adapter_name_or_path",
-}
-
-# transformers' schedules by the names of ours: constant has a warmup here too, and without
-# lr_scheduler_kwargs, which are refused, the only restart of the cosine would be at the end.
-SCHEDULES = {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine"}
 STRATEGIES = {
     "save_strategy": ("saves_per_epoch", "save_steps"),
     "eval_strategy": ("evals_per_epoch", "eval_steps"),
@@ -215,16 +182,7 @@ OF_ALL_STEPS = {
     "eval_steps": "evals_per_epoch",
     "save_steps": "saves_per_epoch",
 }
-# Templates of LLaMA-Factory that ship here under the same name; a test compares them.
-SHIPPED = ("chatml", "llama3", "mistral")
-FLASH = {
-    "fa2": True, "fa3": True, "flash_attention_2": True, "flash_attention_3": True, "auto": "auto",
-    "sdpa": False, "eager": False, "disabled": False,
-}  # fmt: skip
-PRECISIONS = {
-    "bfloat16": True, "float16": Means("fp16", True), "float32": False, "auto": "auto",
-    "bf16": True, "fp16": Means("fp16", True), "fp32": False,
-}  # fmt: skip
+DTYPES = {**PRECISIONS, "float16": Means("fp16", True), "fp16": Means("fp16", True)}
 
 
 def interpret(key: str, value: Any) -> Meaning | None:
@@ -247,10 +205,16 @@ def interpret(key: str, value: Any) -> Meaning | None:
         return Ignored(f"the tokenizer's own chat template is used; {other}")
     if key == "chat_template" and isinstance(value, str) and value in FAMILY_TEMPLATES:
         return Ignored("the tokenizer's own chat template is used, as its model's family has it")
+    if key == "attn_implementation" and isinstance(value, str) and "/" in value:
+        return Ignored("fast exact kernels are chosen for you")
     if leaf in SECRET_KEYS and isinstance(value, str) and PLACEHOLDER.fullmatch(value):
         return Ignored("it contains a placeholder")
+    if leaf == "dataset_split" and "[" in str(value):
+        return Refused(f"it is a {PART_OF_SPLIT}", WHOLE_SPLIT)
     if leaf in DATASETS and (unreadable := unreadable_datasets(value)):
         return Refused(*unreadable)
+    if leaf == "report_to":
+        return _report_to(normalise(leaf, value))
     if key in CONVERSIONS:
         meaning = CONVERSIONS[key](value)
         return meaning if isinstance(meaning, Meaning) else Means(leaf, meaning)
@@ -278,6 +242,10 @@ def _fraction_of_steps(key: str, value: float) -> Meaning:
 
 def _judge(key: str, value: Any) -> Meaning:
     fine, reason = NO_MEANING[key]
+    if key == "stage" and value == "pt":
+        return Refused(
+            "plain text is trained as a dataset of format text", REMEDIES["pretraining_dataset"]
+        )
     if value in EMPTY:
         return Ignored()
     if fine is ANY or value in fine:
@@ -297,6 +265,8 @@ def normalise(leaf: str, value: Any) -> Any:
         return normalise_datasets(value)
     if leaf == "chat_template" and isinstance(value, str) and OWN_TEMPLATE.fullmatch(value):
         return None
+    if leaf == "gradient_checkpointing" and value in ("offload", "offload_disk"):
+        return True  # where Axolotl keeps the activations changes no number
     if leaf == "optim" and isinstance(value, str):
         return OPTIMIZERS.get(value, value)
     if leaf == "lr_scheduler_type" and isinstance(value, str):
@@ -342,6 +312,15 @@ def _switch(when_true: Any, when_false: Any = None) -> Callable[[Any], Any]:
     return convert
 
 
+def _report_to(names: Any) -> Meaning:
+    others = [name for name in names if name in OTHER_TRACKERS] if isinstance(names, list) else []
+    if not others:
+        return Means("report_to", names)
+    if kept := [name for name in names if name not in others]:
+        return Refused(f"{others[0]} is no tracker that is supported", f"write report_to: {kept}")
+    return Ignored("it takes tensorboard, mlflow, trackio and wandb")
+
+
 def _quantization_bit(value: Any) -> Meaning:
     if value in (4, 8) and type(value) is int:
         return Means(f"use_{value}bit", True)
@@ -376,13 +355,13 @@ CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "attn_implementation": _one_of(FLASH),
     "dataset_text_field": _text_column,
     "disable_gradient_checkpointing": _switch(False),
-    "dtype": _one_of(PRECISIONS),
+    "dtype": _one_of(DTYPES),
     "flash_attn": _one_of(FLASH),
     "lora_target_linear": _switch("all-linear"),
     "mask_history": _switch("last"),
     "pissa_init": _switch("pissa"),
     "quantization_bit": _quantization_bit,
-    "torch_dtype": _one_of(PRECISIONS),
+    "torch_dtype": _one_of(DTYPES),
     "train_on_inputs": _switch("all", "assistant"),
     "train_on_prompt": _switch("all", "assistant"),
 }

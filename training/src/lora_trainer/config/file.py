@@ -12,12 +12,14 @@ from typing import Any
 from ..errors import AccessError, ConfigError, Problem
 from . import torchtune
 from .aliases import ALIASES
+from .dataset_entries import with_one_template
 from .layers import Layer, given_text, unknown_key
 from .sections import section_names
 from .text import MAX_BYTES, Document, read_json, read_yaml
 from .trainers import Trainer, complete, recognise
 
 SUFFIXES = (".json", ".yaml", ".yml")
+DTYPE_KEYS = ("dtype", "torch_dtype")
 OF_TRANSFORMERS = ("llamafactory", "trl", "transformers")  # that read TrainingArguments
 
 
@@ -52,7 +54,9 @@ def read_file(path: Path, file_format: str = "") -> ConfigFile:
     if trainer is not None and trainer.name == "torchtune" and keys:
         torchtune.take(layer, document)
     else:
-        for key, value in keys.items():
+        for key, value in with_one_template(keys).items():
+            if trainer is not None and (key in trainer.reads or _is_idle_precision(key, keys)):
+                continue
             if not _is_superseded(layer, document, key, keys):
                 _take(layer, document, key, value)
     _settle_warmup(layer, trainer)
@@ -70,6 +74,18 @@ def _settle_warmup(layer: Layer, trainer: Trainer | None) -> None:
         del layer.given["warmup_steps"]
     elif share.value == 0 or (trainer is not None and trainer.name in OF_TRANSFORMERS):
         del layer.given["warmup_ratio"]
+
+
+def _is_idle_precision(key: str, keys: Mapping[str, Any]) -> bool:
+    """Return whether another key of the same file decides the precision.
+
+    Elsewhere a dtype is that of the weights, and bf16 or fp16, if true, that of the computation.
+    """
+    is_set = any(keys.get(name) in (True, "auto") for name in ("bf16", "fp16"))
+    if key in DTYPE_KEYS:
+        return is_set
+    has_dtype = any(keys.get(name) not in (None, "auto") for name in DTYPE_KEYS)
+    return key in ("bf16", "fp16") and not is_set and has_dtype
 
 
 def _is_superseded(layer: Layer, document: Document, key: str, keys: Mapping[str, Any]) -> bool:

@@ -129,12 +129,30 @@ class Layer:
         other = self.given.get(meaning.leaf)
         if other is None or other.pointer == pointer == ():
             return False
-        if other.value == meaning.value:
+        if other.value == meaning.value or _gives_way(key, meaning.value, other.value):
             return True
+        if other.pointer and _gives_way(str(other.pointer[-1]), other.value, meaning.value):
+            del self.given[meaning.leaf]
+            return False
         if "lora_target_linear" not in (key, *other.pointer[-1:]):
             return False
         self.given[meaning.leaf] = replace(other, value="all-linear")
         return True
+
+
+# Switches of the loss mask -> what `false` means alone, and what it rules out.
+SWITCHED_OFF = {
+    "train_on_inputs": ("assistant", "all"),
+    "train_on_prompt": ("assistant", "all"),
+    "assistant_only_loss": ("completion", "assistant"),
+    "completion_only_loss": ("all", "completion"),
+}
+
+
+def _gives_way(key: str, value: Any, other: Any) -> bool:
+    """Return whether a switch that is off leaves the choice to another key."""
+    alone, ruled_out = SWITCHED_OFF.get(key, (None, None))
+    return alone is not None and value == alone and other != ruled_out
 
 
 def unknown_key(key: str, location: str, section: str = "", value: Any = None) -> Problem:

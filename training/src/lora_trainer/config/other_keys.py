@@ -37,8 +37,9 @@ IGNORED = {
         activation_checkpointing_kwargs enable_activation_offloading selective_checkpointing
         use_reentrant_gc gc_collect_steps torch_empty_cache_steps auto_find_batch_size max_memory
         gpu_memory_limit device_map quantization_device_map low_cpu_mem_usage low_cpu_ram
-        offload_folder ple_cpu_offload lora_on_cpu qlora_sharded_model_loading use_cache
-        use_kv_cache experimental_skip_move_to_device skip_memory_metrics max_memory_MB""",
+        optimizer_in_bwd offload_folder ple_cpu_offload lora_on_cpu qlora_sharded_model_loading
+        use_cache use_kv_cache experimental_skip_move_to_device skip_memory_metrics
+        max_memory_MB""",
     "examples are concatenated without padding": """
         neat_packing eval_packing packing_strategy pad_to_multiple_of sample_packing_bin_size
         sample_packing_group_size sample_packing_eff_est sample_packing_mp_start_method
@@ -154,9 +155,9 @@ REFUSED: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
         embedding_lr_scale lr_groups""", ()),
     ("training is always LoRA", """
         use_llama_pro lisa_n_layers relora peft_layers_to_transform peft_layers_pattern
-        peft_layer_replication peft_trainable_token_indices peft_ensure_weight_tying
-        lora_rank_pattern lora_alpha_pattern lora_fan_in_fan_out create_new_adapter
-        train_from_scratch pure_bf16 freeze_language_model full_finetune
+        lora_layers_to_transform peft_layer_replication peft_trainable_token_indices
+        peft_ensure_weight_tying lora_rank_pattern lora_alpha_pattern lora_fan_in_fan_out
+        create_new_adapter train_from_scratch pure_bf16 freeze_language_model full_finetune
         shrink_embeddings reinit_weights fix_untrained_tokens""", ()),
     ("the base model is used as it is", """
         rope_scaling mixture_of_depths shift_attn scaling_softmax use_pose
@@ -205,6 +206,38 @@ REFUSED: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("an example is a row, not a block of several", "block_size max_packed_sequence_len", ()),
     ("dataset: [{path: NAME, subset: SUBSET}] names one", "dataset_config_name", ()),
 )  # fmt: skip
+
+# The replacement for a rejected key; without one, the remedy is to remove it.
+REMEDIES = {
+    "stage": "write stage: sft, or train preferences elsewhere, such as with TRL",
+    "rl": "remove rl, or train preferences elsewhere, such as with TRL",
+    "finetuning_type": "write finetuning_type: lora, and a learning rate for LoRA, such as 2e-4",
+    "save_strategy": "write save_steps, e.g. 50, or saves_per_epoch; 0: only at the end",
+    "eval_strategy": "write eval_steps, e.g. 50, or evals_per_epoch; 0: only at the end",
+    "evaluation_strategy": "write eval_steps, e.g. 50, or evals_per_epoch",
+    "logging_strategy": "write logging_steps, e.g. 1",
+    "use_tensorboard": "write report_to: none",
+    "resume_from_checkpoint": "write adapter_name_or_path to start from another run's adapter",
+    "use_cpu": "remove use_cpu and start with CUDA_VISIBLE_DEVICES=",
+    "default_system": "add a system turn, or a system field, to the rows",
+    "default_system_message": "add a system turn, or a system field, to the rows",
+    "lora_layers_to_transform": "write lora_target_modules as a regular expression, such as "
+    r"'.*layers\.(0|1)\..*_proj'",
+    "dataset_config": "write dataset: [{path: NAME, subset: SUBSET}]",
+    "mix_strategy": "write dataset: [{path: NAME, weight: 2}, ...]",
+    "interleave_probs": "write dataset: [{path: NAME, weight: 2}, ...]",
+    "pretraining_dataset": "write dataset: [{path: NAME, format: text}]",
+    "model_init_kwargs": "write its keys at the top level, such as dtype: bfloat16",
+    "neftune_noise_alpha": "remove neftune_noise_alpha; lora_dropout regularizes too",
+    "plugins": "remove the others",
+    "max_steps_per_epoch": "write max_steps",
+    "block_size": "write max_seq_length",
+    "max_packed_sequence_len": "write max_seq_length",
+    "dataset_config_name": "write dataset: [{path: NAME, subset: SUBSET}]",
+    "peft": "write init_lora_weights: loftq",
+    "create_new_adapter": "merge the adapter first: lora-trainer merge ADAPTER merged, then write "
+    "model_name_or_path: merged without adapter_name_or_path",
+}
 
 # Plugins of Axolotl that change no number.
 KERNEL_PLUGINS = ("liger", "cut_cross_entropy")

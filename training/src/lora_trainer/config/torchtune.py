@@ -43,7 +43,10 @@ TOP = {
     "epochs": "num_train_epochs", "clip_grad_norm": "max_grad_norm",
     "enable_activation_checkpointing": "gradient_checkpointing",
     "batch_size": "per_device_train_batch_size",
+    "batch_size_val": "per_device_eval_batch_size",
+    "run_val_every_n_steps": "eval_steps",
 }  # fmt: skip
+DATASETS = {"dataset": "dataset", "dataset_val": "eval_dataset"}
 OPTIMIZERS = {
     "torch.optim.AdamW": "adamw",
     "bitsandbytes.optim.AdamW8bit": "adamw_8bit",
@@ -109,8 +112,8 @@ def _keys_of(keys: Mapping[str, Any], layer: Layer, document: Document) -> Itera
             name = component(keys, section)
             if section == "metric_logger":
                 yield Key("report_to", TRACKERS.get(name, []), at)
-        elif section == "dataset":
-            yield from _dataset(keys, value, layer, document)
+        elif section in DATASETS:
+            yield from _dataset(section, keys, value, layer, document)
         elif isinstance(value, Mapping) and section in WITHOUT_EFFECT:
             yield from _component(section, value, layer, document)
         else:
@@ -173,37 +176,38 @@ def _targets(model: Mapping[str, Any]) -> Any:
 
 
 def _dataset(
-    keys: Mapping[str, Any], value: Any, layer: Layer, document: Document
+    section: str, keys: Mapping[str, Any], value: Any, layer: Layer, document: Document
 ) -> Iterator[Key]:
     entries = value if isinstance(value, list) else [value]
     if not all(isinstance(entry, Mapping) and NAME in entry for entry in entries):
-        yield Key("dataset", value, ("dataset",))
+        yield Key(DATASETS[section], value, (section,))
         return
     datasets: list[dict[str, Any]] = []
     trained: list[Any] = []
     for number, entry in enumerate(entries):
-        at: Pointer = ("dataset", number) if isinstance(value, list) else ("dataset",)
+        at: Pointer = (section, number) if isinstance(value, list) else (section,)
         for key in entry.keys() - set(DATASET_KEYS):
-            what = f"dataset.{key} is an unknown key"
-            remedy = did_you_mean(key, DATASET_KEYS, lambda name: f"dataset.{name}")
+            what = f"{section}.{key} is an unknown key"
+            remedy = did_you_mean(key, DATASET_KEYS, lambda name: f"{section}.{name}")
             layer.problems.append(Problem(what, document.location((*at, key)), remedy=remedy))
         for key in REFUSED_DATASET_KEYS.keys() & entry.keys():
             if entry[key]:
                 why, remedy = REFUSED_DATASET_KEYS[key]
                 location = document.location((*at, key))
-                layer.problems.append(Problem(f"dataset.{key} is set", location, why, remedy))
+                layer.problems.append(Problem(f"{section}.{key} is set", location, why, remedy))
         meant = _entry(entry, component(keys, "tokenizer"))
         if meant is None:
             why = "its rows are written by code of torchtune"
-            remedy = "name a file or hub id: --dataset FILE_OR_HUB_ID"
-            what = f"dataset cannot be {str(entry[NAME]).rpartition('.')[2]}"
+            remedy = f"name a file or hub id: --{DATASETS[section]} FILE_OR_HUB_ID"
+            what = f"{section} cannot be {str(entry[NAME]).rpartition('.')[2]}"
             layer.problems.append(Problem(what, document.location(at), why, remedy))
         else:
             datasets.append(meant)
             by_default = str(entry[NAME]).endswith(("alpaca_dataset", "alpaca_cleaned_dataset"))
             trained.append(entry.get("train_on_input", by_default))
     if datasets:
-        yield Key("dataset", datasets, ("dataset",))
+        yield Key(DATASETS[section], datasets, (section,))
+    if datasets and section == "dataset":
         yield Key("train_on", "all" if True in trained else "assistant", ("dataset", NAME))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, Problem
-from . import torchtune
+from . import dataset_mixtures, torchtune
 from .aliases import ALIASES
 from .dataset_info import read_names
 from .layers import Given, Layer, Origin
@@ -33,7 +33,8 @@ class Trainer:
 
     `name` is what --config_format calls it. `telltales`: all keys of one of the sets are in no
     other trainer's file. `defaults` takes the leaves that a file gives and its own keys. `is_full`
-    tells from the file's keys whether all weights are to be trained.
+    tells from the file's keys whether all weights are to be trained. `reads`: keys that `settle`
+    takes together.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Trainer:
     is_full: Callable[[Values], bool]
     lora: str
     differs: str
+    reads: frozenset[str] = frozenset()
 
 
 def _per_epoch(values: Values, keys: Values, logging_steps: int) -> dict[str, Any]:
@@ -163,12 +165,14 @@ TRAINERS = (
         "trl",
         "TRL",
         (frozenset({"use_peft"}), frozenset({"dataset_name", "dataset_train_split"}),
-         frozenset({"dataset_name", "dataset_text_field"})),
+         frozenset({"dataset_name", "dataset_text_field"}), frozenset({"dataset_mixture"}),
+         frozenset({"dataset_mixer"})),
         _trl,
         lambda keys: not keys.get("use_peft"),
         "use_peft: true",
         "the batch sizes count rows, with packing too; lora_target_modules are those that PEFT "
         "chooses for Llama, Mistral, Qwen and Gemma",
+        frozenset({"dataset_config", *dataset_mixtures.KEYS}),
     ),
     Trainer(
         "transformers",
@@ -281,6 +285,7 @@ def settle(trainer: Trainer, given: dict[str, Given], keys: Values, path: Path) 
         _settle_pissa(given, keys)
         _settle_packing(given, keys)
     elif trainer.name == "trl":
+        problems += dataset_mixtures.read(given, keys, path)
         _settle_splits(given, keys)
     return problems + _missing(trainer, given, keys, path)
 
@@ -321,6 +326,7 @@ def _missing(
 ) -> list[Problem]:
     # What is named and refused has its own problem.
     named = {ALIASES.get(key, key) for key, value in keys.items() if value}
+    named |= {"dataset" for key in dataset_mixtures.KEYS if keys.get(key)}
     return [
         Problem(
             f"{path.name} does not name a {what}",

@@ -93,7 +93,7 @@ def test_full_fine_tuning_is_refused_and_not_taken_for_lora(folder, text, remedy
     [
         (AXOLOTL.replace("base_model: org/model", "base_model:"), "base model"),
         (FACTORY.replace("dataset: rows.jsonl", "dataset:"), "dataset"),
-        (TRL.replace("dataset_name", "dataset_mixer"), "dataset"),
+        (TRL.replace("dataset_name", "dataset_list"), "dataset"),
     ],
 )
 def test_the_default_job_never_stands_in_for_what_a_file_leaves_out(folder, text, missing):
@@ -127,6 +127,62 @@ def test_preference_training_is_named_as_what_is_not_there(folder, key, value):
 )  # fmt: skip
 def test_harmless_spellings_are_taken(folder, content, leaf, value):
     assert values_of(from_file(folder, content))[leaf] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "bf16", "fp16"),
+    [
+        ("torch_dtype: auto\nbf16: true\n", True, "auto"),
+        ("torch_dtype: float32\nbf16: true\n", True, "auto"),
+        ("dtype: bfloat16\nbf16: false\nfp16: false\n", True, "auto"),
+        ("dtype: float16\nfp16: true\n", "auto", True),
+    ],
+)
+def test_the_precision_of_the_computation_wins_over_that_of_the_weights(folder, text, bf16, fp16):
+    values = values_of(from_file(folder, TRL + text, "trl.yaml"))
+    assert (values["bf16"], values["fp16"]) == (bf16, fp16)
+
+
+def sources_of(entries):
+    return [(source.path.rpartition("/")[2], source.subset, source.split) for source in entries]
+
+
+@pytest.mark.parametrize(
+    ("text", "trained", "held_out"),
+    [
+        ("dataset_mixer: {org/a: 1.0}\ndataset_splits: [train_sft, test_sft]\n",
+         [("a", None, "train_sft")], [("a", None, "test_sft")]),
+        ("dataset_mixture:\n  datasets:\n  - {id: org/a, config: en, split: train, weight: 1.0}\n"
+         "  - {path: org/b, columns: [messages]}\n", [("a", "en", "train"), ("b", None, None)], []),
+        ("dataset_name: org/a\ndataset_config: en\n", [("a", "en", None)], []),
+    ],
+)  # fmt: skip
+def test_mixtures_of_trl_and_the_alignment_handbook_are_lists(folder, text, trained, held_out):
+    mixed = TRL.replace("dataset_name: org/rows\n", text)
+    values = values_of(from_file(folder, mixed, "trl.yaml"))
+    assert sources_of(values["dataset"]) == trained
+    assert sources_of(values["eval_dataset"] or []) == held_out
+
+
+def test_a_mixture_keeps_its_held_out_share(folder):
+    mixture = "dataset_mixture: {datasets: [{path: org/a}], test_split_size: 0.1}\n"
+    mixed = TRL.replace("dataset_name: org/rows\n", mixture)
+    assert values_of(from_file(folder, mixed, "trl.yaml"))["eval_fraction"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "mixture",
+    ["dataset_mixer: {org/a: 0.5}", "dataset_mixture: {datasets: [{id: org/a, weight: 0.5}]}"],
+)
+def test_a_mixture_of_fractions_is_refused_with_the_key_for_it(folder, mixture):
+    problem = problem_in(folder, TRL.replace("dataset_name: org/rows", mixture), "trl.yaml")
+    assert "max_samples" in problem.why
+
+
+def test_a_mixture_gives_way_to_the_dataset_of_the_command_line(folder):
+    mixed = TRL.replace("dataset_name: org/rows", "dataset_mixer: {org/a: 0.5}")
+    values = values_of(from_file(folder, mixed, "trl.yaml", arguments=["--dataset", "org/b"]))
+    assert values["dataset"] == "org/b"
 
 
 def test_two_spellings_that_differ_are_still_given_twice(folder):
@@ -172,6 +228,21 @@ checkpointer: {{_component_: torchtune.training.FullModelHFCheckpointer, checkpo
 dataset: {{_component_: torchtune.datasets.chat_dataset, source: org/rows, {key}: {value}}}
 """
     assert problem_in(folder, text, "torchtune.yaml").what == f"dataset.{key} is set"
+
+
+def test_torchtunes_validation_is_an_evaluation(folder):
+    text = """
+model: {_component_: torchtune.models.llama3.lora_llama3_8b, lora_attn_modules: [q_proj]}
+checkpointer: {_component_: torchtune.training.FullModelHFCheckpointer, checkpoint_dir: model}
+dataset: {_component_: torchtune.datasets.chat_dataset, source: org/rows}
+dataset_val: {_component_: torchtune.datasets.chat_dataset, source: org/rows, split: test}
+run_val_every_n_steps: 50
+batch_size_val: 4
+optimizer_in_bwd: false
+"""
+    values = values_of(from_file(folder, text, "torchtune.yaml"))
+    assert sources_of(values["eval_dataset"]) == [("rows", None, "test")]
+    assert (values["eval_steps"], values["per_device_eval_batch_size"]) == (50, 4)
 
 
 @pytest.mark.parametrize("text", [AXOLOTL, FACTORY, TRL])
