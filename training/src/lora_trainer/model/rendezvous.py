@@ -144,7 +144,7 @@ def _gathered(
         key = secrets.token_hex(8)
         for rank in range(count):
             store.set(f"{key}/beat/{rank}", "0")
-        for name in ("failed", "lost"):
+        for name in ("failed", "lost", "orphan", "finished"):
             store.set(f"{key}/{name}", "")
         published = json.dumps([key, *hellos])
         store.set("session", published)

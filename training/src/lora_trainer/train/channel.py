@@ -7,6 +7,7 @@ import queue
 import select
 import signal
 import threading
+from collections.abc import Callable
 
 from ..run.events import Event
 
@@ -44,6 +45,7 @@ class EventPipe:
     def __init__(self, descriptor: int) -> None:
         self._file = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
         self._queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._before_stop: Callable[[], None] = lambda: None
         self._writer = threading.Thread(target=self._write, name="events", daemon=True)
         self._writer.start()
 
@@ -63,10 +65,15 @@ class EventPipe:
                 while (event := self._queue.get()) is not None:
                     self._file.write(event.to_line())
         except BrokenPipeError:
-            os.kill(os.getpid(), signal.SIGTERM)
+            self._stop()
 
-    def stop_without_reader(self) -> None:
+    def _stop(self) -> None:
+        self._before_stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def stop_without_reader(self, before_stop: Callable[[], None]) -> None:
         """Stop the run as on a signal once nobody reads, even if there is nothing to write."""
+        self._before_stop = before_stop
         descriptor = self._file.fileno()
 
         def watch() -> None:
@@ -74,6 +81,6 @@ class EventPipe:
             poll.register(descriptor, 0)
             for _, event in poll.poll():
                 if event & select.POLLERR:
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    self._stop()
 
         threading.Thread(target=watch, name="supervisor", daemon=True).start()

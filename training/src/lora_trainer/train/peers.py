@@ -3,7 +3,9 @@
 The kernel reports a killed process at once, through the connections of gloo and NCCL. It reports
 nothing of a host that has lost power or its network. So each process counts in the rendezvous
 store, once a second; rank 0 reads all counts, and the others read that of rank 0. The store also
-carries a failure to rank 0, which reports it for all.
+carries a failure to rank 0, which reports it for all, and marks a stop that has no signal behind
+it: the worker of a supervisor that was killed saves with all others, which then end as if it were
+lost, so that the launcher starts all again.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ from ..errors import ConfigError, InternalError
 from ..host.launcher import Launch
 from ..run.events import Event, Failed, PhaseChanged, Warned, parse_line, progress_of
 from ..run.protocol import PEER_LOST
-from .channel import EventPipe
+from .channel import EventPipe, StopFlag
 
 if TYPE_CHECKING:
     from ..model.ranks import Ranks
     from ..model.rendezvous import Meeting
 
 BEAT_SECONDS = 1.0
+POLL_SECONDS = 0.2
 LOST_SECONDS = 15.0  # without a beat
 EXPLAIN_SECONDS = 3.0  # for the others to say that they are well
 UNWIND_SECONDS = 5.0  # for a process that hangs in a collective
@@ -41,8 +44,9 @@ LEFT, WELL = "left", "well"
 class Peers:
     """The other processes; none, until `begin` is called."""
 
-    def __init__(self, pipe: EventPipe) -> None:
+    def __init__(self, pipe: EventPipe, stop: StopFlag) -> None:
         self._pipe = pipe
+        self._stop = stop
         self._emit = pipe.emit
         self._launch: Launch | None = None
         self._phase = ""
@@ -55,8 +59,8 @@ class Peers:
 
         if launch.is_alone:
             return None
-        if not launch.is_first:  # it has little to write, and would not notice
-            self._pipe.stop_without_reader()
+        # Most processes have little to write, and would not notice.
+        self._pipe.stop_without_reader(self._mark_orphan)
         self._served = connect(launch)  # rank 0 may serve it: it lives as long as this object
         progress = progress_of(self._emit, "processes", launch.count)
         meeting = meet(
@@ -121,6 +125,43 @@ class Peers:
                     self._emit(self._lost(unwell, "its process has ended"))
                     return
                 time.sleep(0.1)
+
+    def _mark_orphan(self) -> None:
+        """Mark the stop that follows as one for the want of this process's supervisor."""
+        if self._launch is not None and not self._stop.is_set():
+            with contextlib.suppress(RuntimeError):
+                self._set("orphan", str(self._launch.rank))
+
+    def have_orphan(self) -> bool:
+        """Return whether a supervisor's death has stopped the run; rank 0 says whose."""
+        if self._launch is None:
+            return False
+        try:
+            (orphan,) = self._read("orphan")
+        except RuntimeError:
+            return False
+        if orphan and self._launch.is_first:
+            self._emit(self._lost([int(orphan)], "its supervisor was killed"))
+        return bool(orphan)
+
+    def have_finished(self) -> bool:
+        """Wait until rank 0 has written everything; return whether it has.
+
+        One that ended before could not take part in another start.
+        """
+        if self._launch is None:
+            return True
+        try:
+            if self._launch.is_first:
+                self._set("finished", "1")
+                return True
+            while True:
+                finished, first = self._read("finished", "beat/0")
+                if finished or first in (LEFT, WELL):
+                    return bool(finished)
+                time.sleep(POLL_SECONDS)
+        except RuntimeError:
+            return False
 
     def leave(self) -> None:
         """Stop watching: this process ends. Rank 0, where it serves the store, ends last."""

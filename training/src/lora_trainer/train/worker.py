@@ -53,7 +53,7 @@ def main() -> int:
     pipe = EventPipe(int(os.environ[EVENTS_FD]))
     stop = StopFlag()
     emit: Callable[[Event], None] = pipe.emit
-    peers = Peers(pipe)
+    peers = Peers(pipe, stop)
     try:
         spec = WorkerSpec.read(sys.stdin.read())
         if spec.launch is not None:
@@ -61,9 +61,12 @@ def main() -> int:
         if spec.rank > 0:
             emit = _only_failures(emit)
         emit(PhaseChanged(phase="starting"))
-        return run(spec, emit, stop, peers)
+        code = run(spec, emit, stop, peers)
+        return code if peers.have_finished() else PEER_LOST
     except StopRequested:
-        emit(Stopped(step=stop.step, signal=stop.signal))
+        if peers.have_orphan():
+            return PEER_LOST
+        emit(Stopped(step=stop.step, signal=stop.signal or "SIGTERM"))
         return 143
     except BaseException as error:
         is_lost = is_peer_lost(error)
@@ -103,7 +106,11 @@ def is_peer_lost(error: BaseException) -> bool:
 def run(
     spec: WorkerSpec, emit: Callable[[Event], None], stop: StopFlag, peers: Peers | None = None
 ) -> int:
-    """Load, prepare, train, evaluate, export."""
+    """Load, prepare, train, evaluate, export.
+
+    Raises:
+        StopRequested: on any rank.
+    """
     from ..model import quantize
 
     quantize.skip_bitsandbytes_import(spec.config)
@@ -156,8 +163,7 @@ def run(
         state = train(setup.context(record, must_stop, unrecorded.up_to_now), state)
     stop.step = state.step
     if must_stop():
-        emit(Stopped(step=state.step, signal=stop.signal or "SIGTERM"))
-        return 143
+        raise StopRequested
     _finish(spec, setup, emit, must_stop, state)
     return 0
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from support.launched import free_port
@@ -105,16 +106,18 @@ def test_a_config_error_under_torchrun_is_printed_once(command_line: Trainer) ->
     assert "exitcode  : 78" in ended.err
 
 
-def test_nodes_restart_a_run_whose_worker_was_killed_and_it_ends_with_the_bytes_of_one(
+def test_nodes_restart_a_run_that_lost_a_worker_and_a_supervisor_and_it_ends_with_the_bytes_of_one(
     command_line: Trainer, alone: Path
 ) -> None:
     output = command_line.root / "nodes-restarted"
     first, other = nodes(command_line, output)
-    first.wait_for(at_step(CHANCE.randrange(4, 12)))
+    first.wait_for(at_step(CHANCE.randrange(2, 5)))
     os.kill(other.worker, signal.SIGKILL)
+    first.wait_for(at_step(CHANCE.randrange(8, 12)))
+    os.kill(psutil.Process(other.worker).ppid(), signal.SIGKILL)
     ended = [one.wait() for one in (first, other)]
     assert [one.code for one in ended] == [0, 0], ended
-    assert of_kind(output, "resumed")
+    assert len(of_kind(output, "run_started")) == 3
     assert losses(output) == losses(alone)
     assert adapter_digest(output) == adapter_digest(alone)
 

@@ -41,6 +41,7 @@ from lora_trainer.serve.gauges import Gauges
 from lora_trainer.serve.prometheus import TEXT_TYPE, expose
 from lora_trainer.serve.responses import history_view, status_view
 from lora_trainer.serve.run_state import RunState, to_json
+from lora_trainer.train import channel
 from lora_trainer.train.worker import EventPipe, figures_of
 
 EXAMPLES = [
@@ -152,6 +153,16 @@ def test_reader_that_does_not_read_holds_up_nobody_and_loses_nothing():
         closing.start()
         assert [parse_line(file.readline()) for _ in events] == events
         closing.join()
+
+
+def test_a_process_that_nobody_reads_says_so_before_it_stops(monkeypatch):
+    reading, writing = os.pipe()
+    pipe, done, ended = EventPipe(writing), [], threading.Event()
+    monkeypatch.setattr(channel.os, "kill", lambda *_: [done.append("stop"), ended.set()])
+    pipe.stop_without_reader(lambda: done.append("say so"))
+    os.close(reading)
+    assert ended.wait(10)
+    assert done == ["say so", "stop"]
 
 
 def test_progress_is_told_at_most_twice_a_second():

@@ -36,6 +36,16 @@ class Store:
         return self.values.get(key) or str(self.reads)
 
 
+def peers_of(rank: int, store: Store, said: list[Event], *, signal: str = "") -> Peers:
+    pipe = SimpleNamespace(emit=said.append, close=lambda: None)
+    stop = SimpleNamespace(is_set=lambda: bool(signal))
+    peers = Peers(pipe, stop)  # type: ignore[arg-type]
+    peers._launch = Launch(rank, 5, 0, 2, "host0", 29500)
+    peers._hosts = ["host0", "host0", "host1", "host1", "host2"]
+    peers._store, peers._key, peers._lock = store, "start", threading.Lock()
+    return peers
+
+
 def test_silent_processes_are_named_with_their_host_and_end_this_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -45,14 +55,35 @@ def test_silent_processes_are_named_with_their_host_and_end_this_one(
     monkeypatch.setattr(peers.faulthandler, "dump_traceback", lambda **_: None)
     monkeypatch.setattr(peers.os, "_exit", lambda code: pytest.exit(str(code)))
     said: list[Event] = []
-    watched = Peers(SimpleNamespace(emit=said.append, close=lambda: None))  # type: ignore[arg-type]
-    watched._launch = Launch(0, 5, 0, 2, "host0", 29500)
-    watched._hosts = ["host0", "host0", "host1", "host1", "host2"]
-    watched._store = Store({2, 3})
+    watched = peers_of(0, Store({2, 3}), said)
     watched._store.set("start/beat/4", LEFT)  # it has ended well
-    watched._key, watched._lock = "start", threading.Lock()
     with pytest.raises(pytest.exit.Exception, match=str(PEER_LOST)):
         watched._watch()
     (failed,) = said
     assert isinstance(failed, Failed)
     assert failed.problems[0]["what"] == "lost rank 2 on host1, rank 3 on host1"
+
+
+def test_a_supervisor_that_was_killed_is_named_by_rank_0() -> None:
+    store, said = Store(set()), list[Event]()
+    peers_of(2, store, said)._mark_orphan()
+    assert peers_of(1, store, said).have_orphan()
+    assert not said
+    assert peers_of(0, store, said).have_orphan()
+    (failed,) = said
+    assert isinstance(failed, Failed)
+    assert failed.problems[0]["what"] == "lost rank 2 on host1"
+
+
+def test_a_supervisor_that_was_killed_after_a_stop_signal_is_no_loss() -> None:
+    store = Store(set())
+    peers_of(2, store, [], signal="SIGTERM")._mark_orphan()
+    assert not peers_of(0, store, []).have_orphan()
+
+
+def test_processes_end_well_only_after_rank_0_has() -> None:
+    store = Store(set())
+    store.set("start/beat/0", LEFT)
+    assert not peers_of(1, store, []).have_finished()
+    assert peers_of(0, store, []).have_finished()
+    assert peers_of(1, store, []).have_finished()
