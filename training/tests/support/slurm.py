@@ -95,6 +95,14 @@ class Slurm:
         """Start a job now: Slurm waits two minutes before it starts one again."""
         self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
+    def cancel_all(self) -> None:
+        """Cancel every job, and wait until none runs: jobs outlive the daemons."""
+        until = time.monotonic() + SECONDS
+        while jobs := self.call("squeue", "--noheader", "--format=%A").split():
+            assert time.monotonic() < until, f"jobs {', '.join(jobs)} do not end"
+            self.call("scancel", "--quiet", *jobs)
+            time.sleep(1)
+
     def _shown(self, job: str, name: str) -> str:
         fields = self.call("scontrol", "--oneliner", "show", "job", job).split()
         return dict((*field.split("=", 1), "")[:2] for field in fields).get(name, "")
@@ -125,7 +133,10 @@ def running(root: Path) -> Iterator[Slurm]:
             while "idle" not in slurm.call("sinfo", "--noheader", "--format=%T"):
                 assert time.monotonic() < until, (root / "slurmctld.log").read_text()
                 time.sleep(0.5)
-            yield slurm
+            try:
+                yield slurm
+            finally:
+                slurm.cancel_all()
         finally:
             for process in reversed(started):
                 process.terminate()
