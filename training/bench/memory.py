@@ -203,7 +203,7 @@ def llama_2(
     unloaded = _unloaded(config, base)
     parameters = quantize.count_parameters(unloaded)
     with torch.device("meta"):
-        trained = trainable_parameters(add_adapter(unloaded, config.lora, seed=0))
+        trainable = trainable_parameters(add_adapter(unloaded, config.lora, seed=0))
     footprint = Footprint(
         config, base, partial(_unloaded, config), device="cuda", precision="bfloat16",
         attention="sdpa", padding_free=True,
@@ -211,7 +211,7 @@ def llama_2(
     )  # fmt: skip
     plan = make_plan(
         config, Machine(8, 1 << 40, (Gpu(0, "any", 1 << 40, (8, 0)),)),
-        model_size_of(unloaded, parameters, trained), DataProfile(100, 1, 1, length),
+        model_size_of(unloaded, parameters, trainable), DataProfile(100, 1, 1, length),
         precision="bfloat16", attention="packed", padding_free=True, count=footprint,
     )  # fmt: skip
     assert not footprint.faults, footprint.faults

@@ -75,9 +75,9 @@ class Job:
 @contextlib.contextmanager
 def job(arguments: list[str], folder: Path) -> Iterator[Job]:
     """Start training in an empty folder; stop it in the end."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
     shutil.rmtree(folder / "out", ignore_errors=True)
     command = [sys.executable, "-m", "lora_trainer", "train", *arguments]
     command += ["--output_dir", str(folder), "--run_name", "out", "--health_port", str(port)]
@@ -108,7 +108,7 @@ def ask(port: int) -> int:
 
 def first_answers(arguments: list[str], folder: Path, starts: int) -> list[float]:
     """Return the seconds from process start to the first 200, of several starts."""
-    found = []
+    seconds = []
     for _ in range(starts):
         begin = time.perf_counter()
         with job(arguments, folder) as one:
@@ -118,8 +118,8 @@ def first_answers(arguments: list[str], folder: Path, starts: int) -> list[float
                     if ask(one.port) == 200:
                         break
                 time.sleep(0.002)
-            found.append(time.perf_counter() - begin)
-    return found
+            seconds.append(time.perf_counter() - begin)
+    return seconds
 
 
 def wait_for_steps(one: Job, count: int) -> None:

@@ -30,11 +30,11 @@ WORDS = ["lamp", "room", "green", "seven", "open", "river", "paper", "listen", "
 
 
 def write_rows(path: Path, rows: int) -> None:
-    order = random.Random(1)
+    draw = random.Random(1)
     with path.open("w") as file:
         for number in range(rows):
-            question = " ".join(order.choices(WORDS, k=18))
-            answer = " ".join(order.choices(WORDS, k=12))
+            question = " ".join(draw.choices(WORDS, k=18))
+            answer = " ".join(draw.choices(WORDS, k=12))
             messages = [
                 {"role": "system", "content": f"Row {number}."},
                 {"role": "user", "content": question},

@@ -62,9 +62,9 @@ def prepare(job: Job, rows: list[dict[str, Any]]) -> None:
     config = resolve(None, {}, (), config_of(job, job.rows.parent)).config
     source = load.locate(config.model)
     data = open_data(config, source, load.load_tokenizer(source, config.model)).train
-    order = Sampler(len(data), job.step_rows, SEED).epoch_order(0)
+    rows_in_order = Sampler(len(data), job.step_rows, SEED).epoch_order(0)
     with job.tokens.open("w") as file:
-        for number in order:
+        for number in rows_in_order:
             ids, mask = data[int(number)]
             labels = [
                 int(token) if is_trained else IGNORED

@@ -84,7 +84,7 @@ def _quantized(linear: Any, section: ModelSection, device: str, dtype: torch.dty
     """Return bitsandbytes' layer for a linear layer without a bias."""
     import bitsandbytes
 
-    made: Any = bitsandbytes.nn.Linear4bit(
+    layer: Any = bitsandbytes.nn.Linear4bit(
         linear.in_features,
         linear.out_features,
         bias=False,
@@ -93,15 +93,15 @@ def _quantized(linear: Any, section: ModelSection, device: str, dtype: torch.dty
         quant_type=section.bnb_4bit_quant_type,
         device="meta",
     )
-    made.weight = bitsandbytes.nn.Params4bit(
+    layer.weight = bitsandbytes.nn.Params4bit(
         linear.weight.data,
         requires_grad=False,
         compress_statistics=section.bnb_4bit_use_double_quant,
         quant_type=section.bnb_4bit_quant_type,
-        module=made,
+        module=layer,
     )
     del linear.weight  # the model's layer is replaced; a list of its modules still holds it
-    return made.to(device)
+    return layer.to(device)
 
 
 def write_folder(

@@ -93,7 +93,7 @@ def _try(record: Record, scale: Scale, name: str, session: TrainingSetup) -> Non
     start = time.perf_counter()
     train(session.context(events.append, lambda: False), TrainState())
     wait(scale)
-    trained = time.perf_counter()
+    finished = time.perf_counter()
     asked = evaluate.questions(session.eval_rows)
     answers = evaluate.answer(
         session.causal,
@@ -114,8 +114,8 @@ def _try(record: Record, scale: Scale, name: str, session: TrainingSetup) -> Non
         "loss": step.loss,
         "gradient norm": step.grad_norm,
         "held-out loss": score.eval_loss,
-        f"{STEPS} steps s": trained - start,
-        "generate s": time.perf_counter() - trained,
+        f"{STEPS} steps s": finished - start,
+        "generate s": time.perf_counter() - finished,
     }
     if scale.has_gpu and "bits" not in name and used != name:
         raise RuntimeError(f"computed in {used}: {'; '.join(session.plan.reasons)}")

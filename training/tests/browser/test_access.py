@@ -25,12 +25,12 @@ def axe_source() -> str:
 
 def violations(page: Page) -> list[str]:
     """Return what axe-core finds fault with, and where."""
-    found = page.driver.execute_async_script(
+    report = page.driver.execute_async_script(
         """const [rules, done] = arguments;
         axe.run(document, { runOnly: rules }).then((r) => done(r.violations))""",
         RULES,
     )
-    return [f"{v['id']}: {[node['target'] for node in v['nodes']]}" for v in found]
+    return [f"{v['id']}: {[node['target'] for node in v['nodes']]}" for v in report]
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -42,12 +42,12 @@ def test_axe_finds_no_fault(page, serve, state):
     page.wait_for_text("#timeline", "Checkpoint")
     page.wait_for("a curve", lambda: page.inked("loss") > 50)
     page.js(axe_source())
-    found = {}
+    by_scheme = {}
     for scheme, size in (("light", DESKTOP), ("dark", PHONE)):
         page.prefer(scheme)
         page.resize(size)
-        found[scheme] = violations(page)
-    assert found == {"light": [], "dark": []}
+        by_scheme[scheme] = violations(page)
+    assert by_scheme == {"light": [], "dark": []}
 
 
 def test_every_control_is_reached_by_tab_and_seen_when_it_is(page, serve):

@@ -29,13 +29,13 @@ def test_build_says_size_and_time(image):
 
 
 def test_the_image_is_described_and_runs_as_user_1000(image):
-    found = json.loads(docker("image", "inspect", image.name).stdout)[0]["Config"]
-    assert found["User"] == "1000:1000"
-    assert found["Entrypoint"] == ["/usr/bin/tini", "--", "docker-entrypoint.sh"]
-    assert "8080/tcp" in found["ExposedPorts"]
-    assert found["Healthcheck"]["Test"] == ["CMD", "docker-entrypoint.sh", "healthcheck"]
-    assert found["Labels"]["org.opencontainers.image.title"] == "lora-trainer"
-    assert found["Labels"]["lora-trainer.stack"] == "cpu"
+    config = json.loads(docker("image", "inspect", image.name).stdout)[0]["Config"]
+    assert config["User"] == "1000:1000"
+    assert config["Entrypoint"] == ["/usr/bin/tini", "--", "docker-entrypoint.sh"]
+    assert "8080/tcp" in config["ExposedPorts"]
+    assert config["Healthcheck"]["Test"] == ["CMD", "docker-entrypoint.sh", "healthcheck"]
+    assert config["Labels"]["org.opencontainers.image.title"] == "lora-trainer"
+    assert config["Labels"]["lora-trainer.stack"] == "cpu"
 
 
 def test_the_image_has_no_compiler_no_pip_and_no_package_cache(image):

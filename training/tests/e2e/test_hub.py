@@ -88,7 +88,7 @@ class Studio:
         return {name: Ended(*ended) for name, ended in json.loads(done.stdout).items()}
 
     def _python(
-        self, arguments: list[str], variables: dict[str, str], told: str = ""
+        self, arguments: list[str], variables: dict[str, str], typed: str = ""
     ) -> subprocess.CompletedProcess[str]:
         environment = {
             "PATH": os.environ["PATH"],
@@ -101,7 +101,7 @@ class Studio:
         return subprocess.run(
             [sys.executable, *arguments],
             env=environment | self.hub_variables | variables,
-            input=told,
+            input=typed,
             capture_output=True,
             text=True,
             check=False,

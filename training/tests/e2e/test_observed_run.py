@@ -40,9 +40,9 @@ if "lora_trainer.train.worker" in sys.orig_argv:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def get(port: int, path: str, **headers: str) -> tuple[int, bytes]:
@@ -135,8 +135,8 @@ def stream(port: int, kept: list[bytes]) -> None:
     connection.request("GET", "/events", headers={"Authorization": f"Bearer {TOKEN}"})
     answer = connection.getresponse()
     with contextlib.suppress(OSError, http.client.HTTPException):
-        while said := answer.read1(1 << 16):
-            kept.append(said)
+        while chunk := answer.read1(1 << 16):
+            kept.append(chunk)
     connection.close()
 
 
@@ -145,8 +145,8 @@ def watch(run: Run, port: int, seen: Watched) -> None:
     until = time.monotonic() + SECONDS
     while time.monotonic() < until:
         code, body = get(port, "/health")
-        told = json.loads(body)
-        seen.health.append((code, told["phase"]))
+        health = json.loads(body)
+        seen.health.append((code, health["phase"]))
         status = json.loads(get(port, "/status")[1])
         seen.steps.append(status["step"])
         for path in ENDPOINTS:
@@ -195,7 +195,7 @@ def test_no_secret_is_in_any_answer_file_or_line(watched: Watched):
     events = b"".join(watched.streamed)
     assert b"event: step" in events
     assert b"login failed for ***" in events
-    told = [
+    texts = [
         *watched.bodies,
         events,
         watched.printed.encode(),
@@ -203,7 +203,7 @@ def test_no_secret_is_in_any_answer_file_or_line(watched: Watched):
     ]
     assert any(b"login failed for ***" in body for body in watched.bodies)
     for secret in (*CANARIES.values(), TOKEN, "canary-of-the-config-0123"):
-        assert not [one[:200] for one in told if secret.encode() in one]
+        assert not [one[:200] for one in texts if secret.encode() in one]
 
 
 @pytest.fixture(scope="module")
@@ -226,11 +226,11 @@ def test_dashboard_of_the_finished_run_tells_the_same(watched: Watched, dashboar
     process, port = dashboard
     first_answer(process, port)
     until = time.monotonic() + 60
-    told: dict[str, Any] = {}
-    while told.get("exit_code") is None and time.monotonic() < until:
-        told = json.loads(get(port, "/status")[1])
+    status: dict[str, Any] = {}
+    while status.get("exit_code") is None and time.monotonic() < until:
+        status = json.loads(get(port, "/status")[1])
     machine = {"gpus", "host", "health", "gpu_name", "gpu_count", "last_time", "elapsed_seconds"}
-    assert {key: told[key] for key in told.keys() - machine} == {
+    assert {key: status[key] for key in status.keys() - machine} == {
         key: watched.last[key] for key in watched.last.keys() - machine
     }
     assert get(port, "/health")[0] == 200

@@ -40,8 +40,8 @@ def alone(trainer: Trainer) -> Path:
 
 @pytest.fixture
 def hosts() -> Iterator[Hosts]:
-    with two_hosts() as made:
-        yield made
+    with two_hosts() as pair:
+        yield pair
 
 
 def start(hosts: Hosts, trainer: Trainer, name: str) -> list[Run]:

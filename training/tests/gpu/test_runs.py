@@ -28,9 +28,9 @@ def needs(count: int):
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory) -> Trainer:
-    made = Trainer(tmp_path_factory.mktemp("gpu"))
-    made.settings |= SETTINGS
-    return made
+    one = Trainer(tmp_path_factory.mktemp("gpu"))
+    one.settings |= SETTINGS
+    return one
 
 
 def run(trainer: Trainer, name: str, **changed) -> tuple[dict, dict[int, float], dict]:
@@ -38,10 +38,10 @@ def run(trainer: Trainer, name: str, **changed) -> tuple[dict, dict[int, float],
     output = trainer.root / name
     ended = trainer.train(output, **changed)
     assert ended.code == 0, ended.err
-    told = {step: found.pop() for step, found in losses(output).items()}
+    by_step = {step: values.pop() for step, values in losses(output).items()}
     plan = json.loads((output / "plan.json").read_text())
     assert plan["device"] == "cuda"
-    return plan, told, of_kind(output, "step")[-1]
+    return plan, by_step, of_kind(output, "step")[-1]
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +51,9 @@ def plain(trainer):
 
 @needs(1)
 def test_float16_trains_with_a_loss_scale(trainer, plain):
-    plan, told, last = run(trainer, "float16", bf16="auto", fp16=True)
+    plan, step_losses, last = run(trainer, "float16", bf16="auto", fp16=True)
     assert plan["precision"] == "float16"
-    assert told == pytest.approx(plain[1], rel=5e-2)
+    assert step_losses == pytest.approx(plain[1], rel=5e-2)
     assert last["loss_scale"] >= 1
 
 
@@ -69,33 +69,33 @@ def test_the_plan_foresees_the_peak_memory(plain, page):
 @needs(1)
 @pytest.mark.parametrize("kind", ["use_4bit", "use_8bit"])
 def test_qlora_learns_on_a_gpu(trainer, plain, page, kind):
-    plan, told, last = run(trainer, kind, optim="adamw_8bit", **{kind: True})
+    plan, values, last = run(trainer, kind, optim="adamw_8bit", **{kind: True})
     used, foreseen = last["gpu_memory_bytes"], plan["estimated_memory_bytes"]
-    page(f"{kind:<20} loss {told[1]:.3f} to {told[STEPS]:.3f}, {used / 1e9:.2f} GB used")
-    assert told[STEPS] < told[1] - 0.3
+    page(f"{kind:<20} loss {values[1]:.3f} to {values[STEPS]:.3f}, {used / 1e9:.2f} GB used")
+    assert values[STEPS] < values[1] - 0.3
     assert used < plain[2]["gpu_memory_bytes"]
     assert used < 1.2 * foreseen
 
 
 @needs(1)
 def test_paged_optimizer_takes_the_same_steps(trainer, plain, page):
-    _, told, _ = run(trainer, "paged", optim="paged_adamw_32bit", bf16=False)
-    page(f"paged_adamw_32bit    last loss {told[STEPS]:.4f}, adamw's {plain[1][STEPS]:.4f}")
-    assert told[STEPS] == pytest.approx(plain[1][STEPS], rel=1e-3)
+    _, step_losses, _ = run(trainer, "paged", optim="paged_adamw_32bit", bf16=False)
+    page(f"paged_adamw_32bit    last loss {step_losses[STEPS]:.4f}, adamw's {plain[1][STEPS]:.4f}")
+    assert step_losses[STEPS] == pytest.approx(plain[1][STEPS], rel=1e-3)
 
 
 @needs(1)
 @pytest.mark.skipif(CAPABILITY < (8, 0), reason="needs compute capability 8.0")
 def test_attention_over_variable_lengths_trains_as_an_example_at_a_time(trainer, page):
-    plan, told, last = run(trainer, "flash", use_flash_attention=True)
+    plan, step_losses, last = run(trainer, "flash", use_flash_attention=True)
     assert ("flash-attn" if HAS_FLASH else "packed PyTorch") in plan["attention"]
     _, own, slower = run(trainer, "sdpa", use_flash_attention=False)
     page(
         f"{plan['attention']:<20} {last['step_seconds']:.3f} s a step, "
         f"packed sdpa {slower['step_seconds']:.3f} s"
     )
-    assert told[1] == pytest.approx(own[1], rel=2e-2)
-    assert told[STEPS] == pytest.approx(own[STEPS], rel=0.1)
+    assert step_losses[1] == pytest.approx(own[1], rel=2e-2)
+    assert step_losses[STEPS] == pytest.approx(own[STEPS], rel=0.1)
 
 
 @needs(2)
@@ -105,15 +105,15 @@ def test_attention_over_variable_lengths_trains_as_an_example_at_a_time(trainer,
 def test_two_gpus_train_what_one_does(trainer, plain, page, parallelism):
     same_step = {"nproc": 2, "gradient_accumulation_steps": 1}
     keys = {"parallelism": parallelism, "bf16": False, **same_step}
-    plan, told, last = run(trainer, parallelism, **keys)
+    plan, step_losses, last = run(trainer, parallelism, **keys)
     assert (plan["processes"], plan["parallelism"]) == (2, parallelism)
-    worst = max(abs(told[step] / plain[1][step] - 1) for step in told)
+    worst = max(abs(step_losses[step] / plain[1][step] - 1) for step in step_losses)
     page(
         f"{parallelism} on 2 GPUs        {last['step_seconds']:.3f} s a step, one GPU "
         f"{plain[2]['step_seconds']:.3f} s; losses differ by {worst:.1e}"
     )
-    assert told[1] == pytest.approx(plain[1][1], rel=1e-4)
-    assert told[STEPS] == pytest.approx(plain[1][STEPS], rel=1e-2)
+    assert step_losses[1] == pytest.approx(plain[1][1], rel=1e-4)
+    assert step_losses[STEPS] == pytest.approx(plain[1][STEPS], rel=1e-2)
 
 
 @needs(1)
@@ -121,7 +121,7 @@ def test_two_gpus_train_what_one_does(trainer, plain, page, parallelism):
 def test_layers_in_the_hosts_memory_train_as_those_on_the_gpu(trainer, page):
     _, expected, more = run(trainer, "on the GPU", nproc=1)
     keys = {"parallelism": "deepspeed", "offload_param_device": "cpu", "nproc": 1}
-    plan, told, less = run(trainer, "offloaded", **keys)
+    plan, step_losses, less = run(trainer, "offloaded", **keys)
     page(
         f"offloaded            {less['step_seconds']:.3f} s a step, "
         f"{less['gpu_memory_bytes'] / 2**20:.0f} MB; on the GPU {more['step_seconds']:.3f} s, "
@@ -129,8 +129,8 @@ def test_layers_in_the_hosts_memory_train_as_those_on_the_gpu(trainer, page):
     )
     assert plan["parallelism"] == "deepspeed"
     assert less["gpu_memory_bytes"] < more["gpu_memory_bytes"]
-    assert told[1] == pytest.approx(expected[1], rel=1e-3)
-    assert told[STEPS] == pytest.approx(expected[STEPS], rel=5e-2)
+    assert step_losses[1] == pytest.approx(expected[1], rel=1e-3)
+    assert step_losses[STEPS] == pytest.approx(expected[STEPS], rel=5e-2)
 
 
 @needs(2)
@@ -138,12 +138,12 @@ def test_layers_in_the_hosts_memory_train_as_those_on_the_gpu(trainer, page):
 def test_two_gpus_share_a_base_in_4_bits(trainer, page):
     keys = {"use_4bit": True, "nproc": 2}
     _, whole, more = run(trainer, "ddp-4bit", parallelism="ddp", **keys)
-    plan, parts, less = run(trainer, "fsdp-4bit", parallelism="fsdp", **keys)
+    plan, sharded, less = run(trainer, "fsdp-4bit", parallelism="fsdp", **keys)
     assert (plan["processes"], plan["parallelism"]) == (2, "fsdp")
     page(
         f"fsdp in 4 bits, 2 GPUs {less['step_seconds']:.3f} s a step, "
         f"{less['gpu_memory_bytes'] / 2**20:.0f} MB; ddp {more['step_seconds']:.3f} s, "
         f"{more['gpu_memory_bytes'] / 2**20:.0f} MB"
     )
-    assert parts[1] == pytest.approx(whole[1], rel=1e-3)
-    assert parts[STEPS] == pytest.approx(whole[STEPS], rel=5e-2)
+    assert sharded[1] == pytest.approx(whole[1], rel=1e-3)
+    assert sharded[STEPS] == pytest.approx(whole[STEPS], rel=5e-2)

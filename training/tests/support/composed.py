@@ -140,8 +140,8 @@ class Project:
 
     def inspect(self, service: str = "trainer") -> dict[str, Any]:
         """Return all that Docker knows of a container."""
-        found: dict[str, Any] = json.loads(docker("inspect", self.container(service)).stdout)[0]
-        return found
+        facts: dict[str, Any] = json.loads(docker("inspect", self.container(service)).stdout)[0]
+        return facts
 
     def state(self, service: str = "trainer") -> dict[str, Any]:
         """Return a container's state."""
@@ -175,8 +175,8 @@ class Project:
         """Wait until something is so, and return it."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            if found := is_so():
-                return found
+            if value := is_so():
+                return value
             if self.state()["Status"] == "exited" and not is_so():
                 break
             time.sleep(0.1)
@@ -195,8 +195,8 @@ class Project:
             "    pid = name.split('/')[2]\n"
             "    if sys.argv[1] in text and pid != str(os.getpid()): print(pid)"
         )
-        found = self.inside("python3", "-IS", "-c", script, word, check=check)
-        return sorted(map(int, found.split()))
+        printed = self.inside("python3", "-IS", "-c", script, word, check=check)
+        return sorted(map(int, printed.split()))
 
     @property
     def run_folder(self) -> Path:

@@ -109,8 +109,8 @@ class DeviceWatch(TorchDispatchMode):
         if before and not after:
             self.waits[f"{name} to host"] += 1
             if self.gpu == "meta":
-                made = torch.ones(source.shape, dtype=dtype, device=device)
-                return args[0].copy_(made) if func is aten.copy_.default else made
+                ones = torch.ones(source.shape, dtype=dtype, device=device)
+                return args[0].copy_(ones) if func is aten.copy_.default else ones
         elif after and not before and source.ndim:
             self.uploads += 1
             if is_waiting:

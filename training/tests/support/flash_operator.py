@@ -41,7 +41,7 @@ def on_the_cpu() -> Iterator[list[dict[str, Any]]]:
 
     def backward(grad, q, k, v, _out, _sums, starts, *rest, **more):
         causal = rest[4]
-        made = [torch.zeros_like(part) for part in (q, k, v)]
+        gradients = [torch.zeros_like(part) for part in (q, k, v)]
         scale = q.shape[-1] ** -0.5 if more.get("scale") is None else more["scale"]
         heads = k.shape[1]
         for span, weights, key, value in _examples(q, k, v, starts, causal, more):
@@ -49,15 +49,15 @@ def on_the_cpu() -> Iterator[list[dict[str, Any]]]:
             from_weights = above @ value.transpose(1, 2)
             scores = weights * (from_weights - (from_weights * weights).sum(-1, keepdim=True))
             query = q[span].transpose(0, 1)
-            made[0][span] = (scores @ key * scale).transpose(0, 1)
+            gradients[0][span] = (scores @ key * scale).transpose(0, 1)
             for into, part in (
                 (1, scores.transpose(1, 2) @ query * scale),
                 (2, weights.transpose(1, 2) @ above),
             ):
                 shared = part.unflatten(0, (heads, -1)).sum(1)
-                made[into][span] = shared.transpose(0, 1)
+                gradients[into][span] = shared.transpose(0, 1)
         calls.append({"backward": True})
-        return tuple(made)
+        return tuple(gradients)
 
     library = torch.library.Library("aten", "IMPL")
     library.impl("_flash_attention_forward", forward, "CPU")

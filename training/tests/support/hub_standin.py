@@ -167,12 +167,12 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None:
             return
         if match["verb"] == "tree":
-            found: object = repo.entries(match["path"] or "")
+            answer: object = repo.entries(match["path"] or "")
         elif match["verb"] == "paths-info":
-            found = [entry for name in self._form["paths"] for entry in repo.entries(name)]
+            answer = [entry for name in self._form["paths"] for entry in repo.entries(name)]
         else:
-            found = repo.info()
-        self._send(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
+            answer = repo.info()
+        self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _answer_file(self, match: re.Match[str]) -> None:
         kind = "dataset" if match["kind"] else "model"

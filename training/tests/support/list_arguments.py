@@ -72,14 +72,14 @@ def main(folder: Path) -> None:
     table = {}
     for name, files in FILES.items():
         version = next(folder.glob(f"{name}-*.dist-info")).name.split("-")[1].removesuffix(".dist")
-        found = {k: v for file in files for k, v in arguments_of(folder / file).items()}
+        arguments = {k: v for file in files for k, v in arguments_of(folder / file).items()}
         if name in ("trl", "llamafactory"):  # both extend those of transformers
             own = next(iter(table.values()))
-            found = {k: v for k, v in found.items() if k not in own or own[k] != v}
-        table[f"{name} {version}"] = dict(sorted(found.items()))
+            arguments = {k: v for k, v in arguments.items() if k not in own or own[k] != v}
+        table[f"{name} {version}"] = dict(sorted(arguments.items()))
     print("{")
-    for number, (name, found) in enumerate(table.items()):
-        lines = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in found.items())
+    for number, (name, arguments) in enumerate(table.items()):
+        lines = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in arguments.items())
         print(f"  {json.dumps(name)}: {{\n{lines}\n  }}{',' if number < len(table) - 1 else ''}")
     print("}")
 

@@ -76,7 +76,7 @@ class Page:
             self.driver.get("about:blank")  # the page before may still ask for a server long gone
             self.errors()
             self.driver.get(url)
-            if not any(NETWORK_CHANGED in said for said in self._console()):
+            if not any(NETWORK_CHANGED in line for line in self._console()):
                 break
 
     def prefer(self, scheme: str, motion: str = "") -> None:
@@ -99,8 +99,8 @@ class Page:
 
     def text(self, selector: str) -> str:
         """Return the text of all elements that a selector finds."""
-        found = "[...document.querySelectorAll(arguments[0])].map((n) => n.textContent).join(' ')"
-        return self.js(f"return {found}", selector)
+        texts = "[...document.querySelectorAll(arguments[0])].map((n) => n.textContent).join(' ')"
+        return self.js(f"return {texts}", selector)
 
     def is_shown(self, selector: str) -> bool:
         """Return whether an element takes room on the page."""
@@ -126,8 +126,8 @@ class Page:
         """Wait until something is so; return it."""
         until = time.monotonic() + SECONDS
         while time.monotonic() < until:
-            if found := is_it():
-                return found
+            if value := is_it():
+                return value
             time.sleep(0.05)
         raise AssertionError(f"{what}: not seen; the console says {self.errors()}")
 
@@ -138,8 +138,8 @@ class Page:
     def errors(self) -> list[str]:
         """Return what went wrong since the last call: faults, refusals, failed requests."""
         self._console()
-        said, self._said = self._said, []
-        return [message for message in said if NETWORK_CHANGED not in message]
+        lines, self._said = self._said, []
+        return [message for message in lines if NETWORK_CHANGED not in message]
 
     def _console(self) -> list[str]:
         new = [

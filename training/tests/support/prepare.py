@@ -28,12 +28,12 @@ class WordEncoder:
 
     def encode(self, example):
         if isinstance(example, Chat):
-            parts = [(turn["content"], turn["role"] == "assistant") for turn in example.messages]
+            texts = [(turn["content"], turn["role"] == "assistant") for turn in example.messages]
         elif isinstance(example, Completion):
-            parts = [(example.prompt, False), (example.completion, True)]
+            texts = [(example.prompt, False), (example.completion, True)]
         else:
-            parts = [(example.text, True)]
-        words = [(word, trained) for text, trained in parts for word in text.split()]
+            texts = [(example.text, True)]
+        words = [(word, trained) for text, trained in texts for word in text.split()]
         if "refused" in dict(words):
             raise RowError("the template rejects the conversation")
         if "config" in dict(words):

@@ -46,7 +46,7 @@ with contextlib.suppress(ImportError):
 OWN = {"per_device_train_batch_size": 2, "train_batch_size": 6, "max_steps": 12}
 
 
-def make_parts(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) -> Any:
+def make_context(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) -> Any:
     known = SETTINGS | OWN | own
     family, dropout = known.pop("family", "llama"), known.pop("dropout", 0.0)
     has_checkpointing, bits = known.pop("has_checkpointing", False), known.pop("bits", 0)
@@ -110,12 +110,12 @@ def allow_float16_on_a_cpu() -> None:
 
 def quantized_model(family: str, bits: int, folder: Path, ranks: Ranks) -> Any:
     """Return the family's model, its layers packed by bitsandbytes."""
-    place = folder / "base"
+    base = folder / "base"
     with ranks.first_then_others():
         if ranks.is_first:
-            tiny_model(family).save_pretrained(place)
-    section = ModelSection(model_name_or_path=str(place), **{f"use_{bits}bit": True})
-    source = ModelSource(str(place), family)
+            tiny_model(family).save_pretrained(base)
+    section = ModelSection(model_name_or_path=str(base), **{f"use_{bits}bit": True})
+    source = ModelSource(str(base), family)
     return load_model(source, section, dtype=torch.float32, device="cpu", attention="eager")
 
 
@@ -123,7 +123,7 @@ def trained(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) -> 
     """Train; return the losses, evaluations and figures that were told, and the adapter."""
     overflow_step = own.get("overflow_step", 0)
     own = {key: value for key, value in own.items() if key != "overflow_step"}
-    context, events = make_parts(ranks, folder, parallelism, own)
+    context, events = make_context(ranks, folder, parallelism, own)
     if overflow_step:
         overflow_on_the_last_rank(context, overflow_step)
     state = train(context, TrainState())
@@ -156,7 +156,7 @@ def overflow_on_the_last_rank(context: Any, at_step: int) -> None:
 
 def short_of_memory(ranks: Ranks, folder: Path, own: dict) -> dict[str, Any]:
     """Train where the last rank has memory for one example at a time alone."""
-    context, events = make_parts(ranks, folder, "ddp", own)
+    context, events = make_context(ranks, folder, "ddp", own)
     kept: list[Any] = []
     causal = context.causal
     sound_loss, sound_score, failed = causal.loss, causal.score, []
@@ -220,7 +220,7 @@ def gathered(ranks: Ranks) -> dict[str, Any]:
 
 def stopped(ranks: Ranks, folder: Path) -> int:
     """Train until a signal reaches the last rank alone; return the step of the end."""
-    context, events = make_parts(ranks, folder, "ddp", {})
+    context, events = make_context(ranks, folder, "ddp", {})
 
     def is_told() -> bool:
         return ranks.rank == ranks.count - 1 and len(events) >= 8

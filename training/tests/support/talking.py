@@ -91,14 +91,14 @@ class Stream:
     def next(self, *wanted: str) -> tuple[str, str, Any]:
         """Return kind, id and data of the next event of a wanted kind."""
         until = time.monotonic() + SECONDS
-        found: dict[str, str] = {}
+        fields: dict[str, str] = {}
         while time.monotonic() < until:
             line = self._answer.readline().decode().rstrip("\n")
             if line and not line.startswith(":"):
                 name, _, value = line.partition(": ")
-                found[name] = value
-            elif "event" in found and (not wanted or found["event"] in wanted):
-                return found["event"], found.get("id", ""), json.loads(found["data"])
+                fields[name] = value
+            elif "event" in fields and (not wanted or fields["event"] in wanted):
+                return fields["event"], fields.get("id", ""), json.loads(fields["data"])
             elif not line:
-                found = {}
+                fields = {}
         raise AssertionError(f"no {wanted} came")

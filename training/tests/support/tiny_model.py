@@ -72,19 +72,19 @@ def _weights(vocabulary: int) -> dict[str, np.ndarray]:
         return draw.normal(0, 0.15, (rows, columns)).astype(np.float32)
 
     ones = np.ones(WIDTH, dtype=np.float32)
-    found = {
+    weights = {
         "model.embed_tokens.weight": matrix(vocabulary, WIDTH),
         "model.norm.weight": ones,
         "lm_head.weight": matrix(vocabulary, WIDTH),
     }
     for layer in range(LAYERS):
         at = f"model.layers.{layer}"
-        found |= {f"{at}.self_attn.{n}_proj.weight": matrix(WIDTH, WIDTH) for n in "qkvo"}
-        found |= {f"{at}.mlp.{n}_proj.weight": matrix(INNER, WIDTH) for n in ("gate", "up")}
-        found[f"{at}.mlp.down_proj.weight"] = matrix(WIDTH, INNER)
-        found[f"{at}.input_layernorm.weight"] = ones
-        found[f"{at}.post_attention_layernorm.weight"] = ones
-    return found
+        weights |= {f"{at}.self_attn.{n}_proj.weight": matrix(WIDTH, WIDTH) for n in "qkvo"}
+        weights |= {f"{at}.mlp.{n}_proj.weight": matrix(INNER, WIDTH) for n in ("gate", "up")}
+        weights[f"{at}.mlp.down_proj.weight"] = matrix(WIDTH, INNER)
+        weights[f"{at}.input_layernorm.weight"] = ones
+        weights[f"{at}.post_attention_layernorm.weight"] = ones
+    return weights
 
 
 def write_rows(path: Path, first: int, count: int) -> Path:

@@ -176,12 +176,12 @@ class Run:
 
     def family(self) -> list[int]:
         """Return the supervisor's process id and those of all its descendants."""
-        found = [self.process.pid]
-        for pid in found:
+        pids = [self.process.pid]
+        for pid in pids:
             with contextlib.suppress(OSError):
                 listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-                found += [int(child) for child in listed.split()]
-        return found
+                pids += [int(child) for child in listed.split()]
+        return pids
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -238,11 +238,11 @@ def events_of(output: Path) -> list[Event]:
         lines = (output / "events.jsonl").read_text(errors="replace").splitlines()
     except (FileNotFoundError, NotADirectoryError):
         return []
-    found = []
+    objects = []
     for line in lines:
         with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [event for event in found if isinstance(event, dict)]
+            objects.append(json.loads(line))
+    return [event for event in objects if isinstance(event, dict)]
 
 
 def of_kind(output: Path, kind: str) -> list[Event]:
@@ -252,10 +252,10 @@ def of_kind(output: Path, kind: str) -> list[Event]:
 
 def losses(output: Path) -> dict[int, set[float]]:
     """Return every loss recorded for each step: one, where resuming changes nothing."""
-    found: dict[int, set[float]] = {}
+    by_step: dict[int, set[float]] = {}
     for event in of_kind(output, "step"):
-        found.setdefault(event["step"], set()).add(event["loss"])
-    return found
+        by_step.setdefault(event["step"], set()).add(event["loss"])
+    return by_step
 
 
 def adapter_digest(output: Path) -> str:

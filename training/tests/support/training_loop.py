@@ -18,7 +18,9 @@ from support.families import VOCABULARY, tiny_model
 from support.plain_peft import ListRows, make_rows
 
 
-def make_parts(folder, *, save_steps=0, should_stop=lambda: False, precision="float32", **training):
+def make_context(
+    folder, *, save_steps=0, should_stop=lambda: False, precision="float32", **training
+):
     settings = {"per_device_train_batch_size": 4, "max_steps": 12, "learning_rate": 1e-2}
     config = Config.model_validate(
         {"training": settings | training, "output": {"save_steps": save_steps}}
@@ -57,9 +59,9 @@ def make_parts(folder, *, save_steps=0, should_stop=lambda: False, precision="fl
 
 def scores(monkeypatch, losses):
     """Let evaluations find these losses, one after another."""
-    found = iter(losses)
+    remaining = iter(losses)
     monkeypatch.setattr(
-        loop.evaluate, "score", lambda *_, **__: evaluate.Score(next(found), 0.5, 10, 0.1)
+        loop.evaluate, "score", lambda *_, **__: evaluate.Score(next(remaining), 0.5, 10, 0.1)
     )
 
 

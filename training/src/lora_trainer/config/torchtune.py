@@ -183,7 +183,7 @@ def _dataset(
         yield Key(DATASETS[section], value, (section,))
         return
     datasets: list[dict[str, Any]] = []
-    trained: list[Any] = []
+    on_input: list[Any] = []
     for number, entry in enumerate(entries):
         at: Pointer = (section, number) if isinstance(value, list) else (section,)
         for key in entry.keys() - set(DATASET_KEYS):
@@ -204,11 +204,11 @@ def _dataset(
         else:
             datasets.append(meant)
             by_default = str(entry[NAME]).endswith(("alpaca_dataset", "alpaca_cleaned_dataset"))
-            trained.append(entry.get("train_on_input", by_default))
+            on_input.append(entry.get("train_on_input", by_default))
     if datasets:
         yield Key(DATASETS[section], datasets, (section,))
     if datasets and section == "dataset":
-        yield Key("train_on", "all" if True in trained else "assistant", ("dataset", NAME))
+        yield Key("train_on", "all" if True in on_input else "assistant", ("dataset", NAME))
 
 
 def _entry(entry: Mapping[str, Any], tokenizer: str) -> dict[str, Any] | None:

@@ -124,7 +124,7 @@ class CacheWriter:
     def append(
         self,
         ids: NDArray[Any],
-        trained: NDArray[Any],
+        loss_mask: NDArray[Any],
         lengths: NDArray[Any],
         row_hashes: NDArray[Any],
         source: int,
@@ -134,16 +134,16 @@ class CacheWriter:
         Raises:
             StorageError: the disk is full or writing failed.
         """
-        assert len(ids) == len(trained) == lengths.sum(), "tokens and lengths belong together"
+        assert len(ids) == len(loss_mask) == lengths.sum(), "tokens and lengths belong together"
         if len(lengths) == 0:
             return
         assert ids.max() <= np.iinfo(self.types["ids"]).max, "a token id beyond the vocabulary"
         limits = np.cumsum(lengths)
-        counts = np.add.reduceat(trained.astype(np.int64), limits - lengths)
+        counts = np.add.reduceat(loss_mask.astype(np.int64), limits - lengths)
         with _storage_faults(self.directory.parent):
             self._append("offsets", limits + self._counts["ids"])
             self._append("ids", ids)
-            self._append("trained", trained)
+            self._append("trained", loss_mask)
             self._append("trained_counts", counts)
             self._append("row_hashes", row_hashes)
             self._append("sources", np.full(len(lengths), source))

@@ -41,8 +41,8 @@ def changes_of(
     for turn in turns:
         pieces = whole.pieces_of(turn) if whole.is_traced else whole.pieces
         text = "".join(whole.text[piece.start : piece.end] for piece in pieces)
-        trained = whole.written_by(turn, spans)
-        changes |= _changes_of_answer(chat.messages[turn], text, trained, template)
+        supervised = whole.written_by(turn, spans)
+        changes |= _changes_of_answer(chat.messages[turn], text, supervised, template)
     squeezed = ""
     for message in chat.messages:
         content = message.get("content")
@@ -61,7 +61,7 @@ def changes_of(
 
 
 def _changes_of_answer(
-    answer: dict[str, Any], text: str, trained: str, template: ChatTemplate
+    answer: dict[str, Any], text: str, supervised: str, template: ChatTemplate
 ) -> set[Change]:
     """Compare an answer with the template's text for it and with the supervised part of that."""
     content = answer.get("content")
@@ -79,7 +79,7 @@ def _changes_of_answer(
     elif not any(thoughts) and content not in text and content.strip() in text:
         changes.add(Change.SPACE_STRIPPED)
     is_compared = not answer.get("tool_calls") and Change.WORDS_DROPPED not in changes
-    if is_compared and (added := _added(trained, [*thoughts, words.strip()], template)):
+    if is_compared and (added := _added(supervised, [*thoughts, words.strip()], template)):
         changes.add(added)
     return changes
 
@@ -98,16 +98,16 @@ def _split_thoughts(content: str) -> tuple[str, str, str]:
     return _THOUGHTS_TAG.sub(" ", content[: end.start()]), end[0], content[end.end() :]
 
 
-def _added(trained: str, own: Sequence[str], template: ChatTemplate) -> Change | None:
+def _added(supervised: str, own: Sequence[str], template: ChatTemplate) -> Change | None:
     """Return what is supervised besides the answer and special tokens, or None."""
-    trained = trained.replace("\0", " ")
-    if _rest_of(_plain(trained, template), sorted(own, key=len, reverse=True)):
+    supervised = supervised.replace("\0", " ")
+    if _rest_of(_plain(supervised, template), sorted(own, key=len, reverse=True)):
         squeezed = [_squeezed(_plain(text, template)) for text in own]
         longest_first = sorted(squeezed, key=len, reverse=True)
-        if _rest_of(_squeezed(_plain(trained, template)), longest_first):
+        if _rest_of(_squeezed(_plain(supervised, template)), longest_first):
             return Change.WORDS_ADDED
     *thoughts, words = own
-    has_block = _THOUGHTS_TAG.search(trained) and not _THOUGHTS_TAG.search(words)
+    has_block = _THOUGHTS_TAG.search(supervised) and not _THOUGHTS_TAG.search(words)
     return Change.THOUGHTS_ADDED if has_block and not any(thoughts) else None
 
 

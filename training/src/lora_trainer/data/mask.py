@@ -143,10 +143,10 @@ def _trained_turns(chat: Chat, train_on: TrainOn) -> list[int]:
     turns = [n for n, m in enumerate(chat.messages) if m.get("role") == "assistant" and n >= start]
     if train_on == "last":
         turns = turns[-1:]
-    trained = [turn for turn in turns if turn not in chat.muted]
-    if turns and not trained:
+    supervised = [turn for turn in turns if turn not in chat.muted]
+    if turns and not supervised:
         raise TemplateFault("train_on is last, and the last turn is marked as not supervised")
-    return trained
+    return supervised
 
 
 def _all_but(muted: frozenset[int], whole: Rendering) -> list[Span]:

@@ -126,11 +126,11 @@ def _trained_ends(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[int, 
     answers = 0
     for index in np.linspace(0, len(rows) - 1, min(len(rows), MOST_ROWS)).astype(int):
         ids, loss_mask = rows[int(index)]
-        trained = np.asarray(loss_mask, dtype=bool)
-        last = np.flatnonzero(trained & ~np.append(trained[1:], False))
+        supervised = np.asarray(loss_mask, dtype=bool)
+        last = np.flatnonzero(supervised & ~np.append(supervised[1:], False))
         for position in last:
             answers += 1
-            end = _last_visible(ids, trained, int(position), tokenizer, special)
+            end = _last_visible(ids, supervised, int(position), tokenizer, special)
             if end in special:
                 counts[end] += 1
     return tuple(t for t, count in counts.most_common() if count >= LEAST_FRACTION * answers)
@@ -138,7 +138,7 @@ def _trained_ends(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[int, 
 
 def _last_visible(
     ids: Sequence[int] | Any,
-    trained: Any,
+    supervised: Any,
     position: int,
     tokenizer: PreTrainedTokenizerBase,
     special: frozenset[int],
@@ -146,7 +146,7 @@ def _last_visible(
     """Return the last supervised token up to `position` that is not white space."""
     while (
         position > 0
-        and trained[position - 1]
+        and supervised[position - 1]
         and int(ids[position]) not in special
         and tokenizer.decode([int(ids[position])]).isspace()
     ):

@@ -102,8 +102,8 @@ class Group:
         if self._input is not x or layer not in self._outputs:
             self.forget()
             source = source_of(x, self.dtype)
-            made = _FusedLora.apply(self, source, *source.inputs, *self.parameters())
-            self._outputs = dict(zip(self.layers, made, strict=True))
+            outputs = _FusedLora.apply(self, source, *source.inputs, *self.parameters())
+            self._outputs = dict(zip(self.layers, outputs, strict=True))
             self._input = x
         output = self._outputs.pop(layer)
         if not self._outputs:
@@ -248,13 +248,13 @@ def _base_output(base: Any, x: Tensor) -> Tensor:
         output: Tensor = base(x)  # bitsandbytes has kernels of its own for few tokens
         return output
     weight_OW = _dense(base, x.dtype)
-    made = x.new_empty((*x.shape[:-1], len(weight_OW)))
-    x_TW, made_TO = x.view(-1, x.shape[-1]), made.view(-1, len(weight_OW))
+    out = x.new_empty((*x.shape[:-1], len(weight_OW)))
+    x_TW, out_TO = x.view(-1, x.shape[-1]), out.view(-1, len(weight_OW))
     if base.bias is None:
-        torch.mm(x_TW, weight_OW.t(), out=made_TO)
+        torch.mm(x_TW, weight_OW.t(), out=out_TO)
     else:
-        torch.addmm(base.bias, x_TW, weight_OW.t(), out=made_TO)
-    return made
+        torch.addmm(base.bias, x_TW, weight_OW.t(), out=out_TO)
+    return out
 
 
 def _dense(base: Any, dtype: torch.dtype) -> Tensor:

@@ -141,8 +141,8 @@ def _may_be_rms_norm(module: Any) -> bool:
 
 
 def _epsilon(module: Any) -> float | None:
-    found = (getattr(module, name, None) for name in EPSILONS)
-    return next((float(value) for value in found if isinstance(value, float)), None)
+    values = (getattr(module, name, None) for name in EPSILONS)
+    return next((float(value) for value in values if isinstance(value, float)), None)
 
 
 @torch.no_grad()

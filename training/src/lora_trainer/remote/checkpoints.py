@@ -30,8 +30,8 @@ def remote_name(step: int, file: str = "") -> str:
 
 def steps_listed(folder: RemoteFolder) -> list[int]:
     """Return the steps whose manifest is listed, in order."""
-    parts = [name.split("/") for name in folder.listed(RunFolder.checkpoints)]
-    steps = (step_of(names[1]) for names in parts if len(names) == 3 and names[2] == MANIFEST)
+    paths = [name.split("/") for name in folder.listed(RunFolder.checkpoints)]
+    steps = (step_of(names[1]) for names in paths if len(names) == 3 and names[2] == MANIFEST)
     return sorted(step for step in steps if step is not None)
 
 

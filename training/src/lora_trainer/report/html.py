@@ -141,13 +141,13 @@ def _tiles(
     speed = f"{tokens / seconds:,.0f} tokens/s" if seconds else "not measured"
     memory, on_gpu = status.peak_memory_bytes, status.peak_gpu_memory_bytes
     kind = f"of the GPU; {size(memory)} main" if on_gpu else "main memory"
-    trained = duration(status.finished.train_seconds if status.finished else seconds)
+    trained_for = duration(status.finished.train_seconds if status.finished else seconds)
     losses = [loss for _, loss in series(history, lambda point: point.loss)]
     latest = losses[-max(1, len(losses) // 20) :]
     loss = short(sum(latest) / len(latest)) if latest else "not finite"
     over = f"mean of the last {len(latest)} steps" if len(latest) > 1 else "of the last step"
     return [
-        ("Training time", trained, total_time(status)),
+        ("Training time", trained_for, total_time(status)),
         ("Steps", done, f"{last.epoch:.2f} epochs"),
         ("Speed", speed, f"{tokens:,} tokens"),
         ("Peak memory", size(on_gpu or memory), kind),

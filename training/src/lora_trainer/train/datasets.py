@@ -130,9 +130,9 @@ def _answers_out_of_reach(splits: DataSplits, limit: int) -> list[str]:
 
 def _last_answer_tokens(mask: NDArray[Any]) -> int:
     """Return the length of a row's last run of trained tokens, without the token that ends it."""
-    trained = np.flatnonzero(np.asarray(mask, dtype=bool))
-    breaks = np.flatnonzero(np.diff(trained) > 1)
-    return len(trained) - (int(breaks[-1]) + 1 if len(breaks) else 0) - 1
+    supervised = np.flatnonzero(np.asarray(mask, dtype=bool))
+    breaks = np.flatnonzero(np.diff(supervised) > 1)
+    return len(supervised) - (int(breaks[-1]) + 1 if len(breaks) else 0) - 1
 
 
 def format_of_splits(splits: DataSplits, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:

@@ -137,12 +137,12 @@ class TrainingSetup:
             with model.disable_adapter():
                 yield
             return
-        trained = adapter_state(model)
+        current = adapter_state(model)
         load_adapter_state(model, self.start)
         try:
             yield
         finally:
-            load_adapter_state(model, trained)
+            load_adapter_state(model, current)
 
     def refuse(self, snapshot: Snapshot) -> str:
         """Return why a sound checkpoint cannot be resumed from; nothing if it can."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lora_trainer import cli
-from support.made_run import make_run
 from support.push import hub  # noqa: F401
+from support.run_folders import make_run
 from support.upload_standin import UploadStandin
 
 PAGE = Path(__file__).resolve().parents[4] / "docs" / "after-training.md"

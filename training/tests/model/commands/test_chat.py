@@ -20,7 +20,7 @@ from lora_trainer import cli
 from lora_trainer.commands import chat
 from lora_trainer.commands.finetuned import config_of_run, find, open_model
 from lora_trainer.data.prompt_format import PromptFormat
-from support.made_run import adapted, make_run, shake
+from support.run_folders import adapted, make_run, shake
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,8 @@ def expected(run: Path, text: str, *, is_base: bool = False) -> str:
     )
     # transformers 4.50 adds what this model has no use for.
     inputs.pop("token_type_ids", None)
-    made = model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=[0, 1, 2])
-    text = tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    generated = model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=[0, 1, 2])
+    text = tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return "".join(map(chat._harmless, text))
 
 
@@ -183,8 +183,8 @@ def test_terminal_holds_a_conversation_until_control_d(run: Path) -> None:
         while words not in screen and time.monotonic() < until:
             if select.select([master], [], [], 1)[0]:
                 screen += os.read(master, 4096)
-        _, found, screen = screen.partition(words)
-        assert found
+        _, separator, screen = screen.partition(words)
+        assert separator
 
     try:
         read_until(b"> ")

@@ -14,7 +14,7 @@ from lora_trainer.commands.evaluate import Comparison, Figures, table
 from lora_trainer.commands.given_rows import spread
 from lora_trainer.report import progress
 from lora_trainer.train import evaluate
-from support.made_run import make_run
+from support.run_folders import make_run
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +59,9 @@ def test_rows_and_answers_can_be_fewer(run: Path, capsys: pytest.CaptureFixture[
     rows = str(run.parent / "held-out.jsonl")
     wanted = ["--dataset", rows, "--rows", "2", "--no-answers", "--json"]
     assert cli.main(["evaluate", str(run), *wanted]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["rows"], found["questions"]) == (2, 0)
-    assert found["after"]["exact_match"] is None
+    report = json.loads(capsys.readouterr().out)
+    assert (report["rows"], report["questions"]) == (2, 0)
+    assert report["after"]["exact_match"] is None
 
 
 def test_own_held_out_rows_of_a_run_are_the_default(
@@ -77,9 +77,9 @@ def test_own_held_out_rows_of_a_run_are_the_default(
 def test_missing_rows_are_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", str(run)]) == 78
     assert cli.main(["evaluate", str(run), "--dataset", "nothing.jsonl"]) == 65
-    told = capsys.readouterr().err
-    assert "the run has no held-out rows" in told
-    assert "nothing.jsonl" in told
+    printed = capsys.readouterr().err
+    assert "the run has no held-out rows" in printed
+    assert "nothing.jsonl" in printed
 
 
 def test_perplexity_beyond_numbers_is_shown_as_infinite() -> None:

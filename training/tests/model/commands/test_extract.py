@@ -14,7 +14,7 @@ from lora_trainer import cli
 from lora_trainer.commands import new_folder
 from lora_trainer.commands.finetuned import config_of_run, find
 from lora_trainer.model.compat import dtype_argument
-from support.made_run import STEP, adapted, logits_of, make_run, shake
+from support.run_folders import STEP, adapted, logits_of, make_run, shake
 
 
 def loaded(folder: Path, base: Path):
@@ -133,9 +133,9 @@ def test_place_without_a_checkpoint_is_told(
 ) -> None:
     assert cli.main(["export", str(tmp_path), str(tmp_path / "out")]) == 69
     assert cli.main(["export", str(tmp_path / "no"), str(tmp_path / "out")]) == 69
-    told = capsys.readouterr().err
-    assert "there is no checkpoint" in told
-    assert "there is no such folder" in told
+    printed = capsys.readouterr().err
+    assert "there is no checkpoint" in printed
+    assert "there is no such folder" in printed
 
 
 def test_run_whose_record_is_gone_is_told(

@@ -16,7 +16,7 @@ from lora_trainer.commands import merge, new_folder
 from lora_trainer.commands.finetuned import config_of_run
 from lora_trainer.model.compat import dtype_argument
 from lora_trainer.units import size
-from support.made_run import adapted, logits_of, make_run, shake
+from support.run_folders import adapted, logits_of, make_run, shake
 
 
 def of_disk(folder: Path):
@@ -111,14 +111,14 @@ def test_what_cannot_be_merged_is_told_before_the_model_is_loaded(
     monkeypatch.setattr(merge, "stored_weights", lambda *_: merge.Stored("bfloat16", 10**14))
     monkeypatch.setattr(new_folder, "free_disk_bytes", lambda _: 10**15)
     assert cli.main(["merge", str(run), str(out)]) == 137
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for words in (
         "no adapter to merge",
         "already exists",
         "not enough disk space",
         "not enough memory",
     ):
-        assert words in told
+        assert words in printed
     assert not out.exists()
 
 

@@ -59,10 +59,10 @@ def test_the_presets_that_users_expect_are_there_and_explained():
 def test_preset_passes_the_checks_of_a_config(name):
     path = FOLDER / f"{name}.json"
     assert json.loads(path.read_text())["$schema"] == "../config.schema.json"
-    found = resolve(path, environ={}, arguments=[])
-    assert not found.warnings
+    resolved = resolve(path, environ={}, arguments=[])
+    assert not resolved.warnings
     # Flash attention is not required: a machine without it would refuse the preset.
-    assert found.config.model.use_flash_attention == "auto"
+    assert resolved.config.model.use_flash_attention == "auto"
 
 
 def test_presets_do_what_their_names_say():

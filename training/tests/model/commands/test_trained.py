@@ -14,7 +14,7 @@ from lora_trainer.config.schema import EMBEDDED_MODEL
 from lora_trainer.config.start_adapter import find_adapter
 from lora_trainer.errors import ConfigError, UnavailableError
 from lora_trainer.host.disk import write_checksums
-from support.made_run import make_run
+from support.run_folders import make_run
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,10 @@ def test_run_and_its_final_model_are_the_same_adapter(run: Path) -> None:
 
 def test_adapter_moved_away_from_its_run_names_its_base(run: Path, tmp_path: Path) -> None:
     alone = Path(shutil.copytree(run / "final_model", tmp_path / "alone"))
-    found = find(str(alone))
-    assert found.run is None
-    assert found.config.model.model_name_or_path == str(run.parent / "model")
-    assert open_model(found).has_adapter
+    adapter = find(str(alone))
+    assert adapter.run is None
+    assert adapter.config.model.model_name_or_path == str(run.parent / "model")
+    assert open_model(adapter).has_adapter
 
 
 def test_adapter_of_the_embedded_model_stands_on_the_embedded_model(

@@ -130,13 +130,13 @@ def test_tokens_trained_are_those_that_transformers_masks(family: str) -> None:
         pair = compare(family, conversation)
         if pair is None or pair.ours.text != pair.marked.text:
             continue
-        found = encoded(family, conversation)
+        example = encoded(family, conversation)
         ids, mask, offsets = masked_by_transformers(chat, template(f"{family}_training"))
-        assert found.input_ids == ids, conversation
+        assert example.input_ids == ids, conversation
         if is_listed(DIFFERENT, family, conversation):
             continue
         kept = [any(a < end and start < b for a, b in pair.reduced) for start, end in offsets]
-        assert found.loss_mask == [m and k for m, k in zip(mask, kept, strict=True)], conversation
+        assert example.loss_mask == [m and k for m, k in zip(mask, kept, strict=True)], conversation
 
 
 @pytest.mark.parametrize("name", MARKED)
@@ -144,11 +144,11 @@ def test_marks_of_a_template_are_taken_as_transformers_takes_them(name: str) -> 
     seen = 0
     for conversation, chat in CONVERSATIONS.items():
         try:
-            found = encoded(name, conversation)
+            example = encoded(name, conversation)
         except TemplateFault:
             continue
         ids, mask, _ = masked_by_transformers(chat, template(name))
-        assert (found.input_ids, found.loss_mask) == (ids, mask), conversation
+        assert (example.input_ids, example.loss_mask) == (ids, mask), conversation
         seen += 1
     assert seen
 
@@ -196,9 +196,9 @@ def test_audit_finds_fault_with_endless_templates_only(family: str) -> None:
     for conversation, chat in CONVERSATIONS.items():
         if is_listed(REFUSED, family, conversation):
             continue
-        found = audit(chat, encoded(family, conversation), tokenizer())
-        assert bool(found) == is_listed(ENDLESS, family, conversation), conversation
-        assert set(found) <= {Flaw.NO_END}
+        flaws = audit(chat, encoded(family, conversation), tokenizer())
+        assert bool(flaws) == is_listed(ENDLESS, family, conversation), conversation
+        assert set(flaws) <= {Flaw.NO_END}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -136,8 +136,8 @@ def test_the_audit_finds_no_fault_with_a_template_that_ships(name):
     for conversation, chat in CONVERSATIONS.items():
         if name == "llama3" and conversation == "two tool calls":
             continue
-        found = encode(chat, tokenizer(), template(name), "assistant")
-        assert not audit(chat, found, tokenizer()), conversation
+        example = encode(chat, tokenizer(), template(name), "assistant")
+        assert not audit(chat, example, tokenizer()), conversation
 
 
 def test_tokens_of_qwen_are_trained_as_those_of_trl():

@@ -13,7 +13,7 @@ import pytest
 from lora_trainer import cli
 from lora_trainer.data import fingerprint
 from lora_trainer.host.disk import follow_umask
-from support.made_run import make_run
+from support.run_folders import make_run
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o002], ids=oct)
@@ -24,8 +24,8 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def modes(folder: Path) -> set[tuple[bool, int]]:
-    found = [folder, *folder.rglob("*")]
-    return {(one.is_dir(), stat.S_IMODE(one.stat().st_mode)) for one in found}
+    paths = [folder, *folder.rglob("*")]
+    return {(one.is_dir(), stat.S_IMODE(one.stat().st_mode)) for one in paths}
 
 
 def test_modes_of_others_become_those_of_the_umask(umask: int, tmp_path: Path) -> None:

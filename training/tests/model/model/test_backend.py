@@ -240,9 +240,9 @@ def test_a_model_that_caps_its_scores_has_no_kernel_of_pytorch(config, attention
 def test_nothing_else_asks_torch_whether_there_is_a_gpu():
     source = Path(lora_trainer.__file__).parent
     asking = ("cuda.is_available", "cuda.device_count", "get_device_capability")
-    found = {
+    files = {
         path.name
         for path in source.rglob("*.py")
         if any(question in path.read_text() for question in asking)
     }
-    assert found == {"backend.py", "checkpoint.py"}  # the latter counts random states
+    assert files == {"backend.py", "checkpoint.py"}  # the latter counts random states

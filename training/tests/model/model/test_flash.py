@@ -202,12 +202,12 @@ def test_insisting_on_the_package_fails_with_the_reason_and_true_takes_pytorchs_
     capabilities, installed, version, precision, reason, tmp_path, monkeypatch
 ):
     install(tmp_path, monkeypatch, *installed, version=version)
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as caught:
         flash.choose("flash-attn", machine(*capabilities), precision, where="a.json:3 /model")
-    assert reason in told.value.block()
-    assert "a.json:3" in told.value.block()
-    assert "--use_flash_attention true" in told.value.block()
-    assert "pip install" not in told.value.block()
+    assert reason in caught.value.block()
+    assert "a.json:3" in caught.value.block()
+    assert "--use_flash_attention true" in caught.value.block()
+    assert "pip install" not in caught.value.block()
     choice = flash.choose(True, machine(*capabilities), precision)
     assert reason in choice.why
     assert choice.kernel in (None, flash.PYTORCH, flash.PYTORCH_1)
@@ -220,9 +220,9 @@ def test_heads_wider_than_the_kernel_takes_are_left_to_pytorch(tmp_path, monkeyp
     assert flash.choose(True, machine((8, 0)), "bfloat16", model=wide).kernel is None
     chosen = flash.choose(True, machine((8, 0)), "bfloat16", model=LlamaConfig())
     assert chosen.kernel == flash.FLASH_2
-    with pytest.raises(ConfigError, match="flash-attn cannot be used here") as told:
+    with pytest.raises(ConfigError, match="flash-attn cannot be used here") as caught:
         flash.choose("flash-attn", machine((8, 0)), "bfloat16", model=wide)
-    assert "head widths up to 256, this model has 512" in told.value.block()
+    assert "head widths up to 256, this model has 512" in caught.value.block()
 
 
 def test_the_plan_names_the_kernel():

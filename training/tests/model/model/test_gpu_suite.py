@@ -13,8 +13,8 @@ pytest_plugins = ["pytester"]
 
 
 def test_runs_choose_their_precision_as_a_users_do(tmp_path: Path) -> None:
-    made = Trainer(tmp_path)
-    assert (made.settings | SETTINGS)["bf16"] == "auto"
+    trainer = Trainer(tmp_path)
+    assert (trainer.settings | SETTINGS)["bf16"] == "auto"
 
 
 def test_commands_see_the_gpus_and_libraries_that_the_tests_see(

@@ -102,9 +102,9 @@ def test_loaded_model_has_the_files_weights_and_the_models_own_ties(
     model.save_pretrained(tmp_path)
     loaded = load_base(tmp_path)
     expected = dict(model.named_parameters()) | dict(model.named_buffers())
-    found = dict(loaded.named_parameters()) | dict(loaded.named_buffers())
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    tensors = dict(loaded.named_parameters()) | dict(loaded.named_buffers())
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
     assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
 
 

@@ -333,10 +333,10 @@ def refusal(monkeypatch, version: str, *, has_gpu: bool = False, **sections) -> 
 
 def test_quantization_without_the_package_is_refused_with_the_lock_that_holds_it(monkeypatch):
     sections = {"model": {"use_4bit": True}, "training": {"optim": "adamw_8bit"}}
-    told = refusal(monkeypatch, "", has_gpu=True, **sections)
-    assert told.count("is not installed") == 2
-    assert "--use_4bit false or " in told
-    assert re.search(r"-r \S+/requirements/(cpu|cu121)\.txt", told)
+    reasons = refusal(monkeypatch, "", has_gpu=True, **sections)
+    assert reasons.count("is not installed") == 2
+    assert "--use_4bit false or " in reasons
+    assert re.search(r"-r \S+/requirements/(cpu|cu121)\.txt", reasons)
     monkeypatch.setattr(stacks, "LOCKS", Path("/no/requirements"))
     assert "pip" not in refusal(monkeypatch, "", has_gpu=True, **sections)
 
@@ -348,8 +348,8 @@ def test_quantization_without_the_package_is_refused_with_the_lock_that_holds_it
 def test_only_newer_versions_compute_in_eight_bits_on_a_cpu(
     monkeypatch, version, has_gpu, is_refused
 ):
-    told = refusal(monkeypatch, version, has_gpu=has_gpu, training={"optim": "adamw_8bit"})
-    assert ("0.45.5 does not train on a CPU" in told) is is_refused
+    reasons = refusal(monkeypatch, version, has_gpu=has_gpu, training={"optim": "adamw_8bit"})
+    assert ("0.45.5 does not train on a CPU" in reasons) is is_refused
 
 
 @pytest.mark.parametrize("key", ["use_4bit", "use_8bit"])
@@ -384,8 +384,10 @@ def test_loftq_on_a_base_that_cannot_be_quantized_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("has_gpu", [True, False])
 def test_paged_optimizers_need_a_gpu(monkeypatch, has_gpu):
-    told = refusal(monkeypatch, "0.50.2", has_gpu=has_gpu, training={"optim": "paged_adamw_8bit"})
-    assert ("--optim adamw_8bit" in told) is not has_gpu
+    reasons = refusal(
+        monkeypatch, "0.50.2", has_gpu=has_gpu, training={"optim": "paged_adamw_8bit"}
+    )
+    assert ("--optim adamw_8bit" in reasons) is not has_gpu
 
 
 def test_nothing_is_asked_of_bitsandbytes_by_the_defaults(monkeypatch):

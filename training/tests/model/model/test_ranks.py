@@ -31,13 +31,13 @@ from support.quantized import needs_bitsandbytes
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a function that trains in one process, once for each settings."""
-    made: dict[str, Any] = {}
+    results: dict[str, Any] = {}
 
     def train(own: dict[str, Any]) -> Any:
-        if (key := str(own)) not in made:
+        if (key := str(own)) not in results:
             folder = tmp_path_factory.mktemp("alone") / "run"
-            (made[key],) = together(1, folder, ranks_at_work.trained, folder, "none", own)
-        return made[key]
+            (results[key],) = together(1, folder, ranks_at_work.trained, folder, "none", own)
+        return results[key]
 
     return train
 
@@ -83,21 +83,21 @@ def test_ranks_train_what_one_process_trains(
     alone: Any, tmp_path: Path, count: int, parallelism: str, own: dict[str, Any]
 ) -> None:
     expected = alone(own)
-    found = together(
+    results = together(
         count, tmp_path / "run", ranks_at_work.trained, tmp_path / "run", parallelism, own
     )
     # DeepSpeed's projections are not fused, and round what one process adds in place.
     rounding = {"bfloat16": 5e-3, "float16": 1e-3}
     is_rounded = parallelism == "deepspeed" and "dtype" in own
     tolerance = rounding[own["dtype"]] if is_rounded else 1e-4
-    assert found[0]["losses"] == pytest.approx(expected["losses"], abs=tolerance)
-    assert len(found[0]["losses"]) == 12
-    assert found[0]["evals"] == pytest.approx(expected["evals"], abs=tolerance)
-    for name, tensor in found[0]["adapter"].items():
+    assert results[0]["losses"] == pytest.approx(expected["losses"], abs=tolerance)
+    assert len(results[0]["losses"]) == 12
+    assert results[0]["evals"] == pytest.approx(expected["evals"], abs=tolerance)
+    for name, tensor in results[0]["adapter"].items():
         torch.testing.assert_close(
             tensor, expected["adapter"][name], atol=1e-2 if is_rounded else 1e-4, rtol=0
         )
-        for other in found[1:]:
+        for other in results[1:]:
             assert torch.equal(tensor, other["adapter"][name])
 
 
@@ -119,8 +119,8 @@ def test_sharded_ranks_hold_a_part_of_the_layers_each(
 ) -> None:
     own = {"max_steps": 1}
     folder = tmp_path / "run"
-    found = together(2, folder, ranks_at_work.trained, folder, parallelism, own)
-    assert [one["held"] for one in found] == [alone(own)["held"] / 2] * 2
+    results = together(2, folder, ranks_at_work.trained, folder, parallelism, own)
+    assert [one["held"] for one in results] == [alone(own)["held"] / 2] * 2
 
 
 def test_gathered_layer_is_whole_while_it_computes_and_in_parts_otherwise(tmp_path: Path) -> None:
@@ -205,20 +205,20 @@ def test_sharded_rank_without_work_goes_along_with_weight_nought() -> None:
 
 
 def test_dropout_has_another_seed_at_each_place_of_a_run() -> None:
-    places = [(seed, step, index) for seed in (0, 1) for step in range(3) for index in range(3)]
-    assert len({seed_of(*place) for place in places}) == len(places)
+    positions = [(seed, step, index) for seed in (0, 1) for step in range(3) for index in range(3)]
+    assert len({seed_of(*position) for position in positions}) == len(positions)
 
 
 def test_rank_that_runs_out_of_memory_makes_all_ranks_agree_on_less(
     alone: Any, tmp_path: Path
 ) -> None:
     expected, own = alone({}), {"per_device_eval_batch_size": 3}
-    found = together(2, tmp_path / "run", ranks_at_work.short_of_memory, tmp_path / "run", own)
-    first, last = found
+    results = together(2, tmp_path / "run", ranks_at_work.short_of_memory, tmp_path / "run", own)
+    first, last = results
     assert first["losses"] == pytest.approx(expected["losses"], abs=1e-5)
     assert first["evals"] == pytest.approx(expected["evals"], abs=1e-5)
     for name, tensor in expected["adapter"].items():
-        for one in found:
+        for one in results:
             torch.testing.assert_close(one["adapter"][name], tensor, atol=1e-5, rtol=0)
     # Once in the first evaluation and once in the first step, on the rank that is short alone.
     assert (first["failed"], last["failed"]) == ([], [3, 2])

@@ -27,15 +27,15 @@ LENGTHS = [5, 1, 9]
 
 @pytest.fixture
 def calls():
-    with on_the_cpu() as made:
-        yield made
+    with on_the_cpu() as recorded:
+        yield recorded
 
 
 def forwards(calls):
     return [call for call in calls if "backward" not in call]
 
 
-def parts(device="cpu"):
+def qkv(device="cpu"):
     torch.manual_seed(2)
     shapes = [(1, 4, 15, 8), (1, 2, 15, 8), (1, 2, 15, 8)]
     return [torch.randn(s, dtype=torch.float64, device=device, requires_grad=True) for s in shapes]
@@ -44,7 +44,7 @@ def parts(device="cpu"):
 def attended(kernel, window=None, scaling=0.3):
     packed = attention.PackedAttention(kernel)
     packed.lengths = LENGTHS
-    inputs = parts()
+    inputs = qkv()
     output, _ = packed(None, *inputs, None, scaling=scaling, sliding_window=window)
     torch.manual_seed(3)
     above = torch.randn(output.shape, dtype=output.dtype)
@@ -139,9 +139,11 @@ def test_on_meta_tensors_each_layer_calls_the_operator_once_each_way():
         hidden, _ = causal._hidden(take(make_rows(3), range(3)))
         hidden.sum().backward()
     lengths = [len(ids) for ids, _ in make_rows(3)]
-    made = operations.named("_varlen_attn.default")
-    assert len(made) == len(operations.named("_varlen_attn_backward.default")) == 2
-    for query, key, _, starts, _, longest, *_, scale, window, has_groups in (a[:11] for a in made):
+    forward = operations.named("_varlen_attn.default")
+    assert len(forward) == len(operations.named("_varlen_attn_backward.default")) == 2
+    for query, key, _, starts, _, longest, *_, scale, window, has_groups in (
+        a[:11] for a in forward
+    ):
         assert (query.shape, key.shape) == ((sum(lengths), 4, 8), (sum(lengths), 2, 8))
         assert (len(starts), longest) == (4, max(lengths))
         assert (scale, window, has_groups) == (8**-0.5, [5, 0], True)

@@ -37,7 +37,7 @@ def refusal(
 
 
 @pytest.mark.parametrize(
-    ("installed", "sections", "said"),
+    ("installed", "sections", "reasons"),
     [
         (INSTALLED, {}, []),
         (INSTALLED, {"model": {"use_4bit": True}}, ["4 or 8 bits", "--parallelism fsdp"]),
@@ -52,11 +52,11 @@ def test_what_cannot_be_is_refused_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch,
     installed: dict[str, str],
     sections: dict[str, Any],
-    said: list[str],
+    reasons: list[str],
 ) -> None:
-    told = refusal(monkeypatch, installed, sections)
-    assert all(part in told for part in said)
-    assert bool(told) == bool(said)
+    printed = refusal(monkeypatch, installed, sections)
+    assert all(part in printed for part in reasons)
+    assert bool(printed) == bool(reasons)
 
 
 @pytest.mark.parametrize(
@@ -67,21 +67,21 @@ def test_a_layer_is_gathered_at_a_time_and_the_next_one_on_its_way(
 ) -> None:
     layers = tiny_model("llama").model.layers.to(dtype)
     layer = sum(parameter.numel() for parameter in layers[0].parameters())
-    told = zero._settings(layers, len(layers), "cuda", is_offloaded=False)
-    stage = told["zero_optimization"]
+    settings = zero._settings(layers, len(layers), "cuda", is_offloaded=False)
+    stage = settings["zero_optimization"]
     assert stage["stage"] == 3
     assert stage["stage3_max_live_parameters"] == 2 * layer
     assert stage["stage3_prefetch_bucket_size"] == layer
     assert stage["stage3_param_persistence_threshold"] == layers[0].input_layernorm.weight.numel()
     assert "offload_param" not in stage
-    assert [key for key in ("bf16", "fp16") if key in told] == ([half] if half else [])
+    assert [key for key in ("bf16", "fp16") if key in settings] == ([half] if half else [])
 
 
 def test_offloaded_layers_are_pinned_where_a_gpu_copies_them() -> None:
     layers = tiny_model("llama").model.layers
     for device, is_pinned in (("cuda", True), ("cpu", False)):
-        told = zero._settings(layers, len(layers), device, is_offloaded=True)
-        offload = told["zero_optimization"]["offload_param"]
+        settings = zero._settings(layers, len(layers), device, is_offloaded=True)
+        offload = settings["zero_optimization"]["offload_param"]
         assert offload == {"device": "cpu", "pin_memory": is_pinned}
 
 

@@ -19,10 +19,10 @@ pytestmark = pytest.mark.any_stack
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Return a place where `long` had 8 steps from the start, and `short` has 4."""
-    made = Runs(tmp_path_factory.mktemp("runs"))
-    made.start("long", "max_steps", "8")
-    made.start("short")
-    return made
+    folders = Runs(tmp_path_factory.mktemp("runs"))
+    folders.start("long", "max_steps", "8")
+    folders.start("short")
+    return folders
 
 
 def is_step(number: int) -> object:

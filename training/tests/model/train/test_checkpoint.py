@@ -259,18 +259,18 @@ def test_kill_at_any_call_leaves_a_sound_checkpoint(
     snapshot = snapshot_at(3)
     backup = store.folder.with_name("backup")
     shutil.copytree(store.folder, backup)
-    found = []
+    steps = []
     for number in range(1, 100):
         if not kill_at_call(number, store, snapshot, monkeypatch):
             break
         read, _ = store.newest()
         assert read is not None
-        found.append(read.state.step)
+        steps.append(read.state.step)
         shutil.rmtree(store.folder)
         shutil.copytree(backup, store.folder)
-    assert len(found) > 10
-    assert found == sorted(found)
-    assert set(found) == {2, 3}
+    assert len(steps) > 10
+    assert steps == sorted(steps)
+    assert set(steps) == {2, 3}
 
 
 def test_thousand_flipped_bits_are_found_or_harmless(store: CheckpointStore) -> None:

@@ -22,7 +22,7 @@ from lora_trainer.train.optim import make_optimizer
 from support.device_watch import TwoDevicesError, meta_as_gpu
 from support.families import FAMILIES, tiny_model
 from support.flash_operator import IS_FIRST
-from support.training_loop import make_parts
+from support.training_loop import make_context
 
 WAYS = ("packed", "padded", "whole", "one by one", "kernel")
 KERNEL = flash.PYTORCH_1 if IS_FIRST else flash.PYTORCH
@@ -135,13 +135,13 @@ def test_scoring_a_batch_waits_once_for_all_its_figures(way: str) -> None:
 def test_a_training_step_waits_for_its_loss_and_its_norm_alone(
     way: str, uploads: int, precision: str, tmp_path: Path
 ) -> None:
-    parts, _ = make_parts(tmp_path, precision=precision, gradient_accumulation_steps=3)
+    context, _ = make_context(tmp_path, precision=precision, gradient_accumulation_steps=3)
     causal = on_meta("llama", way)
     parameters = trainable_parameters(causal.model)
-    optimizer = make_optimizer(parameters, parts.training)
-    parts = replace(parts, causal=causal, parameters=parameters, optimizer=optimizer)
-    fitting = Fitting(parts.plan, causal, parts.ranks, parts.emit, parts.keep_limits)
+    optimizer = make_optimizer(parameters, context.training)
+    context = replace(context, causal=causal, parameters=parameters, optimizer=optimizer)
+    fitting = Fitting(context.plan, causal, context.ranks, context.emit, context.keep_limits)
     with meta_as_gpu() as watch:
-        loop._step(parts, TrainState(), fitting)
+        loop._step(context, TrainState(), fitting)
     assert watch.waits == {"_to_copy to host": 1}  # both at once
     assert watch.uploads == 3 * uploads  # its numbers, and where examples begin

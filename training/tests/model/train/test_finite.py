@@ -19,7 +19,7 @@ from lora_trainer.train.export import save_adapter
 from lora_trainer.train.finite import is_finite
 from support.families import VOCABULARY, tiny_model
 from support.plain_peft import ListRows
-from support.training_loop import make_parts, of_kind, scores
+from support.training_loop import make_context, of_kind, scores
 from support.weights import weights_of
 
 ODD = VOCABULARY - 1  # a token whose embedding is infinite in these tests
@@ -56,7 +56,7 @@ def spoiled(context, at_step, spoil):
 
 
 def test_last_step_that_diverges_is_not_saved(tmp_path):
-    context, events = make_parts(tmp_path, save_steps=4)
+    context, events = make_context(tmp_path, save_steps=4)
     context = replace(context, eval_rows=ListRows([]))
     spoiled(context, 12, lambda: weights_of(context).data[0, 0].fill_(math.nan))
     with pytest.raises(NotFiniteError, match="not finite after step 12") as caught:
@@ -67,7 +67,7 @@ def test_last_step_that_diverges_is_not_saved(tmp_path):
 
 
 def test_moments_that_overflow_are_not_saved(tmp_path):
-    context, events = make_parts(tmp_path, save_steps=4)
+    context, events = make_context(tmp_path, save_steps=4)
     context = replace(context, eval_rows=ListRows([]))
 
     def spoil():
@@ -81,7 +81,7 @@ def test_moments_that_overflow_are_not_saved(tmp_path):
 
 
 def test_damaged_checkpoint_is_not_called_sound(tmp_path):
-    context, _ = make_parts(tmp_path, save_steps=4)
+    context, _ = make_context(tmp_path, save_steps=4)
     context = replace(context, eval_rows=ListRows([]))
 
     def spoil():
@@ -97,7 +97,7 @@ def test_damaged_checkpoint_is_not_called_sound(tmp_path):
 
 
 def test_weights_that_diverge_on_the_way_are_blamed_on_the_learning_rate(tmp_path):
-    context, _ = make_parts(tmp_path, save_steps=2)
+    context, _ = make_context(tmp_path, save_steps=2)
     context = replace(context, eval_rows=ListRows([]))
     spoiled(context, 3, lambda: weights_of(context).data.fill_(math.nan))
     with pytest.raises(NotFiniteError, match=r"not finite at step 4$") as caught:
@@ -133,7 +133,7 @@ def named(indices, is_held_out):
 
 
 def test_training_row_that_overflows_is_named_and_not_the_learning_rate(tmp_path):
-    context, events = make_parts(tmp_path)
+    context, events = make_context(tmp_path)
     (first, *_) = context.sampler.step_rows(2)
     rows = with_odd_token(context, list(context.rows), int(first))
     held_out = ListRows([row for i, row in enumerate(rows) if i != first][:4])
@@ -148,17 +148,17 @@ def test_training_row_that_overflows_is_named_and_not_the_learning_rate(tmp_path
 
 
 def test_row_whose_gradient_alone_overflows_is_named(tmp_path):
-    context, _ = make_parts(tmp_path)
+    context, _ = make_context(tmp_path)
     first = int(context.sampler.step_rows(0)[1])
     odd = context.rows[first][0].tolist()
     sound = context.causal.loss
 
     def loss(batch, factor):
-        found = sound(batch, factor)
+        value = sound(batch, factor)
         if any(ids.tolist() == odd for ids in batch.ids):
             # The square root has no slope at zero: the loss stays as it is.
-            found = found + (weights_of(context) * 0).abs().sum().sqrt()
-        return found
+            value = value + (weights_of(context) * 0).abs().sum().sqrt()
+        return value
 
     context.causal.loss = loss
     context = replace(context, eval_rows=ListRows([]), name_rows=named)
@@ -168,7 +168,7 @@ def test_row_whose_gradient_alone_overflows_is_named(tmp_path):
 
 
 def test_weights_that_overflow_some_rows_before_others_are_the_cause(tmp_path):
-    context, _ = make_parts(tmp_path)
+    context, _ = make_context(tmp_path)
     kept = []
     odd = context.rows[int(context.sampler.step_rows(3)[0])][0].tolist()
     sound = context.causal.score
@@ -194,7 +194,7 @@ def test_weights_that_overflow_some_rows_before_others_are_the_cause(tmp_path):
 
 
 def with_odd_held_out_row(tmp_path, **training):
-    context, events = make_parts(tmp_path, **training)
+    context, events = make_context(tmp_path, **training)
     rows = with_odd_token(context, list(context.eval_rows), 5)
     clean = ListRows([row for row in rows if ODD not in row[0]])
     sampler = replace(context.sampler, rows=len(clean))
@@ -225,7 +225,7 @@ def test_held_out_row_that_overflows_may_be_warned_of(tmp_path):
 
 
 def test_evaluation_by_diverged_weights_names_no_row(tmp_path, monkeypatch):
-    context, _ = make_parts(tmp_path, eval_steps=2)
+    context, _ = make_context(tmp_path, eval_steps=2)
     spoiled(context, 2, lambda: weights_of(context).data.fill_(math.nan))
     with pytest.raises(NotFiniteError, match=r"evaluation at step 2 is not finite$") as caught:
         loop.train(context, TrainState())
@@ -234,7 +234,7 @@ def test_evaluation_by_diverged_weights_names_no_row(tmp_path, monkeypatch):
 
 def test_infinite_figure_without_a_bad_row_still_ends_the_run(tmp_path, monkeypatch):
     scores(monkeypatch, [math.inf])
-    context, _ = make_parts(tmp_path)
+    context, _ = make_context(tmp_path)
     with pytest.raises(NotFiniteError):
         loop.train(context, TrainState())
 

@@ -108,10 +108,10 @@ def test_damaged_first_adapter_is_written_again_and_the_export_is_the_same(
     session.restore(snapshot)
     expected = exported(session, tmp_path / "undisturbed")
     damage(RunFolder(tmp_path).initial_adapter)
-    again, told = opened(root, tmp_path), list[Event]()
-    again.restore(snapshot, told.append)
+    again, events = opened(root, tmp_path), list[Event]()
+    again.restore(snapshot, events.append)
     assert exported(again, tmp_path / "resumed") == expected
-    (warned,) = told
+    (warned,) = events
     assert isinstance(warned, Warned)
     assert "rewritten" in warned.message
 
@@ -147,8 +147,8 @@ def test_init_that_comes_out_differently_uses_the_first_one_or_ends(
     session, snapshot = started
     assert session.initial is not None
     elsewhere = replace(session.initial, digest="of another machine")
-    told = elsewhere.settle(session.causal.model, snapshot.initial)
-    assert "first start is used" in told
+    reason = elsewhere.settle(session.causal.model, snapshot.initial)
+    assert "first start is used" in reason
     assert initial.verify(tmp_path / RunFolder.initial_adapter) == snapshot.initial
     flip_weights(tmp_path / RunFolder.initial_adapter)
     with pytest.raises(UnavailableError, match="is missing"):

@@ -14,11 +14,11 @@ from lora_trainer.run.events import CheckpointSaved, Evaluated, Progress, StepDo
 from lora_trainer.train import loop
 from lora_trainer.train.checkpoint import TrainState
 from support.plain_peft import ListRows
-from support.training_loop import make_parts, of_kind, scores
+from support.training_loop import make_context, of_kind, scores
 
 
 def test_evaluations_come_at_the_start_at_intervals_and_at_the_end(tmp_path):
-    context, events = make_parts(tmp_path, eval_steps=5)
+    context, events = make_context(tmp_path, eval_steps=5)
     state = loop.train(context, TrainState())
     assert [event.step for event in of_kind(events, Evaluated)] == [0, 5, 10, 12]
     assert state.step == 12
@@ -27,7 +27,7 @@ def test_evaluations_come_at_the_start_at_intervals_and_at_the_end(tmp_path):
 
 def test_steps_that_are_not_logged_are_heard_of(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "BEAT_SECONDS", 0.0)
-    context, events = make_parts(tmp_path)
+    context, events = make_context(tmp_path)
     loop.train(replace(context, logging_steps=5, eval_rows=ListRows([])), TrainState())
     assert [event.step for event in of_kind(events, StepDone)] == [1, 5, 10, 12]
     beats = of_kind(events, Progress)
@@ -37,7 +37,7 @@ def test_steps_that_are_not_logged_are_heard_of(tmp_path, monkeypatch):
 
 def test_training_stops_early_when_patience_is_used_up(tmp_path, monkeypatch):
     scores(monkeypatch, [9.0, 2.0, 1.0, 1.5, 1.2, 0.1])
-    context, events = make_parts(tmp_path, eval_steps=2, early_stopping_patience=2)
+    context, events = make_context(tmp_path, eval_steps=2, early_stopping_patience=2)
     state = loop.train(context, TrainState())
     assert (state.step, state.best_step, state.best_eval_loss) == (8, 4, 1.0)
     assert [event.is_best for event in of_kind(events, Evaluated)] == [
@@ -51,7 +51,7 @@ def test_training_stops_early_when_patience_is_used_up(tmp_path, monkeypatch):
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path, monkeypatch):
     scores(monkeypatch, [9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    context, _ = make_parts(tmp_path, eval_steps=2, save_steps=2)
+    context, _ = make_context(tmp_path, eval_steps=2, save_steps=2)
     loop.train(context, TrainState())
     kept = sorted(path.name for path in tmp_path.iterdir())
     assert kept == ["step-000002", "step-000010", "step-000012"]
@@ -59,7 +59,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path, monkeypatch):
 
 def test_a_stop_request_ends_at_a_step_boundary_with_a_checkpoint(tmp_path):
     asked = SimpleNamespace(now=False)
-    context, events = make_parts(tmp_path, should_stop=lambda: asked.now)
+    context, events = make_context(tmp_path, should_stop=lambda: asked.now)
 
     def emit(event):
         events.append(event)
@@ -72,16 +72,16 @@ def test_a_stop_request_ends_at_a_step_boundary_with_a_checkpoint(tmp_path):
 
 
 def test_a_stop_during_an_evaluation_leaves_it_to_the_resumed_run(tmp_path):
-    context, events = make_parts(tmp_path, should_stop=lambda: True)
+    context, events = make_context(tmp_path, should_stop=lambda: True)
     state = loop.train(context, replace(TrainState(), step=12))
     assert state.evaluated_step != 12
-    context, events = make_parts(tmp_path)
+    context, events = make_context(tmp_path)
     loop.train(context, state)
     assert [event.step for event in of_kind(events, Evaluated)] == [12]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(tmp_path):
-    context, _ = make_parts(tmp_path)
+    context, _ = make_context(tmp_path)
     before = {name: p.detach().clone() for name, p in context.parameters.items()}
     context.causal.loss = lambda *_: next(iter(context.parameters.values())).sum() * torch.nan
     with pytest.raises(InternalError, match="not finite at step 1"):
@@ -115,7 +115,7 @@ def test_time_of_a_rank_includes_its_kernels_and_not_the_wait_for_others(tmp_pat
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
-    context, _ = make_parts(tmp_path)
+    context, _ = make_context(tmp_path)
     fitting = loop.Fitting(context.plan, context.causal, ALONE, context.emit, context.keep_limits)
     loop._gradients(replace(context, ranks=Ranks(0, 2)), TrainState(), fitting, None)
     assert events == ["record", "synchronize", "sum"]

@@ -29,7 +29,7 @@ from support.extras import needs_float16
 from support.families import tiny_model
 from support.forked import together
 from support.plain_peft import ListRows, make_rows, ours, plain
-from support.training_loop import make_parts, of_kind
+from support.training_loop import make_context, of_kind
 from support.weights import weights_of
 
 # torch 2.1.2 has no float16 on a CPU: there the loop scales what is computed in float32.
@@ -39,7 +39,7 @@ PRECISION = "float16" if math.isfinite(float16_slowness()) else "float32"
 def trained(folder, monkeypatch, *, overflows=(), **settings):
     """Train in float16; the gradients of these attempts at a step (1 is the first) overflow."""
     settings = {"max_steps": 8, "learning_rate": 1e-3} | settings
-    context, events = make_parts(folder, precision=PRECISION, **settings)
+    context, events = make_context(folder, precision=PRECISION, **settings)
     plan = replace(context.plan, precision="float16")
     context = replace(context, plan=plan, eval_rows=ListRows([]))
     attempts, sound = [], loop.sum_step
@@ -180,7 +180,7 @@ def test_scale_that_collapses_ends_the_run_before_the_weights_change(tmp_path, m
 
 @needs_float16
 def test_loss_that_is_not_finite_is_no_overflow_of_the_scale(tmp_path):
-    context, events = make_parts(tmp_path, precision="float16")
+    context, events = make_context(tmp_path, precision="float16")
     before = [p.detach().clone() for p in context.parameters.values()]
     context.causal.loss = lambda *_: weights_of(context).sum() * torch.nan
     with pytest.raises(NotFiniteError, match="not finite at step 1"):

@@ -27,15 +27,15 @@ from lora_trainer.train import evaluate, loop, smaller_plans
 from lora_trainer.train.checkpoint import TrainState
 from lora_trainer.train.setup import TrainingSetup
 from lora_trainer.train.smaller_plans import is_tight, with_smaller_plans
-from support.training_loop import make_parts, of_kind
+from support.training_loop import make_context, of_kind
 
 ON_GPU = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 ON_CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")
 
 
-def short_of_memory(parts, most, error=ON_GPU):
+def short_of_memory(context, most, error=ON_GPU):
     """Let more than `most` examples at a time fail; return how often that happened."""
-    sound, failed = parts.causal.loss, []
+    sound, failed = context.causal.loss, []
 
     def loss(batch, factor):
         if len(batch.ids) > most:
@@ -43,21 +43,21 @@ def short_of_memory(parts, most, error=ON_GPU):
             raise error
         return sound(batch, factor)
 
-    parts.causal.loss = loss
+    context.causal.loss = loss
     return failed
 
 
 def trained(tmp_path, spoil=lambda _: None, **training):
-    parts, events = make_parts(tmp_path, per_device_train_batch_size=8, **training)
+    context, events = make_context(tmp_path, per_device_train_batch_size=8, **training)
     kept = []
-    parts = replace(parts, keep_limits=kept.append)
-    found = spoil(parts)
-    state = loop.train(parts, TrainState())
+    context = replace(context, keep_limits=kept.append)
+    failed = spoil(context)
+    state = loop.train(context, TrainState())
     losses = [event.loss for event in of_kind(events, StepDone)]
-    adapter = {name: p.detach().clone() for name, p in parts.parameters.items()}
+    adapter = {name: p.detach().clone() for name, p in context.parameters.items()}
     return {
         "state": state, "losses": losses, "adapter": adapter, "events": events, "kept": kept,
-        "found": found, "parts": parts,
+        "failed": failed, "context": context,
     }  # fmt: skip
 
 
@@ -78,8 +78,8 @@ def assert_same(one, other, tolerance=1e-5):
     ids=["GPU", "CPU", "Python", "C++"],
 )
 def test_step_that_does_not_fit_is_done_in_smaller_pieces(tmp_path, whole, error):
-    short = trained(tmp_path, lambda parts: short_of_memory(parts, 2, error))
-    assert short["found"] == [8, 4]  # each size failed once, in the first step alone
+    short = trained(tmp_path, lambda context: short_of_memory(context, 2, error))
+    assert short["failed"] == [8, 4]  # each size failed once, in the first step alone
     assert short["state"].step == 12
     assert_same(short, whole)
     assert short["kept"] == [MemoryLimits(4, 8, False), MemoryLimits(2, 8, False)]
@@ -90,21 +90,21 @@ def test_step_that_does_not_fit_is_done_in_smaller_pieces(tmp_path, whole, error
 
 
 def test_attempt_that_fails_in_its_backward_pass_leaves_nothing_behind(tmp_path, whole):
-    def spoil(parts):
+    def spoil(context):
         failed = []
-        last = next(iter(parts.parameters.values()))
+        last = next(iter(context.parameters.values()))
 
         def hook(_):
-            if parts.optimizer.state and not failed:
+            if context.optimizer.state and not failed:
                 # Gradients of the layers above are there by now.
-                failed.append(sum(p.grad is not None for p in parts.parameters.values()))
+                failed.append(sum(p.grad is not None for p in context.parameters.values()))
                 raise ON_CPU
 
         last.register_post_accumulate_grad_hook(hook)
         return failed
 
     short = trained(tmp_path, spoil)
-    assert short["found"][0] > 1
+    assert short["failed"][0] > 1
     assert [event.step for event in of_kind(short["events"], MemoryReduced)] == [1]
     assert_same(short, whole)
 
@@ -114,88 +114,88 @@ def test_dropout_is_that_of_a_run_with_the_smaller_size_from_the_beginning(tmp_p
     for folder in ("short", "small"):
         (tmp_path / folder).mkdir()
 
-    def with_dropout(parts):
-        for name, module in parts.causal.model.named_modules():
+    def with_dropout(context):
+        for name, module in context.causal.model.named_modules():
             if name.endswith("lora_dropout.default"):
-                parent = parts.causal.model.get_submodule(name.rpartition(".")[0])
+                parent = context.causal.model.get_submodule(name.rpartition(".")[0])
                 parent["default"] = torch.nn.Dropout(0.5)
                 assert isinstance(module, torch.nn.Identity)
 
-    def spoil(parts):
-        with_dropout(parts)
-        return short_of_memory(parts, 2)
+    def spoil(context):
+        with_dropout(context)
+        return short_of_memory(context, 2)
 
     short = trained(tmp_path / "short", spoil, **dropout)
-    parts, events = make_parts(tmp_path / "small", per_device_train_batch_size=8, **dropout)
-    plan = replace(parts.plan, micro_batch_examples=2, micro_batches=4)
-    parts = replace(parts, plan=plan)
-    with_dropout(parts)
-    loop.train(parts, TrainState())
+    context, events = make_context(tmp_path / "small", per_device_train_batch_size=8, **dropout)
+    plan = replace(context.plan, micro_batch_examples=2, micro_batches=4)
+    context = replace(context, plan=plan)
+    with_dropout(context)
+    loop.train(context, TrainState())
     assert short["losses"] == [event.loss for event in of_kind(events, StepDone)]
-    for name, parameter in parts.parameters.items():
+    for name, parameter in context.parameters.items():
         assert torch.equal(parameter, short["adapter"][name])
 
 
-def is_checkpointing(parts):
-    return any(getattr(m, "gradient_checkpointing", False) for m in parts.causal.inner.modules())
+def is_checkpointing(context):
+    return any(getattr(m, "gradient_checkpointing", False) for m in context.causal.inner.modules())
 
 
 def test_gradient_checkpointing_is_the_last_resort(tmp_path, whole):
-    def spoil(parts):
-        sound, failed = parts.causal.loss, []
+    def spoil(context):
+        sound, failed = context.causal.loss, []
 
         def loss(batch, factor):
-            if len(batch.ids) > 1 or not is_checkpointing(parts):
+            if len(batch.ids) > 1 or not is_checkpointing(context):
                 failed.append(len(batch.ids))
                 raise ON_GPU
             return sound(batch, factor)
 
-        parts.causal.loss = loss
+        context.causal.loss = loss
         return failed
 
     short = trained(tmp_path, spoil)
-    assert short["found"] == [8, 4, 2, 1]
+    assert short["failed"] == [8, 4, 2, 1]
     assert short["kept"][-1] == MemoryLimits(1, 8, True)
     assert_same(short, whole)
 
 
 def test_step_that_does_not_fit_at_all_ends_with_137_and_weights_untouched(tmp_path):
-    parts, events = make_parts(tmp_path, per_device_train_batch_size=8)
-    before = {name: p.detach().clone() for name, p in parts.parameters.items()}
-    short_of_memory(parts, 0)
+    context, events = make_context(tmp_path, per_device_train_batch_size=8)
+    before = {name: p.detach().clone() for name, p in context.parameters.items()}
+    short_of_memory(context, 0)
     with pytest.raises(MemoryKilledError) as caught:
-        loop.train(parts, TrainState())
+        loop.train(context, TrainState())
     assert caught.value.exit_code == 137
     assert caught.value.retry == ""
     (problem,) = caught.value.problems
     assert problem.where == "step 1, micro-batches of 1 example and gradient checkpointing"
     assert "Tried to allocate 2.00 GiB" in problem.why
     assert not of_kind(events, StepDone)
-    for name, parameter in parts.parameters.items():
+    for name, parameter in context.parameters.items():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
 
 
 def test_other_errors_are_raised_at_once(tmp_path):
-    parts, _ = make_parts(tmp_path)
-    failed = short_of_memory(parts, 0, RuntimeError("shapes do not fit"))
+    context, _ = make_context(tmp_path)
+    failed = short_of_memory(context, 0, RuntimeError("shapes do not fit"))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        loop.train(parts, TrainState())
+        loop.train(context, TrainState())
     assert len(failed) == 1
 
 
 def test_rank_that_shares_its_model_leaves_it_to_the_supervisor(tmp_path):
-    parts, _ = make_parts(tmp_path)
-    parts.causal.is_sharded = True
-    failed = short_of_memory(parts, 2)
+    context, _ = make_context(tmp_path)
+    context.causal.is_sharded = True
+    failed = short_of_memory(context, 2)
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        loop.train(parts, TrainState())
+        loop.train(context, TrainState())
     assert len(failed) == 1
 
 
 def test_evaluation_that_does_not_fit_gives_the_same_score(tmp_path, whole):
-    def spoil(parts):
-        sound, failed = parts.causal.score, []
+    def spoil(context):
+        sound, failed = context.causal.score, []
 
         def score(batch):
             if len(batch.ids) > 3:
@@ -203,11 +203,11 @@ def test_evaluation_that_does_not_fit_gives_the_same_score(tmp_path, whole):
                 raise ON_CPU
             return sound(batch)
 
-        parts.causal.score = score
+        context.causal.score = score
         return failed
 
     short = trained(tmp_path, spoil)
-    assert short["found"] == [8, 4]  # in the first evaluation alone
+    assert short["failed"] == [8, 4]  # in the first evaluation alone
     assert short["kept"] == [MemoryLimits(8, 2, False)]
     evals = [of_kind(run["events"], Evaluated) for run in (short, whole)]
     assert [one.eval_loss for one in evals[0]] == pytest.approx(
@@ -217,14 +217,14 @@ def test_evaluation_that_does_not_fit_gives_the_same_score(tmp_path, whole):
 
 
 def test_evaluation_of_one_row_that_does_not_fit_is_final(tmp_path):
-    parts, _ = make_parts(tmp_path)
+    context, _ = make_context(tmp_path)
 
     def score(_):
         raise ON_CPU
 
-    parts.causal.score = score
+    context.causal.score = score
     with pytest.raises(MemoryKilledError) as caught:
-        evaluate.score(parts.causal, parts.eval_rows, batch_examples=8)
+        evaluate.score(context.causal, context.eval_rows, batch_examples=8)
     assert caught.value.retry == ""
 
 
@@ -247,10 +247,10 @@ def test_pieces_keep_the_order_of_what_they_hold():
     [(8, [4, 2, 1]), (6, [3, 1]), (7, [1]), (9, [3, 1]), (1, [])],
 )
 def test_micro_batch_becomes_its_largest_divisor(examples, sizes):
-    found, now = [], BatchSizes(examples, 8, False)
+    reached, now = [], BatchSizes(examples, 8, False)
     while (now := reduced(now)) is not None:
-        found.append((now.micro_batch_examples, now.gradient_checkpointing))
-    assert found == [(size, False) for size in sizes] + [(1, True)]
+        reached.append((now.micro_batch_examples, now.gradient_checkpointing))
+    assert reached == [(size, False) for size in sizes] + [(1, True)]
 
 
 def plan_of(limits=AS_CONFIGURED, memory_bytes=1 << 34, **training):

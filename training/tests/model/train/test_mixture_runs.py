@@ -19,7 +19,7 @@ from lora_trainer.model.compat import MAJOR, dtype_argument
 from lora_trainer.run.events import Event, Resumed, StepDone
 from support.continued import Runs
 from support.families import COMMON, MIXTURES
-from support.made_run import logits_of
+from support.run_folders import logits_of
 
 EXPERTS = "experts.gate_up_proj,experts.down_proj"
 TARGETS = ("lora_dropout", "0") + (("lora_target_parameters", EXPERTS) if MAJOR >= 5 else ())
@@ -46,10 +46,10 @@ def write_mixture(folder: Path, family: str) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Return a folder of runs on a tiny Mixtral, among them `whole`, which finished."""
-    made = Runs(tmp_path_factory.mktemp("runs"))
-    write_mixture(made.model, "mixtral")
-    made.start("whole", *TARGETS)
-    return made
+    folders = Runs(tmp_path_factory.mktemp("runs"))
+    write_mixture(folders.model, "mixtral")
+    folders.start("whole", *TARGETS)
+    return folders
 
 
 def losses(events: list[Event]) -> list[float]:

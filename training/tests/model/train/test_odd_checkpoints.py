@@ -202,9 +202,9 @@ def test_odd_checkpoint_that_is_not_ours_outlives_saves_at_its_step_and_later(
     verify(odd)
     if make_odd not in STILL_OURS:
         (aside,) = store.set_aside
-        found = tree(store.folder)
+        now = tree(store.folder)
         renamed = {name.replace(odd.name, aside.name, 1): kept[name] for name in kept}
-        assert {name: found.get(name, "gone") for name in renamed} == renamed
+        assert {name: now.get(name, "gone") for name in renamed} == renamed
 
 
 def test_folder_with_more_than_a_step_in_its_name_is_neither_read_nor_removed(

@@ -12,7 +12,7 @@ from lora_trainer.train import loop
 from lora_trainer.train.checkpoint import TrainState
 from lora_trainer.train.optim import make_optimizer
 from support.quantized import needs_bitsandbytes
-from support.training_loop import make_parts, of_kind
+from support.training_loop import make_context, of_kind
 
 
 class Unnoticed(torch.optim.AdamW):
@@ -34,7 +34,7 @@ class Unnoticed(torch.optim.AdamW):
 
 
 def losses(folder, precision, optimizer=None, **training):
-    context, events = make_parts(folder, precision=precision, **training)
+    context, events = make_context(folder, precision=precision, **training)
     if optimizer is not None:
         same = make_optimizer(context.parameters, context.training)
         context = replace(context, optimizer=optimizer(same.param_groups))

@@ -71,9 +71,13 @@ def test_lora_plus_gives_b_a_multiple_and_vectors_no_decay():
     section = TrainingSection(learning_rate=0.1, weight_decay=0.5)
     optimizer = make_optimizer(parameters, section, loraplus_lr_ratio=16)
     set_learning_rate(optimizer, 0.01)
-    found = {
+    by_parameter = {
         id(p): (group["lr"], group["weight_decay"])
         for group in optimizer.param_groups
         for p in group["params"]
     }
-    assert [found[id(p)] for p in parameters.values()] == [(0.01, 0.5), (0.16, 0.5), (0.01, 0.0)]
+    assert [by_parameter[id(p)] for p in parameters.values()] == [
+        (0.01, 0.5),
+        (0.16, 0.5),
+        (0.01, 0.0),
+    ]

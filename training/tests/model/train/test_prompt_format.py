@@ -39,25 +39,27 @@ ANSWER = row((IM_START, False), (50, True), (IM_END, True), (51, False), (52, Tr
 
 
 def test_ends_are_the_special_tokens_that_end_trained_parts(tokenizer) -> None:
-    found = format_of_rows([ANSWER], ["messages"], tokenizer)
-    assert found == PromptFormat("chat", (IM_END,))
+    prompt_format = format_of_rows([ANSWER], ["messages"], tokenizer)
+    assert prompt_format == PromptFormat("chat", (IM_END,))
 
 
 def test_a_row_cut_in_the_middle_adds_no_end(tokenizer) -> None:
     cut = row((50, False), (51, True), (IM_START, True))
-    found = format_of_rows([ANSWER] * 99 + [cut], ["messages"], tokenizer)
-    assert found.end_token_ids == (IM_END,)
+    prompt_format = format_of_rows([ANSWER] * 99 + [cut], ["messages"], tokenizer)
+    assert prompt_format.end_token_ids == (IM_END,)
 
 
 def test_white_space_behind_the_end_is_not_the_end(tokenizer) -> None:
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][0]
-    found = format_of_rows([row((50, True), (IM_END, True), (newline, True))], ["text"], tokenizer)
-    assert found.end_token_ids == (IM_END,)
+    prompt_format = format_of_rows(
+        [row((50, True), (IM_END, True), (newline, True))], ["text"], tokenizer
+    )
+    assert prompt_format.end_token_ids == (IM_END,)
 
 
 def test_rows_without_an_end_leave_the_tokenizers_own(tokenizer) -> None:
-    found = format_of_rows([row((50, True), (51, True))], ["completion"], tokenizer)
-    assert found == PromptFormat("completion", (ENDOFTEXT,))
+    prompt_format = format_of_rows([row((50, True), (51, True))], ["completion"], tokenizer)
+    assert prompt_format == PromptFormat("completion", (ENDOFTEXT,))
 
 
 def test_a_foreign_adapter_ends_where_its_chat_template_does(tokenizer, tmp_path: Path) -> None:
@@ -102,10 +104,10 @@ def test_merged_model_stops_by_its_own_defaults(chat_run, tmp_path: Path) -> Non
         CHAT["messages"][:1], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     ids = asked["input_ids"]
-    made = model.generate(
+    generated = model.generate(
         input_ids=ids, attention_mask=asked["attention_mask"], max_new_tokens=40, do_sample=False
     )
-    assert tokenizer.decode(made[0, ids.shape[1] :]) == "pong<|im_end|>"
+    assert tokenizer.decode(generated[0, ids.shape[1] :]) == "pong<|im_end|>"
     assert tokenizer.eos_token == "<|im_end|>"
 
 

@@ -21,7 +21,7 @@ from lora_trainer.train.checkpoint_store import CheckpointStore
 from lora_trainer.train.saver import HostBuffer, Saver
 from lora_trainer.train.tensor_file import serialized
 from support.snapshots import DIGEST, steps_of
-from support.training_loop import make_parts, of_kind
+from support.training_loop import make_context, of_kind
 
 FIRST = "adapter.safetensors"
 WAIT_SECONDS = 60.0  # no test waits so long unless it fails
@@ -55,7 +55,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
 def train_gated(tmp_path: Path, gate: Gate, *, open_after: int) -> list[Any]:
     """Train six steps that save at the fourth; open the gate after some step; return events."""
-    context, events = make_parts(tmp_path, save_steps=4, max_steps=6)
+    context, events = make_context(tmp_path, save_steps=4, max_steps=6)
 
     def emit(event: Any) -> None:
         events.append(event)
@@ -98,7 +98,7 @@ def test_checkpoint_holds_its_own_step_although_later_ones_were_taken(
 ) -> None:
     train_gated(tmp_path / "background", gate, open_after=5)
     steps: list[int] = []
-    context, _ = make_parts(
+    context, _ = make_context(
         tmp_path / "stopped", max_steps=6, should_stop=lambda: steps[-1:] == [4]
     )
 
@@ -124,7 +124,7 @@ def test_error_of_a_background_save_ends_the_run_at_a_boundary(tmp_path: Path, g
 def test_error_of_the_training_waits_for_the_checkpoint_that_is_being_saved(
     tmp_path: Path, gate: Gate
 ) -> None:
-    context, events = make_parts(tmp_path, save_steps=2, max_steps=6)
+    context, events = make_context(tmp_path, save_steps=2, max_steps=6)
 
     def emit(event: Any) -> None:
         events.append(event)
@@ -228,7 +228,7 @@ def test_saving_thread_syncs_every_file_before_the_rename(
 
     monkeypatch.setattr(os, "fsync", logged_sync)
     monkeypatch.setattr(Path, "replace", logged_rename)
-    context, _ = make_parts(tmp_path, max_steps=1)
+    context, _ = make_context(tmp_path, max_steps=1)
     loop.train(context, TrainState())
     rename = calls.index(("rename", "step-000001"))
     assert [name for _, name in calls[:rename]] == [*FILES, MANIFEST, ".writing-step-000001"]

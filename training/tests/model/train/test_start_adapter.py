@@ -28,11 +28,11 @@ PLAIN = (*OPEN, "max_steps", str(STEPS), "warmup_steps", "0", "max_grad_norm", "
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Return a place with three finished runs of four steps: `plain`, `dora` and `pissa`."""
-    made = Runs(tmp_path_factory.mktemp("runs"))
-    made.start("plain", "lora_alpha", "8", "lora_target_modules", "q_proj,down_proj")
-    made.start("dora", "use_dora", "true", "use_rslora", "true")
-    made.start("pissa", "init_lora_weights", "pissa")
-    return made
+    folders = Runs(tmp_path_factory.mktemp("runs"))
+    folders.start("plain", "lora_alpha", "8", "lora_target_modules", "q_proj,down_proj")
+    folders.start("dora", "use_dora", "true", "use_rslora", "true")
+    folders.start("pissa", "init_lora_weights", "pissa")
+    return folders
 
 
 def refusal(runs: Runs, name: str, *arguments: str | None) -> str:
@@ -53,7 +53,7 @@ def plain_losses(runs: Runs, adapter: Path, *arguments: str | None) -> list[floa
     model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True).eval()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.0)
-    found = []
+    step_losses = []
     for step in range(STEPS):
         summed, targets = torch.zeros(()), 0
         for row in session.sampler.step_rows(step):
@@ -70,8 +70,8 @@ def plain_losses(runs: Runs, adapter: Path, *arguments: str | None) -> list[floa
         torch.nn.utils.clip_grad_norm_(trained, 0.5)
         optimizer.step()
         optimizer.zero_grad()
-        found.append(loss.item())
-    return found
+        step_losses.append(loss.item())
+    return step_losses
 
 
 @pytest.mark.parametrize("name", ["plain", "dora", "pissa"])
@@ -97,9 +97,9 @@ def test_run_checkpoint_and_copied_adapter_start_alike(runs: Runs, tmp_path: Pat
         )
     )
     results = []
-    for place in (runs.root / "plain", copied, best):
+    for adapter in (runs.root / "plain", copied, best):
         name = f"alike-{len(results)}"
-        events = runs.start(name, "adapter_name_or_path", str(place), *PLAIN)
+        events = runs.start(name, "adapter_name_or_path", str(adapter), *PLAIN)
         results.append((losses(events), runs.adapter(name)))
     assert results[0] == results[1] == results[2]
 
@@ -217,7 +217,7 @@ def _set(**facts: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("source", "place", "damage", "why"),
+    ("source", "below", "damage", "why"),
     [
         ("plain/final_model", "", _pickle, "adapter_model.bin is pickled"),
         ("plain", "checkpoints/step-000004", _flip, "damaged or not complete"),
@@ -235,11 +235,11 @@ def _set(**facts: Any) -> Any:
     ],
 )
 def test_adapter_that_cannot_be_used_is_refused_by_the_reason(
-    runs: Runs, tmp_path: Path, source: str, place: str, damage: Any, why: str
+    runs: Runs, tmp_path: Path, source: str, below: str, damage: Any, why: str
 ) -> None:
     folder = Path(shutil.copytree(runs.root / source, tmp_path / "adapter"))
     damage(folder)
-    named = str(folder / place if place else folder)
+    named = str(folder / below if below else folder)
     block = refusal(runs, tmp_path.name, "adapter_name_or_path", named, *OPEN)
     assert why in block
     assert "exit code 78" in block

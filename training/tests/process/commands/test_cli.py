@@ -52,9 +52,9 @@ def test_config_errors_come_all_at_once(tmp_path: Path, capsys: pytest.CaptureFi
     config = tmp_path / "config.json"
     config.write_text('{"learnin_rate": 1, "lora_r": 0}')
     assert cli.main(["train", "--config", str(config)]) == 78
-    told = capsys.readouterr().err
-    assert "learnin_rate" in told
-    assert "lora_r" in told
+    printed = capsys.readouterr().err
+    assert "learnin_rate" in printed
+    assert "lora_r" in printed
 
 
 def raising(error: BaseException):
@@ -65,7 +65,7 @@ def raising(error: BaseException):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
         (BusyError.of("held", "here", "by another", "wait"), 75, "by another"),
         (OSError(28, "No space left on device", "/out/events.jsonl"), 74, "/out/events.jsonl"),
@@ -78,16 +78,16 @@ def raising(error: BaseException):
 def test_every_fault_has_its_exit_code_and_no_traceback(
     error: BaseException,
     code: int,
-    said: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv(invocation.DEBUG, raising=False)
     monkeypatch.setattr("lora_trainer.config.settings.resolve", raising(error))
     assert cli.main(["train"]) == code
-    told = capsys.readouterr().err
-    assert said in told
-    assert "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
 
 
 def test_debug_shows_the_traceback(

@@ -30,14 +30,14 @@ from support.trainer import (
 )
 
 
-def assert_told(ended: Ended, code: int, *said: str) -> None:
+def assert_told(ended: Ended, code: int, *words: str) -> None:
     """Assert that the last block is whole, says these things, and shows no traceback."""
     assert ended.code == code, ended.err
     lines = ended.block.splitlines()
     assert lines[-1].startswith(f"exit code {code} ("), ended.err
     for part in ("  where: ", "  why: ", "  remedy: "):
         assert any(line.startswith(part) for line in lines), f"no{part}in {ended.block}"
-    for text in said:
+    for text in words:
         assert text in ended.block
     assert "Traceback" not in ended.err
 

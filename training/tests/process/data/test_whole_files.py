@@ -115,8 +115,8 @@ def test_a_file_of_another_kind_is_one_error_whose_remedy_makes_it_readable(tmp_
     assert str(path) in problem.where
     if shutil.which(problem.remedy.split()[0]):
         subprocess.run(["bash", "-c", problem.remedy], check=True)
-        (made,) = [p for p in tmp_path.iterdir() if p != path]
-        assert all(isinstance(row, Row) for row in read(made))
+        (converted,) = [p for p in tmp_path.iterdir() if p != path]
+        assert all(isinstance(row, Row) for row in read(converted))
 
 
 HOPELESS = {
@@ -161,9 +161,9 @@ def test_text_in_another_encoding_is_one_error_with_the_command_that_converts_it
     assert "CP1252 (Windows, Western European)" in problem.why
     assert "iconv -f CP1252 -t UTF-8" in problem.remedy
     subprocess.run(["bash", "-c", problem.remedy], check=True)
-    (made,) = [p for p in tmp_path.iterdir() if p != path]
-    assert made.read_text() == text
-    assert all(isinstance(row, Row) for row in read(made))
+    (converted,) = [p for p in tmp_path.iterdir() if p != path]
+    assert converted.read_text() == text
+    assert all(isinstance(row, Row) for row in read(converted))
 
 
 def test_one_row_of_bad_bytes_in_a_utf8_file_stays_a_bad_row(tmp_path):

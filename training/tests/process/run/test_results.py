@@ -23,7 +23,7 @@ from lora_trainer.supervise import endings
 from lora_trainer.supervise.supervisor import Supervisor
 from support.shell_worker import says, step_line, supervisor_of
 
-Made = Callable[..., Supervisor]
+Supervise = Callable[..., Supervisor]
 REFERENCE = Path(__file__).parents[4] / "docs" / "reference.md"
 
 
@@ -59,7 +59,7 @@ EXPORTS = 'echo "abc123  adapter_model.safetensors" > {0}/SHA256SUMS'
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
+def supervise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervise:
     """Return a function that makes a supervisor of a worker that a shell script plays."""
     monkeypatch.setattr(endings, "write_report", lambda _: None)
     return lambda *arguments: supervisor_of(tmp_path, monkeypatch, *arguments)
@@ -74,9 +74,9 @@ def ended(run: Supervisor, error: type[TrainerError]) -> RunResults:
     return results
 
 
-def test_finished_run_leaves_its_figures(made: Made, tmp_path: Path) -> None:
+def test_finished_run_leaves_its_figures(supervise: Supervise, tmp_path: Path) -> None:
     final = tmp_path / "out" / "final_model"
-    run = made(f"mkdir {final}; {EXPORTS.format(final)}\n{says(*WHOLE)}", "--run_name", "")
+    run = supervise(f"mkdir {final}; {EXPORTS.format(final)}\n{says(*WHOLE)}", "--run_name", "")
     run.run()
     content = json.loads(RunFolder(run.output_dir).results.read_text())
     wanted = {
@@ -99,8 +99,8 @@ def test_finished_run_leaves_its_figures(made: Made, tmp_path: Path) -> None:
     assert content["seconds"] > 0
 
 
-def test_evaluation_after_is_that_of_the_exported_adapter(made: Made) -> None:
-    run = made(says(*WHOLE))
+def test_evaluation_after_is_that_of_the_exported_adapter(supervise: Supervise) -> None:
+    run = supervise(says(*WHOLE))
     run.run()
     results = read_results(run.output_dir)
     assert results is not None
@@ -111,8 +111,8 @@ def test_evaluation_after_is_that_of_the_exported_adapter(made: Made) -> None:
     assert (after.step, after.eval_loss, after.exact_match) == (1, 1.0, 0.75)
 
 
-def test_finished_event_carries_the_same(made: Made) -> None:
-    run = made(says(*WHOLE))
+def test_finished_event_carries_the_same(supervise: Supervise) -> None:
+    run = supervise(says(*WHOLE))
     run.run()
     events = list(read_events(RunFolder(run.output_dir).events))
     outcome = next(event.outcome for event in events if isinstance(event, Finished))
@@ -123,24 +123,24 @@ def test_finished_event_carries_the_same(made: Made) -> None:
     }
 
 
-def test_failed_run_leaves_its_problems(made: Made) -> None:
+def test_failed_run_leaves_its_problems(supervise: Supervise) -> None:
     problem = {"what": "a bad row", "where": "train.jsonl:3", "why": "", "remedy": "fix it"}
     failure = Failed(exit_code=65, problems=[problem]).to_line()
-    results = ended(made(f"{says(step_line(1), failure)} exit 65"), DataError)
+    results = ended(supervise(f"{says(step_line(1), failure)} exit 65"), DataError)
     assert (results.status, results.exit_code, results.steps) == ("failed", 65, 1)
     assert results.problems == [problem]
     assert results.adapter is None
 
 
-def test_stopped_run_says_so(made: Made) -> None:
+def test_stopped_run_says_so(supervise: Supervise) -> None:
     stop = Stopped(step=0, signal="SIGTERM").to_line()
-    results = ended(made(f"{says(step_line(1), stop)} exit 143"), StoppedError)
+    results = ended(supervise(f"{says(step_line(1), stop)} exit 143"), StoppedError)
     assert (results.status, results.exit_code) == ("stopped", 143)
     assert results.problems[0]["what"] == "stopped at step 1"
 
 
-def test_loss_that_is_not_finite_is_null(made: Made) -> None:
-    run = made(says(step_line(1, math.nan)))
+def test_loss_that_is_not_finite_is_null(supervise: Supervise) -> None:
+    run = supervise(says(step_line(1, math.nan)))
     run.run()
     text = RunFolder(run.output_dir).results.read_text()
     assert json.loads(text, parse_constant=pytest.fail)["last_loss"] is None
@@ -150,8 +150,10 @@ def refuse(_: Settings) -> None:
     raise ConfigError.of("not like this", remedy="like that")
 
 
-def test_refused_start_leaves_results_where_there_is_a_folder(made: Made) -> None:
-    run = made("")
+def test_refused_start_leaves_results_where_there_is_a_folder(
+    supervise: Supervise,
+) -> None:
+    run = supervise("")
     with pytest.raises(ConfigError):
         run.run(refuse)
     assert not run.output_dir.exists()
@@ -164,25 +166,27 @@ def test_refused_start_leaves_results_where_there_is_a_folder(made: Made) -> Non
     assert results.problems[0]["what"] == "not like this"
 
 
-def test_refused_start_keeps_the_results_of_the_run_that_is_there(made: Made) -> None:
-    run = made(says(*WHOLE))
+def test_refused_start_keeps_the_results_of_the_run_that_is_there(
+    supervise: Supervise,
+) -> None:
+    run = supervise(says(*WHOLE))
     run.run()
     before = RunFolder(run.output_dir).results.read_bytes()
     with pytest.raises(ConfigError):
-        made("", "--learning_rate", "0.5").run()
+        supervise("", "--learning_rate", "0.5").run()
     assert RunFolder(run.output_dir).results.read_bytes() == before
 
 
-def test_start_in_a_busy_folder_writes_nothing(made: Made) -> None:
-    run = made("")
+def test_start_in_a_busy_folder_writes_nothing(supervise: Supervise) -> None:
+    run = supervise("")
     run.output_dir.mkdir()
     with lock.hold(run.output_dir), pytest.raises(BusyError):
         run.run()
     assert not RunFolder(run.output_dir).results.exists()
 
 
-def test_run_without_results_is_read_from_its_events(made: Made) -> None:
-    run = made(says(*WHOLE[:4]))
+def test_run_without_results_is_read_from_its_events(supervise: Supervise) -> None:
+    run = supervise(says(*WHOLE[:4]))
     run.run()
     RunFolder(run.output_dir).results.unlink()
     lines = RunFolder(run.output_dir).events.read_text().splitlines(keepends=True)
@@ -204,10 +208,12 @@ def test_results_of_a_newer_version_are_read(tmp_path: Path) -> None:
     assert read_results(tmp_path) == RunResults("finished", 0, steps=3)
 
 
-def test_next_start_removes_the_results_and_writes_its_own(made: Made, tmp_path: Path) -> None:
-    results = ended(made("exit 65"), TrainerError)
+def test_next_start_removes_the_results_and_writes_its_own(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    results = ended(supervise("exit 65"), TrainerError)
     assert results.status == "failed"
-    run = made(f"test ! -e {tmp_path}/out/{RunFolder.results} || exit 77\n{says(*WHOLE)}")
+    run = supervise(f"test ! -e {tmp_path}/out/{RunFolder.results} || exit 77\n{says(*WHOLE)}")
     run.run()
     later = read_results(run.output_dir)
     assert later is not None

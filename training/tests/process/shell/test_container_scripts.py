@@ -78,8 +78,8 @@ TOOLS = (
 def checkout(tmp_path: Path) -> Checkout:
     checkout = Checkout(tmp_path)
     for tool in TOOLS:
-        if found := shutil.which(tool):
-            (checkout.bin / tool).symlink_to(found)
+        if path := shutil.which(tool):
+            (checkout.bin / tool).symlink_to(path)
     shutil.copy(TRAINING / "Dockerfile", checkout.training)
     shutil.copy(TRAINING / ".dockerignore", checkout.training)
     (tmp_path / "public" / "datasets").mkdir(parents=True)
@@ -142,20 +142,20 @@ def test_build_takes_an_extra_of_the_stacks_that_have_it(
 
 
 @pytest.mark.parametrize(
-    ("stack", "extra", "said"),
+    ("stack", "extra", "message"),
     [("cu121", "deepspeed", "has no DeepSpeed"), ("cpu", "flash", "unknown extra")],
 )
 def test_build_refuses_an_extra_that_is_not_there(
-    checkout: Checkout, stack: str, extra: str, said: str
+    checkout: Checkout, stack: str, extra: str, message: str
 ) -> None:
     result = checkout.run("training/build.sh", "--stack", stack, "--extra", extra)
     assert result.returncode == 78
-    assert said in result.stderr
+    assert message in result.stderr
     assert "buildx build" not in calls(checkout)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--tag",), "--tag needs a value"),
         (("--nonsense",), "unknown argument"),
@@ -164,12 +164,12 @@ def test_build_refuses_an_extra_that_is_not_there(
     ],
 )
 def test_build_refuses_wrong_usage_with_78(
-    checkout: Checkout, arguments: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch
+    checkout: Checkout, arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(checkout.root)
     result = checkout.run("training/build.sh", *arguments)
     assert result.returncode == 78
-    assert said in result.stderr
+    assert message in result.stderr
     assert calls(checkout) == ""
 
 
@@ -193,20 +193,20 @@ def test_build_secrets_and_wheels_are_passed_as_such(checkout: Checkout) -> None
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "code", "said"),
+    ("file", "text", "code", "message"),
     [
         ("engine", "19.03.15", 69, "the Docker engine is too old"),
         ("compose-version", "2.17.3", 69, "Docker Compose is too old"),
     ],
 )
 def test_old_versions_are_refused_by_name(
-    checkout: Checkout, file: str, text: str, code: int, said: str
+    checkout: Checkout, file: str, text: str, code: int, message: str
 ) -> None:
     (checkout.root / file).write_text(text + "\n")
     for script in (("training/build.sh",), ("training/run.sh", "--docker")):
         result = checkout.run(*script)
         assert result.returncode == code
-        assert said in result.stderr
+        assert message in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -334,9 +334,9 @@ def test_a_run_that_has_finished_or_was_stopped_is_healthy(
     result = checkout.run(f"training/{script[0]}", *script[1:])
     assert result.returncode == 0, result.stderr
     assert text in result.stdout
-    found = json.loads(checkout.run("training/health-check.sh", "--json").stdout)
-    assert found["is_healthy"]
-    assert (found["outcome"], found["exit_code"]) == (outcome, code)
+    report = json.loads(checkout.run("training/health-check.sh", "--json").stdout)
+    assert report["is_healthy"]
+    assert (report["outcome"], report["exit_code"]) == (outcome, code)
 
 
 @pytest.mark.parametrize(
@@ -360,9 +360,9 @@ def test_health_check_names_why_a_container_ended(
     ended(checkout, code, log, oom)
     result = checkout.run("training/health-check.sh", "--json")
     assert result.returncode == 1
-    found = json.loads(result.stdout)
-    assert (found["is_healthy"], found["outcome"]) == (False, "failed")
-    (problem,) = found["problems"]
+    report = json.loads(result.stdout)
+    assert (report["is_healthy"], report["outcome"]) == (False, "failed")
+    (problem,) = report["problems"]
     assert what in problem["what"]
     assert remedy in problem["remedy"]
 

@@ -135,13 +135,13 @@ def test_python_3_10_is_taken_last_but_for_the_old_stack_first(
     (checkout.bin / "python3").unlink()
     for name, minor in answers.items():
         checkout.write_tool(name, f"#!/bin/sh\necho {minor} /chosen/{name}\n")
-    found = bash(checkout, f"STACK={stack}; find_python; echo $PYTHON")
-    assert found.stdout.strip() == f"/chosen/{list(answers)[-1]}"
+    result = bash(checkout, f"STACK={stack}; find_python; echo $PYTHON")
+    assert result.stdout.strip() == f"/chosen/{list(answers)[-1]}"
 
 
 def test_the_old_stack_names_the_pythons_it_cannot_use(checkout: Checkout) -> None:
-    told = "#!/bin/sh\necho version 3.12, needed is 3.10 to 3.$3; exit 1\n"
-    checkout.write_tool("python-new", told)
+    refusal = "#!/bin/sh\necho version 3.12, needed is 3.10 to 3.$3; exit 1\n"
+    checkout.write_tool("python-new", refusal)
     result = checkout.run("training/run.sh", LORA_STACK="cu121", LORA_PYTHON="python-new")
     assert result.returncode == 69
     assert "for the stack cu121" in result.stderr
@@ -149,8 +149,8 @@ def test_the_old_stack_names_the_pythons_it_cannot_use(checkout: Checkout) -> No
 
 
 def test_the_running_python_is_usable(checkout: Checkout) -> None:
-    found = bash(checkout, "find_python; echo $PYTHON", LORA_PYTHON=str(BASE_PYTHON))
-    assert Path(found.stdout.strip()).samefile(BASE_PYTHON)
+    result = bash(checkout, "find_python; echo $PYTHON", LORA_PYTHON=str(BASE_PYTHON))
+    assert Path(result.stdout.strip()).samefile(BASE_PYTHON)
 
 
 def bash(checkout: Checkout, program: str, **extra: str) -> subprocess.CompletedProcess[str]:
@@ -217,7 +217,7 @@ def test_packages_are_not_renewed_under_a_run(checkout: Checkout) -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "code", "told"),
+    ("message", "code", "advice"),
     [
         ("ERROR: [Errno 28] No space left on device", 74, "the disk is full"),
         ("ERROR: [Errno 13] Permission denied: /x", 77, "Permission denied: /x"),
@@ -226,12 +226,12 @@ def test_packages_are_not_renewed_under_a_run(checkout: Checkout) -> None:
     ],
 )
 def test_what_pip_fails_of_decides_the_exit_code(
-    checkout: Checkout, message: str, code: int, told: str
+    checkout: Checkout, message: str, code: int, advice: str
 ) -> None:
     (checkout.root / "pip-does").write_text(f"echo '{message}'; exit 1")
     result = checkout.run("training/run.sh")
     assert result.returncode == code
-    assert told in result.stderr
+    assert advice in result.stderr
     assert not (checkout.venv / "stamp").exists()
 
 
@@ -254,7 +254,7 @@ def test_torch_comes_from_the_smallest_source_in_reach(
 
 
 @pytest.mark.parametrize(
-    ("found", "stack", "told"),
+    ("gpu", "stack", "reason"),
     [
         ("580.65.06, 9.0", "current", ""),
         ("580.65.06, 12.0", "current", ""),
@@ -265,12 +265,12 @@ def test_torch_comes_from_the_smallest_source_in_reach(
     ],
 )
 def test_a_gpu_gets_the_stack_that_its_driver_and_generation_can(
-    checkout: Checkout, found: str, stack: str, told: str
+    checkout: Checkout, gpu: str, stack: str, reason: str
 ) -> None:
-    checkout.write_tool("nvidia-smi", f"#!/bin/sh\necho '{found}'\n")
+    checkout.write_tool("nvidia-smi", f"#!/bin/sh\necho '{gpu}'\n")
     chosen = bash(checkout, "choose_stack; echo $STACK")
     assert chosen.stdout == f"{stack}\n"
-    assert told in chosen.stderr
+    assert reason in chosen.stderr
     assert ("The GPU is not used" in chosen.stderr) == (stack == "cpu")
 
 
@@ -484,8 +484,8 @@ def test_ci_tests_the_second_stack_in_an_environment_that_outlives_the_checkout(
         assert result.stderr.splitlines()[-1] == "Failed: ./training/test.sh --ours"
         *_, last = result.stdout.splitlines()
         assert re.fullmatch(rf"--stack cu121 {ci_checkout.root}/lora-trainer/venv-cu121-\w+", last)
-    made = ["venv", "cu121.txt", "cu121-torch.txt", "embedded.txt", "cu121-test.txt"]
-    assert ci_checkout.calls() == made
+    installed = ["venv", "cu121.txt", "cu121-torch.txt", "embedded.txt", "cu121-test.txt"]
+    assert ci_checkout.calls() == installed
 
 
 def test_ci_says_where_no_python_serves_the_second_stack(ci_checkout: Checkout) -> None:

@@ -24,7 +24,7 @@ FINISHED = Finished(
     step=1, train_seconds=0.1, tokens_seen=1, peak_memory_bytes=7, results=[], adapter_step=1
 )
 WHOLE = says(step_line(1), FINISHED.to_line())
-Made = Callable[..., Supervisor]
+Supervise = Callable[..., Supervisor]
 
 
 class Receiver:
@@ -54,14 +54,14 @@ class Receiver:
 def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    made = Receiver()
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
+    receiver = Receiver()
+    yield receiver
+    receiver.server.shutdown()
+    receiver.server.server_close()
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
+def supervise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervise:
     monkeypatch.setattr(endings, "write_report", lambda _: None)
 
     def make(script: str, *arguments: str) -> Supervisor:
@@ -84,44 +84,48 @@ def keeping(folder: Path) -> str:
     return f'--on_end_command=echo "$LORA_EXIT_CODE $LORA_RESULTS" >> {folder}/said'
 
 
-def test_command_gets_the_exit_code_and_the_results(made: Made, tmp_path: Path) -> None:
-    run = made(WHOLE, keeping(tmp_path))
+def test_command_gets_the_exit_code_and_the_results(supervise: Supervise, tmp_path: Path) -> None:
+    run = supervise(WHOLE, keeping(tmp_path))
     assert run.run() == 0
     assert (tmp_path / "said").read_text() == f"0 {RunFolder(run.output_dir).results}\n"
 
 
-def test_command_runs_after_a_failure_too(made: Made, tmp_path: Path) -> None:
-    run = made("exit 78", keeping(tmp_path))
+def test_command_runs_after_a_failure_too(supervise: Supervise, tmp_path: Path) -> None:
+    run = supervise("exit 78", keeping(tmp_path))
     with pytest.raises(TrainerError) as caught:
         run.run()
     assert (tmp_path / "said").read_text().split()[0] == str(caught.value.exit_code)
 
 
 def test_command_of_a_refused_start_gets_no_results_of_another_run(
-    made: Made, tmp_path: Path
+    supervise: Supervise, tmp_path: Path
 ) -> None:
-    made(WHOLE).run()
+    supervise(WHOLE).run()
     with pytest.raises(ConfigError):
-        made("", keeping(tmp_path)).run(refuse)
+        supervise("", keeping(tmp_path)).run(refuse)
     assert (tmp_path / "said").read_text() == "78 \n"
 
 
-def test_run_that_is_finished_already_announces_nothing(made: Made, tmp_path: Path) -> None:
-    made(WHOLE).run()
-    assert made("", keeping(tmp_path)).run() == 0
+def test_run_that_is_finished_already_announces_nothing(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    supervise(WHOLE).run()
+    assert supervise("", keeping(tmp_path)).run() == 0
     assert not (tmp_path / "said").exists()
 
 
-def test_failed_command_is_a_warning_and_leaves_the_exit_code(made: Made) -> None:
-    run = made(WHOLE, "--on_end_command=echo to the log; exit 3")
+def test_failed_command_is_a_warning_and_leaves_the_exit_code(
+    supervise: Supervise,
+) -> None:
+    run = supervise(WHOLE, "--on_end_command=echo to the log; exit 3")
     assert run.run() == 0
     assert run.warned == ["on_end_command ended with exit code 3; its output is in train.log"]
     assert "to the log" in (RunFolder(run.output_dir).log).read_text()
 
 
-def test_command_that_hangs_is_ended(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_that_hangs_is_ended(supervise: Supervise, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(announcement, "COMMAND_SECONDS", 0.3)
-    run = made(WHOLE, "--on_end_command=sleep 60")
+    run = supervise(WHOLE, "--on_end_command=sleep 60")
     begun = time.monotonic()
     assert run.run() == 0
     assert time.monotonic() - begun < 30
@@ -129,24 +133,26 @@ def test_command_that_hangs_is_ended(made: Made, monkeypatch: pytest.MonkeyPatch
 
 
 def test_command_is_not_inherited_by_a_run_that_it_starts(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    supervise: Supervise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORA_TRAINER_ON_END_COMMAND", "true")
-    made(WHOLE, f"--on_end_command=env > {tmp_path}/said").run()
+    supervise(WHOLE, f"--on_end_command=env > {tmp_path}/said").run()
     assert "LORA_TRAINER_ON_END_COMMAND" not in (tmp_path / "said").read_text()
 
 
-def test_webhook_gets_the_exit_code_and_the_results(made: Made, receiver: Receiver) -> None:
-    assert made(WHOLE, f"--webhook_url={receiver.url}", "--run_name=demo").run() == 0
+def test_webhook_gets_the_exit_code_and_the_results(
+    supervise: Supervise, receiver: Receiver
+) -> None:
+    assert supervise(WHOLE, f"--webhook_url={receiver.url}", "--run_name=demo").run() == 0
     (body,) = receiver.bodies
     assert (body["exit_code"], body["run_name"]) == (0, "demo")
     assert body["text"] == "demo: finished (exit code 0)"
     assert (body["results"]["status"], body["results"]["steps"]) == ("finished", 1)
 
 
-def test_webhook_is_called_after_a_refusal(made: Made, receiver: Receiver) -> None:
+def test_webhook_is_called_after_a_refusal(supervise: Supervise, receiver: Receiver) -> None:
     with pytest.raises(ConfigError):
-        made("", f"--webhook_url={receiver.url}").run(refuse)
+        supervise("", f"--webhook_url={receiver.url}").run(refuse)
     assert receiver.bodies[0]["exit_code"] == 78
 
 
@@ -155,7 +161,7 @@ def test_webhook_is_called_after_a_refusal(made: Made, receiver: Receiver) -> No
     [(500, "", "webhook_url answered 500"), (302, "Location", "webhook_url answered 302")],
 )
 def test_webhook_that_fails_is_a_warning_and_is_not_followed(
-    made: Made, receiver: Receiver, code: int, header: str, fault: str
+    supervise: Supervise, receiver: Receiver, code: int, header: str, fault: str
 ) -> None:
     def answer(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(code)
@@ -163,18 +169,18 @@ def test_webhook_that_fails_is_a_warning_and_is_not_followed(
             handler.send_header(header, receiver.url)
 
     receiver.answer = answer
-    run = made(WHOLE, f"--webhook_url={receiver.url}")
+    run = supervise(WHOLE, f"--webhook_url={receiver.url}")
     assert run.run() == 0
     assert run.warned == [fault]
     assert len(receiver.bodies) == 1
 
 
 def test_webhook_that_never_answers_is_given_up(
-    made: Made, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+    supervise: Supervise, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(announcement, "WEBHOOK_SECONDS", 0.3)
     receiver.answer = lambda handler: (time.sleep(1.0), handler.send_response(204))[0]
-    run = made(WHOLE, f"--webhook_url={receiver.url}")
+    run = supervise(WHOLE, f"--webhook_url={receiver.url}")
     assert run.run() == 0
     (fault,) = run.warned
     assert fault in (
@@ -183,17 +189,19 @@ def test_webhook_that_never_answers_is_given_up(
     )
 
 
-def test_address_that_nothing_listens_on_is_a_warning(made: Made, receiver: Receiver) -> None:
+def test_address_that_nothing_listens_on_is_a_warning(
+    supervise: Supervise, receiver: Receiver
+) -> None:
     receiver.server.shutdown()
     receiver.server.server_close()
-    run = made(WHOLE, f"--webhook_url={receiver.url}")
+    run = supervise(WHOLE, f"--webhook_url={receiver.url}")
     assert run.run() == 0
     assert run.warned == ["webhook_url cannot be reached: Connection refused"]
 
 
-def test_the_address_is_in_no_file_of_the_run(made: Made, receiver: Receiver) -> None:
+def test_the_address_is_in_no_file_of_the_run(supervise: Supervise, receiver: Receiver) -> None:
     leak = f"echo {receiver.url}; echo {receiver.url.partition('/hook/')[2]} >&2"
-    run = made(f"{leak}\n{WHOLE}", f"--webhook_url={receiver.url}", f"--on_end_command={leak}")
+    run = supervise(f"{leak}\n{WHOLE}", f"--webhook_url={receiver.url}", f"--on_end_command={leak}")
     run.run()
     for path in run.output_dir.rglob("*"):
         if path.is_file():

@@ -107,9 +107,9 @@ def test_run_on_two_ranks_then_one_then_two_sharded_ends_with_the_bytes_of_one(
     assert [(plan["processes"], plan["parallelism"]) for plan in plans] == [
         (2, "ddp"), (2, "ddp"), (1, "none"), (2, "fsdp"),
     ]  # fmt: skip
-    found, expected = losses(chain.output), losses(undisturbed)
-    assert found.keys() == set(range(1, STEPS + 1))
-    for step, values in found.items():
+    own, expected = losses(chain.output), losses(undisturbed)
+    assert own.keys() == set(range(1, STEPS + 1))
+    for step, values in own.items():
         for value in values:
             assert value == pytest.approx(min(expected[step]), abs=1e-4)
     assert adapter_digest(chain.output) == adapter_digest(undisturbed)
@@ -136,9 +136,9 @@ def test_run_with_deepspeed_restarts_and_goes_on_without_it(
     plans = [event["plan"]["parallelism"] for event in of_kind(output, "plan")]
     assert plans == ["deepspeed", "deepspeed", "none"]
     assert len(of_kind(output, "restart")) == 1
-    found, expected = losses(output), losses(undisturbed)
-    assert found.keys() == set(range(1, STEPS + 1))
-    for step, values in found.items():
+    own, expected = losses(output), losses(undisturbed)
+    assert own.keys() == set(range(1, STEPS + 1))
+    for step, values in own.items():
         for value in values:
             assert value == pytest.approx(min(expected[step]), abs=1e-4)
     ended, whole = adapter_of(output), adapter_of(undisturbed)

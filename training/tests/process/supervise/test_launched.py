@@ -43,9 +43,9 @@ def instants(count: int) -> list[int]:
 
 
 def assert_losses_equal(output: Path, undisturbed: Path) -> None:
-    found, expected = losses(output), losses(undisturbed)
-    assert found.keys() == set(range(1, STEPS + 1))
-    for step, values in found.items():
+    own, expected = losses(output), losses(undisturbed)
+    assert own.keys() == set(range(1, STEPS + 1))
+    for step, values in own.items():
         for value in values:
             assert value == pytest.approx(min(expected[step]), abs=1e-4)
 

@@ -75,8 +75,8 @@ def test_steps_that_a_stopped_supervisor_never_recorded_are_in_the_figures(
     assert resumed["step"] >= 5 * SAVE_STEPS
     assert_same_as(undisturbed, output)
     for kind in ("eval", "generated"):
-        found, expected = ({e["step"] for e in of_kind(o, kind)} for o in (output, undisturbed))
-        assert found == expected
+        steps, expected = ({e["step"] for e in of_kind(o, kind)} for o in (output, undisturbed))
+        assert steps == expected
     card, expected_card = (
         (o / "final_model" / "README.md").read_text() for o in (output, undisturbed)
     )
@@ -86,9 +86,9 @@ def test_steps_that_a_stopped_supervisor_never_recorded_are_in_the_figures(
 
 def _figures(card: str) -> list[str]:
     """Return the lines of a card that state held-out figures and losses."""
-    found = [line for line in card.splitlines() if "loss" in line.lower()]
-    assert len(found) >= 2
-    return found
+    figures = [line for line in card.splitlines() if "loss" in line.lower()]
+    assert len(figures) >= 2
+    return figures
 
 
 @dataclass(frozen=True)

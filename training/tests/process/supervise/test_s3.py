@@ -82,18 +82,18 @@ def test_expired_credentials_are_refused_with_77(server: S3Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "said"),
+    ("address", "expected"),
     [("s3://no-such-bucket/run", "no such place"), (ADDRESS, "cannot be reached")],
 )
 def test_missing_bucket_and_unreachable_server_are_refused_with_69(
-    server: S3Server, monkeypatch: pytest.MonkeyPatch, address: str, said: str
+    server: S3Server, monkeypatch: pytest.MonkeyPatch, address: str, expected: str
 ) -> None:
     seconds = 60.0
     if address == ADDRESS:
         seconds = 2.0
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
         monkeypatch.setattr(remote_folder, "ANSWER_SECONDS", 1.0)
-    with pytest.raises(UnavailableError, match=said):
+    with pytest.raises(UnavailableError, match=expected):
         remote_folder.answered(
             RemoteFolder(address), lambda: RemoteFolder(address).write("x", b""), seconds
         )
@@ -108,7 +108,7 @@ def test_lock_is_created_by_one_of_two(server: S3Server) -> None:
 def test_run_is_mirrored_through_faults_and_comes_back_whole(
     server: S3Server, tmp_path: Path
 ) -> None:
-    # Cut-off uploads: the server answers that the body is not as long as was said.
+    # Cut-off uploads: the server answers that the body is not as long as was expected.
     cut_off = (
         "400 Bad Request",
         b"<Error><Code>IncompleteBody</Code><Message>cut</Message></Error>",

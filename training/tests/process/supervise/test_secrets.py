@@ -63,14 +63,14 @@ class Secretive:
             for path in self.root.rglob("*")
             if path.is_file() and path not in inputs
         }
-        found: dict[str, list[str]] = {}
+        by_kind: dict[str, list[str]] = {}
         for kind, secret in SECRETS.items():
             for form in (secret, json.dumps(secret)[1:-1], secret.replace("+", "%2B")):
                 where = [name for name, text in texts.items() if form.encode() in text]
                 where += [name for name in texts if form in Path(name).name]
                 if where:
-                    found.setdefault(kind, []).extend(where)
-        return found
+                    by_kind.setdefault(kind, []).extend(where)
+        return by_kind
 
 
 @pytest.fixture
@@ -90,8 +90,8 @@ def test_finished_run_leaves_no_secret(secretive: Secretive) -> None:
 
 
 def test_run_that_the_checks_refuse_prints_no_secret(secretive: Secretive) -> None:
-    place = f"https://me:{SECRETS['URL']}@host/rows.jsonl?access_token={SECRETS['query']}"
-    ended = secretive.train("refused", dataset=[place, f"{place}&token={RUN_TOKEN}"])
+    address = f"https://me:{SECRETS['URL']}@host/rows.jsonl?access_token={SECRETS['query']}"
+    ended = secretive.train("refused", dataset=[address, f"{address}&token={RUN_TOKEN}"])
     assert ended.code != 0
     assert "***" in ended.block
     assert "Traceback" in ended.err
@@ -101,8 +101,8 @@ def test_run_that_the_checks_refuse_prints_no_secret(secretive: Secretive) -> No
 def test_run_whose_worker_fails_leaves_no_secret(secretive: Secretive, tmp_path: Path) -> None:
     rows = tmp_path / "home" / "rows.jsonl"
     basic = base64.b64encode(f"me:{SECRETS['URL']}".encode()).decode()
-    said = f"{RUN_TOKEN} https:/me:{SECRETS['URL']}@host Authorization: Basic {basic}"
-    rows.write_text(json.dumps({"messages": said}) + "\n")
+    text = f"{RUN_TOKEN} https:/me:{SECRETS['URL']}@host Authorization: Basic {basic}"
+    rows.write_text(json.dumps({"messages": text}) + "\n")
     ended = secretive.train("failed", dataset=str(rows))
     assert ended.code not in (0, 78), ended.err
     assert secretive.leaks(ended) == {}

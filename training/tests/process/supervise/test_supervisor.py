@@ -49,11 +49,11 @@ from lora_trainer.supervise.supervisor import Supervisor
 from lora_trainer.supervise.workers import cause_of
 from support.shell_worker import says, step_line, supervisor_of
 
-Made = Callable[..., Supervisor]
+Supervise = Callable[..., Supervisor]
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
+def supervise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervise:
     """Return a function that makes a supervisor of a worker that a shell script plays."""
     monkeypatch.setattr(endings, "write_report", lambda _: None)
     return lambda *arguments: supervisor_of(tmp_path, monkeypatch, *arguments)
@@ -63,26 +63,26 @@ def workers(tmp_path: Path) -> int:
     return int((tmp_path / "count").read_text())
 
 
-def told(folder: Path) -> list[Event]:
+def events_of(folder: Path) -> list[Event]:
     lines = RunFolder(folder).events.read_text().splitlines()
     return [event for line in lines if (event := parse_line(line)) is not None]
 
 
 def kinds(folder: Path) -> list[str]:
-    return [event.kind for event in told(folder)]
+    return [event.kind for event in events_of(folder)]
 
 
-def test_finished_worker_finishes_the_run(made: Made) -> None:
-    run = made(says(step_line(1)))
+def test_finished_worker_finishes_the_run(supervise: Supervise) -> None:
+    run = supervise(says(step_line(1)))
     assert run.run() == 0
     assert kinds(run.output_dir) == ["run_started", "step", "ended"]
     assert RunFolder(run.output_dir).done.exists()
 
 
 def test_secret_reaches_the_worker_and_no_file(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    supervise: Supervise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = made("", "--hf_token", "hf_verysecret")
+    run = supervise("", "--hf_token", "hf_verysecret")
     run.run()
     assert "hf_verysecret" in (tmp_path / "order").read_text()
     left = [path for path in run.output_dir.rglob("*") if path.is_file()]
@@ -90,8 +90,8 @@ def test_secret_reaches_the_worker_and_no_file(
     assert [path.name for path in left if b"hf_verysecret" in path.read_bytes()] == []
 
 
-def test_crashed_worker_is_started_again(made: Made) -> None:
-    run = made(f"if [ $N = 0 ]; then {says(step_line(1))} kill -SEGV $$; fi")
+def test_crashed_worker_is_started_again(supervise: Supervise) -> None:
+    run = supervise(f"if [ $N = 0 ]; then {says(step_line(1))} kill -SEGV $$; fi")
     assert run.run() == 0
     assert kinds(run.output_dir) == [
         "run_started", "step", "restart", "run_started", "ended",
@@ -99,18 +99,18 @@ def test_crashed_worker_is_started_again(made: Made) -> None:
 
 
 def test_worker_that_dies_twice_at_one_step_is_not_started_a_third_time(
-    made: Made, tmp_path: Path
+    supervise: Supervise, tmp_path: Path
 ) -> None:
     with pytest.raises(MemoryKilledError, match="SIGKILL"):
-        made(f"{says(step_line(4))} kill -KILL $$").run()
+        supervise(f"{says(step_line(4))} kill -KILL $$").run()
     assert workers(tmp_path) == 2
 
 
 def test_worker_that_gets_little_further_each_time_uses_up_its_restarts(
-    made: Made, tmp_path: Path
+    supervise: Supervise, tmp_path: Path
 ) -> None:
     with pytest.raises(MemoryKilledError):
-        made(
+        supervise(
             says(step_line(7)).replace('"step": 7', "\"step\": '$N'") + "kill -KILL $$",
             "--max_restarts",
             "2",
@@ -119,20 +119,20 @@ def test_worker_that_gets_little_further_each_time_uses_up_its_restarts(
 
 
 def test_worker_that_ends_every_forty_steps_is_started_again_each_time(
-    made: Made, tmp_path: Path
+    supervise: Supervise, tmp_path: Path
 ) -> None:
     killed = says(step_line(7)).replace('"step": 7', "\"step\": '$((40 * N + 40))'")
-    run = made(f"if [ $N -lt 6 ]; then {killed} kill -KILL $$; fi", "--max_restarts", "2")
+    run = supervise(f"if [ $N -lt 6 ]; then {killed} kill -KILL $$; fi", "--max_restarts", "2")
     assert run.run() == 0
     assert workers(tmp_path) == 7
     assert [one.attempt for one in run.status.restarts] == [1, 2, 3, 4, 5, 6]
 
 
 def test_worker_whose_clock_is_set_forward_is_not_stalled(
-    made: Made, monkeypatch: pytest.MonkeyPatch
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "WATCH_SECONDS", 0.05)
-    run = made(says(step_line(3)) + "sleep 0.4", "--stall_timeout_seconds", "60")
+    run = supervise(says(step_line(3)) + "sleep 0.4", "--stall_timeout_seconds", "60")
     real, shift = time.time, [0.0]
     monkeypatch.setattr(time, "time", lambda: real() + shift[0])
     run.live._clock = time.time
@@ -151,13 +151,13 @@ def test_worker_whose_clock_is_set_forward_is_not_stalled(
     ("code", "error"), [(65, DataError), (77, AccessError), (70, InternalError)]
 )
 def test_fault_that_the_worker_explains_is_final(
-    made: Made, tmp_path: Path, code: int, error: type[TrainerError]
+    supervise: Supervise, tmp_path: Path, code: int, error: type[TrainerError]
 ) -> None:
     failed = Failed(
         exit_code=code, problems=[{"what": "no", "where": "w", "why": "y", "remedy": "r"}]
     )
     # The interpreter ends with 120 where it cannot flush to a full disk.
-    run = made(f"{says(failed.to_line())} exit 120")
+    run = supervise(f"{says(failed.to_line())} exit 120")
     with pytest.raises(error, match="no"):
         run.run()
     assert workers(tmp_path) == 1
@@ -165,27 +165,29 @@ def test_fault_that_the_worker_explains_is_final(
     assert not RunFolder(run.output_dir).done.exists()
 
 
-def test_worker_that_ends_without_a_word_is_told_of_with_its_exit_code(made: Made) -> None:
-    run = made("exit 3")
+def test_worker_that_ends_without_a_word_is_told_of_with_its_exit_code(
+    supervise: Supervise,
+) -> None:
+    run = supervise("exit 3")
     with pytest.raises(InternalError, match="ended with exit code 3") as caught:
         run.run()
     assert "train.log" in caught.value.problems[0].remedy
 
 
-def test_what_is_no_event_is_passed_over(made: Made) -> None:
-    run = made("echo 'not an event' >/dev/fd/$LORA_TRAINER_EVENTS_FD\n" + says(step_line(1)))
+def test_what_is_no_event_is_passed_over(supervise: Supervise) -> None:
+    run = supervise("echo 'not an event' >/dev/fd/$LORA_TRAINER_EVENTS_FD\n" + says(step_line(1)))
     assert run.run() == 0
     assert kinds(run.output_dir) == ["run_started", "step", "ended"]
 
 
-def test_recorded_line_of_wrong_types_is_skipped_and_counted(made: Made) -> None:
-    run = made(says(step_line(1)))
+def test_recorded_line_of_wrong_types_is_skipped_and_counted(supervise: Supervise) -> None:
+    run = supervise(says(step_line(1)))
     run.output_dir.mkdir()
     mark_of(run.config).write(run.output_dir)
     odd = step_line(1).replace('"loss": 1.0', '"loss": "1.0"')
     RunFolder(run.output_dir).events.write_text(odd + "[1, 2]\n" + step_line(2)[:30] + "\n")
     assert run.run() == 0
-    warned = [event.message for event in told(run.output_dir) if isinstance(event, Warned)]
+    warned = [event.message for event in events_of(run.output_dir) if isinstance(event, Warned)]
     assert any("2 lines of events.jsonl skipped" in message for message in warned)
 
 
@@ -216,8 +218,8 @@ def hangup() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", STOPS)
 @pytest.mark.usefixtures("hangup")
-def test_signal_is_passed_on_and_ends_as_stopped(made: Made, number: int) -> None:
-    run = made(says(step_line(9)) + WAITS)
+def test_signal_is_passed_on_and_ends_as_stopped(supervise: Supervise, number: int) -> None:
+    run = supervise(says(step_line(9)) + WAITS)
     thread = when(lambda: run.status.step == 9, lambda: os.kill(os.getpid(), number))
     with pytest.raises(StoppedError, match="stopped at step 9"):
         run.run()
@@ -226,9 +228,9 @@ def test_signal_is_passed_on_and_ends_as_stopped(made: Made, number: int) -> Non
 
 
 def test_signal_before_there_is_a_worker_is_not_lost(
-    made: Made, monkeypatch: pytest.MonkeyPatch
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = made(WAITS)
+    run = supervise(WAITS)
     popen = subprocess.Popen
 
     def start_late(*arguments: object, **named: object) -> object:
@@ -241,7 +243,7 @@ def test_signal_before_there_is_a_worker_is_not_lost(
 
 
 @pytest.mark.parametrize(
-    ("saved", "said"),
+    ("saved", "reason"),
     [
         ([], "steps 1 to 9 are not saved and will be repeated: there is no checkpoint"),
         (
@@ -254,9 +256,9 @@ def test_signal_before_there_is_a_worker_is_not_lost(
     ids=["none", "several", "one", "all"],
 )
 def test_worker_that_dies_of_a_signal_is_not_reported_as_saved(
-    made: Made, saved: list[int], said: str
+    supervise: Supervise, saved: list[int], reason: str
 ) -> None:
-    run = made(says(step_line(9)) + "trap 'kill -KILL $$' TERM; while :; do sleep 0.02; done")
+    run = supervise(says(step_line(9)) + "trap 'kill -KILL $$' TERM; while :; do sleep 0.02; done")
     for step in saved:
         (run.output_dir / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
     (run.output_dir / "checkpoints" / "step-99-mine").mkdir(parents=True)
@@ -264,14 +266,14 @@ def test_worker_that_dies_of_a_signal_is_not_reported_as_saved(
     with pytest.raises(StoppedError, match="stopped at step 9") as caught:
         run.run()
     thread.join()
-    assert said in caught.value.problems[0].why
+    assert reason in caught.value.problems[0].why
     assert "saved" not in caught.value.meaning
     assert run.status.stopped is not None
     assert run.status.stopped.step == max(saved, default=0)
 
 
-def test_third_signal_ends_a_worker_that_does_not_listen(made: Made) -> None:
-    run = made(says(step_line(1)) + "trap '' TERM INT; while :; do sleep 0.02; done")
+def test_third_signal_ends_a_worker_that_does_not_listen(supervise: Supervise) -> None:
+    run = supervise(says(step_line(1)) + "trap '' TERM INT; while :; do sleep 0.02; done")
 
     def insist() -> None:
         for count in range(1, 4):
@@ -285,10 +287,10 @@ def test_third_signal_ends_a_worker_that_does_not_listen(made: Made) -> None:
     thread.join()
 
 
-def test_hangup_that_nohup_ignores_stays_ignored(made: Made) -> None:
+def test_hangup_that_nohup_ignores_stays_ignored(supervise: Supervise) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        run = made(says(step_line(1)) + "sleep 0.2")
+        run = supervise(says(step_line(1)) + "sleep 0.2")
         thread = when(lambda: run.status.step == 1, lambda: os.kill(os.getpid(), signal.SIGHUP))
         assert run.run() == 0
         thread.join()
@@ -296,14 +298,14 @@ def test_hangup_that_nohup_ignores_stays_ignored(made: Made) -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_signal_handlers_are_put_back(made: Made) -> None:
+def test_signal_handlers_are_put_back(supervise: Supervise) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    made("").run()
+    supervise("").run()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_second_run_names_who_holds_the_folder(made: Made) -> None:
-    run = made("")
+def test_second_run_names_who_holds_the_folder(supervise: Supervise) -> None:
+    run = supervise("")
     run.output_dir.mkdir()
     with RunFolder(run.output_dir).lock.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -314,16 +316,18 @@ def test_second_run_names_who_holds_the_folder(made: Made) -> None:
     assert f"pid {os.getpid()} on {socket.gethostname()}" in caught.value.problems[0].why
 
 
-def test_lock_file_of_a_dead_process_is_taken_over(made: Made) -> None:
-    run = made("")
+def test_lock_file_of_a_dead_process_is_taken_over(supervise: Supervise) -> None:
+    run = supervise("")
     run.output_dir.mkdir()
     RunFolder(run.output_dir).lock.write_text(f"pid 4194999 on {socket.gethostname()}\n")
     assert run.run() == 0
     assert RunFolder(run.output_dir).lock.read_text().split()[1] == str(os.getpid())
 
 
-def test_start_waits_for_the_worker_that_a_dead_supervisor_left(made: Made) -> None:
-    run = made("")
+def test_start_waits_for_the_worker_that_a_dead_supervisor_left(
+    supervise: Supervise,
+) -> None:
+    run = supervise("")
     run.output_dir.mkdir()
     lock = RunFolder(run.output_dir).lock.open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -336,9 +340,11 @@ def test_start_waits_for_the_worker_that_a_dead_supervisor_left(made: Made) -> N
     assert time.monotonic() > began + 0.3
 
 
-def test_start_does_not_wait_for_ever(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_does_not_wait_for_ever(
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(claim, "ORPHAN_SECONDS", 0.2)
-    run = made("")
+    run = supervise("")
     run.output_dir.mkdir()
     with RunFolder(run.output_dir).lock.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -348,55 +354,61 @@ def test_start_does_not_wait_for_ever(made: Made, monkeypatch: pytest.MonkeyPatc
             run.run()
 
 
-def unfinished(made: Made) -> Path:
+def unfinished(supervise: Supervise) -> Path:
     """Leave a run that was stopped behind its first checkpoint; return its folder."""
-    run = made("exit 143")
+    run = supervise("exit 143")
     with pytest.raises(StoppedError):
         run.run()
     (run.output_dir / "checkpoints" / "step-000001").mkdir(parents=True)
     return run.output_dir
 
 
-def test_other_configuration_is_refused_with_old_and_new_value(made: Made) -> None:
-    unfinished(made)
+def test_other_configuration_is_refused_with_old_and_new_value(
+    supervise: Supervise,
+) -> None:
+    unfinished(supervise)
     with pytest.raises(ConfigError) as caught:
-        made("", "--lora_r", "4").run()
+        supervise("", "--lora_r", "4").run()
     assert "lora_r: 16 -> 4" in caught.value.problems[0].why
 
 
-def test_what_does_not_decide_the_weights_may_change(made: Made) -> None:
-    unfinished(made)
-    assert made("", "--save_steps", "7").run() == 0
+def test_what_does_not_decide_the_weights_may_change(supervise: Supervise) -> None:
+    unfinished(supervise)
+    assert supervise("", "--save_steps", "7").run() == 0
 
 
-def test_other_configuration_before_the_first_checkpoint_starts_anew(made: Made) -> None:
-    folder = unfinished(made)
+def test_other_configuration_before_the_first_checkpoint_starts_anew(
+    supervise: Supervise,
+) -> None:
+    folder = unfinished(supervise)
     (folder / "checkpoints" / "step-000001").rmdir()
-    assert made("", "--lora_r", "4").run() == 0
+    assert supervise("", "--lora_r", "4").run() == 0
     assert folder.with_name("out.1").is_dir()
 
 
-def test_resume_never_moves_the_run_aside_and_says_where(made: Made) -> None:
-    folder = unfinished(made)
-    assert made("", "--resume", "never").run() == 0
+def test_resume_never_moves_the_run_aside_and_says_where(supervise: Supervise) -> None:
+    folder = unfinished(supervise)
+    assert supervise("", "--resume", "never").run() == 0
     assert (folder.with_name("out.1") / "checkpoints" / "step-000001").is_dir()
     assert not (folder / "checkpoints").exists()
-    warned = [event.message for event in told(folder) if isinstance(event, Warned)]
+    warned = [event.message for event in events_of(folder) if isinstance(event, Warned)]
     assert any(str(folder.with_name("out.1")) in message for message in warned)
 
 
-def test_finished_run_is_archived_each_time_under_the_next_number(made: Made) -> None:
+def test_finished_run_is_archived_each_time_under_the_next_number(
+    supervise: Supervise,
+) -> None:
     for _ in range(3):
-        run = made("", "--on_finished", "archive")
+        run = supervise("", "--on_finished", "archive")
         assert run.run() == 0
     names = sorted(path.name for path in run.output_dir.parent.glob("out*"))
     assert names == ["out", "out.1", "out.2"]
     assert (run.output_dir.with_name("out.1") / RunFolder.done).exists()
 
 
-def test_finished_run_is_left_alone_and_reported(made: Made, tmp_path: Path) -> None:
-    made("").run()
-    run = made("exit 70")
+def test_finished_run_is_left_alone_and_reported(supervise: Supervise, tmp_path: Path) -> None:
+    supervise("").run()
+    run = supervise("exit 70")
     lines: list[str] = []
     run.print_line = lines.append
     assert run.run() == 0
@@ -404,28 +416,32 @@ def test_finished_run_is_left_alone_and_reported(made: Made, tmp_path: Path) -> 
     assert any("this run is already finished" in line for line in lines)
 
 
-def test_damaged_digest_is_reported_and_written_again(made: Made) -> None:
-    folder = unfinished(made)
+def test_damaged_digest_is_reported_and_written_again(supervise: Supervise) -> None:
+    folder = unfinished(supervise)
     sound = RunFolder(folder).digest.read_text()
     RunFolder(folder).digest.write_text("damaged")
-    assert made("").run() == 0
-    assert any("is damaged" in e.message for e in told(folder) if isinstance(e, Warned))
+    assert supervise("").run() == 0
+    assert any("is damaged" in e.message for e in events_of(folder) if isinstance(e, Warned))
     assert RunFolder(folder).digest.read_text() == sound
 
 
-def test_resume_never_does_not_resume_where_the_digest_is_gone(made: Made) -> None:
-    folder = unfinished(made)
+def test_resume_never_does_not_resume_where_the_digest_is_gone(
+    supervise: Supervise,
+) -> None:
+    folder = unfinished(supervise)
     RunFolder(folder).digest.unlink()
-    assert made("", "--resume", "never").run() == 0
+    assert supervise("", "--resume", "never").run() == 0
     assert (folder.with_name("out.1") / "checkpoints" / "step-000001").is_dir()
     assert not (folder / "checkpoints").exists()
 
 
-def test_crashed_worker_of_a_run_that_never_resumes_keeps_its_own_checkpoints(made: Made) -> None:
-    folder = unfinished(made)
+def test_crashed_worker_of_a_run_that_never_resumes_keeps_its_own_checkpoints(
+    supervise: Supervise,
+) -> None:
+    folder = unfinished(supervise)
     (folder.parent / "count").unlink()
     script = f"if [ $N = 0 ]; then mkdir -p {folder}/checkpoints/step-000007; kill -SEGV $$; fi"
-    assert made(script, "--resume", "never").run() == 0
+    assert supervise(script, "--resume", "never").run() == 0
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000007"]
 
 
@@ -496,27 +512,27 @@ def test_killed_archiving_is_completed_in_one_folder_by_the_next_start(
 
 
 def test_kill_before_the_report_is_complete_leaves_it_to_the_next_start(
-    made: Made, monkeypatch: pytest.MonkeyPatch
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(folder: Path) -> None:
         assert not RunFolder(folder).done.exists()
         raise Killed
 
-    run = made(says(step_line(1)))
+    run = supervise(says(step_line(1)))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(endings, "write_report", die)
         run.run()
     assert not RunFolder(run.output_dir).done.exists()
     reported: list[Path] = []
     monkeypatch.setattr(endings, "write_report", reported.append)
-    assert made(says(step_line(1))).run() == 0
+    assert supervise(says(step_line(1))).run() == 0
     assert reported == [run.output_dir]
     assert RunFolder(run.output_dir).done.exists()
     assert not run.output_dir.with_name("out.1").exists()
 
 
-def test_done_is_written_after_everything_else(made: Made) -> None:
-    run = made(says(step_line(1)))
+def test_done_is_written_after_everything_else(supervise: Supervise) -> None:
+    run = supervise(says(step_line(1)))
     run.run()
     times = {p.name: p.stat().st_mtime_ns for p in run.output_dir.iterdir() if p.is_file()}
     assert max(times, key=lambda name: times[name]) == RunFolder.done
@@ -532,9 +548,9 @@ def test_events_after_a_torn_line_stand_on_lines_of_their_own(tmp_path: Path) ->
 
 
 def test_disk_that_takes_no_events_does_not_stop_the_run(
-    made: Made, monkeypatch: pytest.MonkeyPatch
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = made(says(step_line(1)))
+    run = supervise(says(step_line(1)))
     full = EventFile(Path("/dev/full"))
     monkeypatch.setattr(supervisor, "EventFile", lambda _: full)
     assert run.run() == 0
@@ -572,23 +588,23 @@ def test_cause_says_how_the_worker_ended(code: int, words: str) -> None:
 
 
 def test_report_that_fails_is_told_and_fails_nothing(
-    made: Made, monkeypatch: pytest.MonkeyPatch
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_: Path) -> None:
         raise ValueError("no plot")
 
-    run = made("")
+    run = supervise("")
     monkeypatch.setattr(endings, "write_report", refuse)
     assert run.run() == 0
-    warned = [event.message for event in told(run.output_dir) if isinstance(event, Warned)]
+    warned = [event.message for event in events_of(run.output_dir) if isinstance(event, Warned)]
     assert any("no plot" in message for message in warned)
 
 
-def test_status_is_what_the_recorded_events_fold_to(made: Made) -> None:
-    run = made(says(step_line(1), step_line(2)))
+def test_status_is_what_the_recorded_events_fold_to(supervise: Supervise) -> None:
+    run = supervise(says(step_line(1), step_line(2)))
     run.run()
     replayed = RunStatus()
-    for event in told(run.output_dir):
+    for event in events_of(run.output_dir):
         replayed = fold(replayed, event)
     assert json.loads(json.dumps(replayed, default=str)) == json.loads(
         json.dumps(run.status, default=str)
@@ -622,10 +638,10 @@ SHOWS_STACKS = "trap 'echo the stacks >&2' USR1; while :; do sleep 0.02; done"
 
 
 def test_stalled_worker_is_shown_ended_and_told_of(
-    made: Made, monkeypatch: pytest.MonkeyPatch
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "WATCH_SECONDS", 0.05)
-    run = made(
+    run = supervise(
         says(step_line(3)) + SHOWS_STACKS, "--stall_timeout_seconds", "0.3", "--max_restarts", "0"
     )
     with pytest.raises(InternalError, match=r"made no progress for .* in phase training") as caught:
@@ -636,11 +652,11 @@ def test_stalled_worker_is_shown_ended_and_told_of(
 
 
 def test_stalled_worker_is_started_again_within_the_budget(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    supervise: Supervise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "WATCH_SECONDS", 0.05)
     script = f"{says(step_line(3))}if [ $N = 0 ]; then {SHOWS_STACKS}; fi"
-    run = made(script, "--stall_timeout_seconds", "0.3")
+    run = supervise(script, "--stall_timeout_seconds", "0.3")
     assert run.run() == 0
     assert workers(tmp_path) == 2
     (restart,) = run.status.restarts
@@ -649,7 +665,7 @@ def test_stalled_worker_is_started_again_within_the_budget(
 
 
 def test_worker_is_not_stalled_by_a_gap_in_which_the_supervisor_was_stopped(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    supervise: Supervise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "WATCH_SECONDS", 0.02)
     monkeypatch.setattr(silence, "LONGEST_GAP_SECONDS", 0.5)
@@ -660,18 +676,18 @@ def test_worker_is_not_stalled_by_a_gap_in_which_the_supervisor_was_stopped(
         return []
 
     monkeypatch.setattr(supervisor.Watchdog, "warnings", warnings)
-    run = made(says(step_line(3)) + "sleep 2.2", "--stall_timeout_seconds", "1.5")
+    run = supervise(says(step_line(3)) + "sleep 2.2", "--stall_timeout_seconds", "1.5")
     assert run.run() == 0
     assert workers(tmp_path) == 1
     assert next(gaps, None) is None
 
 
 def test_worker_that_the_kernel_kills_for_memory_is_told_of_as_that(
-    made: Made, monkeypatch: pytest.MonkeyPatch
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor.Watchdog, "was_out_of_memory", lambda _: True)
     with pytest.raises(MemoryKilledError, match="killed by the kernel for memory"):
-        made(f"{says(step_line(1))} kill -KILL $$").run()
+        supervise(f"{says(step_line(1))} kill -KILL $$").run()
 
 
 def not_finite(step: int) -> str:
@@ -679,9 +695,11 @@ def not_finite(step: int) -> str:
     return Failed(exit_code=70, problems=[problem], retry="not_finite", step=step).to_line()
 
 
-def test_numbers_that_are_not_finite_are_tried_once_more(made: Made, tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_tried_once_more(
+    supervise: Supervise, tmp_path: Path
+) -> None:
     script = f"{says(step_line(3))}if [ $N = 0 ]; then {says(not_finite(4))} exit 70; fi"
-    run = made(script, "--max_restarts", "0")
+    run = supervise(script, "--max_restarts", "0")
     assert run.run() == 0
     assert workers(tmp_path) == 2
     assert kinds(run.output_dir) == [
@@ -692,9 +710,9 @@ def test_numbers_that_are_not_finite_are_tried_once_more(made: Made, tmp_path: P
 
 
 def test_numbers_that_are_not_finite_twice_at_one_step_are_final(
-    made: Made, tmp_path: Path
+    supervise: Supervise, tmp_path: Path
 ) -> None:
-    run = made(f"{says(step_line(3), not_finite(4))} exit 70")
+    run = supervise(f"{says(step_line(3), not_finite(4))} exit 70")
     with pytest.raises(InternalError, match="not finite at step 4") as caught:
         run.run()
     assert caught.value.exit_code == 70
@@ -704,19 +722,19 @@ def test_numbers_that_are_not_finite_twice_at_one_step_are_final(
 
 
 def test_numbers_that_are_not_finite_further_on_are_tried_once_more_too(
-    made: Made, tmp_path: Path
+    supervise: Supervise, tmp_path: Path
 ) -> None:
     later = says(not_finite(4)).replace('"step": 4', "\"step\": '$((N + 4))'")
-    run = made(f"if [ $N -lt 3 ]; then {later} exit 70; fi")
+    run = supervise(f"if [ $N -lt 3 ]; then {later} exit 70; fi")
     assert run.run() == 0
     assert workers(tmp_path) == 4
 
 
-def test_retry_leaves_the_budget_of_crashes_alone(made: Made, tmp_path: Path) -> None:
+def test_retry_leaves_the_budget_of_crashes_alone(supervise: Supervise, tmp_path: Path) -> None:
     script = (
         f"{says(step_line(3))}case $N in 0) {says(not_finite(4))} exit 70;; 1) kill -SEGV $$;; esac"
     )
-    assert made(script, "--max_restarts", "1").run() == 0
+    assert supervise(script, "--max_restarts", "1").run() == 0
     assert workers(tmp_path) == 3
 
 
@@ -747,17 +765,17 @@ def planned_from_file(folder: Path) -> str:
 
 
 def test_worker_that_is_killed_for_memory_goes_on_with_smaller_batches_until_none_is_left(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    supervise: Supervise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor.Watchdog, "was_out_of_memory", lambda _: True)
     training = PhaseChanged(phase="training").to_line()
     script = f"{planned_from_file(tmp_path / 'out')}{says(training, step_line(3))} kill -KILL $$"
     # They are no crashes: no restart is allowed for those.
-    run = made(script, "--max_restarts", "0")
+    run = supervise(script, "--max_restarts", "0")
     with pytest.raises(MemoryKilledError, match="killed by the kernel for memory") as caught:
         run.run()
     assert caught.value.exit_code == 137
-    reduced = [event for event in told(run.output_dir) if isinstance(event, MemoryReduced)]
+    reduced = [event for event in events_of(run.output_dir) if isinstance(event, MemoryReduced)]
     assert [(one.micro_batch_examples, one.gradient_checkpointing) for one in reduced] == [
         (2, False), (1, False), (1, True),
     ]  # fmt: skip
@@ -772,45 +790,47 @@ def test_worker_that_is_killed_for_memory_goes_on_with_smaller_batches_until_non
 
 
 def test_smaller_batches_are_in_the_plan_and_the_warnings_of_the_status(
-    made: Made, monkeypatch: pytest.MonkeyPatch
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor.Watchdog, "was_out_of_memory", lambda _: True)
     training = PhaseChanged(phase="training").to_line()
     script = f"if [ $N = 0 ]; then {says(PLAN, training, step_line(3))} kill -KILL $$; fi"
-    run = made(script)
+    run = supervise(script)
     assert run.run() == 0
     assert (run.status.plan["micro_batch_examples"], run.status.plan["micro_batches"]) == (2, 2)
     assert any("out of memory at step 4" in one.message for one in run.status.warnings)
 
 
 def test_kill_for_memory_while_evaluating_makes_the_evaluation_smaller(
-    made: Made, monkeypatch: pytest.MonkeyPatch
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor.Watchdog, "was_out_of_memory", lambda _: True)
     evaluating = PhaseChanged(phase="evaluating").to_line()
-    run = made(f"if [ $N = 0 ]; then {says(PLAN, evaluating)} kill -KILL $$; fi")
+    run = supervise(f"if [ $N = 0 ]; then {says(PLAN, evaluating)} kill -KILL $$; fi")
     assert run.run() == 0
-    (reduced,) = [event for event in told(run.output_dir) if isinstance(event, MemoryReduced)]
+    (reduced,) = [event for event in events_of(run.output_dir) if isinstance(event, MemoryReduced)]
     assert (reduced.micro_batch_examples, reduced.eval_batch_examples) == (4, 4)
 
 
 def test_memory_that_runs_out_while_loading_has_no_smaller_batch_to_try(
-    made: Made, tmp_path: Path
+    supervise: Supervise, tmp_path: Path
 ) -> None:
     problem = {"what": "memory ran out", "where": "w", "why": "y", "remedy": "use_4bit"}
     failed = Failed(exit_code=137, problems=[problem], retry="memory").to_line()
     loading = PhaseChanged(phase="loading").to_line()
     with pytest.raises(MemoryKilledError) as caught:
-        made(f"{says(loading, failed)} exit 137").run()
+        supervise(f"{says(loading, failed)} exit 137").run()
     assert workers(tmp_path) == 1
     assert caught.value.problems[0].remedy == "use_4bit"
 
 
-def test_rank_that_reports_memory_makes_all_go_on_with_less(made: Made, tmp_path: Path) -> None:
+def test_rank_that_reports_memory_makes_all_go_on_with_less(
+    supervise: Supervise, tmp_path: Path
+) -> None:
     problem = {"what": "memory ran out", "where": "w", "why": "y", "remedy": "r"}
     failed = Failed(exit_code=137, problems=[problem], retry="memory").to_line()
     training = PhaseChanged(phase="training").to_line()
-    run = made(f"if [ $N = 0 ]; then {says(PLAN, training, failed)} exit 137; fi")
+    run = supervise(f"if [ $N = 0 ]; then {says(PLAN, training, failed)} exit 137; fi")
     assert run.run() == 0
     assert workers(tmp_path) == 2
     assert "failed" not in kinds(run.output_dir)
@@ -819,9 +839,9 @@ def test_rank_that_reports_memory_makes_all_go_on_with_less(made: Made, tmp_path
 
 
 def test_library_that_ends_the_process_for_want_of_a_thread_is_explained(
-    made: Made, tmp_path: Path
+    supervise: Supervise, tmp_path: Path
 ) -> None:
-    run = made(
+    run = supervise(
         "echo 'libgomp: Thread creation failed: Resource temporarily unavailable' >&2; exit 1"
     )
     with pytest.raises(UnavailableError, match="refuses to create another thread"):

@@ -81,10 +81,10 @@ def audited(trainer: Trainer) -> tuple[Path, list[str]]:
 
 
 def test_no_process_of_a_run_unpickles_a_file(audited: tuple[Path, list[str]]) -> None:
-    _, told = audited
+    _, lines = audited
     # Two supervisors and two workers at least.
-    assert told.count("process") >= 4
-    assert [line for line in told if line.startswith(("file", "opened"))] == []
+    assert lines.count("process") >= 4
+    assert [line for line in lines if line.startswith(("file", "opened"))] == []
 
 
 def test_the_hook_sees_what_is_unpickled_and_opened(trainer: Trainer, tmp_path: Path) -> None:
@@ -101,9 +101,9 @@ def test_the_hook_sees_what_is_unpickled_and_opened(trainer: Trainer, tmp_path: 
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(tmp_path), "AUDIT_LOG": str(tmp_path / "log")},
     )
-    told = (tmp_path / "log").read_text()
-    assert "file pathlib.Path" in told
-    assert "opened a.bin" in told
+    log = (tmp_path / "log").read_text()
+    assert "file pathlib.Path" in log
+    assert "opened a.bin" in log
     assert (tmp_path / "exploded").exists()
 
 

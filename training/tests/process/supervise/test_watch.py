@@ -159,8 +159,8 @@ def test_memory_near_its_limit_is_told_once(
 ) -> None:
     monkeypatch.setattr(watchdog, "memory_bytes", lambda: (98 * 10**7, 10**9))
     seen = watched(tmp_path)
-    (told,) = seen.warnings(training())
-    assert "980 MB of 1.0 GB" in told
+    (warning,) = seen.warnings(training())
+    assert "980 MB of 1.0 GB" in warning
     assert seen.warnings(training()) == []
 
 
@@ -170,8 +170,8 @@ def test_disk_that_cannot_take_the_next_checkpoint_is_told_once(
     monkeypatch.setattr(watchdog, "free_disk_bytes", lambda _: 10**6)
     status = after(Planned(time=1.0, plan={"trainable_parameters": 10**6}), stepped(4))
     seen = watched(tmp_path)
-    (told,) = seen.warnings(status)
-    assert "1 MB left, the next checkpoint needs 12 MB" in told
+    (warning,) = seen.warnings(status)
+    assert "1 MB left, the next checkpoint needs 12 MB" in warning
     assert seen.warnings(status) == []
 
 

@@ -37,8 +37,8 @@ class Poller:
     def _poll(self) -> None:
         while self._run.process.poll() is None:
             with contextlib.suppress(OSError, ValueError):
-                place = json.loads((self._run.output / "server.json").read_text())
-                self.answers.append(ask(f"{place['url']}/health"))
+                server = json.loads((self._run.output / "server.json").read_text())
+                self.answers.append(ask(f"{server['url']}/health"))
             time.sleep(0.02)
 
     def changes(self) -> list[int]:

@@ -121,8 +121,8 @@ class MemoryGroup:
 
 @pytest.fixture
 def group() -> Iterator[MemoryGroup]:
-    with MemoryGroup() as made:
-        yield made
+    with MemoryGroup() as cgroup:
+        yield cgroup
 
 
 @pytest.mark.any_stack  # the kernel and the supervisor decide, not torch

@@ -93,12 +93,12 @@ def test_the_reason_of_a_failed_run_is_the_last_block_of_its_log() -> None:
     assert closing_block("step 3\n\nstep 4\n") == []
 
 
-@pytest.mark.parametrize(("status", "place"), [("exited", "machine"), ("running", "container")])
+@pytest.mark.parametrize(("status", "runs_in"), [("exited", "machine"), ("running", "container")])
 def test_a_run_on_this_machine_is_newer_than_a_container_that_has_ended(
-    status: str, place: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    status: str, runs_in: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lora_trainer.commands.health.own_address", lambda _: url)
     monkeypatch.setenv("HEALTH_PORT", "9")  # nobody else's run on this machine answers there
     (tmp_path / "events.jsonl").touch()
     container = Container("0123456789ab", "trainer", {"Status": status, "ExitCode": 78})
-    assert look(tmp_path, "", [container], "").runs_in == place
+    assert look(tmp_path, "", [container], "").runs_in == runs_in

@@ -46,6 +46,6 @@ def test_a_folder_that_takes_nothing_ends_with_its_reason(
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert installed(tmp_path / "venv") == code
-    said = capsys.readouterr().err
-    assert f"why:    {os.strerror(number)}" in said
-    assert "LORA_VENV=/another/folder/venv run.sh" in said
+    printed = capsys.readouterr().err
+    assert f"why:    {os.strerror(number)}" in printed
+    assert "LORA_VENV=/another/folder/venv run.sh" in printed

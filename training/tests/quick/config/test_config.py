@@ -155,8 +155,8 @@ def test_json_schema_refuses_what_is_not_resolved(tmp_path, text):
 
 
 def shipped_configs():
-    found = [*TRAINING.glob("config.json"), *(TRAINING / "configs").glob("*")]
-    return [path for path in found if path.suffix in (".json", ".yaml", ".yml")]
+    paths = [*TRAINING.glob("config.json"), *(TRAINING / "configs").glob("*")]
+    return [path for path in paths if path.suffix in (".json", ".yaml", ".yml")]
 
 
 @pytest.mark.parametrize("path", shipped_configs(), ids=lambda path: path.name)

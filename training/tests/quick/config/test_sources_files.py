@@ -102,9 +102,9 @@ def test_a_file_has_the_steps_and_learning_rates_of_its_own_trainer(name):
 def test_a_file_that_asks_for_something_else_is_refused_for_that_reason(name):
     with pytest.raises(ConfigError) as caught:
         resolve(FOLDER / name, {}, [])
-    said = [f"{problem.what} {problem.why}" for problem in caught.value.problems]
-    assert any(REFUSED[name] in text for text in said)
-    assert not any("names no" in text for text in said)
+    problems = [f"{problem.what} {problem.why}" for problem in caught.value.problems]
+    assert any(REFUSED[name] in text for text in problems)
+    assert not any("names no" in text for text in problems)
     assert all(problem.remedy for problem in caught.value.problems)
 
 
@@ -159,14 +159,14 @@ def test_pissa_has_as_many_iterations_as_in_llama_factory(resolved):
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "reason"),
     [
         ("identiy", "did you mean identity?"),
         ("pairs", "preferences"),
         ("pictures", "media"),
     ],
 )
-def test_a_dataset_that_dataset_info_does_not_allow_is_refused(tmp_path, names, said):
+def test_a_dataset_that_dataset_info_does_not_allow_is_refused(tmp_path, names, reason):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/dataset_info.json").write_text(
         (FOLDER / "data/dataset_info.json").read_text()
@@ -176,7 +176,7 @@ def test_a_dataset_that_dataset_info_does_not_allow_is_refused(tmp_path, names, 
     with pytest.raises(ConfigError) as caught:
         resolve(file, {}, [])
     (problem,) = caught.value.problems
-    assert said in f"{problem.what} {problem.why} {problem.remedy}"
+    assert reason in f"{problem.what} {problem.why} {problem.remedy}"
 
 
 def test_a_dataset_name_without_dataset_info_is_no_hub_id(tmp_path):

@@ -60,17 +60,17 @@ def test_rows_that_are_cut_left_out_or_skipped_are_said():
         processes_restarted=1,
         rows_changed={Change.THOUGHTS_DROPPED.value: 2, Change.SYSTEM_ADDED.value: 3},
     )
-    told = data_warnings(Config(), splits(train_report=report))
-    assert len(told) == 5
-    assert told[0] == "dataset: 1 tokenizing process died; the rows were processed again"
-    assert "2 of 3 rows: the chat template drops the reasoning" in told[-1]
-    assert "train_on to last" in told[-1]
+    warnings = data_warnings(Config(), splits(train_report=report))
+    assert len(warnings) == 5
+    assert warnings[0] == "dataset: 1 tokenizing process died; the rows were processed again"
+    assert "2 of 3 rows: the chat template drops the reasoning" in warnings[-1]
+    assert "train_on to last" in warnings[-1]
     for text in (
         "2 of 9 rows are truncated to max_seq_length 2048 (--max_seq_length 4000 keeps",
         "3 rows left out: too long",
         "1 rows skipped: invalid",
     ):
-        assert any(text in line for line in told)
+        assert any(text in line for line in warnings)
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(2, "1 of 2 held-out answers"), (3, ""), (4, "")])
@@ -79,9 +79,9 @@ def test_answers_that_cannot_match_in_so_many_tokens_are_said(limit, expected):
     masks = ([0, 1, 1], [1, 1, 1, 1, 1, 0, 1, 1, 1, 1])
     rows = [(np.zeros(len(mask)), np.array(mask)) for mask in masks]
     config = Config(training={"eval_generate": True, "eval_max_new_tokens": limit})
-    told = "".join(data_warnings(config, splits(eval=rows)))
-    assert told.startswith(expected)
-    assert ("--eval_max_new_tokens 3 " in told) is bool(expected)
+    warning = "".join(data_warnings(config, splits(eval=rows)))
+    assert warning.startswith(expected)
+    assert ("--eval_max_new_tokens 3 " in warning) is bool(expected)
 
 
 def test_weights_that_leave_no_row_are_a_data_error():

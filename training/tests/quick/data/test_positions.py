@@ -27,8 +27,8 @@ def test_every_line_that_says_the_same_is_found(tmp_path: Path) -> None:
     first.write_text("\n".join([json.dumps(row("x")), "", "no json", json.dumps(row("y"))]))
     second.write_text("\n".join(json.dumps(row(text)) for text in "yyz"))
     specs = [SourceSpec(path_or_id=str(path)) for path in (first, second)]
-    found = find_rows(specs, {hash_of("y"), hash_of("z"), hash_of("gone")})
-    assert found == {
+    positions = find_rows(specs, {hash_of("y"), hash_of("z"), hash_of("gone")})
+    assert positions == {
         hash_of("y"): [f"{first}:4", f"{second}:1", f"{second}:2"],
         hash_of("z"): [f"{second}:3"],
     }

@@ -40,15 +40,15 @@ def test_only_the_first_rows_of_each_dataset_are_taken_where_asked(tmp_path):
 
 def test_a_second_start_reuses_the_tokens_without_loading_a_tokenizer(tmp_path):
     spec = write(tmp_path / "d.jsonl", texts("a b"))
-    _, made = run(spec, tmp_path)
+    _, first = run(spec, tmp_path)
 
     class NoFactory(WordFactory):
         def __call__(self):
             raise AssertionError("tokenizer loaded")
 
     _, reused = run(spec, tmp_path, encoder=NoFactory())
-    assert (made.cache, reused.cache) == ("made", "reused")
-    assert {**asdict(reused), "cache": ""} == {**asdict(made), "cache": ""}
+    assert (first.cache, reused.cache) == ("made", "reused")
+    assert {**asdict(reused), "cache": ""} == {**asdict(first), "cache": ""}
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,9 @@ class Nvml:
 
 @pytest.fixture(autouse=True)
 def nvml(monkeypatch: pytest.MonkeyPatch) -> Nvml:
-    made = Nvml()
-    monkeypatch.setitem(sys.modules, "pynvml", made)
-    return made
+    module = Nvml()
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    return module
 
 
 @pytest.mark.parametrize(

@@ -121,12 +121,12 @@ def needed(entries: list[Requirement]) -> Iterator[Requirement]:
 
 def test_locks_hold_everything_that_is_needed_here_and_nothing_else() -> None:
     versions = locked(*files(HERE))
-    found = set()
+    reached = set()
     for entry in needed(asked(HERE)):
         name = canonicalize_name(entry.name)
         assert entry.specifier.contains(versions[name]), f"{entry}, locked {versions[name]}"
-        found.add(name)
-    assert versions.keys() - found == set()
+        reached.add(name)
+    assert versions.keys() - reached == set()
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_a_lock_entry_is_selected_with_its_hashes(lock_py: ModuleType, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("change", "drifted", "said"),
+    ("change", "drifted", "printed"),
     [(("", ""), [], ""), (("b==2", "b==3"), ["cpu.txt"], "< b==2 \\\n> b==3 \\\n"),
      (("sha256:2", "sha256:3"), ["cpu.txt"], "")],
 )  # fmt: skip
@@ -158,10 +158,10 @@ def test_drifted_locks_are_named_with_the_entries_that_differ(
     tmp_path: Path,
     change: tuple[str, str],
     drifted: list[str],
-    said: str,
+    printed: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     text = (tmp_path / "cpu.txt").read_text()
     (tmp_path / "new" / "cpu.txt").write_text(text.replace(*change))
     assert lock_py._drifted(tmp_path / "new") == drifted
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == printed

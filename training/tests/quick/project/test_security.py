@@ -19,24 +19,24 @@ FORBIDDEN_NAMES = {"Trainer", "Seq2SeqTrainer", "load_repo_checkpoint"}
 
 def offences(path: Path) -> list[str]:
     """Return what a file says that could unpickle."""
-    found = []
+    uses = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [a.name for a in node.names if a.name.split(".")[0] in FORBIDDEN_MODULES]
+            uses += [a.name for a in node.names if a.name.split(".")[0] in FORBIDDEN_MODULES]
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
-            found += [module] if module.split(".")[0] in FORBIDDEN_MODULES else []
+            uses += [module] if module.split(".")[0] in FORBIDDEN_MODULES else []
             if module.startswith("transformers"):
-                found += [a.name for a in node.names if a.name in FORBIDDEN_NAMES]
+                uses += [a.name for a in node.names if a.name in FORBIDDEN_NAMES]
         elif isinstance(node, ast.Call):
-            found += [call] if (call := ast.unparse(node.func)) in FORBIDDEN_CALLS else []
-            found += [k.arg for k in node.keywords if k.arg == "allow_pickle"]
-    return found
+            uses += [call] if (call := ast.unparse(node.func)) in FORBIDDEN_CALLS else []
+            uses += [k.arg for k in node.keywords if k.arg == "allow_pickle"]
+    return uses
 
 
 def test_one_file_unpickles_and_only_what_our_own_processes_send():
-    found = {path.name: told for path in SOURCE.rglob("*.py") if (told := offences(path))}
-    assert found == {"tokenizer_pool.py": ["pickle"]}
+    by_file = {path.name: uses for path in SOURCE.rglob("*.py") if (uses := offences(path))}
+    assert by_file == {"tokenizer_pool.py": ["pickle"]}
     loads = re.findall(r"pickle\.load\(.*\)", (SOURCE / "data" / "tokenizer_pool.py").read_text())
     # Pipes to and from its own children, which nobody else can write to.
     assert sorted({re.split(r"[(,)]", load)[1] for load in loads}) == ["cast", "tasks"]

@@ -46,10 +46,10 @@ def test_released_lock_is_taken_at_once(tmp_path: Path) -> None:
     first, second = leased(tmp_path / "a"), leased(tmp_path / "b")
     first.take()
     first.release()
-    said: list[str] = []
-    second.take(said.append)
+    warnings: list[str] = []
+    second.take(warnings.append)
     second.release()
-    assert said == []
+    assert warnings == []
 
 
 def test_lock_of_a_run_that_was_killed_is_taken_once_it_is_stale(
@@ -58,11 +58,11 @@ def test_lock_of_a_run_that_was_killed_is_taken_once_it_is_stale(
     monkeypatch.setattr(lease, "STALE_SECONDS", 0.1)
     left = {"identity": "other", "holder": "pid 9 on elsewhere", "beat": 3, "is_released": False}
     RemoteFolder(ADDRESS).write(".lock", json.dumps(left).encode())
-    said: list[str] = []
+    warnings: list[str] = []
     taken = leased(tmp_path / "a")
-    taken.take(said.append)
+    taken.take(warnings.append)
     assert content()["identity"] == taken.identity
-    assert "pid 9 on elsewhere" in said[0]
+    assert "pid 9 on elsewhere" in warnings[0]
     taken.release()
 
 

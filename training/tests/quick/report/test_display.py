@@ -109,8 +109,8 @@ def test_a_step_line_names_its_figures():
 
 
 def test_a_log_shows_progress_rarely_and_its_end_always():
-    told = [Progress(time=i / 100, done=i, total=500, unit="rows") for i in range(501)]
-    shown = plain(START, PhaseChanged(time=0.0, phase="tokenizing"), *told)
+    events = [Progress(time=i / 100, done=i, total=500, unit="rows") for i in range(501)]
+    shown = plain(START, PhaseChanged(time=0.0, phase="tokenizing"), *events)
     assert re.findall(r"tokenizing (.*)", shown) == ["1 of 500 rows", "500 of 500 rows"]
 
 
@@ -314,9 +314,9 @@ def test_json_prints_steps_by_logging_steps_and_notes_as_objects():
         for event in (START, PLAN, *(stepped(n) for n in range(1, 41))):
             status = fold(status, event)
             display.show(event, status)
-    said = [json.loads(line) for line in stream.getvalue().splitlines()]
-    assert (said[0]["event"], said[0]["text"]) == ("note", "status: http://127.0.0.1:1")
-    assert [one["step"] for one in said if one["event"] == "step"] == [1, 10, 20, 30, 40]
+    printed = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert (printed[0]["event"], printed[0]["text"]) == ("note", "status: http://127.0.0.1:1")
+    assert [one["step"] for one in printed if one["event"] == "step"] == [1, 10, 20, 30, 40]
 
 
 def test_quiet_json_prints_trouble_alone():

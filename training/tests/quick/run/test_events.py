@@ -166,11 +166,11 @@ def test_a_process_that_nobody_reads_says_so_before_it_stops(monkeypatch):
 
 
 def test_progress_is_told_at_most_twice_a_second():
-    told = []
-    tell = progress_of(told.append, "rows", 9)
+    events = []
+    tell = progress_of(events.append, "rows", 9)
     for done in range(1, 9):
         tell(done)
-    assert [(event.done, event.total, event.unit) for event in told] == [(1, 9, "rows")]
+    assert [(event.done, event.total, event.unit) for event in events] == [(1, 9, "rows")]
 
 
 CURVES = {

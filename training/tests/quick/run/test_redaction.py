@@ -142,10 +142,10 @@ def test_all_that_is_printed_is_struck(capsys):
         except ValueError:
             traceback.print_exc()
         assert not hasattr(sys.stdout, "buffer")
-    told = capsys.readouterr()
-    assert "canary" not in told.out + told.err
-    assert told.out.startswith("printed ***\nlines ***\n")
-    assert "ValueError: ***" in told.err
+    printed = capsys.readouterr()
+    assert "canary" not in printed.out + printed.err
+    assert printed.out.startswith("printed ***\nlines ***\n")
+    assert "ValueError: ***" in printed.err
 
 
 def test_display_on_a_redacted_file_strikes_secrets(tmp_path):
@@ -174,12 +174,12 @@ def test_event_with_a_loss_that_is_no_number_is_left_as_it_is():
     assert redacted.to_line() == step.to_line()
 
 
-def copied(tmp_path: Path, parts: list[bytes], redaction: Redaction) -> bytes:
+def copied(tmp_path: Path, chunks: list[bytes], redaction: Redaction) -> bytes:
     reading, writing = os.pipe()
     with (tmp_path / "log").open("wb") as log:
         thread = threading.Thread(target=copy, args=(reading, log.fileno(), redaction))
         thread.start()
-        for part in parts:
+        for part in chunks:
             os.write(writing, part)
         os.close(writing)
         thread.join(30)
@@ -189,16 +189,16 @@ def copied(tmp_path: Path, parts: list[bytes], redaction: Redaction) -> bytes:
 
 def test_secret_written_in_two_halves_is_struck_from_the_log(tmp_path):
     half = len(CANARY) // 2
-    parts = [b"a " + CANARY[:half].encode(), CANARY[half:].encode() + b" b\nlast line \xff"]
-    assert copied(tmp_path, parts, Redaction([CANARY])) == b"a *** b\nlast line \xff"
+    chunks = [b"a " + CANARY[:half].encode(), CANARY[half:].encode() + b" b\nlast line \xff"]
+    assert copied(tmp_path, chunks, Redaction([CANARY])) == b"a *** b\nlast line \xff"
 
 
 def test_secret_across_the_cut_of_an_endless_line_is_struck(tmp_path):
     fill = b"x" * 65_000
-    parts = [fill] * (LONGEST_LINE_BYTES // len(fill) - 1)
+    chunks = [fill] * (LONGEST_LINE_BYTES // len(fill) - 1)
     redaction = Redaction([CANARY])
     for shift in range(0, 130_000, 13_001):
-        line = [*parts, b"y" * shift, CANARY.encode(), *parts]
+        line = [*chunks, b"y" * shift, CANARY.encode(), *chunks]
         log = copied(tmp_path, line, redaction)
         assert b"canary" not in log
         assert b"***" in log

@@ -122,9 +122,9 @@ def test_format_is_the_one_that_is_asked_for(accept, kind):
 
 
 def test_each_rank_has_its_speed_and_its_memory():
-    told = samples(live_run(START, PLAN, RanksMeasured(step=1, ranks=RANKS, slowest=1)))
-    assert told["lora_trainer_rank_tokens_per_second", (("rank", "1"),)] == 50.0
-    assert told["lora_trainer_rank_memory_bytes", (("rank", "0"),)] == 7
+    values = samples(live_run(START, PLAN, RanksMeasured(step=1, ranks=RANKS, slowest=1)))
+    assert values["lora_trainer_rank_tokens_per_second", (("rank", "1"),)] == 50.0
+    assert values["lora_trainer_rank_memory_bytes", (("rank", "0"),)] == 7
 
 
 def series() -> set[str]:

@@ -49,9 +49,9 @@ def fresh() -> Iterator[StatusServer]:
 )  # fmt: skip
 def test_foreign_host_is_refused(plain: StatusServer, host):
     for path in PATHS:
-        found = ask(plain, path, host=host)
-        assert found.code in (400, 421), path
-        assert b"demo" not in found.body
+        answer = ask(plain, path, host=host)
+        assert answer.code in (400, 421), path
+        assert b"demo" not in answer.body
 
 
 @pytest.mark.parametrize(
@@ -76,9 +76,9 @@ def test_two_hosts_are_refused(plain: StatusServer):
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "get"])
 def test_other_methods_are_refused_everywhere(plain: StatusServer, method):
     for path in (*PATHS, "/nowhere"):
-        found = ask(plain, path, method)
-        assert found.code == 405
-        assert found.headers["allow"] == "GET, HEAD"
+        answer = ask(plain, path, method)
+        assert answer.code == 405
+        assert answer.headers["allow"] == "GET, HEAD"
 
 
 @pytest.mark.parametrize(
@@ -89,11 +89,11 @@ def test_other_methods_are_refused_everywhere(plain: StatusServer, method):
      "/%ff%fe", "/health%0d%0aX-Injected:1", "/.env", "/train.log", "/events.jsonl"],
 )  # fmt: skip
 def test_path_tricks_lead_nowhere(plain: StatusServer, path):
-    found = ask(plain, path)
-    assert found.code == 404
-    assert "x-injected" not in found.headers
-    assert b"root:" not in found.body
-    assert b"import" not in found.body
+    answer = ask(plain, path)
+    assert answer.code == 404
+    assert "x-injected" not in answer.headers
+    assert b"root:" not in answer.body
+    assert b"import" not in answer.body
 
 
 def test_every_answer_carries_the_security_headers(plain: StatusServer):
@@ -191,13 +191,13 @@ def test_full_house_makes_room_for_who_really_asks(fresh: StatusServer, monkeypa
 
 def test_token_guards_all_but_health(guarded: StatusServer):
     for path in (*PATHS, "/static/app.js", "/nowhere"):
-        found = ask(guarded, path)
+        answer = ask(guarded, path)
         if path == "/health":
-            assert found.code == 503  # as the run is
+            assert answer.code == 503  # as the run is
         else:
-            assert found.code == 401
-            assert found.headers["www-authenticate"] == "Bearer"
-            assert set(found.json()) == {"error"}
+            assert answer.code == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert set(answer.json()) == {"error"}
 
 
 @pytest.mark.parametrize("given", [f"Bearer {TOKEN}", f"bearer {TOKEN}"])
@@ -213,9 +213,9 @@ def test_wrong_token_is_not(guarded: StatusServer, given):
 
 
 def test_token_in_the_address_is_exchanged_once_for_a_cookie(guarded: StatusServer):
-    found = ask(guarded, f"/?token={TOKEN}")
-    assert (found.code, found.headers["location"]) == (303, "/")
-    cookie = found.headers["set-cookie"]
+    answer = ask(guarded, f"/?token={TOKEN}")
+    assert (answer.code, answer.headers["location"]) == (303, "/")
+    cookie = answer.headers["set-cookie"]
     assert "HttpOnly" in cookie
     assert "SameSite=Strict" in cookie
     assert TOKEN not in cookie
@@ -228,9 +228,9 @@ def test_token_in_the_address_is_exchanged_once_for_a_cookie(guarded: StatusServ
 
 @pytest.mark.parametrize("path", [f"/status?token={TOKEN}", "/?token=wrong", "/?token=", "/?x=%ff"])
 def test_token_elsewhere_in_an_address_opens_nothing(guarded: StatusServer, path):
-    found = ask(guarded, path)
-    assert found.code == 401
-    assert "set-cookie" not in found.headers
+    answer = ask(guarded, path)
+    assert answer.code == 401
+    assert "set-cookie" not in answer.headers
 
 
 @pytest.mark.parametrize(

@@ -118,8 +118,8 @@ def test_more_runs_than_stay_open_are_all_answered(get: Get, outputs: Path):
 
 
 def test_differences_name_keys_and_each_runs_value(get: Get):
-    found = json.loads(get("/differences?run=good&run=bad")[1])
-    assert found["keys"] == {"learning_rate": [1e-4, 1.0]}
+    differences = json.loads(get("/differences?run=good&run=bad")[1])
+    assert differences["keys"] == {"learning_rate": [1e-4, 1.0]}
     assert get("/differences?run=good&run=none")[0] == 404
 
 

@@ -42,19 +42,23 @@ def serve() -> Iterator[Serve]:
 
 
 def test_answers_before_anything_is_known_of_the_run(serve: Serve):
-    found = ask(serve(live_run()), "/health")
-    assert found.code == 200
-    told = found.json()
-    assert (told["status"], told["phase"], told["is_training"]) == ("healthy", "starting", False)
-    assert isinstance(told["cuda_available"], bool)
+    answer = ask(serve(live_run()), "/health")
+    assert answer.code == 200
+    health = answer.json()
+    assert (health["status"], health["phase"], health["is_training"]) == (
+        "healthy",
+        "starting",
+        False,
+    )
+    assert isinstance(health["cuda_available"], bool)
 
 
 def test_run_that_failed_is_unhealthy_with_reason_and_remedy(serve: Serve):
     failed = Failed(exit_code=65, problems=[{"what": "row 3 is empty", "remedy": "mend row 3"}])
-    found = ask(serve(live_run(START, failed)), "/health")
-    assert found.code == 503
-    assert "row 3 is empty" in found.json()["reason"]
-    assert found.json()["remedy"] == "mend row 3"
+    answer = ask(serve(live_run(START, failed)), "/health")
+    assert answer.code == 503
+    assert "row 3 is empty" in answer.json()["reason"]
+    assert answer.json()["remedy"] == "mend row 3"
 
 
 def test_figures_and_status_are_those_of_the_run(serve: Serve):
@@ -210,9 +214,9 @@ def test_too_many_streams_are_refused_and_the_rest_goes_on(serve: Serve, monkeyp
 def test_head_has_the_headers_of_get_and_no_body(serve: Serve):
     one = serve(full_run())
     for path in ("/health", "/metrics", "/status", "/history", "/log", "/events", "/openapi.json"):
-        found = ask(one, path, "HEAD")
-        assert found.code == (503 if path == "/health" else 200)
-        assert found.body == b""
+        answer = ask(one, path, "HEAD")
+        assert answer.code == (503 if path == "/health" else 200)
+        assert answer.body == b""
 
 
 def test_stop_ends_open_streams_and_frees_the_port(serve: Serve):
@@ -236,11 +240,11 @@ def test_server_ends_with_its_process_whoever_is_connected(serve: Serve):
 
 def test_server_that_cannot_run_says_so_and_leaves_the_port(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)  # as if it were not installed
-    told: list[str] = []
-    one = StatusServer(live_run(), port=0, on_fault=told.append)
+    faults: list[str] = []
+    one = StatusServer(live_run(), port=0, on_fault=faults.append)
     one.start()
     one._thread.join(30)
-    assert "uvicorn" in told[0]
+    assert "uvicorn" in faults[0]
     with pytest.raises(ConnectionError):
         ask(one, "/health")
     one.stop()

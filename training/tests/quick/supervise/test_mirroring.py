@@ -40,10 +40,10 @@ class Machine:
         self.settings: Settings = resolve(None, {}, options)
         self.local = output_folder(self.settings)
         self.local.mkdir(parents=True, exist_ok=True)
-        self.said: list[str] = []
+        self.notes: list[str] = []
 
     def start(self) -> NoMirror:
-        return mirror_of(self.settings, self.said.append, lambda: False)
+        return mirror_of(self.settings, self.notes.append, lambda: False)
 
     def train(self, *steps: int, digest: str = "d", is_finished: bool = False) -> None:
         run = self.start()
@@ -69,7 +69,7 @@ def test_run_goes_on_where_another_machine_left_it(tmp_path: Path) -> None:
     other = Machine(tmp_path / "b")
     with other.start().held():
         assert other.steps() == [5]
-    assert other.said == [f"continuing the run in {ADDRESS}/mine"]
+    assert other.notes == [f"continuing the run in {ADDRESS}/mine"]
 
 
 def test_own_folder_counts_if_it_was_the_last_to_write(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_stopped_run_whose_store_fails_says_where_its_files_are(tmp_path: Path) 
         stores.FaultyStore.fault = staticmethod(lambda *_: PermissionError("expired"))
         stores.add_checkpoint(stores.new_run(machine.local), 5)
         raise KeyboardInterrupt
-    assert f"{machine.local} has it all" in machine.said[-1]
+    assert f"{machine.local} has it all" in machine.notes[-1]
 
 
 def test_archived_run_is_moved_aside_in_the_store_and_not_kept_twice(tmp_path: Path) -> None:

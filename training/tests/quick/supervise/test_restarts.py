@@ -13,12 +13,12 @@ def at(step: int, *more: object) -> RunStatus:
 
 def ended(restarts: Restarts, *statuses: RunStatus) -> list[str]:
     """Return what is said of each end in turn; only a worker that may restart does."""
-    said = []
+    refusals = []
     for status in statuses:
-        said.append(restarts.refusal(status))
-        if not said[-1]:
+        refusals.append(restarts.refusal(status))
+        if not refusals[-1]:
             restarts.take(status)
-    return said
+    return refusals
 
 
 def test_ends_far_apart_never_use_up_the_restarts():

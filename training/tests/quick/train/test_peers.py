@@ -36,8 +36,8 @@ class Store:
         return self.values.get(key) or str(self.reads)
 
 
-def peers_of(rank: int, store: Store, said: list[Event], *, signal: str = "") -> Peers:
-    pipe = SimpleNamespace(emit=said.append, close=lambda: None)
+def peers_of(rank: int, store: Store, events: list[Event], *, signal: str = "") -> Peers:
+    pipe = SimpleNamespace(emit=events.append, close=lambda: None)
     stop = SimpleNamespace(is_set=lambda: bool(signal))
     peers = Peers(pipe, stop)  # type: ignore[arg-type]
     peers._launch = Launch(rank, 5, 0, 2, "host0", 29500)
@@ -54,23 +54,23 @@ def test_silent_processes_are_named_with_their_host_and_end_this_one(
     monkeypatch.setattr(peers, "UNWIND_SECONDS", 0)
     monkeypatch.setattr(peers.faulthandler, "dump_traceback", lambda **_: None)
     monkeypatch.setattr(peers.os, "_exit", lambda code: pytest.exit(str(code)))
-    said: list[Event] = []
-    watched = peers_of(0, Store({2, 3}), said)
+    events: list[Event] = []
+    watched = peers_of(0, Store({2, 3}), events)
     watched._store.set("start/beat/4", LEFT)  # it has ended well
     with pytest.raises(pytest.exit.Exception, match=str(PEER_LOST)):
         watched._watch()
-    (failed,) = said
+    (failed,) = events
     assert isinstance(failed, Failed)
     assert failed.problems[0]["what"] == "lost rank 2 on host1, rank 3 on host1"
 
 
 def test_a_supervisor_that_was_killed_is_named_by_rank_0() -> None:
-    store, said = Store(set()), list[Event]()
-    peers_of(2, store, said)._mark_orphan()
-    assert peers_of(1, store, said).have_orphan()
-    assert not said
-    assert peers_of(0, store, said).have_orphan()
-    (failed,) = said
+    store, events = Store(set()), list[Event]()
+    peers_of(2, store, events)._mark_orphan()
+    assert peers_of(1, store, events).have_orphan()
+    assert not events
+    assert peers_of(0, store, events).have_orphan()
+    (failed,) = events
     assert isinstance(failed, Failed)
     assert failed.problems[0]["what"] == "lost rank 2 on host1"
 

@@ -46,8 +46,8 @@ def test_stop_after_the_training_tells_the_step_that_is_saved(
     monkeypatch.setattr(worker.faulthandler, "register", lambda *_, **__: None)
     monkeypatch.setattr(worker, "run", run)
     assert worker.main() == 143
-    with os.fdopen(reading) as told:
-        last = json.loads(told.read().splitlines()[-1])
+    with os.fdopen(reading) as pipe:
+        last = json.loads(pipe.read().splitlines()[-1])
     assert (last["event"], last["step"], last["signal"]) == ("stopped", 40, "SIGTERM")
 
 

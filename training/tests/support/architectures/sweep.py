@@ -85,11 +85,11 @@ def _start(name: str, try_one: Callable[[str], Outcome]) -> tuple[int, int]:
 
 
 def _finish(pipe: int, pid: int) -> Outcome:
-    said = os.read(pipe, 1 << 16)
+    line = os.read(pipe, 1 << 16)
     _, status = os.waitpid(pid, 0)
-    if not said:
+    if not line:
         return Outcome("fails", f"the process died: {os.waitstatus_to_exitcode(status)}")
-    return outcome_of(json.loads(said))
+    return outcome_of(json.loads(line))
 
 
 def warm_up() -> None:
