@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from support.hosts import Hosts, two_hosts
-from support.trainer import Ended, Run, Trainer, adapter_of, at_step, losses, of_kind
+from support.trainer import Run, Trainer, adapter_of, at_step, losses, of_kind
 
 pytestmark = [
     pytest.mark.timeout(900),
@@ -32,10 +32,7 @@ STEP = 12  # of the disturbances; every fifth step is saved
 @pytest.fixture(scope="module")
 def alone(trainer: Trainer) -> Path:
     """Return the folder of the run that one process has trained."""
-    output = trainer.root / "alone"
-    ended = trainer.train(output, **JOB)
-    assert ended.code == 0, ended.err
-    return output
+    return trainer.finish(trainer.root / "alone", **JOB)
 
 
 @pytest.fixture
@@ -46,10 +43,6 @@ def hosts() -> Iterator[Hosts]:
 
 def start(hosts: Hosts, trainer: Trainer, name: str) -> list[Run]:
     return [hosts.start(trainer, trainer.root / name, host, **JOB) for host in range(2)]
-
-
-def end(runs: list[Run]) -> list[Ended]:
-    return [run.wait() for run in runs]
 
 
 def assert_same(output: Path, alone: Path) -> None:
@@ -64,11 +57,16 @@ def assert_same(output: Path, alone: Path) -> None:
         np.testing.assert_allclose(tensor, adapter[name], atol=1e-5)
 
 
-def test_two_hosts_train_what_one_process_does(hosts: Hosts, trainer: Trainer, alone: Path) -> None:
-    ended = end(start(hosts, trainer, "undisturbed-hosts"))
+def assert_trained(runs: list[Run], alone: Path, *, is_resumed: bool = False) -> None:
+    """Assert that both hosts end well, with the run of one process."""
+    ended = [run.wait() for run in runs]
     assert [one.code for one in ended] == [0, 0], ended
-    assert not of_kind(trainer.root / "undisturbed-hosts", "resumed")
-    assert_same(trainer.root / "undisturbed-hosts", alone)
+    assert bool(of_kind(runs[0].output, "resumed")) is is_resumed
+    assert_same(runs[0].output, alone)
+
+
+def test_two_hosts_train_what_one_process_does(hosts: Hosts, trainer: Trainer, alone: Path) -> None:
+    assert_trained(start(hosts, trainer, "undisturbed-hosts"), alone)
 
 
 def test_a_cable_that_is_slow_and_loses_packets_changes_nothing(
@@ -77,10 +75,7 @@ def test_a_cable_that_is_slow_and_loses_packets_changes_nothing(
     runs = start(hosts, trainer, "slow")
     runs[0].wait_for(at_step(STEP))
     hosts.slow("2mbit")
-    ended = end(runs)
-    assert [one.code for one in ended] == [0, 0], ended
-    assert not of_kind(trainer.root / "slow", "resumed")
-    assert_same(trainer.root / "slow", alone)
+    assert_trained(runs, alone)
 
 
 def test_a_cable_that_is_out_for_a_moment_ends_nothing(
@@ -91,10 +86,7 @@ def test_a_cable_that_is_out_for_a_moment_ends_nothing(
     hosts.cut()
     time.sleep(1.5)
     hosts.mend()
-    ended = end(runs)
-    assert [one.code for one in ended] == [0, 0], ended
-    assert not of_kind(trainer.root / "moment", "resumed")
-    assert_same(trainer.root / "moment", alone)
+    assert_trained(runs, alone)
 
 
 def test_a_cable_that_is_out_for_a_minute_restarts_the_run(
@@ -105,10 +97,7 @@ def test_a_cable_that_is_out_for_a_minute_restarts_the_run(
     hosts.cut()
     time.sleep(60)
     hosts.mend()
-    ended = end(runs)
-    assert [one.code for one in ended] == [0, 0], ended
-    assert of_kind(trainer.root / "minute", "resumed")
-    assert_same(trainer.root / "minute", alone)
+    assert_trained(runs, alone, is_resumed=True)
 
 
 def test_a_host_that_dies_and_comes_back_resumes_the_run(
@@ -119,23 +108,16 @@ def test_a_host_that_dies_and_comes_back_resumes_the_run(
     runs[0].wait_for(at_step(CHANCE.randrange(6, 30)))
     runs[1].kill()
     runs[1] = hosts.start(trainer, output, 1, **JOB)
-    ended = end(runs)
-    assert [one.code for one in ended] == [0, 0], ended
-    assert of_kind(output, "resumed")
+    assert_trained(runs, alone, is_resumed=True)
     assert "rank 2 on host1" in str(of_kind(output, "failed"))
-    assert_same(output, alone)
 
 
 def test_without_the_first_host_the_others_end_and_the_same_commands_resume(
     hosts: Hosts, trainer: Trainer, alone: Path
 ) -> None:
-    output = trainer.root / "first-dies"
     runs = start(hosts, trainer, "first-dies")
     runs[0].wait_for(at_step(CHANCE.randrange(6, 30)))
     runs[0].kill()
     other = runs[1].wait()
     assert other.code not in (0, 65, 78), other
-    ended = end(start(hosts, trainer, "first-dies"))
-    assert [one.code for one in ended] == [0, 0], ended
-    assert of_kind(output, "resumed")
-    assert_same(output, alone)
+    assert_trained(start(hosts, trainer, "first-dies"), alone, is_resumed=True)

@@ -35,9 +35,7 @@ def trainer(tmp_path_factory) -> Trainer:
 
 def run(trainer: Trainer, name: str, **changed) -> tuple[dict, dict[int, float], dict]:
     """Train; return the plan, the loss of each step, and the last step's event."""
-    output = trainer.root / name
-    ended = trainer.train(output, **changed)
-    assert ended.code == 0, ended.err
+    output = trainer.finish(trainer.root / name, **changed)
     by_step = {step: values.pop() for step, values in losses(output).items()}
     plan = json.loads((output / "plan.json").read_text())
     assert plan["device"] == "cuda"

@@ -28,7 +28,4 @@ def command_line(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 @pytest.fixture(scope="session")
 def undisturbed(trainer: Trainer) -> Path:
     """Return the output folder of a run that ended by itself."""
-    output = trainer.root / "undisturbed"
-    ended = trainer.train(output)
-    assert ended.code == 0, ended.err
-    return output
+    return trainer.finish(trainer.root / "undisturbed")

@@ -16,12 +16,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from support.local_server import LocalServer
 
 ACCOUNT = "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"
 """The only token that it knows."""
@@ -83,29 +84,12 @@ class Request:
 
 
 @dataclass
-class HubStandin:
+class HubStandin(LocalServer):
     """The running server, its repositories, and the log of what was asked."""
 
     repos: dict[tuple[str, str], Repo] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     strangers: list[str] = field(default_factory=list)
-
-    def __enter__(self) -> HubStandin:
-        hub = self
-
-        class Handler(_Handler):
-            standin = hub
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -142,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(403, b"")
 
     def log_message(self, *_: object) -> None:
-        """Say nothing: the log is `HubStandin.requests`."""
+        """Say nothing."""
 
     def _answer(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
@@ -213,6 +197,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+HubStandin.handler = _Handler
 
 
 def etag_of(content: bytes) -> str:

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
+import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from lora_trainer.checkpoint_folder import FILES, MANIFEST, STATE, name_of
 from lora_trainer.host.disk import write_checksums
+from lora_trainer.remote import lease, mirror
+from lora_trainer.remote.folder import RemoteFolder
 
 Fault = Callable[[str, str], BaseException | None]  # of an operation and a path
 
@@ -63,8 +66,10 @@ class FaultyStore(MemoryFileSystem):
 fsspec.register_implementation("faulty", FaultyStore, clobber=True)
 
 
-def reset() -> None:
-    """Empty the store; nothing fails any more."""
+def reset(patch: pytest.MonkeyPatch) -> None:
+    """Empty the store; nothing fails any more, and nothing waits as for a real one."""
+    patch.setattr(lease, "SETTLE_SECONDS", 0.01)
+    patch.setattr(mirror, "FIRST_PAUSE_SECONDS", 0.001)
     FaultyStore.store, FaultyStore.pseudo_dirs, FaultyStore.operations = {}, [""], []
     FaultyStore.fault = staticmethod(lambda *_: None)
 
@@ -105,6 +110,23 @@ def new_run(folder: Path) -> Path:
     for name in ("config.digest", "config.resolved.json", "events.jsonl", "plan.json"):
         (folder / name).write_text(f"{name}\n")
     return folder
+
+
+class Mirrored:
+    """A run that is mirrored, and the means to wait for it."""
+
+    def __init__(self, address: str, local: Path, keep: int = 2) -> None:
+        self.local = new_run(local)
+        self.folder = RemoteFolder(address)
+        self.lease = lease.Lease(self.folder, self.local)
+        self.lease.take()
+        self.mirror = mirror.Mirror(self.folder, self.local, self.lease, keep=keep)
+        self.mirror.start()
+
+    def end(self) -> None:
+        """Stop mirroring, and let others have the folder."""
+        self.mirror.stop()
+        self.lease.release()
 
 
 def finish(run: Path) -> None:

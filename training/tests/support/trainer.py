@@ -102,6 +102,12 @@ class Trainer:
         """Train to the end."""
         return self.start(output, *options, **changed).wait()
 
+    def finish(self, output: Path, **changed: Any) -> Path:
+        """Train to the end, which must be a good one; return the output folder."""
+        ended = self.train(output, **changed)
+        assert ended.code == 0, ended.err
+        return output
+
     def call(self, *arguments: str, **environment: str) -> Ended:
         """Run another command of the command line."""
         done = subprocess.run(

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
+from support.local_server import LocalServer
 
-class UploadStandin:
+
+class UploadStandin(LocalServer):
     """The running server, the repositories that were made, and their files."""
 
     def __init__(self, token: str) -> None:
@@ -21,26 +22,9 @@ class UploadStandin:
         self.private: dict[str, bool] = {}  # by repository
         self.files: dict[str, dict[str, bytes]] = {}
 
-    def __enter__(self) -> UploadStandin:
-        standin = self
-
-        class Handler(_Handler):
-            hub = standin
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
 
 class _Handler(BaseHTTPRequestHandler):
-    hub: UploadStandin
+    standin: UploadStandin
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
@@ -55,7 +39,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = self.path.partition("?")[0]
-        if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+        if self.headers.get("Authorization") != f"Bearer {self.standin.token}":
             self._send(401, {"error": "Invalid username or password."})
         elif path == "/api/repos/create":
             self._create(json.loads(body))
@@ -70,25 +54,25 @@ class _Handler(BaseHTTPRequestHandler):
             self._commit(path.removeprefix("/api/models/").removesuffix("/commit/main"), body)
         elif path.startswith("/api/models/"):
             repo = path.removeprefix("/api/models/").removesuffix("/revision/main")
-            facts = {"id": repo, "private": self.hub.private[repo], "siblings": []}
+            facts = {"id": repo, "private": self.standin.private[repo], "siblings": []}
             self._send(200, facts | {"sha": "0" * 40, "downloads": 0, "likes": 0, "tags": []})
         else:
             self._send(200, {})
 
     def _create(self, wanted: dict[str, Any]) -> None:
         repo = "/".join(filter(None, (wanted.get("organization"), wanted["name"])))
-        status = 409 if repo in self.hub.private else 200
+        status = 409 if repo in self.standin.private else 200
         is_private = wanted.get("private", wanted.get("visibility") == "private")
-        self.hub.private.setdefault(repo, bool(is_private))
-        self._send(status, {"url": f"{self.hub.url}/{repo}"})
+        self.standin.private.setdefault(repo, bool(is_private))
+        self._send(status, {"url": f"{self.standin.url}/{repo}"})
 
     def _commit(self, repo: str, body: bytes) -> None:
         for line in body.splitlines():
             entry = json.loads(line)
             if entry["key"] == "file":
                 content = base64.b64decode(entry["value"]["content"])
-                self.hub.files.setdefault(repo, {})[entry["value"]["path"]] = content
-        url = f"{self.hub.url}/{repo}/commit/{'0' * 40}"
+                self.standin.files.setdefault(repo, {})[entry["value"]["path"]] = content
+        url = f"{self.standin.url}/{repo}/commit/{'0' * 40}"
         self._send(200, {"success": True, "commitUrl": url, "commitOid": "0" * 40})
 
     def _send(self, status: int, content: object) -> None:
@@ -98,3 +82,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+
+UploadStandin.handler = _Handler

@@ -24,19 +24,9 @@ from lora_trainer.run.events import Event, StepDone, Warned
 from lora_trainer.train import session as sessions
 from lora_trainer.train.dry_run import _unloaded
 from lora_trainer.train.loop import train
+from support.config import SPECIFIED
 from support.tiny_model import write_model, write_rows
 
-# As they stand in the specification.
-SPECIFIED = (
-    {
-        "per_device_train_batch_size": 4, "use_4bit": True, "max_seq_length": 1024,
-        "gradient_accumulation_steps": 2,
-    },
-    {
-        "per_device_train_batch_size": 16, "use_flash_attention": True, "num_train_epochs": 1,
-        "logging_steps": 50,
-    },
-)  # fmt: skip
 FOLDER = Path(__file__).resolve().parents[3] / "configs"
 PRESETS = sorted(path.stem for path in FOLDER.glob("*.json"))
 # Llama 2 7B: 32 layers, 2 x 131 million parameters in embeddings and head.

@@ -13,7 +13,7 @@ import pytest
 from lora_trainer.config.settings import resolve
 from lora_trainer.errors import AccessError, StoppedError
 from lora_trainer.remote import folder as remote_folder
-from lora_trainer.remote import lease, mirror
+from lora_trainer.remote import mirror
 from lora_trainer.run.events import CheckpointSaved, Event
 from lora_trainer.run_folder import RunFolder
 from lora_trainer.supervise import endings, supervisor
@@ -27,13 +27,11 @@ SAVED = CheckpointSaved(step=5, path="", bytes=1, seconds=1.0, is_best=False).to
 
 @pytest.fixture(autouse=True)
 def store(monkeypatch: pytest.MonkeyPatch) -> None:
-    stores.reset()
+    stores.reset(monkeypatch)
     monkeypatch.setattr(endings, "write_report", lambda _: None)
     monkeypatch.setattr(supervisor, "WATCH_SECONDS", 0.05)
-    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.01)
     monkeypatch.setattr(remote_folder, "FIRST_PAUSE_SECONDS", 0.001)
-    for name, seconds in (("FIRST", 0.001), ("LONGEST", 0.01)):
-        monkeypatch.setattr(mirror, f"{name}_PAUSE_SECONDS", seconds)
+    monkeypatch.setattr(mirror, "LONGEST_PAUSE_SECONDS", 0.01)
 
 
 def mirrored(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Supervisor:

@@ -118,14 +118,9 @@ def test_run_is_mirrored_through_faults_and_comes_back_whole(
     local = stores.new_run(tmp_path / "local")
     stores.add_checkpoint(local, 5)
     stores.finish(local)
-    folder = RemoteFolder(ADDRESS)
-    held = lease.Lease(folder, local)
-    held.take()
-    mirrored = mirror.Mirror(folder, local, held, keep=2)
-    mirrored.start()
-    mirrored.flush(60)
-    mirrored.stop()
-    held.release()
+    run = stores.Mirrored(ADDRESS, local)
+    run.mirror.flush(60)
+    run.end()
     written = [name.removeprefix("run/") for name in server.written()]
     assert [name for name in written if name != ".lock"][-1] == "DONE"
     other = tmp_path / "other"
@@ -139,30 +134,24 @@ def test_expired_credentials_lose_nothing_and_new_ones_go_on(
     server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mirror, "LONGEST_PAUSE_SECONDS", 0.1)
-    local = stores.new_run(tmp_path / "local")
-    folder = RemoteFolder(ADDRESS)
-    held = lease.Lease(folder, local)
-    held.take()
-    mirrored = mirror.Mirror(folder, local, held, keep=2)
-    mirrored.start()
-    mirrored.flush(30)
+    run = stores.Mirrored(ADDRESS, tmp_path / "local")
+    run.mirror.flush(30)
     server.fault = lambda *_: EXPIRED
-    stores.add_checkpoint(local, 5)
+    stores.add_checkpoint(run.local, 5)
     until = time.monotonic() + 30
-    while not (warning := mirrored.warning()) and time.monotonic() < until:
-        mirrored.wake()
+    while not (warning := run.mirror.warning()) and time.monotonic() < until:
+        run.mirror.wake()
         time.sleep(0.01)
     assert "The provided token has expired" in warning
     with pytest.raises(TrainerError) as caught:
-        mirrored.flush(30)
+        run.mirror.flush(30)
     assert caught.value.exit_code == 77
     server.fault = lambda *_: None
     until = time.monotonic() + 30
-    while folder.read("checkpoints/step-000005/manifest.json") is None:
+    while run.folder.read("checkpoints/step-000005/manifest.json") is None:
         assert time.monotonic() < until
         time.sleep(0.05)
-    mirrored.stop()
-    held.release()
+    run.end()
 
 
 def test_dataset_on_s3_is_read(server: S3Server) -> None:

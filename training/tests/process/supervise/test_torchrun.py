@@ -44,10 +44,7 @@ CHANCE = random.Random(26)
 @pytest.fixture(scope="module")
 def alone(command_line: Trainer) -> Path:
     """Return the folder of the run that one process has trained."""
-    output = command_line.root / "alone"
-    ended = command_line.train(output, **SHORT)
-    assert ended.code == 0, ended.err
-    return output
+    return command_line.finish(command_line.root / "alone", **SHORT)
 
 
 def torchrun(trainer: Trainer, output: Path, *options: str, **changed: object) -> Run:

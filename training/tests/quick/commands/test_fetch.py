@@ -15,7 +15,7 @@ ADDRESS = "faulty://bucket/mine"
 
 @pytest.fixture(autouse=True)
 def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    stores.reset()
+    stores.reset(monkeypatch)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     run = stores.new_run(tmp_path / "run")
     stores.add_checkpoint(run, 5)

@@ -11,18 +11,8 @@ from lora_trainer import cli
 from lora_trainer.config import default_file, paths
 from lora_trainer.config.default_file import find_config
 from lora_trainer.config.settings import resolve
+from support.config import SPECIFIED
 from support.resolving import write
-
-SPECIFIED = (
-    {
-        "per_device_train_batch_size": 4, "use_4bit": True, "max_seq_length": 1024,
-        "gradient_accumulation_steps": 2,
-    },
-    {
-        "per_device_train_batch_size": 16, "use_flash_attention": True, "num_train_epochs": 1,
-        "logging_steps": 50,
-    },
-)  # fmt: skip
 
 
 def test_config_of_the_current_folder_goes_before_the_one_beside_the_script(folder):

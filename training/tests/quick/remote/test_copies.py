@@ -20,7 +20,7 @@ ROW = b'{"prompt": "a", "completion": "b"}\n'
 
 @pytest.fixture(autouse=True)
 def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    stores.reset()
+    stores.reset(monkeypatch)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(remote_folder, "FIRST_PAUSE_SECONDS", 0.001)
 

@@ -19,8 +19,7 @@ ADDRESS = "faulty://bucket/run"
 
 @pytest.fixture(autouse=True)
 def store(monkeypatch: pytest.MonkeyPatch) -> None:
-    stores.reset()
-    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.01)
+    stores.reset(monkeypatch)
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.02)
     monkeypatch.setattr(lease, "STALE_SECONDS", 2.0)
 

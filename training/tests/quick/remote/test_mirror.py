@@ -13,39 +13,22 @@ import pytest
 
 from lora_trainer.checkpoint_folder import verify
 from lora_trainer.errors import AccessError, BusyError, StorageError, TrainerError, UnavailableError
-from lora_trainer.remote import lease, mirror, restore
+from lora_trainer.remote import mirror, restore
 from lora_trainer.remote.folder import RemoteFolder
 from support import stores
+from support.stores import Mirrored
 
 ADDRESS = "faulty://bucket/run"
 
 
 @pytest.fixture(autouse=True)
 def store(monkeypatch: pytest.MonkeyPatch) -> None:
-    stores.reset()
-    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.01)
-    monkeypatch.setattr(mirror, "FIRST_PAUSE_SECONDS", 0.001)
-
-
-class Mirrored:
-    """A run that is mirrored, and the means to wait for it."""
-
-    def __init__(self, local: Path, keep: int = 2) -> None:
-        self.local = stores.new_run(local)
-        self.folder = RemoteFolder(ADDRESS)
-        self.lease = lease.Lease(self.folder, self.local)
-        self.lease.take()
-        self.mirror = mirror.Mirror(self.folder, self.local, self.lease, keep=keep)
-        self.mirror.start()
-
-    def end(self) -> None:
-        self.mirror.stop()
-        self.lease.release()
+    stores.reset(monkeypatch)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Mirrored]:
-    mirrored = Mirrored(tmp_path / "local")
+    mirrored = Mirrored(ADDRESS, tmp_path / "local")
     yield mirrored
     stores.FaultyStore.fault = staticmethod(lambda *_: None)
     mirrored.end()
@@ -213,7 +196,7 @@ def test_best_checkpoint_is_mirrored_before_the_newest(tmp_path: Path) -> None:
     local = stores.new_run(tmp_path / "local")
     for step in (5, 10, 15):
         stores.add_checkpoint(local, step, best=5)
-    run = Mirrored(local)
+    run = Mirrored(ADDRESS, local)
     run.mirror.flush(10)
     run.end()
     names = [name for name in stores.written(ADDRESS) if name.endswith("manifest.json")]
@@ -225,7 +208,7 @@ def test_damaged_local_checkpoint_keeps_no_other_from_the_store(tmp_path: Path) 
     for step in (5, 10):
         stores.add_checkpoint(local, step, best=5)
     (local / "checkpoints" / "step-000005" / "rng.safetensors").write_bytes(b"x")
-    run = Mirrored(local)
+    run = Mirrored(ADDRESS, local)
     run.mirror.flush(10)
     run.end()
     assert "checkpoints/step-000010/manifest.json" in stores.stored(ADDRESS)
@@ -233,7 +216,7 @@ def test_damaged_local_checkpoint_keeps_no_other_from_the_store(tmp_path: Path) 
 
 def test_done_of_an_earlier_run_goes_before_anything_of_the_next_is_written(tmp_path: Path) -> None:
     RemoteFolder(ADDRESS).write("DONE", b"1")
-    run = Mirrored(tmp_path / "local")
+    run = Mirrored(ADDRESS, tmp_path / "local")
     run.mirror.flush(10)
     run.end()
     operations = [one for one in stores.FaultyStore.operations if not one[1].endswith(".lock")]
@@ -242,7 +225,7 @@ def test_done_of_an_earlier_run_goes_before_anything_of_the_next_is_written(tmp_
 
 
 def test_archived_run_is_beside_and_nothing_of_it_is_left(tmp_path: Path) -> None:
-    run = Mirrored(tmp_path / "local")
+    run = Mirrored(ADDRESS, tmp_path / "local")
     stores.add_checkpoint(run.local, 5)
     stores.finish(run.local)
     run.mirror.flush(10)

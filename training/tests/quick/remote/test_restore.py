@@ -19,8 +19,8 @@ ADDRESS = "faulty://bucket/run"
 
 
 @pytest.fixture(autouse=True)
-def store() -> None:
-    stores.reset()
+def store(monkeypatch: pytest.MonkeyPatch) -> None:
+    stores.reset(monkeypatch)
 
 
 def upload(run: Path, *, without: str = "") -> RemoteFolder:

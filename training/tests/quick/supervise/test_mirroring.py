@@ -12,7 +12,7 @@ from lora_trainer.commands.check import preflight_faults
 from lora_trainer.config.settings import Settings, resolve
 from lora_trainer.errors import AccessError, BusyError, ConfigError
 from lora_trainer.remote import folder as remote_folder
-from lora_trainer.remote import lease, mirror
+from lora_trainer.remote import lease
 from lora_trainer.remote.folder import RemoteFolder
 from lora_trainer.run.folder import output_folder
 from lora_trainer.supervise import mirroring
@@ -24,10 +24,8 @@ ADDRESS = "faulty://bucket/runs"
 
 @pytest.fixture(autouse=True)
 def store(monkeypatch: pytest.MonkeyPatch) -> None:
-    stores.reset()
-    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.01)
+    stores.reset(monkeypatch)
     monkeypatch.setattr(lease, "STALE_SECONDS", 0.1)
-    monkeypatch.setattr(mirror, "FIRST_PAUSE_SECONDS", 0.001)
     monkeypatch.setattr(remote_folder, "FIRST_PAUSE_SECONDS", 0.001)
     monkeypatch.setattr(mirroring, "STOP_SECONDS", 0.5)
 
