@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import urllib.request
+from functools import reduce
 
 import pytest
 
 from browser.conftest import Serve
+from lora_trainer.report.text import total_time
+from lora_trainer.run.status import RunStatus, fold
 from lora_trainer.serve import app
 from support.page import DESKTOP, PHONE, TABLET, Page
 from support.page_runs import HOSTILE, REMEDY, failed, finished, going_on
@@ -109,6 +112,14 @@ def test_a_finished_run_shows_its_mean_speed_as_the_report_does(page, serve):
     with urllib.request.urlopen(f"{url}/metrics") as answer:
         mean = json.load(answer)["mean_tokens_per_second"]
     page.wait_for_text("#tiles", f"mean {round(mean):,}, ")
+
+
+def test_a_finished_run_took_as_long_as_terminal_and_report_say(page, serve):
+    events = finished()
+    opened(page, serve, events)
+    total = total_time(reduce(fold, events, RunStatus())).removesuffix(" in total")
+    minutes, seconds = map(int, total.split(":"))
+    page.wait_for_text("#left", f"took {minutes} min {seconds} s")
 
 
 def test_a_finished_run_shows_what_was_learnt(page, serve):

@@ -21,6 +21,11 @@ from support.page_runs import HOSTILE, failed, finished, going_on
 
 NAMES = ("lr-1e-4", "lr-2e-4", "lr-4e-4", HOSTILE.replace("/", "\u2215"))
 
+RIGHT_EDGES = """
+const shown = [...document.querySelectorAll(arguments[0])];
+return shown.map((node) => node.getBoundingClientRect().right);
+"""
+
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -105,5 +110,6 @@ def test_nothing_is_wider_than_the_screen(page: Page, url: str):
         page.resize(size)
         page.wait_for("the curve", lambda: page.inked("loss", "run0") > 50)
         assert page.js("return document.documentElement.scrollWidth") <= size[0]
+        assert max(page.js(RIGHT_EDGES, "#runs .pill")) < size[0], "a state is cut off"
         for scheme in ("light", "dark"):
             page.shoot(f"runs-{name}-{scheme}", scheme)
