@@ -26,6 +26,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    # Keys are written with underscores and options with hyphens: take either for both.
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
     rich_markup_mode=None,  # importing rich takes longer than the whole answer
 )
 
@@ -124,7 +126,6 @@ Columns = Annotated[
     str | None,
     typer.Option(
         "--dataset_columns",
-        "--dataset-columns",
         help="Columns of the rows, as JSON: standard field -> column; default: the run's.",
     ),
 ]

@@ -75,7 +75,10 @@ def _interrupted() -> int:
 
 def _usage(error: Exception) -> TrainerError:
     message = getattr(error, "message", None) or str(error) or type(error).__name__
-    return ConfigError.of(message, where="command line", remedy="lora-trainer --help")
+    command = getattr(getattr(error, "ctx", None), "command_path", PROGRAM)
+    near = " or ".join(sorted(getattr(error, "possibilities", None) or ()))
+    remedy = f"did you mean {near}? See {command} --help" if near else f"{command} --help"
+    return ConfigError.of(message, where="command line", remedy=remedy)
 
 
 def _end(error: TrainerError) -> int:

@@ -62,13 +62,14 @@ def export_adapter(named: str, target: Path, *, has_base: bool = False) -> None:
         ConfigError, StorageError: the target already exists, or has no room.
     """
     refuse_existing(target)
+    beside = ", with its base model" if has_base else ""
     named = copy_of_run(named)
     path = Path(named).expanduser().absolute()
     final = RunFolder(path).final_model
     if (final / ADAPTER_CONFIG).is_file():
         refuse_changed(final)
         _copy(final, target, _base(find(named)) if has_base else [])
-        typer.echo(f"the run is finished: its final adapter was copied to {target}")
+        typer.echo(f"the run is finished: its final adapter was copied to {target}{beside}")
         return
     checkpoint = load_newest_checkpoint(path, named)
     config = config_of_run(checkpoint.run)
@@ -77,7 +78,7 @@ def export_adapter(named: str, target: Path, *, has_base: bool = False) -> None:
     adapter_bytes = sum(weights.nbytes for weights in checkpoint.adapter.values())
     refuse_full_disk(target, adapter_bytes + _bytes_of(base))
     _write(checkpoint, finetuned, target, base)
-    typer.echo(f"the adapter of step {checkpoint.step} was written to {target}")
+    typer.echo(f"the adapter of step {checkpoint.step} was written to {target}{beside}")
 
 
 def _base(finetuned: FinetunedModel) -> list[Path]:

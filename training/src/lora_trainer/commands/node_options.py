@@ -18,15 +18,12 @@ Nodes = Annotated[
 ]
 NodeRank = Annotated[
     int | None,
-    typer.Option(
-        "--node_rank", "--node-rank", envvar="PET_NODE_RANK", help="This host's number, from 0."
-    ),
+    typer.Option("--node_rank", envvar="PET_NODE_RANK", help="This host's number, from 0."),
 ]
 Endpoint = Annotated[
     str,
     typer.Option(
         "--rdzv_endpoint",
-        "--rdzv-endpoint",
         envvar="PET_RDZV_ENDPOINT",
         help="Where hosts meet: host 0 and a free port on it, HOST:29500.",
     ),
@@ -35,7 +32,6 @@ ProcessesPerNode = Annotated[
     str,
     typer.Option(
         "--nproc_per_node",
-        "--nproc-per-node",
         envvar="PET_NPROC_PER_NODE",
         help="Processes on this host; default: the key nproc.",
     ),

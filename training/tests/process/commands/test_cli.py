@@ -112,6 +112,35 @@ def test_a_quick_check_is_refused_while_a_run_holds_the_folder(
     assert cli.main(arguments) == 0
 
 
+@pytest.mark.parametrize("option", ["--max-new-tokens", "--max_new_tokens"])
+def test_options_are_taken_with_hyphens_and_underscores(
+    capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    assert cli.main(["chat", "/nowhere", option, "4"]) == 69
+    assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_a_misspelled_option_is_answered_with_the_option_and_the_help_of_its_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["chat", "/nowhere", "--max-new-tokns", "4"]) == 78
+    remedy = "  remedy: did you mean --max-new-tokens? See lora-trainer chat --help"
+    assert remedy in capsys.readouterr().err.splitlines()
+
+
+def test_a_quick_check_prints_the_warnings_and_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n')
+    config = tmp_path / "c.yaml"
+    config.write_text("dataset: x.jsonl\noutput_dir: out\ndeepspeed: ds_z3.json\n")
+    assert cli.main(["check", "--quick", "--config", str(config)]) == 0
+    warning, last = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning  ")
+    assert "deepspeed has no effect: parallelism: auto" in warning
+    assert last == "the quick checks found no problems"
+
+
 @pytest.mark.parametrize("options", [[], ["--quiet"]], ids=["loud", "quiet"])
 def test_own_data_alone_passes_and_says_that_a_share_is_held_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
