@@ -97,7 +97,7 @@ NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "shuffle_merged_datasets": ((True,), "rows are shuffled each epoch"),
     "include_num_input_tokens_seen": (ANY, "tokens are always counted"),
     "include_tokens_per_second": (ANY, "tokens per second are always shown"),
-    "xformers_attention": ((False,), "the fastest exact attention is used"),
+    "xformers_attention": (ANY, "the fastest exact attention is used"),
     "sdp_attention": (ANY, "the fastest exact attention is used"),
     "s2_attention": ((False,), "attention is exact"),
     "gc_steps": (ANY, "memory is released when it runs out"),
@@ -122,7 +122,7 @@ NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "eval_strategy": (("steps",), "eval_steps or evals_per_epoch says when"),
     "evaluation_strategy": (("steps",), "eval_steps or evals_per_epoch says when"),
     "save_strategy": (("steps",), "save_steps or saves_per_epoch says when"),
-    "logging_strategy": (("steps",), "logging_steps says when"),
+    "logging_strategy": (ANY, "logging_steps says when"),
     "logging_dir": (ANY, "logs are written to the output folder"),
     "logging_first_step": (ANY, "use logging_steps"),
     "plot_loss": (ANY, "the loss is always plotted"),
@@ -154,6 +154,7 @@ NO_MEANING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "wandb_entity": (ANY, "set the environment variable WANDB_ENTITY"),
     "wandb_name": (ANY, "trackers show run_name"),
     "wandb_run_id": (ANY, "set the environment variable WANDB_RUN_ID"),
+    "wandb_offline": (ANY, "set the environment variable WANDB_MODE"),
     "wandb_mode": (ANY, "set the environment variable WANDB_MODE"),
     "wandb_watch": (ANY, "trackers log metrics, not weights"),
     "wandb_log_model": (ANY, "nothing is uploaded; the model stays in the output folder"),
@@ -265,8 +266,8 @@ def normalise(leaf: str, value: Any) -> Any:
         return normalise_datasets(value)
     if leaf == "chat_template" and isinstance(value, str) and OWN_TEMPLATE.fullmatch(value):
         return None
-    if leaf == "gradient_checkpointing" and value in ("offload", "offload_disk"):
-        return True  # where Axolotl keeps the activations changes no number
+    if leaf == "gradient_checkpointing" and value in ("offload", "offload_disk", "unsloth"):
+        return True  # where the activations are kept changes no number
     if leaf == "optim" and isinstance(value, str):
         return OPTIMIZERS.get(value, value)
     if leaf == "lr_scheduler_type" and isinstance(value, str):

@@ -26,13 +26,16 @@ IGNORED = {
         gemma4_hybrid_attn_impl large_head_attention experts_implementation chunked_cross_entropy
         chunked_cross_entropy_num_chunks tiled_mlp tiled_mlp_num_shards
         tiled_mlp_use_original_mlp llama4_linearized_experts quantize_moe_experts deepcompile
-        heads_k_stride ring_attn_func kernels use_fused_kernels""",
+        heads_k_stride ring_attn_func kernels use_fused_kernels
+        unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o unsloth_rms_norm unsloth_rope
+        unsloth_cross_entropy_loss flash_attn_fuse_qkv""",
     "the precision is chosen by measurement": """
         bf16_full_eval fp16_full_eval upcast_layernorm upcast_lmhead_output embeddings_skip_upcast
         fp32_norms fp32_norm_classes fp16_backend fp16_opt_level half_precision_backend
         peft_autocast_adapter_dtype bnb_4bit_quant_storage infer_dtype fp8_backend fp8_config
         fp8_enable_fsdp_float8_all_gather""",
     "memory follows from gradient_checkpointing and the plan": """
+        gradient_checkpointing_use_reentrant
         activation_offloading layer_offloading activation_checkpointing
         activation_checkpointing_kwargs enable_activation_offloading selective_checkpointing
         use_reentrant_gc gc_collect_steps torch_empty_cache_steps auto_find_batch_size max_memory
@@ -44,10 +47,12 @@ IGNORED = {
         neat_packing eval_packing packing_strategy pad_to_multiple_of sample_packing_bin_size
         sample_packing_group_size sample_packing_eff_est sample_packing_mp_start_method
         multipack_real_batches batch_flattening pretrain_multipack_attn length_column_name
-        pretrain_multipack_buffer_size streaming_multipack_buffer_size packed""",
+        pretrain_multipack_buffer_size streaming_multipack_buffer_size packed sft_packing
+        sample_packing_seq_len_multiplier num_of_sequences chars_per_token""",
     "rows are tokenized once, into a cache on disk": """
-        streaming dataset_streaming buffer_size preprocessing_batch_size dataset_keep_in_memory
-        dataset_kwargs data_shared_file_system num_dataset_shards_to_save is_preprocess
+        streaming dataset_streaming dataset_batch_size buffer_size preprocessing_batch_size
+        dataset_keep_in_memory dataset_kwargs data_shared_file_system
+        num_dataset_shards_to_save is_preprocess
         preprocess_iterable total_num_tokens total_supervised_tokens dataloader_in_order
         dataloader_persistent_workers dataloader_multiprocessing_context preprocess_shards""",
     "rows are shuffled each epoch; seed decides their order too": """
@@ -100,7 +105,7 @@ IGNORED = {
         jagged_restart_anneal_steps pose_split_on_token_ids pose_max_context_len pose_num_chunks
         scaling_softmax_factor scaling_softmax_bias kt_weight_path kt_expert_checkpoint_path
         kt_use_lora_experts kt_lora_expert_num kt_lora_expert_intermediate_size
-        hyper_parallel_args reward_num_workers""",
+        hyper_parallel_args reward_num_workers gptq_groupsize num_layer_trainable""",
     "it is for adapters of embeddings, which are not trained": "loraplus_lr_embedding",
     "the exported adapter fits the original base model": "pissa_convert",
     "the adapter alone is saved": "save_adapter_weights_only merge_method merge_lora",
@@ -112,7 +117,7 @@ IGNORED = {
         generation_temperature generation_top_p generation_top_k generation_prompt_ratio
         generation_do_sample generation_max_length generation_num_beams generation_config
         do_causal_lm_eval eval_causal_lm_metrics bench_dataset bench_split do_sample temperature
-        top_p top_k num_beams max_new_tokens repetition_penalty length_penalty
+        benchmarks top_p top_k num_beams max_new_tokens repetition_penalty length_penalty
         skip_special_tokens gradio_title gradio_share gradio_server_name gradio_server_port
         gradio_max_new_tokens gradio_temperature dataset_test_split""",
     "export and merge are commands of their own": """
@@ -131,7 +136,8 @@ IGNORED = {
         use_otel_metrics otel_metrics_host otel_metrics_port metric_logger""",
     "nothing is pushed; results stay in the output folder": """
         hub_always_push hub_private_repo hub_revision push_dataset_to_hub push_to_hub_model_id
-        push_to_hub_organization push_to_hub_token""",
+        push_to_hub_organization push_to_hub_token push_to_hub_revision hub_model_revision
+        overwrite_hub_revision""",
     "HF_TOKEN or HF_TOKEN_FILE holds the token": "hf_use_auth_token ms_hub_token om_hub_token",
     "speed, memory and loss are always measured": """
         include_tkps include_effective_tokens_per_second print_param_status log_peak_memory_stats
@@ -162,7 +168,7 @@ REFUSED: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("the base model is used as it is", """
         rope_scaling mixture_of_depths shift_attn scaling_softmax use_pose
         overrides_of_model_config overrides_of_model_kwargs model_init_kwargs
-        noisy_embedding_alpha""", ()),
+        noisy_embedding_alpha landmark_attention xpos_rope rope_theta""", ()),
     ("no tokens are added; the tokenizer's own are used", """
         add_tokens add_special_tokens new_special_tokens_config added_tokens_overrides
         resize_vocab""", ()),
@@ -188,7 +194,8 @@ REFUSED: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("datasets are concatenated; a weight in the list of them says how often rows are used",
      "mix_strategy interleave_probs", ("concat",)),
     ("plain text is trained as a dataset of format text", "pretraining_dataset", ()),
-    ("rows hold their system prompts themselves", "default_system default_system_message", ()),
+    ("rows hold their system prompts themselves",
+     "default_system default_system_message system_prompt", ()),
     ("only language models are trained", """
         reward_model process_reward_model num_labels trainer_cls""", ()),
     ("only language models are trained", "lora_task_type", ("CAUSAL_LM",)),
@@ -215,12 +222,12 @@ REMEDIES = {
     "save_strategy": "write save_steps, e.g. 50, or saves_per_epoch; 0: only at the end",
     "eval_strategy": "write eval_steps, e.g. 50, or evals_per_epoch; 0: only at the end",
     "evaluation_strategy": "write eval_steps, e.g. 50, or evals_per_epoch",
-    "logging_strategy": "write logging_steps, e.g. 1",
     "use_tensorboard": "write report_to: none",
     "resume_from_checkpoint": "write adapter_name_or_path to start from another run's adapter",
     "use_cpu": "remove use_cpu and start with CUDA_VISIBLE_DEVICES=",
     "default_system": "add a system turn, or a system field, to the rows",
     "default_system_message": "add a system turn, or a system field, to the rows",
+    "system_prompt": "add a system turn, or a system field, to the rows",
     "lora_layers_to_transform": "write lora_target_modules as a regular expression, such as "
     r"'.*layers\.(0|1)\..*_proj'",
     "dataset_config": "write dataset: [{path: NAME, subset: SUBSET}]",

@@ -93,6 +93,7 @@ def test_other_spellings_mean_the_same(folder, content, leaf, value):
         {"report_to": ["wandb", "swanlab"]},
         {"stage": "pt"},
         {"lora_layers_to_transform": [0]},
+        {"system_prompt": "Be brief."},
         {"datasets": [{"path": "a", "message_property_mappings": {"role": "who"}}]},
         {"datasets": [{"path": "a", "type": {"format": "{instruction}"}}]},
         {"datasets": [{"path": "a", "type": "chat_template.argilla"}]},
@@ -105,6 +106,20 @@ def test_what_cannot_be_done_is_refused_with_a_reason(folder, content):
     problem = problem_in(folder, content)
     assert problem.what.startswith(f"{next(iter(content))} cannot be ")
     assert problem.why
+
+
+# In older files of these trainers; their newest argument lists no longer have them.
+FORMER = """
+unsloth_lora_mlp unsloth_cross_entropy_loss flash_attn_fuse_qkv xformers_attention sft_packing
+sample_packing_seq_len_multiplier num_of_sequences dataset_batch_size wandb_offline
+gradient_checkpointing_use_reentrant push_to_hub_revision logging_strategy gptq_groupsize
+"""
+
+
+@pytest.mark.parametrize("key", FORMER.split())
+def test_former_keys_that_change_no_number_are_ignored_with_a_reason(folder, key):
+    (warning,) = from_file(folder, {key: True}).warnings
+    assert f"{key} has no effect: " in warning
 
 
 def test_axolotl_configuration_resolves(folder):
