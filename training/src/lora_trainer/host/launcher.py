@@ -71,7 +71,7 @@ class Launch:
 
 
 def read_launch(environ: Mapping[str, str]) -> Launch | None:
-    """Return what a launcher says of this process; None if none started it.
+    """Return how a launcher started this process; None if none did.
 
     Raises:
         ValueError: variables are missing or make no sense; the text names them.
@@ -189,5 +189,5 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
 
 
 def host_name() -> str:
-    """Return what this host is called in messages."""
+    """Return this host's name for messages."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()

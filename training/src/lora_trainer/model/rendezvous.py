@@ -1,9 +1,9 @@
-"""The processes that a launcher has started find each other through the launcher's own store.
+"""How processes that a launcher has started find each other: through the launcher's store.
 
 torchrun's agent serves a `TCPStore` at MASTER_ADDR:MASTER_PORT; for other launchers rank 0 does,
-on that address alone. A store may outlive the processes that used it: torchrun keeps one for all
-its restarts. So rank 0 waits until every process of *this* start has answered, and what they
-share from then on is kept under a key that no earlier start has used.
+on that address alone. A store may outlive the processes that used it: torchrun keeps one across
+all restarts. So rank 0 waits until every process of *this* start has answered, and from then on
+they share values under a key that no earlier start has used.
 """
 
 from __future__ import annotations

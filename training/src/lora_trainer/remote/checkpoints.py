@@ -1,6 +1,6 @@
 """Checkpoints in a remote folder: a reader sees each whole or not at all.
 
-A checkpoint is there if its manifest is: it is written last and removed first.
+A checkpoint exists if its manifest does: that is written last and removed first.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def upload(
     before_manifest: Callable[[], None],
     read_back: set[tuple[str, str]],
 ) -> None:
-    """Write a checkpoint there; read every file back and compare its hash, then the manifest.
+    """Upload a checkpoint: its files, each read back and compared by hash, then its manifest.
 
-    `before_manifest` writes what must be there when the checkpoint is. `read_back` holds the names
-    and hashes that an earlier attempt got done.
+    `before_manifest` uploads what must be there once the checkpoint exists. `read_back` holds the
+    names and hashes of files that an earlier attempt has verified.
 
     Raises:
-        CorruptCheckpointError: a file there has other content. OSError and others: the store's.
+        CorruptCheckpointError: a file there has different content. OSError and others: the store's.
     """
     step = step_of(path.name)
     assert step is not None
@@ -56,7 +56,7 @@ def upload(
     if there == text:  # an earlier process wrote it, after it had read the files back
         return
     if there is not None:
-        # A run that repeats a step saves it with other times: the one there is as good, and to
+        # A run that repeats a step saves it with other times: the remote one is as good, and to
         # replace it would leave none for a moment.
         if _is_sound(folder, step, there):
             return
@@ -88,7 +88,7 @@ def _is_sound(folder: RemoteFolder, step: int, manifest: bytes) -> bool:
 
 
 def download(folder: RemoteFolder, step: int, checkpoints: Path) -> None:
-    """Write a checkpoint to the local disk and verify it there.
+    """Download a checkpoint to the local disk and verify it.
 
     Raises:
         CorruptCheckpointError: it is not there, or does not verify. OSError and others: the
@@ -110,7 +110,7 @@ def download(folder: RemoteFolder, step: int, checkpoints: Path) -> None:
 
 
 def discard(folder: RemoteFolder, steps: Iterable[int]) -> None:
-    """Remove checkpoints there, each manifest first."""
+    """Remove checkpoints from the remote folder, each manifest first."""
     for step in steps:
         for name in (MANIFEST, *FILES):
             folder.remove(remote_name(step, name))

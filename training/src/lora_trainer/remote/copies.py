@@ -25,7 +25,7 @@ def downloads() -> Path:
 
 
 def copy_of_data(address: str, is_wanted: Callable[[str], bool]) -> Path:
-    """Return a local copy of a file, or of a folder's wanted files, as they are now.
+    """Return an up-to-date local copy of a file, or of the requested files of a folder.
 
     Raises:
         UnavailableError: nothing is there, or the store cannot be reached. AccessError,
@@ -68,9 +68,9 @@ def _download(folder: RemoteFolder, names: list[str], copy: Path) -> None:
 
 
 def copy_of_run(named: str) -> str:
-    """Return the local copy of what an address names; any other name unchanged.
+    """Return a verified local copy of the run, `final_model` or checkpoint at an address.
 
-    That is a run, its `final_model`, or one of its checkpoints; each is verified by its hashes.
+    Any other name is returned unchanged.
 
     Raises:
         UnavailableError: there is no run, or the store cannot be reached.

@@ -1,4 +1,4 @@
-"""Explain what an object store's library raised, and whether another attempt may succeed."""
+"""Classify the errors of object stores' libraries: what to tell the user, whether to retry."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RENEW = {
 
 
 def kind_of(error: BaseException) -> Kind:
-    """Return what kind of fault an error is; whatever is not known counts as transient."""
+    """Return what kind of fault an error is; unknown ones count as transient."""
     chain = causes(error)
     names = {kind.__name__ for link in chain for kind in type(link).__mro__}
     codes = {code_of(link) for link in chain}
@@ -53,7 +53,7 @@ def kind_of(error: BaseException) -> Kind:
 
 
 def code_of(error: BaseException) -> str:
-    """Return the code in an answer of S3; empty for any other error."""
+    """Return the code in an S3 response; empty for any other error."""
     response = getattr(error, "response", None)
     if not isinstance(response, dict) or not isinstance(response.get("Error"), dict):
         return ""

@@ -27,7 +27,7 @@ class RemoteFolder:
     """The entries below an address, by their names relative to it."""
 
     def __init__(self, address: str) -> None:
-        """Open the address; nothing is asked of the store yet.
+        """Open the address, without a request to the store.
 
         Raises:
             ConfigError: the protocol is unknown, or its package is not installed.
@@ -63,11 +63,11 @@ class RemoteFolder:
         return True
 
     def upload(self, file: Path, name: str) -> None:
-        """Write a local file there."""
+        """Upload a local file."""
         self._system.put_file(str(file), self._path(name))
 
     def download(self, name: str, file: Path) -> None:
-        """Write a file to the local disk, whole or not at all."""
+        """Download a file to the local disk, whole or not at all."""
         file.parent.mkdir(parents=True, exist_ok=True)
         beside = file.with_name(f".{file.name}.{uuid.uuid4().hex}.writing")
         try:
@@ -85,7 +85,7 @@ class RemoteFolder:
         return digest.hexdigest()
 
     def listed(self, under: str = "") -> dict[str, dict[str, Any]]:
-        """Return every file below, with what the store knows of it."""
+        """Return every file below the address, with the store's facts about it."""
         start = self._path(under) if under else self._root
         self._system.invalidate_cache()
         try:
@@ -102,7 +102,7 @@ class RemoteFolder:
         return bool(self._system.isfile(self._root))
 
     def version(self, name: str) -> str:
-        """Return what changes when a file of this name does."""
+        """Return a value that changes whenever the file does."""
         return str(self._system.ukey(self._path(name) if name else self._root))
 
     def remove(self, name: str) -> None:
@@ -115,13 +115,13 @@ class RemoteFolder:
         self._system.cp_file(self._path(name), target._path(name))
 
     def numbered(self, number: int) -> RemoteFolder:
-        """Return the folder beside this one with a number; for a whole bucket, one within."""
+        """Return the numbered folder beside this one; for a whole bucket, one inside it."""
         is_bucket = "/" not in self.address.partition("://")[2].strip("/")
         address = joined(self.address, "run") if is_bucket else self.address
         return RemoteFolder(f"{address}.{number}")
 
     def worded(self, error: Exception) -> Exception:
-        """Return the error with its reason, asked for by a request whose answer has one."""
+        """Return the error with its reason, from a request whose answer contains one."""
         if is_wordless(error):
             try:
                 self.listed(RunFolder.lock)
@@ -167,7 +167,7 @@ def _package_of(protocol: str) -> str:
 
 
 def check(address: str) -> None:
-    """Prove that a folder can be written, read, listed and removed from; leave nothing there.
+    """Verify that files can be written, read, listed and removed at an address; leave none there.
 
     Raises:
         AccessError, StorageError, UnavailableError, ConfigError: it cannot.
@@ -186,7 +186,7 @@ def check(address: str) -> None:
 def answered(
     folder: RemoteFolder, call: Callable[[], Result], seconds: float = ANSWER_SECONDS
 ) -> Result:
-    """Return what a call returns, repeated a few times if the fault may pass.
+    """Return what a call returns, retrying a few times after transient faults.
 
     Raises:
         TrainerError: it fails, or does not answer in time.

@@ -1,9 +1,9 @@
 """The run lock of a remote folder: a file that its holder renews.
 
-An object store knows no locks that end with their process. The holder writes the file again every
-few seconds; whoever finds it watches it, and takes it over once it stays the same for `STALE`
-seconds, or if it says that the run has ended. No two clocks are compared. docs/storage.md says what
-this does and does not guarantee.
+An object store has no lock that is released when its process dies. The holder rewrites the file
+every few seconds; another run watches it, and takes it over if it does not change for
+`STALE_SECONDS`, or says that the run has ended. Clocks are never compared. docs/storage.md lists
+what this does and does not guarantee.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Lease:
         return bool(self.holder)
 
     def take(self, say: Callable[[str], None] = lambda _: None) -> None:
-        """Take the lock, if need be once its holder is gone.
+        """Take the lock, waiting for a dead holder's to become stale.
 
         Raises:
             BusyError: another run holds it. AccessError, StorageError, UnavailableError: the
@@ -76,12 +76,12 @@ class Lease:
         self._begin()
 
     def remember(self) -> None:
-        """Leave in the local folder that it is the one to go on from, once that is so."""
+        """Record in the local folder that it was the last to write to the remote one."""
         text = json.dumps({"identity": self.identity, "address": self._folder.address})
         (self._local / IDENTITY).write_text(text, encoding="utf-8")
 
     def release(self) -> None:
-        """Say that the run has ended; if the store does not take that, the lock grows stale."""
+        """Write that the run has ended; if the store rejects that, the lock becomes stale."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join(BEAT_SECONDS)

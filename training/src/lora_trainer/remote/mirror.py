@@ -1,9 +1,9 @@
-"""Keep a run's remote folder like its local one, in a thread that training never waits for.
+"""Mirror a run's local folder to its remote one, in a thread that training never waits for.
 
-A pass compares both and transfers what differs, so that a pass after a fault needs to know nothing
-of the one before. What a reader needs to see whole is ordered: a checkpoint's manifest after its
-files, the sums of `final_model` after its files, DONE last of all. Older checkpoints are removed
-there only once a newer one was read back.
+Each pass compares both and transfers the differences, so after a fault the next pass simply does
+the rest. The order lets readers see only complete things: a checkpoint's manifest follows its
+files, the checksums of `final_model` follow its files, and DONE comes last. Older checkpoints are
+removed remotely only once a newer one has been read back.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Stamp = tuple[int, int]
 
 
 class Mirror:
-    """The thread that mirrors a run, and what went wrong in it."""
+    """The thread that mirrors a run, and its last error."""
 
     def __init__(self, folder: RemoteFolder, local: Path, lease: Lease, *, keep: int) -> None:
         self._folder, self._local, self._lease, self._keep = folder, local, lease, keep
@@ -59,7 +59,7 @@ class Mirror:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to mirror."""
+        """Start mirroring."""
         self._thread = threading.Thread(target=self._loop, name="mirror", daemon=True)
         self._thread.start()
 
@@ -68,7 +68,7 @@ class Mirror:
         self._wake.set()
 
     def warning(self) -> str:
-        """Return what should be known of a fault that lasts; empty otherwise, and in between."""
+        """Return a warning about a persistent fault; empty otherwise, and between two warnings."""
         if self._lease.is_lost and not self._is_loss_known:
             self._is_loss_known = True
             return (
@@ -96,10 +96,10 @@ class Mirror:
         return f"The last mirrored checkpoint is of step {self._mirrored_step}, {ago} ago"
 
     def flush(self, seconds: float, is_hurried: Callable[[], bool] = lambda: False) -> None:
-        """Wait for a whole pass over what is there now.
+        """Wait until everything that exists now has been mirrored.
 
         Raises:
-            TrainerError: the store does not take it, or not in time.
+            TrainerError: the store rejects it, or is too slow.
         """
         assert self._thread is not None
         until, wanted = time.monotonic() + seconds, self._passes + 2
@@ -125,7 +125,7 @@ class Mirror:
             raise explained(error, self._folder.address, lost=lost) from error
 
     def stop(self) -> None:
-        """End the thread, after the transfer that it is in."""
+        """End the thread after its current transfer."""
         self._ended.set()
         self._wake.set()
 
@@ -167,7 +167,7 @@ class Mirror:
             self._is_open = False
 
     def _due(self) -> list[Path]:
-        """Return the checkpoints to transfer: the newest, after the best one by then."""
+        """Return the checkpoints to transfer: the best one so far, then the newest."""
         paths = listed(self._run.checkpoints)
         for path in reversed(paths):
             if step_of(path.name) in self._steps:
@@ -205,7 +205,7 @@ class Mirror:
                     self._mirror_file(file, file.relative_to(self._local).as_posix())
 
     def _mirror_model(self) -> None:
-        """Transfer the exported adapter, its sums last, and read back what they name."""
+        """Transfer the exported adapter, checksums last, and read back the files that they list."""
         model = self._run.final_model
         sums = model / CHECKSUMS
         if not sums.is_file() or self._uploaded.get(f"{model.name}/{CHECKSUMS}") == _stamp(sums):
@@ -235,14 +235,14 @@ class Mirror:
                 self._uploaded[name] = stamp
 
     def _withdraw(self, name: str) -> None:
-        """Remove a file that says that something is whole, while it is not."""
+        """Remove a file that marks something as complete while it is not."""
         self._folder.remove(name)
         self._uploaded.pop(name, None)
 
 
 @contextlib.contextmanager
 def _unless_gone(path: Path) -> Iterator[None]:
-    """Leave out what the run has removed by now; a place missing in the store is an error."""
+    """Skip files that the run has removed meanwhile; a missing place in the store is an error."""
     try:
         yield
     except FileNotFoundError:

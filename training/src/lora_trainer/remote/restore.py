@@ -1,4 +1,4 @@
-"""Bring a run from its remote folder to an empty or outdated local one."""
+"""Restore a run from its remote folder to an empty or outdated local one."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ KNOWN_STEPS = 8  # of the checkpoints in events.jsonl, the newest
 
 
 def has_run(folder: RemoteFolder) -> bool:
-    """Return whether a run has written there."""
+    """Return whether a run has written to the remote folder."""
     return any(folder.read(name) is not None for name in (RunFolder.digest, RunFolder.resolved))
 
 
 def bring(folder: RemoteFolder, local: Path) -> list[str]:
-    """Download what a run needs to go on, or to be known as finished; return what was wrong.
+    """Download what a run needs to resume, or to be recognized as finished; return the problems.
 
     Raises:
         OSError and others: the store's or the disk's.
@@ -44,7 +44,7 @@ def bring(folder: RemoteFolder, local: Path) -> list[str]:
 
 
 def bring_records(folder: RemoteFolder, local: Path) -> None:
-    """Download what a run has recorded, and the adapter that it began with."""
+    """Download the records of a run, and the adapter that it started from."""
     for name in FILES:
         if (content := folder.read(name)) is not None:
             local.joinpath(name).write_bytes(content)
@@ -71,7 +71,7 @@ def bring_folder(folder: RemoteFolder, local: Path, name: str) -> None:
 
 
 def _bring_checkpoints(folder: RemoteFolder, local: Path) -> list[str]:
-    """Download the newest checkpoint that verifies, and the best one by then."""
+    """Download the newest checkpoint that verifies, and the best one so far."""
     steps = {*checkpoints.steps_listed(folder), *_recorded_steps(RunFolder(local).events)}
     skipped: list[str] = []
     for step in sorted(steps, reverse=True):

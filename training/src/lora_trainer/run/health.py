@@ -1,4 +1,8 @@
-"""Judge from status and clock whether a run is healthy, and if not, why and what to do."""
+"""Judge from status and clock whether a run is healthy, and if not, why and what to do.
+
+`stall_timeout` is the limit without progress, which `silence.py` measures. For /health it makes the
+run unhealthy; the supervisor's watchdog (`supervise/watchdog.py`) ends the worker.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""A process other than rank 0's that a launcher has started: it runs and watches one worker.
+"""The process that runs and watches one worker if a launcher has started it and it is not rank 0.
 
-Rank 0's process supervises the run; what this one's worker reports reaches it through the
-launcher's store. Here the worker's output goes to standard error, which launchers keep for each
-process. Imports no torch.
+Rank 0's process supervises the run, and hears of this worker through the launcher's store. The
+worker's output goes to standard error, which launchers keep for each process. Imports no torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The object store of a run, as its supervisor sees it; without one, nothing at all.
+"""Mirror a run's local output folder to its object store; `NoMirror` for a run without one.
 
-The worker knows of none of this: it reads and writes the local folder.
+Only the supervisor does this: the worker reads and writes the local folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..run.folder import archive, output_address, output_folder
 from ..run_folder import RunFolder
 
 END_SECONDS = 600.0  # how long a finished run waits for the store
-STOP_SECONDS = 60.0  # and one that was stopped or has failed
+STOP_SECONDS = 60.0  # how long one that was stopped or failed waits
 
 
 class NoMirror:
@@ -41,7 +41,7 @@ class NoMirror:
         return archive(local)
 
     def take_up(self, event: Event) -> None:
-        """Look at no event."""
+        """Ignore the event."""
 
     def warnings(self) -> list[str]:
         """Return no warnings."""
@@ -105,7 +105,7 @@ class StoreMirror(NoMirror):
             self.complete()
 
     def archive(self, local: Path) -> Path | str:
-        """Move the earlier run aside in the store, and here what is not there."""
+        """Move the earlier run aside in the store, and locally what the store does not have."""
         assert self._folder is not None
         with self._explained():
             done = self._folder.read(RunFolder.done)
@@ -122,22 +122,22 @@ class StoreMirror(NoMirror):
             self._mirror.wake()
 
     def warnings(self) -> list[str]:
-        """Return what should be known by now."""
+        """Return the warnings that are due."""
         notes, self._notes = self._notes, []
         warning = self._mirror.warning() if self._mirror is not None else ""
         return [*notes, *([warning] if warning else [])]
 
     def complete(self) -> None:
-        """Wait until everything is there.
+        """Wait until everything is in the store.
 
         Raises:
-            TrainerError: the store does not take it; it is all in the local folder.
+            TrainerError: the store rejects it; everything is in the local folder.
         """
         if self._mirror is not None:
             self._mirror.flush(END_SECONDS, self._is_hurried)
 
     def _leave(self) -> None:
-        """Mirror what a run that did not finish has left, as far as that goes."""
+        """Mirror what an unfinished run has left, as far as time allows."""
         if self._mirror is None:
             return
         try:

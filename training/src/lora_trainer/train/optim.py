@@ -1,4 +1,4 @@
-"""AdamW over the adapter's parameters.
+"""AdamW over the adapter's parameters; `set_learning_rate` is called before each step.
 
 bitsandbytes can keep its state in 8 bits, or page it to host memory when a GPU is full. In
 bitsandbytes, parameters with fewer than 4,096 elements keep 32-bit state.

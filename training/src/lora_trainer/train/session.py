@@ -1,6 +1,7 @@
-"""Set up training: tokenizer, data, base model, adapter, plan, cheapest failures first.
+"""Build a `TrainingSetup` (setup.py): tokenizer, data, base model, adapter, plan.
 
-Data is read before the weights are: a bad row is reported in seconds, not after a download.
+The cheapest failures come first: data is read before the weights are, so a bad row is reported in
+seconds, not after a download.
 """
 
 from __future__ import annotations

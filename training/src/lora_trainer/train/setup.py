@@ -1,4 +1,7 @@
-"""Everything a run needs, ready to train, and its operations besides training."""
+"""`TrainingSetup`: everything a run needs, ready to train; `session.py` builds it.
+
+Its methods are a run's operations besides training: restore, make the loop's context, export.
+"""
 
 from __future__ import annotations
 
