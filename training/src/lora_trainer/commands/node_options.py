@@ -13,7 +13,7 @@ Nodes = Annotated[
     typer.Option(
         "--nnodes",
         envvar="PET_NNODES",
-        help="Hosts that train together, or a range: 1:4; each runs this command.",
+        help="Hosts that train together; each runs this command.",
     ),
 ]
 NodeRank = Annotated[

@@ -47,7 +47,7 @@ REPEATED_CODES = FINAL_CODES - {0, MemoryKilledError.exit_code}
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """This node among all, in torchrun's words; `nnodes` may be a range such as 1:4."""
+    """This node among all, in torchrun's words."""
 
     nnodes: str
     nproc_per_node: str
@@ -72,7 +72,7 @@ class Node:
                 why="it is the host of node 0 and a free port on it",
                 remedy="--rdzv_endpoint HOST:29500",
             )
-        if self.node_rank is not None and ":" not in self.nnodes:
+        if self.node_rank is not None:
             # Only the static rendezvous keeps the order of nodes, and so the dashboard on node 0.
             meeting = ["--master-addr", host, "--master-port", port]
             return [*own, "--node-rank", str(self.node_rank), *meeting]
@@ -80,14 +80,22 @@ class Node:
         return [*own, *meeting, "--rdzv-id", self.rdzv_id]
 
     def _check_numbers(self) -> None:
-        least, _, most = self.nnodes.partition(":")
-        is_range = re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", self.nnodes)
-        if not is_range or int(most or least) < int(least):
+        if re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.nnodes):
+            # Its agent would stop all processes when a host joins, and a stop ends a node.
+            raise ConfigError.of(
+                "a range of hosts needs torchrun",
+                where=f"--nnodes {self.nnodes}",
+                why="here every start has the same number of hosts",
+                remedy=f"torchrun --nnodes {self.nnodes} --nproc-per-node N --rdzv-backend c10d "
+                "--rdzv-endpoint HOST:29500 --max-restarts 3 training/train_lora.py, with the "
+                "other options as here; or --nnodes with one number",
+            )
+        if not re.fullmatch(r"[1-9]\d*", self.nnodes):
             raise ConfigError.of(
                 "not a number of hosts",
                 where=f"--nnodes {self.nnodes}",
-                why="it is a whole number, or a range",
-                remedy="--nnodes 2, or --nnodes 1:4",
+                why="it is a whole number",
+                remedy="--nnodes 2",
             )
         if not re.fullmatch(r"[1-9]\d*|auto|gpu|cpu", self.nproc_per_node):
             raise ConfigError.of(
@@ -96,12 +104,12 @@ class Node:
                 why="it is a whole number, or auto, gpu or cpu",
                 remedy="leave it out: one process per GPU",
             )
-        if self.node_rank is not None and not 0 <= self.node_rank < int(most or least):
+        if self.node_rank is not None and not 0 <= self.node_rank < int(self.nnodes):
             raise ConfigError.of(
                 "there is no such host",
                 where=f"--node_rank {self.node_rank} --nnodes {self.nnodes}",
                 why="hosts count from 0",
-                remedy=f"--node_rank 0 to {int(most or least) - 1}, each on one host",
+                remedy=f"--node_rank 0 to {int(self.nnodes) - 1}, each on one host",
             )
 
 
