@@ -86,30 +86,30 @@ check_locks() {
   say "  not resolved: no package registry is in reach"
 }
 
-# leave_out TIER WHY
-leave_out() {
-  say "$2: tests/$1 is left out"
-  LEFT_OUT+=" $1 "
-}
-
-leave_out_tiers() {
-  LEFT_OUT=''
-  gpu_stack >/dev/null || leave_out gpu "No NVIDIA GPU can be used here"
-  if ((! EVERYTHING)); then
-    LEFT_OUT+=" browser  docker "
-    return
-  fi
-  { command -v chromium && command -v chromedriver; } >/dev/null ||
-    leave_out browser "No Chromium here (apt-get install chromium chromium-driver)"
-  [[ "${LORA_REQUIRE_DOCKER:-0}" == 1 ]] || docker version >/dev/null 2>&1 ||
-    leave_out docker "No Docker engine answers here"
+# can_run TIER: whether this machine can; if not, says why
+can_run() {
+  local missing=''
+  case "$1" in
+    gpu) gpu_stack >/dev/null || missing="No NVIDIA GPU can be used here" ;;
+    browser)
+      { command -v chromium && command -v chromedriver; } >/dev/null ||
+        missing="No Chromium here (apt-get install chromium chromium-driver)"
+      ;;
+    docker)
+      [[ "${LORA_REQUIRE_DOCKER:-0}" == 1 ]] || docker version >/dev/null 2>&1 ||
+        missing="No Docker engine answers here"
+      ;;
+  esac
+  [[ -n "$missing" ]] || return 0
+  say "$missing: tests/$1 is left out"
+  return 1
 }
 
 # Tiny models run side by side, a core each and a file at a time. Runs of the embedded model take
 # every core, and go one by one; beside them, and before them in the queue for a core, run the
 # containers, which mostly wait. The user's own choice runs as it is given.
 check_tests() {
-  local pytest=("$VENV/bin/python" -m pytest --durations 20 --durations-min 1) tier alone=()
+  local pytest=("$VENV/bin/python" -m pytest --durations 20 --durations-min 1) alone=(tests/e2e)
   local side_by_side=(-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
   ((EVERYTHING)) || pytest+=(-m "not any_stack")
   if (($#)); then
@@ -118,10 +118,10 @@ check_tests() {
   fi
   check tests/quick "${pytest[@]}" "${side_by_side[@]}" tests/quick
   ((! IS_QUICK)) || return 0
-  leave_out_tiers
   check "tests/process tests/model" "${pytest[@]}" "${side_by_side[@]}" tests/process tests/model
-  for tier in e2e browser gpu; do [[ "$LEFT_OUT" == *" $tier "* ]] || alone+=("tests/$tier"); done
-  [[ "$LEFT_OUT" == *" docker "* ]] || beside tests/docker "${pytest[@]}" tests/docker
+  ((! EVERYTHING)) || ! can_run browser || alone+=(tests/browser)
+  ! can_run gpu || alone+=(tests/gpu)
+  ((! EVERYTHING)) || ! can_run docker || beside tests/docker "${pytest[@]}" tests/docker
   check "${alone[*]}" nice "${pytest[@]}" "${alone[@]}"
 }
 
