@@ -164,8 +164,9 @@ class Report:
 
     def lines(self) -> Iterator[str]:
         """Return what a person reads."""
+        runs_in = "" if self.runs_in == "nothing" else self.runs_in
         rows = {
-            "run": ", ".join(filter(None, (self.runs_in, self.state))),
+            "run": ", ".join(filter(None, (runs_in, self.state))),
             "container": self.container,
         }
         if self.endpoints:

@@ -51,6 +51,7 @@ def test_a_server_that_answers_is_healthy_and_shows_the_step(url: str) -> None:
     done = CliRunner().invoke(app, ["health", "--url", url])
     assert done.exit_code == 0, done.output
     assert "step 3 of 9, loss 1.5" in done.output
+    assert "nothing" not in done.output  # run.sh started none, yet one answers
     assert done.output.endswith("healthy\n")
 
 
