@@ -1,5 +1,7 @@
 """Measure how long a run has made no progress, excluding suspended time.
 
+`health.stall_timeout` is the limit; the supervisor's watchdog ends a worker that exceeds it.
+
 It uses the monotonic clock, because the wall clock may be changed. Gaps between two checks do not
 count: the machine was suspended, or this process was stopped, probably with the worker.
 """

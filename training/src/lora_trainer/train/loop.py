@@ -37,7 +37,7 @@ from .checkpoint import TrainState
 from .checkpoint_store import CheckpointStore
 from .fitting import Fitting
 from .loss_scale import LossScale
-from .optim import set_learning_rate, take_step
+from .optim import raise_versions, set_learning_rate
 from .saver import Saver
 
 # Interval of progress events for steps that are not logged, for the watchdog.
@@ -140,7 +140,8 @@ def _step(context: TrainingContext, state: TrainState, fitting: Fitting) -> Trai
         context.optimizer.zero_grad(set_to_none=True)
         scale = scale.after_overflow()
         context.emit(Progress(done=state.step, total=plan.total_steps, unit="steps"))
-    take_step(context.optimizer)
+    context.optimizer.step()
+    raise_versions(context.optimizer)
     context.optimizer.zero_grad(set_to_none=True)
     after = state.after_step(
         taken.tokens,

@@ -56,13 +56,12 @@ def _adamw(kind: str) -> Any:
     return getattr(bitsandbytes.optim, names[kind])
 
 
-def take_step(optimizer: torch.optim.Optimizer) -> None:
-    """Step, and let PyTorch know that every parameter has changed.
+def raise_versions(optimizer: torch.optim.Optimizer) -> None:
+    """Let PyTorch know, after a step, that every parameter has changed.
 
     bitsandbytes' kernels write to a parameter's memory without raising its version, by which
     `fused.Group` knows that its adapters in the compute precision are those of an earlier step.
     """
-    optimizer.step()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             torch.autograd.graph.increment_version(parameter)
