@@ -68,6 +68,17 @@ class DataProfile:
         rows = self.longest_rows[:examples]
         return rows + (rows[-1] if rows else self.longest,) * (examples - len(rows))
 
+    def fill(self, tokens: int, *, is_padded: bool) -> tuple[int, ...]:
+        """Return the lengths of the largest batch of that many tokens: of the longest rows."""
+        if is_padded:
+            return (self.longest,) * max(1, tokens // self.longest)
+        rows: list[int] = []
+        left = tokens
+        while (length := self.batch(len(rows) + 1)[-1]) <= left:
+            rows.append(length)
+            left -= length
+        return (*rows, left) if rows and left else tuple(rows) or (self.longest,)
+
     def cut(self, length: int) -> DataProfile:
         """Return the profile with no row longer than `length`."""
         return replace(
@@ -82,7 +93,8 @@ class Partition:
     """The share of one process; `micro_batch` 0: as configured.
 
     `is_offloaded`: its layers are kept in host memory. `eval_batch` 0: as configured.
-    `accumulates`: a step has several micro-batches.
+    `accumulates`: a step has several micro-batches. `micro_batch_tokens`: their size; 0: by
+    `micro_batch`. Examples are padded where `is_padded`.
     `is_on_gpu`: it computes there, so that copies in host memory take none of its own.
     """
 
@@ -93,6 +105,8 @@ class Partition:
     eval_batch: int = 0
     accumulates: bool = True
     is_on_gpu: bool = False
+    micro_batch_tokens: int = 0
+    is_padded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +172,14 @@ def estimate_memory_bytes(
     state = 4 + MOMENT_BYTES[training.optim]  # bytes per float32 adapter parameter
     bits = 4 if config.model.use_4bit else 8 if config.model.use_8bit else 16
     most = data.most_supervised or data.longest
+    tokens = partition.micro_batch_tokens
+    lengths = (
+        data.fill(tokens, is_padded=partition.is_padded)
+        if tokens
+        else data.batch(partition.micro_batch or training.per_device_train_batch_size)
+    )
     train = Work(
-        data.batch(partition.micro_batch or training.per_device_train_batch_size),
+        lengths,
         most,
         gradient_checkpointing=has_checkpointing,
         accumulates=partition.accumulates,

@@ -7,9 +7,11 @@ reads the plan, the report prints it, `plan.json` stores it. Imports no torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from .batch import NOT_BEGUN, RunBatch, batch_reasons, run_batch, smaller_budgets
 from .config.schema import Config, TrainingSection
 from .errors import ConfigError
 from .machine import Device, Machine
@@ -29,11 +31,13 @@ from .memory_estimate import (
     weights_bytes,
 )
 from .run.memory_limits import MemoryLimits
-from .run.smaller_sizes import batch_text
+from .run.smaller_sizes import batch_text, recounted
 from .units import size
 
 # A base model that takes more of a device leaves too little memory for training.
 FITTING_FRACTION = 0.9
+# A step that is estimated to take more of the memory is made smaller, or checkpointed.
+CHECKPOINTING_FRACTION = 0.8
 AS_CONFIGURED = MemoryLimits()
 
 
@@ -53,6 +57,14 @@ class Plan:
     micro_batch_examples: int
     micro_batches: int
     step_examples: int
+    # The budget of a micro-batch (0: cut by examples), the number of micro-batches a step, about,
+    # and what that follows from.
+    micro_batch_tokens: int
+    step_micro_batches: int
+    micro_batch_multiple: int
+    step_tokens: int
+    longest_tokens: int
+    run_batch: str
     steps_per_epoch: int
     total_steps: int
     warmup_steps: int
@@ -90,14 +102,14 @@ def make_plan(
     processes: int = 1,
     parallelism: Parallelism = "none",
     limits: MemoryLimits = AS_CONFIGURED,
-    step_examples: int = 0,
+    begun: RunBatch = NOT_BEGUN,
     reasons: tuple[str, ...] = (),
     count: Count = uncounted,
 ) -> Plan:
     """Resolve a run's numbers; `machine`, `precision` and `attention` come from the backend.
 
-    `limits` are the reduced sizes after the run was out of memory. `step_examples` are those of
-    the run that continues, with whatever number of processes it began; 0: it begins now.
+    `limits` are the reduced sizes after the run was out of memory. `begun` is the batch of the
+    run that continues, with whatever number of processes it began.
 
     Raises:
         ValueError: there are no rows; the data check rejects that first.
@@ -105,30 +117,52 @@ def make_plan(
     if data.rows < 1:
         raise ValueError("no rows to train on")
     training = config.training
-    begun_with, step_examples = step_examples, step_examples or fresh_step(training, processes)
-    steps_per_epoch = math.ceil(data.rows / step_examples)
+    batch = run_batch(training, begun, processes, data.longest, machine.device)
+    steps_per_epoch = math.ceil(data.rows / batch.examples)
     total, warmup = steps_of(training, steps_per_epoch)
     # With fewer micro-batches than processes, micro-batches become smaller.
-    as_asked = min(training.per_device_train_batch_size, -(-step_examples // processes))
+    as_asked = min(training.per_device_train_batch_size, -(-batch.examples // processes))
     micro_batch = min(as_asked, limits.micro_batch_examples or as_asked)
-    micro_batches = -(-math.ceil(step_examples / micro_batch) // processes)
     eval_batch = training.per_device_eval_batch_size
     eval_batch = min(eval_batch, limits.eval_batch_examples or eval_batch)
-    # Without a GPU the layers are in host memory anyway.
-    is_offloaded = config.training.offload_param_device == "cpu" and machine.has_gpu
-    partition = Partition(
-        processes,
-        parallelism,
-        micro_batch,
-        is_offloaded,
-        eval_batch,
-        accumulates=micro_batches > 1,
-        is_on_gpu=machine.has_gpu,
-    )
-    chosen = _choose_checkpointing(
-        config, machine, model_size, data, precision, partition, limits, count
-    )
-    checkpointing, why = chosen
+    sizes = {
+        "micro_batch_examples": micro_batch,
+        "step_examples": batch.examples,
+        "micro_batch_multiple": batch.multiple,
+        "step_tokens": round(data.tokens / data.rows * batch.examples),
+        "longest_tokens": data.longest,
+    }
+
+    def estimate(tokens: int, has_checkpointing: bool = False) -> int:
+        counted = recounted(sizes | {"processes": processes, "micro_batch_tokens": tokens})
+        partition = Partition(
+            processes,
+            parallelism,
+            micro_batch,
+            # Without a GPU the layers are in host memory anyway.
+            is_offloaded=training.offload_param_device == "cpu" and machine.has_gpu,
+            eval_batch=eval_batch,
+            accumulates=counted["step_micro_batches"] > processes,
+            micro_batch_tokens=tokens,
+            is_padded=not padding_free,
+            is_on_gpu=machine.has_gpu,
+        )
+        return estimate_memory_bytes(
+            config,
+            model_size,
+            data,
+            precision,
+            has_checkpointing=has_checkpointing,
+            partition=partition,
+            count=count,
+        )
+
+    limit = memory_limit_bytes(machine, processes)
+    fit = _fit(config, limit, batch.tokens, data.longest, machine.device, limits, estimate)
+    tokens = min(fit.micro_batch_tokens, limits.micro_batch_tokens or fit.micro_batch_tokens)
+    if not begun.examples:
+        batch = replace(batch, tokens=fit.micro_batch_tokens)
+    counted = recounted(sizes | {"processes": processes, "micro_batch_tokens": tokens})
     return Plan(
         device=machine.device,
         processes=processes,
@@ -137,11 +171,17 @@ def make_plan(
         precision=precision,
         attention=attention,
         padding_free=padding_free,
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=fit.gradient_checkpointing,
         rows=data.rows,
         micro_batch_examples=micro_batch,
-        micro_batches=micro_batches,
-        step_examples=step_examples,
+        step_examples=batch.examples,
+        micro_batch_multiple=batch.multiple,
+        step_tokens=sizes["step_tokens"],
+        longest_tokens=data.longest,
+        micro_batches=counted["micro_batches"],
+        micro_batch_tokens=tokens,
+        step_micro_batches=counted["step_micro_batches"],
+        run_batch=str(batch),
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
         warmup_steps=warmup,
@@ -157,22 +197,13 @@ def make_plan(
         loss_chunk_tokens=loss_chunk(training, model_size.vocab_size, machine.device),
         parameters=model_size.parameters,
         trainable_parameters=model_size.trainable_parameters,
-        estimated_memory_bytes=estimate_memory_bytes(
-            config,
-            model_size,
-            data,
-            precision,
-            has_checkpointing=checkpointing,
-            partition=partition,
-            count=count,
-        ),
-        memory_limit_bytes=memory_limit_bytes(machine, processes),
+        estimated_memory_bytes=estimate(tokens, fit.gradient_checkpointing),
+        memory_limit_bytes=limit,
         reasons=(
             *reasons,
-            *why,
-            *_kept_step(training, begun_with, processes),
-            *_idle_reasons(training, step_examples, processes),
-            *limits.reasons(as_asked, training.per_device_eval_batch_size),
+            *fit.reasons,
+            *batch_reasons(training, batch, processes),
+            *limits.reasons(as_asked, training.per_device_eval_batch_size, batch.tokens),
         ),
     )
 
@@ -223,13 +254,18 @@ def _every(steps: int, per_epoch: int, steps_per_epoch: int) -> int:
 
 def limited(plan: Plan, limits: MemoryLimits) -> Plan:
     """Return the plan of a run that continues with smaller batches."""
-    batches = math.ceil(plan.step_examples / limits.micro_batch_examples)
-    return replace(
+    smaller = replace(
         plan,
         micro_batch_examples=limits.micro_batch_examples,
-        micro_batches=-(-batches // plan.processes),
+        micro_batch_tokens=limits.micro_batch_tokens,
         eval_batch_examples=limits.eval_batch_examples,
         gradient_checkpointing=limits.gradient_checkpointing,
+    )
+    counted = recounted(asdict(smaller))
+    return replace(
+        smaller,
+        micro_batches=counted["micro_batches"],
+        step_micro_batches=counted["step_micro_batches"],
     )
 
 
@@ -289,62 +325,46 @@ def process_count(config: Config, machine: Machine) -> int:
     return asked
 
 
-def fresh_step(training: TrainingSection, processes: int) -> int:
-    """Return the examples of a step of a run that begins with that many processes."""
-    accumulated = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    return training.train_batch_size or accumulated * processes
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """How a step fits into memory: with checkpointing or without, and the tokens at a time."""
+
+    gradient_checkpointing: bool
+    micro_batch_tokens: int
+    reasons: tuple[str, ...] = ()
 
 
-def _kept_step(training: TrainingSection, examples: int, processes: int) -> tuple[str, ...]:
-    if examples in (0, fresh_step(training, processes)):
-        return ()
-    count = "1 process" if processes == 1 else f"{processes} processes"
-    return (
-        f"a step keeps the {examples} examples that this run began with; a new run with {count} "
-        f"would have {fresh_step(training, processes)}",
-    )
-
-
-def _idle_reasons(training: TrainingSection, step_examples: int, processes: int) -> tuple[str, ...]:
-    asked = training.per_device_train_batch_size
-    if processes <= math.ceil(step_examples / asked):
-        return ()
-    if step_examples < processes:
-        return (
-            f"{processes - step_examples} of {processes} processes have nothing to do: a step "
-            f"has {step_examples} examples; --nproc {step_examples} is enough",
-        )
-    return (
-        f"micro-batches have {-(-step_examples // processes)} instead of {asked} examples, so that "
-        f"{processes} processes can share a step of {step_examples}",
-    )
-
-
-def _choose_checkpointing(
+def _fit(
     config: Config,
-    machine: Machine,
-    model_size: ModelSize,
-    data: DataProfile,
-    precision: Precision,
-    partition: Partition,
+    limit: int,
+    tokens: int,
+    longest: int,
+    device: Device,
     limits: MemoryLimits,
-    count: Count,
-) -> tuple[bool, tuple[str, ...]]:
+    estimate: Callable[[int], int],
+) -> _Fit:
+    """Reduce a budget that the plan chose, or else checkpoint; `estimate` counts without."""
     asked = limits.gradient_checkpointing or config.model.gradient_checkpointing
-    if asked != "auto":
-        return bool(asked), ()
-    needed = estimate_memory_bytes(
-        config,
-        model_size,
-        data,
-        precision,
-        has_checkpointing=False,
-        partition=partition,
-        count=count,
-    )
-    limit = memory_limit_bytes(machine, partition.processes)
-    if needed <= 0.8 * limit:
-        return False, ()
-    return True, (
-        f"gradient checkpointing is on: without it a step may need {size(needed)} of {size(limit)}",
+    needed = estimate(tokens) if asked == "auto" else 0
+    if asked != "auto" or needed <= CHECKPOINTING_FRACTION * limit:
+        return _Fit(asked is True, tokens)
+    is_chosen = config.training.max_tokens_per_micro_batch == "auto" and tokens > 0
+    budgets = smaller_budgets(tokens, longest, device)[1:] if is_chosen else []
+    if budgets and estimate(budgets[-1]) <= CHECKPOINTING_FRACTION * limit:
+        smaller = next(b for b in budgets if estimate(b) <= CHECKPOINTING_FRACTION * limit)
+        return _Fit(
+            False,
+            smaller,
+            (
+                f"micro-batches have at most {smaller:,} instead of {tokens:,} tokens, which may "
+                f"need {size(needed)} of {size(limit)}",
+            ),
+        )
+    return _Fit(
+        True,
+        tokens,
+        (
+            "gradient checkpointing is on: without it a step may need "
+            f"{size(needed)} of {size(limit)}",
+        ),
     )

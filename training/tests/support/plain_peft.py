@@ -28,6 +28,7 @@ STEPS = 20
 SETTINGS = {
     "per_device_train_batch_size": 3,
     "gradient_accumulation_steps": 2,
+    "max_tokens_per_micro_batch": 0,  # as `plain` cuts a step; test_token_batches.py cuts by tokens
     "max_steps": STEPS,
     "learning_rate": 5e-3,
     "warmup_ratio": 0.1,

@@ -43,7 +43,12 @@ with contextlib.suppress(ImportError):
     import bitsandbytes  # noqa: F401
     import transformers.integrations.bitsandbytes  # noqa: F401
 
-OWN = {"per_device_train_batch_size": 2, "train_batch_size": 6, "max_steps": 12}
+OWN = {
+    "per_device_train_batch_size": 2,
+    "train_batch_size": 6,
+    "max_tokens_per_micro_batch": 0,
+    "max_steps": 12,
+}
 
 
 def make_context(ranks: Ranks, folder: Path, parallelism: Parallelism, own: dict) -> Any:

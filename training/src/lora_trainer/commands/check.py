@@ -13,6 +13,7 @@ from pathlib import Path
 
 import typer
 
+from ..batch import NOT_BEGUN, RunBatch
 from ..config.schema import EMBEDDED_MODEL
 from ..config.settings import Settings
 from ..errors import ConfigError, DataError, Problem, StorageError, TrainerError
@@ -21,7 +22,7 @@ from ..model import precision, stacks
 from ..plan import process_count
 from ..run.folder import check_folder, output_address, output_folder
 from ..supervise import earlier_run
-from ..train.recorded_run import step_examples
+from ..train.recorded_run import begun_batch
 from ..train.trackers import missing_trackers
 from ..units import size
 
@@ -185,7 +186,7 @@ def _check_rows(settings: Settings, sample_rows: int) -> None:
     source = load.locate(config.model)
     tokenizer = load.load_tokenizer(source, config.model)
     splits = open_data(config, source, tokenizer)
-    plan = preview(config, source, splits, step_examples=_begun_step(settings))
+    plan = preview(config, source, splits, begun=_begun_batch(settings))
     report = splits.train_report
     typer.echo(f"base model   {source.name}")
     typer.echo(
@@ -225,12 +226,12 @@ def _check_rows(settings: Settings, sample_rows: int) -> None:
         typer.echo(shown_row(tokenizer, [int(i) for i in ids], [bool(m) for m in mask]))
 
 
-def _begun_step(settings: Settings) -> int:
-    """Return the examples per step of the run that a start would continue; 0: it would begin."""
+def _begun_batch(settings: Settings) -> RunBatch:
+    """Return the batch of the run that a start would continue."""
     folder = output_folder(settings)
     if earlier_run.judge(folder, settings).does != "go on":
-        return 0
-    return step_examples(folder)
+        return NOT_BEGUN
+    return begun_batch(folder)
 
 
 def shown_row(tokenizer: object, ids: list[int], mask: list[bool]) -> str:

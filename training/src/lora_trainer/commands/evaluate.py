@@ -149,7 +149,13 @@ def _figures(
 
     batch = config.training.per_device_eval_batch_size
     with Meter(f"scoring with {who}", len(rows), "rows") as meter:
-        score = evaluate.score(opened.causal, rows, batch_examples=batch, progress=meter.update)
+        score = evaluate.score(
+            opened.causal,
+            rows,
+            batch_examples=batch,
+            is_by_tokens=config.training.max_tokens_per_micro_batch != 0,
+            progress=meter.update,
+        )
     assert score is not None, "nothing asked it to stop"
     exact, every = None, evaluate.questions(rows) if wanted.has_answers else []
     asked = spread(every, wanted.answer_rows)

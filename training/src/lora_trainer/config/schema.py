@@ -186,6 +186,11 @@ class TrainingSection(Section):
     gradient_accumulation_steps: Count = Field(
         1, description="Micro-batches per step and process; train_batch_size overrides it"
     )
+    max_tokens_per_micro_batch: CountOrZero | Auto = Field(
+        "auto",
+        description="Cut a step into micro-batches of at most so many tokens; auto: no more than "
+        "per_device_train_batch_size of the longest rows; 0: by examples",
+    )
     num_train_epochs: float = Field(1.0, gt=0, le=1e6, description="Passes over the data")
     max_steps: int = Field(
         -1, ge=-1, le=10**9, description="Optimizer steps; -1: from num_train_epochs"

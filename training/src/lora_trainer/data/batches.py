@@ -6,7 +6,8 @@ divide a step's examples, they do not choose them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -74,6 +75,73 @@ def split_micro_batches(
     array = np.asarray(rows, dtype=np.int64)
     for start in range(0, len(array), examples):
         yield array[start : start + examples]
+
+
+def cut_by_tokens(
+    lengths: Sequence[int], budget: int, *, multiple: int = 1, least: int = 1, is_padded: bool
+) -> list[list[int]]:
+    """Cut a step into micro-batches of at most `budget` tokens, a longer example alone.
+
+    Returns positions in the step, ascending within a micro-batch, the largest micro-batch first.
+    There are `multiple` times n micro-batches, and at least `least`, unless there are fewer
+    examples. They are as even as possible; padded ones hold examples of similar length, and their
+    padding counts.
+    """
+    fitting = max(budget, *lengths)
+    ranking = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    if is_padded:
+        pieces = fill_in_order(ranking, dict(enumerate(lengths)), fitting, is_padded=True)
+        while len(pieces) < len(lengths) and (len(pieces) % multiple or len(pieces) < least):
+            pieces = _with_largest_split(pieces, lengths)
+    else:
+        count = _rounded_up(max(least, -(-sum(lengths) // fitting)), multiple)
+        pieces = _evenly(ranking, lengths, min(count, len(lengths)))
+        while max(sum(lengths[i] for i in piece) for piece in pieces) > fitting:
+            count += multiple
+            pieces = _evenly(ranking, lengths, min(count, len(lengths)))
+    return [sorted(piece) for piece in pieces]
+
+
+def _rounded_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _evenly(ranking: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Give each example, the longest first, to the micro-batch with the fewest tokens."""
+    loads = [(0, number) for number in range(count)]
+    pieces: list[list[int]] = [[] for _ in range(count)]
+    for index in ranking:
+        load, number = heapq.heappop(loads)
+        pieces[number].append(index)
+        heapq.heappush(loads, (load + lengths[index], number))
+    return pieces
+
+
+def fill_in_order(
+    ranking: Iterable[int], lengths: Mapping[int, int], budget: int, *, is_padded: bool
+) -> list[list[int]]:
+    """Fill batches of at most `budget` tokens in the order of length, longest first."""
+    pieces: list[list[int]] = [[]]
+    tokens = 0
+    for index in ranking:
+        length = lengths[index]
+        if is_padded and pieces[-1]:
+            tokens, length = 0, lengths[pieces[-1][0]] * (len(pieces[-1]) + 1)
+        if pieces[-1] and tokens + length > budget:
+            pieces.append([])
+            tokens, length = 0, lengths[index]
+        pieces[-1].append(index)
+        tokens += length
+    return pieces
+
+
+def _with_largest_split(pieces: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
+    """Halve the micro-batch with the most padded tokens, of those with several examples."""
+    several = [number for number, piece in enumerate(pieces) if len(piece) > 1]
+    most = max(several, key=lambda number: lengths[pieces[number][0]] * len(pieces[number]))
+    middle = (len(pieces[most]) + 1) // 2
+    halves = [pieces[most][:middle], pieces[most][middle:]]
+    return [*pieces[:most], *halves, *pieces[most + 1 :]]
 
 
 @dataclass(frozen=True)

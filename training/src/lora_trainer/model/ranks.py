@@ -104,10 +104,10 @@ class Ranks:
         values[self.rank] = value
         return int(self.summed(values).min())
 
-    def of_first(self, value: int) -> int:
-        """Return rank 0's value; every rank must ask."""
-        own = value if self.is_first else 0
-        return int(self.summed(torch.tensor([own])).item())
+    def of_first(self, values: Sequence[int]) -> list[int]:
+        """Return rank 0's values; every rank must ask."""
+        own = list(values) if self.is_first else [0] * len(values)
+        return [int(value) for value in self.summed(torch.tensor(own)).tolist()]
 
     def wait(self) -> None:
         """Wait until every rank is here."""
@@ -289,18 +289,19 @@ def sum_step(
     ]
 
 
-FIGURES = 6
+FIGURES = 7
 
 
 def _packed(own: RankFigures) -> list[float]:
-    sizes = [float(own.micro_batch_examples), float(own.gradient_checkpointing)]
+    sizes = [float(own.micro_batch_examples), float(own.micro_batch_tokens)]
+    sizes.append(float(own.gradient_checkpointing))
     memory = [own.memory_bytes / 1024, own.gpu_memory_bytes / 1024]
     return [own.seconds, float(own.tokens), *memory, *sizes]
 
 
 def _unpacked(rank: int, row: list[Any]) -> RankFigures:
     """Return a rank's figures; float32 carries them to seven digits."""
-    seconds, tokens, memory_kib, gpu_kib, examples, checkpointing = row
+    seconds, tokens, memory_kib, gpu_kib, examples, budget, checkpointing = row
     return RankFigures(
         rank=rank,
         seconds=seconds,
@@ -308,5 +309,6 @@ def _unpacked(rank: int, row: list[Any]) -> RankFigures:
         memory_bytes=int(memory_kib) * 1024,
         gpu_memory_bytes=int(gpu_kib) * 1024,
         micro_batch_examples=int(examples),
+        micro_batch_tokens=int(budget),
         gradient_checkpointing=int(checkpointing),
     )

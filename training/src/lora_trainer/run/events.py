@@ -106,6 +106,7 @@ class RankFigures:
     memory_bytes: int
     gpu_memory_bytes: int = 0
     micro_batch_examples: int = 0
+    micro_batch_tokens: int = 0
     gradient_checkpointing: int = 0  # 1: it is on
 
     @property
@@ -203,6 +204,7 @@ class MemoryReduced(Event):
     micro_batch_examples: int
     eval_batch_examples: int
     gradient_checkpointing: bool
+    micro_batch_tokens: int = 0  # 0: micro-batches are cut by examples
     cause: str
 
 

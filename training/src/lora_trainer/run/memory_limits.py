@@ -35,10 +35,18 @@ class MemoryLimits:
     micro_batch_examples: int = 0
     eval_batch_examples: int = 0
     gradient_checkpointing: bool = False
+    micro_batch_tokens: int = 0
 
-    def reasons(self, micro_batch_examples: int, eval_batch_examples: int) -> tuple[str, ...]:
+    def reasons(
+        self, micro_batch_examples: int, eval_batch_examples: int, micro_batch_tokens: int = 0
+    ) -> tuple[str, ...]:
         """Say where this is less than the sizes that are configured."""
         kept = []
+        if 0 < self.micro_batch_tokens < micro_batch_tokens:
+            kept.append(
+                f"micro-batches of {self.micro_batch_tokens:,} instead of "
+                f"{micro_batch_tokens:,} tokens"
+            )
         if 0 < self.micro_batch_examples < micro_batch_examples:
             kept.append(
                 f"micro-batches of {self.micro_batch_examples} instead of {micro_batch_examples}"
@@ -57,21 +65,32 @@ class MemoryLimits:
 
 @dataclass(frozen=True, slots=True)
 class BatchSizes:
-    """The sizes that a run uses now; they only become smaller."""
+    """The sizes that a run uses now; they only become smaller.
+
+    `micro_batch_tokens` 0: micro-batches are cut by examples.
+    """
 
     micro_batch_examples: int
     eval_batch_examples: int
     gradient_checkpointing: bool
+    micro_batch_tokens: int = 0
+    longest_tokens: int = 0  # of one example, which cannot be cut
 
     @property
     def limits(self) -> MemoryLimits:
         """Return these sizes as what later starts keep to."""
         return MemoryLimits(
-            self.micro_batch_examples, self.eval_batch_examples, self.gradient_checkpointing
+            self.micro_batch_examples,
+            self.eval_batch_examples,
+            self.gradient_checkpointing,
+            self.micro_batch_tokens,
         )
 
     def text(self) -> str:
         """Return the sizes of a step as a clause."""
+        if self.micro_batch_tokens:
+            checkpointed = " with gradient checkpointing" if self.gradient_checkpointing else ""
+            return f"micro-batches of at most {self.micro_batch_tokens:,} tokens{checkpointed}"
         count = self.micro_batch_examples
         examples = "1 example" if count == 1 else f"{count} examples"
         checkpointed = " and gradient checkpointing" if self.gradient_checkpointing else ""
@@ -82,13 +101,17 @@ def reduced(sizes: BatchSizes, *, is_evaluation: bool = False) -> BatchSizes | N
     """Return the next smaller sizes; None where nothing is left to reduce.
 
     A micro-batch becomes its largest proper divisor, half where it is even: a step's smaller
-    micro-batches are then those that the smaller size would have made.
+    micro-batches are then those that the smaller size would have made. A budget of tokens halves,
+    down to the longest example: no micro-batch has more tokens then.
     """
     if is_evaluation:
         count = sizes.eval_batch_examples
         return replace(sizes, eval_batch_examples=count // 2) if count > 1 else None
+    if sizes.micro_batch_tokens > sizes.longest_tokens:
+        halved = max(sizes.micro_batch_tokens // 2, sizes.longest_tokens)
+        return replace(sizes, micro_batch_tokens=halved)
     count = sizes.micro_batch_examples
-    if count > 1:
+    if count > 1 and not sizes.micro_batch_tokens:
         smaller = max(part for part in range(1, count // 2 + 1) if count % part == 0)
         return replace(sizes, micro_batch_examples=smaller)
     if not sizes.gradient_checkpointing:
@@ -103,6 +126,8 @@ def sizes_of(plan: Mapping[str, Any]) -> BatchSizes | None:
             int(plan["micro_batch_examples"]),
             int(plan["eval_batch_examples"]),
             bool(plan["gradient_checkpointing"]),
+            int(plan.get("micro_batch_tokens", 0)),
+            int(plan.get("longest_tokens", 0)),
         )
     except (KeyError, TypeError, ValueError):
         return None
@@ -178,6 +203,7 @@ def reduction(sizes: BatchSizes, step: int, cause: str) -> list[Event]:
             micro_batch_examples=sizes.micro_batch_examples,
             eval_batch_examples=sizes.eval_batch_examples,
             gradient_checkpointing=sizes.gradient_checkpointing,
+            micro_batch_tokens=sizes.micro_batch_tokens,
             cause=cause,
         ),
         Warned(
@@ -191,10 +217,11 @@ def read_limits(folder: Path) -> MemoryLimits:
     """Return what the folder's run was cut down to; a damaged file is as good as none."""
     try:
         raw = json.loads(RunFolder(folder).memory_limits.read_text(encoding="utf-8"))
-        counts = (raw["micro_batch_examples"], raw["eval_batch_examples"])
-        if not all(type(count) is int and count >= 0 for count in counts):
+        examples, rows = raw["micro_batch_examples"], raw["eval_batch_examples"]
+        tokens = raw.get("micro_batch_tokens", 0)
+        if not all(type(count) is int and count >= 0 for count in (examples, rows, tokens)):
             return MemoryLimits()
-        return MemoryLimits(*counts, raw["gradient_checkpointing"] is True)
+        return MemoryLimits(examples, rows, raw["gradient_checkpointing"] is True, tokens)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return MemoryLimits()
 

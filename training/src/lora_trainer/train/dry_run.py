@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..batch import NOT_BEGUN, RunBatch
 from ..config.schema import Config
 from ..config.start_adapter import find_adapter
 from ..data.prepare import DataSplits
@@ -74,11 +75,11 @@ def refuse_unsupported(config: Config, model_config: PretrainedConfig) -> None:
 
 
 def preview(
-    config: Config, source: load.ModelSource, splits: DataSplits, *, step_examples: int = 0
+    config: Config, source: load.ModelSource, splits: DataSplits, *, begun: RunBatch = NOT_BEGUN
 ) -> Plan:
     """Return the plan without loading weights: the model is built on the meta device.
 
-    `step_examples` are those of the run that a start would continue.
+    `begun` is the batch of the run that a start would continue.
 
     Raises:
         ConfigError, DataError: what training would refuse of adapter and lengths.
@@ -120,7 +121,7 @@ def preview(
         padding_free=is_packed,
         processes=processes,
         parallelism=parallelism,
-        step_examples=step_examples,
+        begun=begun,
         reasons=tuple(filter(None, (whole, *backend.reasons, why, *reached))),
         count=footprint,
     )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..data.batches import Rows
+from ..data.batches import Rows, fill_in_order
 from ..data.mask import end_tokens
 from ..data.turns import ROLES
 from ..model import determinism
@@ -59,22 +59,25 @@ def score(
     rows: Rows,
     *,
     batch_examples: int,
+    is_by_tokens: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda _: None,
     ranks: Ranks = ALONE,
 ) -> Score | None:
     """Score all rows; None when stopped before the end. Uses no random numbers.
 
-    `progress` receives the number of rows done, batch by batch. Several ranks take turns at
-    the batches, and add their figures up in the batches' order: the score is the same
-    whatever their number.
+    By tokens, a batch has as many as the `batch_examples` longest rows. `progress` receives the
+    number of rows done, batch by batch. Several ranks take turns at the batches, and add their
+    figures up in the batches' order: the score is the same whatever their number.
     """
     start = time.monotonic()
     was_training = causal.model.training
     causal.model.eval()
     batches = list(_by_length(rows, batch_examples))
+    if is_by_tokens:
+        batches = _by_tokens(rows, batches, is_padded=causal.packed is None)
     figures = torch.zeros(len(batches), 3, dtype=torch.float64)
-    last, fitting = len(batches) - 1, batch_examples
+    last, halvings, done = len(batches) - 1, 0, 0
     try:
         for first in range(0, len(batches), ranks.count):
             if should_stop():
@@ -82,10 +85,12 @@ def score(
             # Ranks that share a model must all go through it: at the end, once too often.
             own = first + ranks.rank
             if own < len(batches) or causal.is_sharded:
-                pieces, fitting = _score_pieces(causal, rows, batches[min(own, last)], fitting)
+                batch = batches[min(own, last)]
+                pieces, halvings = _score_pieces(causal, rows, batch, halvings)
             if own < len(batches):
                 figures[own] = pieces
-            progress(min(len(rows), (first + ranks.count) * batch_examples))
+            done += sum(len(batch) for batch in batches[first : first + ranks.count])
+            progress(done)
     finally:
         causal.model.train(was_training)
     rows_of_figures = ranks.summed(figures).tolist()
@@ -95,20 +100,34 @@ def score(
     pairs = zip(batches, rows_of_figures, strict=True)
     suspects = [index for batch, row in pairs if not math.isfinite(row[0]) for index in batch]
     loss, accuracy = loss / max(1, targets), hits / max(1, targets)
+    fitting = max(1, batch_examples >> halvings)
     return Score(loss, accuracy, targets, seconds, tuple(suspects), fitting)
 
 
 def _score_pieces(
-    causal: CausalLM, rows: Rows, batch: Sequence[int], most: int
+    causal: CausalLM, rows: Rows, batch: Sequence[int], halvings: int
 ) -> tuple[torch.Tensor, int]:
-    """Return loss, hits and targets of a batch, and how many of its rows fit at a time."""
+    """Return loss, hits and targets of a batch, and how often a batch is halved to fit."""
 
     def scored(piece: Sequence[int]) -> list[float]:
         micro = take(rows, piece)
         return [*causal.score(micro), micro.targets]
 
-    pieces, most = in_pieces(batch, most, scored, is_divisible=not causal.is_sharded)
-    return torch.tensor(pieces, dtype=torch.float64).sum(0), most
+    size = max(1, len(batch) >> halvings)
+    pieces, most = in_pieces(batch, size, scored, is_divisible=not causal.is_sharded)
+    while max(1, len(batch) >> halvings) > most:
+        halvings += 1
+    return torch.tensor(pieces, dtype=torch.float64).sum(0), halvings
+
+
+def _by_tokens(rows: Rows, batches: Sequence[Sequence[int]], *, is_padded: bool) -> list[list[int]]:
+    """Group rows, longest first, in batches of no more tokens than the first of these has."""
+    if not batches:
+        return []
+    lengths = {index: len(rows[index][0]) for batch in batches for index in batch}
+    first = [lengths[index] for index in batches[0]]
+    budget = len(first) * max(first) if is_padded else sum(first)
+    return fill_in_order(lengths, lengths, budget, is_padded=is_padded)
 
 
 def _by_length(rows: Rows, batch_examples: int) -> Iterator[list[int]]:

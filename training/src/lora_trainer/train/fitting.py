@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data.batches import Rows, split_micro_batches
+from ..data.batches import Rows, cut_by_tokens, split_micro_batches
 from ..faults import is_out_of_memory
 from ..model.compat import enable_checkpointing
 from ..model.forward import CausalLM
@@ -26,6 +26,8 @@ from ..run.events import Event, RankFigures
 from ..run.memory_limits import BatchSizes, MemoryLimits, nothing_fits, reduced, reduction, release
 from . import evaluate
 
+# More micro-batches than a step has, so that pieces of them have numbers of their own.
+MOST_PIECES = 1 << 20
 # Rows of a micro-batch, its number in the step, and its weight.
 Piece = tuple[NDArray[np.int64], int, float]
 
@@ -42,12 +44,37 @@ class Fitting:
         keep: Callable[[MemoryLimits], None],
     ) -> None:
         self.sizes = BatchSizes(
-            plan.micro_batch_examples, plan.eval_batch_examples, plan.gradient_checkpointing
+            plan.micro_batch_examples,
+            plan.eval_batch_examples,
+            plan.gradient_checkpointing,
+            # Ranks on machines of different size cut a step alike.
+            ranks.least(plan.micro_batch_tokens),
+            plan.longest_tokens,
         )
+        self._multiple = plan.micro_batch_multiple
         self._causal = causal
         self._ranks = ranks
         self._emit = emit
         self._keep = keep
+
+    def cut(self, rows: Rows, step_rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Cut a step's rows into micro-batches, on every rank alike."""
+        sizes = self.sizes
+        if not sizes.micro_batch_tokens:
+            return list(split_micro_batches(step_rows, sizes.micro_batch_examples))
+        return self._cut(rows, step_rows, self._multiple, self._ranks.count)
+
+    def _cut(
+        self, rows: Rows, step_rows: NDArray[np.int64], multiple: int = 1, least: int = 1
+    ) -> list[NDArray[np.int64]]:
+        pieces = cut_by_tokens(
+            [len(rows[int(row)][0]) for row in step_rows],
+            self.sizes.micro_batch_tokens,
+            multiple=multiple,
+            least=least,
+            is_padded=self._causal.packed is None,
+        )
+        return [step_rows[positions] for positions in pieces]
 
     def accumulate(
         self,
@@ -64,10 +91,11 @@ class Fitting:
         Raises:
             MemoryKilledError: one example at a time does not fit.
         """
-        size = self.sizes.micro_batch_examples
+        before = self.sizes
         while True:
             try:
-                return self._accumulate(rows, self._pieces(micro_batches, size), factor, seed, step)
+                pieces = self._pieces(rows, micro_batches, before)
+                return self._accumulate(rows, pieces, factor, seed, step)
             except Exception as error:
                 # Ranks that share a model wait for this one in the middle of it.
                 if self._causal.is_sharded or not is_out_of_memory(error):
@@ -93,20 +121,29 @@ class Fitting:
             summed += loss.detach()
         return summed
 
-    def _pieces(self, micro_batches: Sequence[Piece], size: int) -> Iterator[Piece]:
-        """Cut micro-batches of at most `size` examples to the present size.
+    def _pieces(
+        self, rows: Rows, micro_batches: Sequence[Piece], before: BatchSizes
+    ) -> Iterator[Piece]:
+        """Cut micro-batches, which were cut to the sizes `before`, to the present sizes.
 
-        They are numbered as if the whole step had been cut so from the beginning.
+        Those cut by examples are numbered as if the whole step had been cut so from the beginning.
         """
-        fitting = self.sizes.micro_batch_examples
-        for rows, number, weight in micro_batches:
-            for position, piece in enumerate(split_micro_batches(rows, fitting)):
-                yield piece, number * (size // fitting) + position, weight
+        fitting, size = self.sizes.micro_batch_examples, before.micro_batch_examples
+        for indices, number, weight in micro_batches:
+            if self.sizes.micro_batch_tokens == before.micro_batch_tokens > 0:
+                yield indices, number, weight
+            elif before.micro_batch_tokens:
+                for position, piece in enumerate(self._cut(rows, indices)):
+                    yield piece, (number + 1) * MOST_PIECES + position, weight
+            else:
+                for position, piece in enumerate(split_micro_batches(indices, fitting)):
+                    yield piece, number * (size // fitting) + position, weight
 
     def measured(self) -> dict[str, Any]:
         """Return the sizes for this rank's figures, by which the others learn of them."""
         return {
             "micro_batch_examples": self.sizes.micro_batch_examples,
+            "micro_batch_tokens": self.sizes.micro_batch_tokens,
             "gradient_checkpointing": int(self.sizes.gradient_checkpointing),
         }
 
@@ -115,6 +152,7 @@ class Fitting:
         smallest = replace(
             self.sizes,
             micro_batch_examples=min(one.micro_batch_examples for one in measured),
+            micro_batch_tokens=min(one.micro_batch_tokens for one in measured),
             gradient_checkpointing=any(one.gradient_checkpointing for one in measured),
         )
         if smallest != self.sizes:

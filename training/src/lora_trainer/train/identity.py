@@ -275,7 +275,7 @@ def digest_of(
     """
     adapter = adapter_digest(config)
     schedule = schedule_part(config, plan.warmup_steps, plan.total_steps)
-    batch = str(plan.step_examples)
+    batch = plan.run_batch
     return lambda: str(Identity(config_digest, adapter, base.result(), data, schedule, batch))
 
 

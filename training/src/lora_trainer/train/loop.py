@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..config.schema import TrainingSection
-from ..data.batches import Rows, Sampler, split_micro_batches
+from ..data.batches import Rows, Sampler
 from ..machine import peak_memory_bytes
 from ..model.forward import CausalLM
 from ..model.ranks import ALONE, Ranks, own_batches, sum_step
@@ -173,8 +173,7 @@ def _gradients(
     """Compute a step's gradients and clip them: of its micro-batches those that are this rank's."""
     start = time.monotonic()
     ranks, parameters = context.ranks, list(context.parameters.values())
-    size = fitting.sizes.micro_batch_examples
-    pieces = list(split_micro_batches(context.sampler.step_rows(state.step), size))
+    pieces = fitting.cut(context.rows, context.sampler.step_rows(state.step))
     batches = [evaluate.take(context.rows, rows) for rows in pieces]
     targets = sum(batch.targets for batch in batches)
     own = own_batches([batch.tokens for batch in batches], ranks, context.causal.is_sharded)
@@ -282,6 +281,7 @@ def _evaluate(context: TrainingContext, state: TrainState, fitting: Fitting) -> 
         context.causal,
         context.eval_rows,
         batch_examples=fitting.sizes.eval_batch_examples,
+        is_by_tokens=context.plan.micro_batch_tokens > 0,
         should_stop=context.should_stop,
         progress=progress_of(context.emit, "rows", len(context.eval_rows)),
         ranks=context.ranks,

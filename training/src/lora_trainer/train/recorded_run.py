@@ -1,4 +1,4 @@
-"""What an output folder records of its run: checkpoints, identity, size of a step. No torch."""
+"""What an output folder records of its run: checkpoints, identity, batch. No torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..batch import RunBatch
 from ..checkpoint_folder import CorruptCheckpointError, listed, read_state
 from ..run_folder import RunFolder
 from .identity import Identity
@@ -32,19 +33,14 @@ def newest_identity(paths: Sequence[Path]) -> Identity | None:
     return None
 
 
-def step_examples(folder: Path) -> int:
-    """Return the examples per step of the folder's run, 0 if it has not begun.
+def begun_batch(folder: Path) -> RunBatch:
+    """Return the batch of the folder's run.
 
-    A run that has no checkpoint yet is the same run when it starts again: its plan has the number.
+    A run that has no checkpoint yet is the same run when it starts again: its plan has the batch.
     """
     identity = newest_identity(checkpoints(folder))
-    recorded = identity.batch if identity else read_json(RunFolder(folder).plan).get(STEP)
-    text = str(recorded)
-    return int(text) if text.isdecimal() and len(text) <= LONGEST_NUMBER else 0
-
-
-STEP = "step_examples"
-LONGEST_NUMBER = 12  # digits; more than any step has, and quick to convert
+    plan = read_json(RunFolder(folder).plan)
+    return RunBatch.parse(identity.batch if identity else str(plan.get("run_batch", "")))
 
 
 def read_json(path: Path) -> dict[str, Any]:

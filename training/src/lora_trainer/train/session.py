@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..batch import RunBatch
 from ..config.schema import Config
 from ..config.start_adapter import find_adapter
 from ..data.batches import Sampler
@@ -56,7 +57,7 @@ from .dry_run import footprint_of, model_size_of, parallelism_before_loading, re
 from .identity import BaseHash, check_adapter_base, digest_of
 from .initial import Initial, weights_digest
 from .optim import make_optimizer
-from .recorded_run import step_examples
+from .recorded_run import begun_batch
 from .setup import TrainingSetup
 from .smaller_plans import is_tight, with_smaller_plans
 
@@ -170,7 +171,7 @@ def _open_model(
         processes=ranks.count,
         parallelism=parallelism,
         limits=read_limits(output_dir),
-        step_examples=ranks.of_first(step_examples(output_dir)),
+        begun=RunBatch(*ranks.of_first(astuple(begun_batch(output_dir)))),
         reasons=(*backend.reasons, *filter(None, (chosen, *proven))),
         count=footprint,
     )

@@ -135,7 +135,12 @@ def test_scoring_a_batch_waits_once_for_all_its_figures(way: str) -> None:
 def test_a_training_step_waits_for_its_loss_and_its_norm_alone(
     way: str, uploads: int, precision: str, tmp_path: Path
 ) -> None:
-    context, _ = make_context(tmp_path, precision=precision, gradient_accumulation_steps=3)
+    context, _ = make_context(
+        tmp_path,
+        precision=precision,
+        gradient_accumulation_steps=3,
+        max_tokens_per_micro_batch=0,
+    )
     causal = on_meta("llama", way)
     parameters = trainable_parameters(causal.model)
     optimizer = make_optimizer(parameters, context.training)

@@ -29,6 +29,7 @@ from lora_trainer.train.setup import TrainingSetup
 from lora_trainer.train.smaller_plans import is_tight, with_smaller_plans
 from support.training_loop import make_context, of_kind
 
+BY_EXAMPLES = {"max_tokens_per_micro_batch": 0}
 ON_GPU = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 ON_CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")
 
@@ -48,6 +49,7 @@ def short_of_memory(context, most, error=ON_GPU):
 
 
 def trained(tmp_path, spoil=lambda _: None, **training):
+    training = BY_EXAMPLES | training
     context, events = make_context(tmp_path, per_device_train_batch_size=8, **training)
     kept = []
     context = replace(context, keep_limits=kept.append)
@@ -89,6 +91,28 @@ def test_step_that_does_not_fit_is_done_in_smaller_pieces(tmp_path, whole, error
     assert "out of memory at step 1; from now on micro-batches of 2 examples" in messages[-1]
 
 
+def test_budget_of_tokens_is_halved_down_to_the_longest_example(tmp_path, whole):
+    def spoil(context):
+        sound, failed = context.causal.loss, []
+
+        def loss(batch, factor):
+            if batch.tokens > 30:
+                failed.append(batch.tokens)
+                raise ON_GPU
+            return sound(batch, factor)
+
+        context.causal.loss = loss
+        return failed
+
+    short = trained(tmp_path, spoil, max_tokens_per_micro_batch=100)
+    reported = of_kind(short["events"], MemoryReduced)
+    assert [(e.step, e.micro_batch_tokens) for e in reported] == [(0, 50), (0, 25)]
+    assert short["kept"][-1] == MemoryLimits(8, 8, False, 25)
+    messages = [event.message for event in of_kind(short["events"], Warned)]
+    assert "from now on micro-batches of at most 25 tokens" in messages[-1]
+    assert_same(short, whole)
+
+
 def test_attempt_that_fails_in_its_backward_pass_leaves_nothing_behind(tmp_path, whole):
     def spoil(context):
         failed = []
@@ -110,7 +134,7 @@ def test_attempt_that_fails_in_its_backward_pass_leaves_nothing_behind(tmp_path,
 
 
 def test_dropout_is_that_of_a_run_with_the_smaller_size_from_the_beginning(tmp_path):
-    dropout = {"weight_decay": 0.0}
+    dropout = {"weight_decay": 0.0, **BY_EXAMPLES}
     for folder in ("short", "small"):
         (tmp_path / folder).mkdir()
 
@@ -160,7 +184,7 @@ def test_gradient_checkpointing_is_the_last_resort(tmp_path, whole):
 
 
 def test_step_that_does_not_fit_at_all_ends_with_137_and_weights_untouched(tmp_path):
-    context, events = make_context(tmp_path, per_device_train_batch_size=8)
+    context, events = make_context(tmp_path, per_device_train_batch_size=8, **BY_EXAMPLES)
     before = {name: p.detach().clone() for name, p in context.parameters.items()}
     short_of_memory(context, 0)
     with pytest.raises(MemoryKilledError) as caught:
@@ -242,6 +266,13 @@ def test_pieces_keep_the_order_of_what_they_hold():
     assert most == 2
 
 
+def test_budget_ends_at_the_longest_example_and_then_layers_are_checkpointed():
+    limits, now = [], BatchSizes(4, 8, False, micro_batch_tokens=1000, longest_tokens=300)
+    while (now := reduced(now)) is not None:
+        limits.append((now.micro_batch_tokens, now.gradient_checkpointing))
+    assert limits == [(500, False), (300, False), (300, True)]
+
+
 @pytest.mark.parametrize(
     ("examples", "sizes"),
     [(8, [4, 2, 1]), (6, [3, 1]), (7, [1]), (9, [3, 1]), (1, [])],
@@ -277,11 +308,20 @@ def million_a_token(work):
 
 def test_later_start_keeps_to_what_the_run_was_cut_down_to(tmp_path):
     write_limits(tmp_path, MemoryLimits(2, 4, True))
-    plan = plan_of(read_limits(tmp_path), per_device_train_batch_size=8)
+    plan = plan_of(read_limits(tmp_path), per_device_train_batch_size=8, **BY_EXAMPLES)
     assert (plan.micro_batch_examples, plan.micro_batches, plan.step_examples) == (2, 4, 8)
     assert plan.eval_batch_examples == 4
     assert plan.gradient_checkpointing
     assert any("memory.json" in reason for reason in plan.reasons)
+
+
+def test_later_start_keeps_to_the_reduced_budget(tmp_path):
+    write_limits(tmp_path, MemoryLimits(8, 8, False, 2500))
+    plan = plan_of(read_limits(tmp_path), max_tokens_per_micro_batch=5000)
+    assert plan.micro_batch_tokens == 2500
+    assert any("micro-batches of 2,500 instead of 5,000 tokens" in why for why in plan.reasons)
+    # The run stays the same run: its own budget is what its checkpoints carry.
+    assert plan.run_batch == "4.1.5000"
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"micro_batch_examples": "2"}', "{", '{"a": ' * 9999])

@@ -85,10 +85,12 @@ def test_signal_stops_all_ranks_with_the_step_saved(chain: Chain) -> None:
 
 
 def test_run_keeps_its_step_and_changes_the_accumulation_with_the_processes(chain: Chain) -> None:
-    batches = [event["plan"]["batch"] for event in of_kind(chain.output, "plan")]
+    plans = [event["plan"] for event in of_kind(chain.output, "plan")]
+    batches = [plan["batch"].partition(", in about ")[0] for plan in plans]
     on_two = "2 per device x 1 accumulated x 2 processes = 4 examples"
     alone = "2 per device x 2 accumulated x 1 process = 4 examples"
     assert batches == [on_two, on_two, alone, on_two]
+    assert len({plan["run_batch"] for plan in plans}) == 1
 
 
 def test_status_shows_every_rank_and_names_the_slowest(chain: Chain) -> None:

@@ -782,6 +782,7 @@ def test_worker_that_is_killed_for_memory_goes_on_with_smaller_batches_until_non
     assert workers(tmp_path) == 4
     assert json.loads((run.output_dir / "memory.json").read_text()) == {
         "micro_batch_examples": 1, "eval_batch_examples": 8, "gradient_checkpointing": True,
+        "micro_batch_tokens": 0,
     }  # fmt: skip
     (problem,) = caught.value.problems
     assert "needs about 3.0 GB, and 2.0 GB are available" in problem.why

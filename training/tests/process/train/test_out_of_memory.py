@@ -15,7 +15,7 @@ import pytest
 
 from support.trainer import Run, Trainer, at_phase, losses, of_kind, wait_until_gone
 
-BATCH, STEPS = 128, 3
+BATCH, BUDGET, STEPS = 128, 128 * 256, 3
 # Beyond the loaded model, a step of half as many rows needs less than this, and of all more.
 TOO_LITTLE = 90 << 20
 CGROUP = Path("/sys/fs/cgroup")
@@ -36,6 +36,7 @@ def wide(trainer: Trainer) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "per_device_train_batch_size": BATCH,
         "gradient_accumulation_steps": 1,
+        "max_tokens_per_micro_batch": BUDGET,
         "max_steps": STEPS,
         "eval_steps": 0,
         "save_steps": 2,
@@ -50,11 +51,11 @@ def address_space(pid: int) -> int:
 
 def assert_smaller(output: Path) -> None:
     """Assert that the run went on with smaller micro-batches, and says and keeps that."""
-    reduced = [event["micro_batch_examples"] for event in of_kind(output, "memory")]
+    reduced = [event["micro_batch_tokens"] for event in of_kind(output, "memory")]
     assert reduced
-    assert reduced[0] == BATCH // 2
+    assert reduced[0] == BUDGET // 2
     kept = json.loads((output / "memory.json").read_text())
-    assert kept["micro_batch_examples"] == reduced[-1]
+    assert kept["micro_batch_tokens"] == reduced[-1]
     assert any("out of memory" in event["message"] for event in of_kind(output, "warning"))
     assert losses(output).keys() == set(range(1, STEPS + 1))
 
@@ -78,7 +79,7 @@ def test_limit_on_the_address_space_makes_the_steps_smaller(
     assert first["step"] == max(done, default=0)
     assert "can't allocate memory" in first["cause"]
     assert all(event["time"] > first["time"] for event in of_kind(output, "restart"))
-    assert json.loads((output / "plan.json").read_text())["micro_batch_examples"] < BATCH
+    assert json.loads((output / "plan.json").read_text())["micro_batch_tokens"] < BUDGET
 
 
 class MemoryGroup:

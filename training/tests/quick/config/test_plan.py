@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lora_trainer.batch import NOT_BEGUN, RunBatch
 from lora_trainer.config.schema import Config, TrainingSection
 from lora_trainer.errors import ConfigError
 from lora_trainer.machine import (
@@ -207,7 +208,7 @@ def test_float16_takes_the_memory_of_bfloat16():
     assert needed[0] == needed[1] < needed[2]
 
 
-def shared(processes, parallelism="ddp", step_examples=0, **training):
+def shared(processes, parallelism="ddp", begun=NOT_BEGUN, **training):
     return make_plan(
         Config.model_validate({"training": training}),
         FOUR,
@@ -218,8 +219,11 @@ def shared(processes, parallelism="ddp", step_examples=0, **training):
         padding_free=True,
         processes=processes,
         parallelism=parallelism,
-        step_examples=step_examples,
+        begun=begun,
     )
+
+
+BY_EXAMPLES = {"max_tokens_per_micro_batch": 0}
 
 
 def batch_of(plan):
@@ -227,7 +231,7 @@ def batch_of(plan):
 
 
 def test_step_of_a_new_run_grows_with_the_number_of_processes():
-    training = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    training = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, **BY_EXAMPLES}
     assert batch_of(shared(1, "none", **training)) == (2, 4, 1, 8)
     plan = shared(4, **training)
     assert batch_of(plan) == (2, 4, 4, 32)
@@ -239,9 +243,67 @@ def test_run_with_the_default_config_uses_every_gpu():
     assert not shared(8).reasons
 
 
+def tokens_of(plan):
+    return plan.micro_batch_tokens, plan.step_micro_batches
+
+
+def test_micro_batch_holds_no_more_tokens_than_so_many_of_the_longest_rows():
+    data = DataProfile(100, 20_000, 1000, 800)
+    training = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    plan = plan_of(data=data, training=training)
+    assert tokens_of(plan) == (1024, 4)  # 16 examples of 200 tokens on average
+    training["per_device_train_batch_size"] = 1
+    assert tokens_of(plan_of(data=data, training=training)) == (800, 1)
+    gpu = Machine(16, 1 << 37, (Gpu(0, "H200", 139 << 30, (9, 0)),))
+    training["per_device_train_batch_size"] = 64
+    assert tokens_of(plan_of(gpu, data, training=training)) == (8192, 4)
+
+
+def test_budget_may_be_given_or_left_to_the_examples():
+    data = DataProfile(100, 20_000, 1000, 800)
+    plan = plan_of(data=data, training={"max_tokens_per_micro_batch": 400})
+    assert tokens_of(plan) == (400, 2)
+    assert plan.to_dict()["batch"] == (
+        "4 per device x 1 accumulated x 1 process = 4 examples, in about 2 micro-batches of up to "
+        "400 tokens"
+    )
+    plan = plan_of(data=data, training={"max_tokens_per_micro_batch": 10**9})
+    assert tokens_of(plan) == (1 << 24, 1)
+    plan = plan_of(data=data, training={"max_tokens_per_micro_batch": 0})
+    assert tokens_of(plan) == (0, 1)
+    assert "tokens" not in plan.to_dict()["batch"]
+
+
+def test_short_memory_makes_micro_batches_smaller_before_layers_are_checkpointed():
+    data = DataProfile(100, 20_000, 1000, 300)
+    training = {"per_device_train_batch_size": 8}
+
+    def on(gigabytes):
+        machine = Machine(cores=2, memory_bytes=gigabytes * 10**9, gpus=())
+        return make_plan(
+            Config.model_validate({"training": training}), machine, SHAPE, data,
+            precision="float32", attention="packed", padding_free=True,
+            count=lambda work: sum(work.lengths) * 5_000_000 // (1 + work.gradient_checkpointing),
+        )  # fmt: skip
+
+    assert (on(12).micro_batch_tokens, on(12).gradient_checkpointing) == (1024, False)
+    assert (on(5).micro_batch_tokens, on(5).gradient_checkpointing) == (512, False)
+    assert "at most 512 instead of 1,024 tokens" in on(5).reasons[0]
+    assert (on(3).micro_batch_tokens, on(3).gradient_checkpointing) == (1024, True)
+
+
+def test_continued_run_keeps_its_micro_batches_on_another_machine():
+    begun = shared(4, per_device_train_batch_size=2)
+    assert begun.run_batch == "8.4.100"
+    plan = shared(1, "none", begun=RunBatch.parse(begun.run_batch))
+    assert (plan.step_examples, plan.micro_batch_tokens, plan.micro_batch_multiple) == (8, 100, 4)
+    assert plan.run_batch == begun.run_batch
+    assert RunBatch.parse("8.4") == RunBatch.parse("") == NOT_BEGUN
+
+
 def test_continued_run_keeps_its_step_and_changes_the_accumulation():
     training = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    plan = shared(2, step_examples=32, **training)
+    plan = shared(2, begun=RunBatch(32, 4, 0), **training)
     assert batch_of(plan) == (2, 8, 2, 32)
     assert plan.reasons[-1] == (
         "a step keeps the 32 examples that this run began with; a new run with 2 processes "
@@ -250,7 +312,7 @@ def test_continued_run_keeps_its_step_and_changes_the_accumulation():
 
 
 def test_train_batch_size_is_the_step_whatever_the_number_of_processes():
-    plans = [shared(count, train_batch_size=24) for count in (1, 3, 4)]
+    plans = [shared(count, train_batch_size=24, **BY_EXAMPLES) for count in (1, 3, 4)]
     assert [batch_of(plan) for plan in plans] == [(4, 6, 1, 24), (4, 2, 3, 24), (4, 2, 4, 24)]
     assert plans[2].to_dict()["batch"] == (
         "24 examples, at most 4 per device x 2 accumulated x 4 processes"
@@ -258,7 +320,7 @@ def test_train_batch_size_is_the_step_whatever_the_number_of_processes():
 
 
 def test_micro_batch_is_cut_where_a_step_has_too_few_for_the_processes():
-    plan = shared(4, per_device_train_batch_size=6, train_batch_size=6)
+    plan = shared(4, per_device_train_batch_size=6, train_batch_size=6, **BY_EXAMPLES)
     assert batch_of(plan) == (2, 1, 4, 6)
     assert "micro-batches have 2 instead of 6 examples" in plan.reasons[-1]
 

@@ -67,7 +67,7 @@ EXAMPLES = [
     Warned(time=1.5, message="mind"),
     MemoryReduced(
         time=1.5, step=1, micro_batch_examples=2, eval_batch_examples=8,
-        gradient_checkpointing=True, cause="no more",
+        gradient_checkpointing=True, micro_batch_tokens=512, cause="no more",
     ),
     Restarted(time=1.5, attempt=1, cause="killed", exit_code=137),
     Failed(time=1.5, exit_code=65, problems=[{"what": "bad row", "where": "a.jsonl:3"}]),

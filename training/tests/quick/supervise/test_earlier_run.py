@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_trainer.batch import NOT_BEGUN, RunBatch
 from lora_trainer.commands import check
 from lora_trainer.config.settings import Settings, resolve
 from lora_trainer.errors import ConfigError
@@ -17,7 +18,7 @@ from lora_trainer.run_folder import RunFolder
 from lora_trainer.supervise import earlier_run
 from lora_trainer.supervise.earlier_run import judge, mark_of
 from lora_trainer.train.identity import Identity, Mark, read_mark
-from lora_trainer.train.recorded_run import step_examples
+from lora_trainer.train.recorded_run import begun_batch
 
 FOREVER = ["--lr_scheduler_type", "constant", "--warmup_steps", "0"]
 
@@ -41,7 +42,7 @@ class Folder:
         total, warmup = steps_of(config.training, 10)
         plan = {"total_steps": total, "warmup_steps": warmup, "steps_per_epoch": 10}
         write_json(self.path / "plan.json", plan)
-        identity = Identity(config.digest(), "0", "b" * 16, "d" * 16, "0", "12")
+        identity = Identity(config.digest(), "0", "b" * 16, "d" * 16, "0", "12.1.0")
         state = {"digest": str(identity), "state": {"step": steps}}
         write_json(self.path / "checkpoints" / f"step-{steps:06d}" / "state.json", state)
         mark_of(config).write(self.path)
@@ -66,15 +67,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
     return Folder(tmp_path / "out", data)
 
 
-def test_step_of_a_run_is_read_from_its_checkpoint_then_from_its_plan(folder: Folder) -> None:
-    assert step_examples(folder.path) == 0
+def test_batch_of_a_run_is_read_from_its_checkpoint_then_from_its_plan(folder: Folder) -> None:
+    assert begun_batch(folder.path) == NOT_BEGUN
     folder.leave(is_finished=False)
-    write_json(folder.path / "plan.json", {"step_examples": 32})
-    assert step_examples(folder.path) == 12
+    write_json(folder.path / "plan.json", {"run_batch": "32.4.1024"})
+    assert begun_batch(folder.path) == RunBatch(12, 1, 0)
     shutil.rmtree(folder.path / "checkpoints")
-    assert step_examples(folder.path) == 32
-    write_json(folder.path / "plan.json", {"step_examples": -1})
-    assert step_examples(folder.path) == 0
+    assert begun_batch(folder.path) == RunBatch(32, 4, 1024)
+    write_json(folder.path / "plan.json", {"run_batch": -1})
+    assert begun_batch(folder.path) == NOT_BEGUN
 
 
 def test_finished_run_is_reported_with_its_results_and_the_way_to_train_again(
