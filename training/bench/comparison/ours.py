@@ -89,7 +89,7 @@ def record_of(job: Job, output: Path) -> Record:
     steps = [event for event in events if isinstance(event, StepDone)]
     begin = next(e.time for e in events if isinstance(e, PhaseChanged) and e.phase == "training")
     plan = json.loads((output / "plan.json").read_text())
-    record = _record(job, steps, plan["micro_batch_examples"])
+    record = _record(job, steps, plan)
     record.begin = [begin, 0.0]
     record.ends = [[step.time, 0.0] for step in steps]
     record.peak_bytes = steps[-1].memory_bytes
@@ -117,7 +117,7 @@ def train_here(job: Job, output: Path) -> Record:
     loaded = reset_peak()
     begin = clocks()
     train(setup.context(emit, lambda: False), state)
-    record = _record(job, steps, setup.plan.micro_batch_examples)
+    record = _record(job, steps, setup.plan.to_dict())
     record.begin, record.ends, record.peak_bytes = begin, ends, memory("VmHWM")
     record.loaded_bytes = loaded
     record.adapter = str(output / "final_model")
@@ -125,15 +125,25 @@ def train_here(job: Job, output: Path) -> Record:
     return record
 
 
-def _record(job: Job, steps: list[Any], micro_batch: int) -> Record:
+def _record(job: Job, steps: list[Any], plan: dict[str, Any]) -> Record:
     lengths = [len(one["input_ids"]) for one in job.examples()]
     starts = range(0, len(lengths), job.step_rows)
     numbers = [list(range(start, min(start + job.step_rows, len(lengths)))) for start in starts]
-    batches = [rows[at : at + micro_batch] for rows in numbers
-               for at in range(0, len(rows), micro_batch)]  # fmt: skip
+    steps_lengths = [[lengths[row] for row in rows] for rows in numbers]
     return Record(
         step_rows=numbers,
         losses=[step.loss for step in steps],
         gradient_norms=[step.grad_norm for step in steps],
-        largest_batch_tokens=max(sum(lengths[row] for row in batch) for batch in batches),
+        largest_batch_tokens=max(_largest(own, plan) for own in steps_lengths),
     )
+
+
+def _largest(lengths: list[int], plan: dict[str, Any]) -> int:
+    """Return the tokens of the largest micro-batch of a step of examples with these lengths."""
+    from lora_trainer.data.batches import cut_by_tokens
+
+    budget, size = plan["micro_batch_tokens"], plan["micro_batch_examples"]
+    if not budget:
+        return max(sum(lengths[at : at + size]) for at in range(0, len(lengths), size))
+    pieces = cut_by_tokens(lengths, budget, is_padded=not plan["padding_free"])
+    return max(sum(lengths[index] for index in piece) for piece in pieces)

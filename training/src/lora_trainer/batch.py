@@ -33,13 +33,17 @@ class RunBatch:
     tokens: int = 0
 
     def __str__(self) -> str:
+        if not self.tokens:  # as versions that cut by examples alone wrote it
+            return str(self.examples)
         return f"{self.examples}.{self.multiple}.{self.tokens}"
 
     @staticmethod
     def parse(text: str) -> RunBatch:
         """Read it back; one that has not begun where the text is something else."""
         numbers = text.split(".")
-        if len(numbers) != 3 or not all(one.isdecimal() and len(one) < 13 for one in numbers):
+        if len(numbers) not in (1, 3) or not all(
+            one.isdecimal() and len(one) < 13 for one in numbers
+        ):
             return NOT_BEGUN
         return RunBatch(*map(int, numbers))
 

@@ -68,16 +68,19 @@ class DataProfile:
         rows = self.longest_rows[:examples]
         return rows + (rows[-1] if rows else self.longest,) * (examples - len(rows))
 
-    def fill(self, tokens: int, *, is_padded: bool) -> tuple[int, ...]:
-        """Return the lengths of the largest batch of that many tokens: of the longest rows."""
+    def fill(self, tokens: int, examples: int, *, is_padded: bool) -> tuple[int, ...]:
+        """Return the lengths of the largest batch of so many tokens, and examples at most."""
+        left = max(tokens, self.longest)
         if is_padded:
-            return (self.longest,) * max(1, tokens // self.longest)
+            count = min(examples, -(-left // self.longest))
+            return (min(self.longest, left // count),) * count
         rows: list[int] = []
-        left = tokens
-        while (length := self.batch(len(rows) + 1)[-1]) <= left:
+        for length in self.batch(examples):
+            if length >= left:
+                return (*rows, left)
             rows.append(length)
             left -= length
-        return (*rows, left) if rows and left else tuple(rows) or (self.longest,)
+        return tuple(rows)
 
     def cut(self, length: int) -> DataProfile:
         """Return the profile with no row longer than `length`."""
@@ -94,7 +97,7 @@ class Partition:
 
     `is_offloaded`: its layers are kept in host memory. `eval_batch` 0: as configured.
     `accumulates`: a step has several micro-batches. `micro_batch_tokens`: their size; 0: by
-    `micro_batch`. Examples are padded where `is_padded`.
+    `micro_batch`. None has more than `step_examples`. Examples are padded where `is_padded`.
     `is_on_gpu`: it computes there, so that copies in host memory take none of its own.
     """
 
@@ -106,6 +109,7 @@ class Partition:
     accumulates: bool = True
     is_on_gpu: bool = False
     micro_batch_tokens: int = 0
+    step_examples: int = 1
     is_padded: bool = False
 
 
@@ -174,7 +178,7 @@ def estimate_memory_bytes(
     most = data.most_supervised or data.longest
     tokens = partition.micro_batch_tokens
     lengths = (
-        data.fill(tokens, is_padded=partition.is_padded)
+        data.fill(tokens, partition.step_examples, is_padded=partition.is_padded)
         if tokens
         else data.batch(partition.micro_batch or training.per_device_train_batch_size)
     )

@@ -7,7 +7,7 @@ reads the plan, the report prints it, `plan.json` stores it. Imports no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -144,6 +144,7 @@ def make_plan(
             eval_batch=eval_batch,
             accumulates=counted["step_micro_batches"] > processes,
             micro_batch_tokens=tokens,
+            step_examples=batch.examples,
             is_padded=not padding_free,
             is_on_gpu=machine.has_gpu,
         )
@@ -158,10 +159,14 @@ def make_plan(
         )
 
     limit = memory_limit_bytes(machine, processes)
-    fit = _fit(config, limit, batch.tokens, data.longest, machine.device, limits, estimate)
-    tokens = min(fit.micro_batch_tokens, limits.micro_batch_tokens or fit.micro_batch_tokens)
-    if not begun.examples:
-        batch = replace(batch, tokens=fit.micro_batch_tokens)
+    tokens = min(batch.tokens, limits.micro_batch_tokens or batch.tokens)
+    # A run that has begun keeps its budget, whatever machine it is on now.
+    is_open = training.max_tokens_per_micro_batch == "auto" and not begun.examples
+    is_open = is_open and tokens == batch.tokens > 0
+    smaller = smaller_budgets(tokens, data.longest, machine.device)[1:] if is_open else []
+    fit = _fit(config, limit, tokens, smaller, limits, estimate)
+    tokens = fit.micro_batch_tokens
+    batch = replace(batch, tokens=tokens) if is_open else batch
     counted = recounted(sizes | {"processes": processes, "micro_batch_tokens": tokens})
     return Plan(
         device=machine.device,
@@ -338,18 +343,15 @@ def _fit(
     config: Config,
     limit: int,
     tokens: int,
-    longest: int,
-    device: Device,
+    budgets: Sequence[int],
     limits: MemoryLimits,
     estimate: Callable[[int], int],
 ) -> _Fit:
-    """Reduce a budget that the plan chose, or else checkpoint; `estimate` counts without."""
+    """Take one of the smaller budgets, or else checkpoint; `estimate` counts without."""
     asked = limits.gradient_checkpointing or config.model.gradient_checkpointing
     needed = estimate(tokens) if asked == "auto" else 0
     if asked != "auto" or needed <= CHECKPOINTING_FRACTION * limit:
         return _Fit(asked is True, tokens)
-    is_chosen = config.training.max_tokens_per_micro_batch == "auto" and tokens > 0
-    budgets = smaller_budgets(tokens, longest, device)[1:] if is_chosen else []
     if budgets and estimate(budgets[-1]) <= CHECKPOINTING_FRACTION * limit:
         smaller = next(b for b in budgets if estimate(b) <= CHECKPOINTING_FRACTION * limit)
         return _Fit(

@@ -369,6 +369,9 @@ class Config(Section):
         kept = self.model_dump(mode="json", exclude={"output", "monitoring"})
         for section, key in NOT_IN_DIGEST:
             kept[section].pop(key)
+        # Runs of versions without this key go on with their batch, which has a part of its own.
+        if kept["training"]["max_tokens_per_micro_batch"] == "auto":
+            kept["training"].pop("max_tokens_per_micro_batch")
         text = json.dumps(kept, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -40,7 +40,9 @@ def begun_batch(folder: Path) -> RunBatch:
     """
     identity = newest_identity(checkpoints(folder))
     plan = read_json(RunFolder(folder).plan)
-    return RunBatch.parse(identity.batch if identity else str(plan.get("run_batch", "")))
+    # Versions that cut by examples alone recorded their number.
+    planned = plan.get("run_batch", plan.get("step_examples", ""))
+    return RunBatch.parse(identity.batch if identity else str(planned))
 
 
 def read_json(path: Path) -> dict[str, Any]:

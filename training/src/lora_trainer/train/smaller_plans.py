@@ -30,7 +30,11 @@ LEAST_LENGTH = 32  # no shorter max_seq_length is proposed
 def is_tight(plan: Plan) -> bool:
     """Return whether running out of memory is likely, or would leave nothing to reduce."""
     sizes = BatchSizes(
-        plan.micro_batch_examples, plan.eval_batch_examples, plan.gradient_checkpointing
+        plan.micro_batch_examples,
+        plan.eval_batch_examples,
+        plan.gradient_checkpointing,
+        plan.micro_batch_tokens,
+        plan.longest_tokens,
     )
     if plan.estimated_memory_bytes > TIGHT * plan.memory_limit_bytes:
         return True

@@ -301,6 +301,35 @@ def test_continued_run_keeps_its_micro_batches_on_another_machine():
     assert RunBatch.parse("8.4") == RunBatch.parse("") == NOT_BEGUN
 
 
+def test_run_that_began_before_budgets_goes_on_by_examples():
+    plan = shared(1, "none", begun=RunBatch.parse("8"))
+    assert (plan.step_examples, plan.micro_batch_tokens, plan.run_batch) == (8, 0, "8")
+
+
+def test_run_that_has_begun_keeps_its_budget_where_memory_is_short():
+    data = DataProfile(100, 20_000, 1000, 300)
+
+    def on(gigabytes, begun):
+        machine = Machine(cores=2, memory_bytes=gigabytes * 10**9, gpus=())
+        return make_plan(
+            Config(), machine, SHAPE, data, begun=begun,
+            precision="float32", attention="packed", padding_free=True,
+            count=lambda work: sum(work.lengths) * 5_000_000 // (1 + work.gradient_checkpointing),
+        )  # fmt: skip
+
+    plan = on(5, RunBatch(8, 1, 1024))
+    assert (plan.micro_batch_tokens, plan.gradient_checkpointing) == (1024, True)
+
+
+def test_largest_batch_of_a_budget_has_no_more_examples_than_a_step():
+    data = DataProfile(100, 20_000, 1000, 300, longest_rows=(300, 200, 100))
+    assert data.fill(560, 8, is_padded=False) == (300, 200, 60)
+    assert data.fill(100, 8, is_padded=False) == (300,)
+    assert data.fill(10_000, 2, is_padded=False) == (300, 200)
+    assert data.fill(1000, 8, is_padded=True) == (250,) * 4
+    assert data.fill(10_000, 2, is_padded=True) == (300, 300)
+
+
 def test_continued_run_keeps_its_step_and_changes_the_accumulation():
     training = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     plan = shared(2, begun=RunBatch(32, 4, 0), **training)

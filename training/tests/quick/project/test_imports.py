@@ -23,7 +23,18 @@ LEVELS = [
         "run_folder",
     ),
     "invocation",
-    *("config", "run", "remote", "memory_estimate", "batch", "plan", "data", "report", "model", "train"),
+    *(
+        "config",
+        "run",
+        "remote",
+        "memory_estimate",
+        "batch",
+        "plan",
+        "data",
+        "report",
+        "model",
+        "train",
+    ),
     *("serve", "supervise", "commands", "api", "cli", "__main__"),
 ]
 

@@ -42,7 +42,7 @@ class Folder:
         total, warmup = steps_of(config.training, 10)
         plan = {"total_steps": total, "warmup_steps": warmup, "steps_per_epoch": 10}
         write_json(self.path / "plan.json", plan)
-        identity = Identity(config.digest(), "0", "b" * 16, "d" * 16, "0", "12.1.0")
+        identity = Identity(config.digest(), "0", "b" * 16, "d" * 16, "0", "12")
         state = {"digest": str(identity), "state": {"step": steps}}
         write_json(self.path / "checkpoints" / f"step-{steps:06d}" / "state.json", state)
         mark_of(config).write(self.path)
@@ -71,9 +71,11 @@ def test_batch_of_a_run_is_read_from_its_checkpoint_then_from_its_plan(folder: F
     assert begun_batch(folder.path) == NOT_BEGUN
     folder.leave(is_finished=False)
     write_json(folder.path / "plan.json", {"run_batch": "32.4.1024"})
-    assert begun_batch(folder.path) == RunBatch(12, 1, 0)
+    assert begun_batch(folder.path) == RunBatch(12)
     shutil.rmtree(folder.path / "checkpoints")
     assert begun_batch(folder.path) == RunBatch(32, 4, 1024)
+    write_json(folder.path / "plan.json", {"step_examples": 32})
+    assert begun_batch(folder.path) == RunBatch(32)
     write_json(folder.path / "plan.json", {"run_batch": -1})
     assert begun_batch(folder.path) == NOT_BEGUN
 
