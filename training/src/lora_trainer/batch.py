@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from .config.schema import TrainingSection
 from .machine import Device
 
-# More tokens in a micro-batch make its matrix products no more efficient. CPU: measured in
-# docs/decisions/0027-the-batch.md. CUDA: by counting; an 8B model in bfloat16 is bound by launches
-# up to some 2,000 tokens on an H100.
+# More tokens in a micro-batch make a step no faster. Measured: on a CPU in
+# docs/decisions/0027-the-batch.md, on a GPU in docs/decisions/0025-the-first-runs-on-a-gpu.md.
 EFFICIENT_TOKENS: dict[Device, int] = {"cpu": 1024, "cuda": 8192}
 # Ranks exchange the budget as float32, which holds whole numbers up to this one exactly.
 MOST_TOKENS = 1 << 24

@@ -175,7 +175,7 @@ class TrainingSection(Section):
     """Optimization."""
 
     per_device_train_batch_size: Count = Field(
-        4, description="Examples that a process computes at a time (a micro-batch)"
+        4, description="Examples per process and micro-batch; see max_tokens_per_micro_batch"
     )
     train_batch_size: Count | None = Field(
         None,

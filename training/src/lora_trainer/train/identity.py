@@ -38,7 +38,7 @@ IN_WORDS = {
     "base": "the base model's weights",
     "data": "the tokenized rows (data, tokenizer or chat template)",
     "schedule": "the learning-rate schedule",
-    "batch": "the number of examples per step",
+    "batch": "the batch (examples per step, tokens per micro-batch)",
 }
 MARK = re.compile(rf"{FORM} (?P<config>[0-9a-f]{{16}}) (?P<adapter>[0-9a-f]+) (?P<check>[0-9a-f]+)")
 EARLIER_MARK = re.compile(r"[0-9a-f]{16}")

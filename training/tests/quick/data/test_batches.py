@@ -21,7 +21,7 @@ def test_every_example_is_in_one_micro_batch_within_the_budget(
 ):
     pieces = cut_by_tokens(lengths, budget, multiple=multiple, least=least, is_padded=is_padded)
     assert sorted(index for piece in pieces for index in piece) == list(range(len(lengths)))
-    assert all(tokens(p, lengths, is_padded) <= max(budget, *lengths, 0) for p in pieces)
+    assert all(tokens(p, lengths, is_padded) <= max(budget, *lengths) for p in pieces)
     is_each_alone = len(pieces) == len(lengths)
     assert is_each_alone or (len(pieces) % multiple == 0 and len(pieces) >= least)
 

@@ -118,8 +118,8 @@ def test_refusal_names_the_inputs_that_differ() -> None:
     other = Identity("c" * 16, "0", "e" * 16, "d" * 16, "3.8", "16")
     error = other_run(Path("step-000004"), str(other), str(mine))
     assert (
-        "the base model's weights, the learning-rate schedule, the number of examples per step"
-        in error.problems[0].what
+        "the base model's weights, the learning-rate schedule, "
+        "the batch (examples per step, tokens per micro-batch)" in error.problems[0].what
     )
     assert Identity.parse(str(mine)) == mine
     old = other_run(Path("step-000004"), "0123456789abcdef-fedcba9876543210", str(mine))
