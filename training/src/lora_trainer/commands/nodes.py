@@ -86,9 +86,11 @@ class Node:
                 "a range of hosts needs torchrun",
                 where=f"--nnodes {self.nnodes}",
                 why="here every start has the same number of hosts",
-                remedy=f"torchrun --nnodes {self.nnodes} --nproc-per-node N --rdzv-backend c10d "
-                "--rdzv-endpoint HOST:29500 --max-restarts 3 training/train_lora.py, with the "
-                "other options as here; or --nnodes with one number",
+                # With a shared store, torch 2.13's agents wait forever for a host that joins.
+                remedy=f"TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes {self.nnodes} "
+                "--nproc-per-node N --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
+                "--max-restarts 3 training/train_lora.py, with the other options as here; or "
+                "--nnodes with one number",
             )
         if not re.fullmatch(r"[1-9]\d*", self.nnodes):
             raise ConfigError.of(
