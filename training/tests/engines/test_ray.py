@@ -27,13 +27,18 @@ def cluster(
         yield cluster
 
 
-def submit(cluster: Cluster, trainer: Trainer, output: Path, **changed: object) -> Run:
-    """Start the script as a driver of the cluster, with the step of one process."""
+def driver(cluster: Cluster, trainer: Trainer, output: Path, **changed: object) -> list[str]:
+    """Return the script as a command, with the step of one process."""
     command = trainer.command(output, **{"gradient_accumulation_steps": 1} | changed)
     script = [str(cluster.python), str(TRAINING / "deploy" / "ray" / "train.py")]
     script += ["--workers", "2", "--cpus", "1", "--memory", "2000000000", "--"]
+    return [*script, *command[command.index("--config") :]]
+
+
+def submit(cluster: Cluster, trainer: Trainer, output: Path, **changed: object) -> Run:
+    """Start the script as a driver of the cluster."""
     environment = cluster.environment | {"RAY_ADDRESS": cluster.address}
-    return Run([*script, *command[command.index("--config") :]], output, environment)
+    return Run(driver(cluster, trainer, output, **changed), output, environment)
 
 
 def assert_same_adapter(output: Path, undisturbed: Path) -> None:
@@ -71,6 +76,25 @@ def test_a_driver_that_is_stopped_leaves_a_checkpoint_to_resume_from(
     assert_same_adapter(output, undisturbed)
 
 
+def test_a_job_that_ray_stops_leaves_a_checkpoint_from_which_the_next_resumes(
+    cluster: Cluster, trainer: Trainer
+) -> None:
+    output = trainer.root / "job"
+    endless = driver(cluster, trainer, output, max_steps=100_000)
+    cluster.job("submit", "--no-wait", "--submission-id", "first", "--", *endless)
+    wait_until(lambda: len(of_kind(output, "step")) > 12)
+    wait_until(lambda: "loss" in cluster.job("logs", "first"))
+    step = of_kind(output, "step")[-1]["step"]
+    cluster.job("stop", "first")
+    wait_for_end(output)
+    assert steps_saved(output)[-1] >= step
+    cluster.job("submit", "--no-wait", "--submission-id", "second", "--", *endless)
+    wait_until(lambda: of_kind(output, "resumed"))
+    assert of_kind(output, "resumed")[-1]["step"] >= step
+    cluster.job("stop", "second")
+    wait_until(lambda: len(of_kind(output, "ended")) > 1)
+
+
 def test_the_exit_code_of_an_error_is_that_of_the_driver(
     cluster: Cluster, trainer: Trainer
 ) -> None:
@@ -80,7 +104,11 @@ def test_the_exit_code_of_an_error_is_that_of_the_driver(
 
 def wait_for_end(output: Path) -> None:
     """Wait until the run has recorded its end."""
-    until = time.monotonic() + 120
-    while not of_kind(output, "ended"):
+    wait_until(lambda: of_kind(output, "ended"))
+
+
+def wait_until(is_so: Callable[[], object]) -> None:
+    until = time.monotonic() + 240
+    while not is_so():
         assert time.monotonic() < until
         time.sleep(0.1)

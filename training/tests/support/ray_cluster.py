@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+
+from support.launched import free_port
 
 SECONDS = 180.0
 
@@ -20,19 +21,31 @@ class Cluster:
     """Nodes with one CPU each, so that every node takes one worker."""
 
     def __init__(self, root: Path, python: Path, environment: dict[str, str]) -> None:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
+        port, dashboard = free_port(), free_port()
         self.root = root
         self.python = python
         self.address = f"127.0.0.1:{port}"
+        self.jobs = f"http://127.0.0.1:{dashboard}"
         self.environment = environment | {"RAY_USAGE_STATS_ENABLED": "0"}
         self.nodes: list[subprocess.Popen[bytes]] = []
-        self._start("--head", f"--port={port}", "--include-dashboard=false")
+        self._start("--head", f"--port={port}", f"--dashboard-port={dashboard}")
 
     def add_node(self) -> None:
         """Start another node."""
         self._start(f"--address={self.address}")
+
+    def job(self, *arguments: str) -> str:
+        """Call `ray job`; return what it printed."""
+        done = subprocess.run(
+            [self.python.parent / "ray", "job", *arguments],
+            env=self.environment | {"RAY_ADDRESS": self.jobs},
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def kill_node(self, number: int) -> None:
         """Kill all processes of a node at once, as a power cut does."""
