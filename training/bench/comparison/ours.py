@@ -114,6 +114,8 @@ def train_here(job: Job, output: Path) -> Record:
 
     setup = open_session(resolve(None, {}, (), config_of(job, output)).config, output, emit)
     state = setup.restore(None)
+    for weights in setup.causal.model.parameters():  # read the pages of the mapped file
+        weights.detach().sum()
     loaded = reset_peak()
     begin = clocks()
     train(setup.context(emit, lambda: False), state)
