@@ -11,7 +11,8 @@ Legend: B batch (1 here), H heads, T tokens, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,9 +46,18 @@ class PackedAttention:
         self.kernel = kernel
         self.has_sinks = False  # seen in a call
 
+    @contextlib.contextmanager
+    def alone(self, length: int) -> Iterator[None]:
+        """Attend to the tokens of one example for a while, for a module that is given no others."""
+        before, self.lengths = self.lengths, (length,)
+        try:
+            yield
+        finally:
+            self.lengths = before
+
     def __call__(
         self,
-        _module: nn.Module,
+        module: nn.Module,
         query_BHTD: Tensor,
         key_BHTD: Tensor,
         value_BHTD: Tensor,
@@ -71,8 +81,8 @@ class PackedAttention:
             raise UnsupportedAttentionError("attention argument position_bias")
         if s_aux is not None and softcap is not None:
             raise UnsupportedAttentionError("attention argument s_aux with softcap")
-        window = sliding_window
-        if window is not None and max(self.lengths) <= window:
+        lengths, window = _spans(module, self.lengths), sliding_window
+        if window is not None and max(lengths) <= window:
             window = None
         self.has_sinks |= s_aux is not None
         is_covered = self.kernel is not None and self.kernel.takes(window, softcap)
@@ -81,7 +91,7 @@ class PackedAttention:
                 part.squeeze(0).transpose(0, 1) for part in (query_BHTD, key_BHTD, value_BHTD)
             )
             made_THD: Tensor = self.kernel(
-                query_THD, key_THD, value_THD, self.lengths,
+                query_THD, key_THD, value_THD, lengths,
                 scaling=scaling, window=window, softcap=softcap,
             )  # fmt: skip
             return made_THD[None], None
@@ -91,13 +101,23 @@ class PackedAttention:
             key_BHTD = key_BHTD.repeat_interleave(groups, dim=1)
             value_BHTD = value_BHTD.repeat_interleave(groups, dim=1)
         examples = zip(
-            query_BHTD.split(list(self.lengths), dim=2),
-            key_BHTD.split(list(self.lengths), dim=2),
-            value_BHTD.split(list(self.lengths), dim=2),
+            query_BHTD.split(list(lengths), dim=2),
+            key_BHTD.split(list(lengths), dim=2),
+            value_BHTD.split(list(lengths), dim=2),
             strict=True,
         )
         done = [_attend(q, k, v, scaling, dropout, window, softcap, s_aux) for q, k, v in examples]
         return torch.cat([one.transpose(1, 2) for one in done], dim=1), None
+
+
+def _spans(module: Any, lengths: Sequence[int]) -> Sequence[int]:
+    """Return the lengths of what attends to itself alone: examples, or their chunks in Llama 4."""
+    config = getattr(module, "config", None)
+    chunk = getattr(config, "attention_chunk_size", None)
+    kinds = getattr(config, "layer_types", None)
+    if not chunk or not kinds or kinds[module.layer_idx] != "chunked_attention":
+        return lengths
+    return [min(chunk, n - start) for n in lengths for start in range(0, n, chunk)]
 
 
 def _shares_heads(query_BHTD: Tensor, key_BHTD: Tensor, dropout: float) -> bool:

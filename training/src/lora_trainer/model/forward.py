@@ -1,9 +1,9 @@
 """The forward pass of a micro-batch: packed or padded examples in, summed loss out.
 
-Four ways, the fastest first: examples concatenated, through decoder and head; padded, through
-decoder and head; padded, through the model's own forward pass, which makes the logits of every
-position; the same, one example at a time. `probe.verify` selects the first one that is equal to the
-model's own forward pass.
+Five ways, the fastest first: examples concatenated, through decoder and head; the same, with mixers
+one example at a time (`mixers.py`); padded, through decoder and head; padded, through the model's
+own forward pass, which makes the logits of every position; the same, one example at a time.
+`probe.verify` selects the first one that is equal to the model's own forward pass.
 
 Legend: B examples, L longest, T tokens of all examples, W width, N supervised positions.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import UnavailableError
 from ..memory_estimate import Precision
 from . import attention as packed_attention
-from . import compat, exchange, fused, gated, norms, rotary
+from . import compat, exchange, fused, gated, mixers, norms, rotary
 from .attention import PackedAttention
 from .flash import VariableLength, switch_cudnn_off
 from .head import Head, find_head, loss_and_hits, summed_loss, summed_loss_and_hits
@@ -89,6 +89,8 @@ class CausalLM:
         self.native_attention = str(inner.config._attn_implementation)
         self.is_sharded = False
         self.packed: PackedAttention | None = None
+        self.kinds_apart: frozenset[str] = frozenset()  # classes that run one example at a time
+        self._apart = contextlib.ExitStack()
         if padding_free and not self.whole_why:
             self.packed = packed_attention.install(inner, kernel)
 
@@ -142,8 +144,9 @@ class CausalLM:
 
     def leave_layers_alone(self) -> None:
         """Let PEFT compute every adapted projection, and transformers everything else."""
-        fused.remove(self.model)
-        exchange.remove(self.model)
+        with self._nothing_apart():
+            fused.remove(self.model)
+            exchange.remove(self.model)
         self.fused_layers = dict.fromkeys(self.fused_layers, 0)
 
     @property
@@ -161,11 +164,39 @@ class CausalLM:
     @contextlib.contextmanager
     def plain_layers(self) -> Iterator[None]:
         """Let PEFT and transformers compute every layer for a while, for a comparison."""
-        with fused.switched_off(self.model), exchange.switched_off(self.model):
+        with (
+            self._nothing_apart(),
+            fused.switched_off(self.model),
+            exchange.switched_off(self.model),
+        ):
+            self._set_apart()
+            try:
+                yield
+            finally:
+                self._apart.close()
+
+    def run_apart(self, kinds: frozenset[str]) -> None:
+        """Run the layers' modules of these classes one example at a time; all others are packed."""
+        self._apart.close()
+        self.kinds_apart = kinds
+        self._set_apart()
+
+    def _set_apart(self) -> None:
+        if self.packed is not None and self.kinds_apart:
+            self._apart = mixers.run_apart(self.inner, self.decoder, self.packed, self.kinds_apart)
+
+    @contextlib.contextmanager
+    def _nothing_apart(self) -> Iterator[None]:
+        """Exchange what layers compute below the modules that run one example at a time."""
+        self._apart.close()
+        try:
             yield
+        finally:
+            self._set_apart()
 
     def pad(self) -> None:
         """Go over to padded micro-batches, for a model that packing would compute wrongly."""
+        self.run_apart(frozenset())
         packed_attention.switch(self.inner, self.native_attention)
         self.packed = None
 

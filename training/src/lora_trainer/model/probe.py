@@ -3,10 +3,11 @@
 Fast paths could be silently wrong for a model: examples are concatenated, and decoder and head are
 called separately. Each path is compared, on a few random tokens, with the model's own forward pass
 on each example alone, and tried with a backward pass. A path that differs or raises falls back to
-the next: packed with a variable-length kernel, packed with attention one example at a time, padded,
-the model's own forward pass over padded examples, and over one example at a time. A model for which
-no path works is rejected by name, as is one that sees later tokens. A quantized base model is
-compared with itself in the same precision, so the tolerance is not larger.
+the next: packed with a variable-length kernel, packed with attention one example at a time, either
+with mixers one example at a time too, padded, the model's own forward pass over padded examples,
+and over one example at a time. A model for which no path works is rejected by name, as is one that
+sees later tokens. A quantized base model is compared with itself in the same precision, so the
+tolerance is not larger.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,13 +24,15 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError, TrainerError
 from ..faults import is_out_of_memory
-from . import sizes
+from . import mixers, sizes
 from .attention import PackedAttention, switch
 from .forward import CausalLM, MicroBatch, call
 from .quantize import rows_apart
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+T = TypeVar("T")
 
 # Largest difference of a mean token loss that rounding explains.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -38,6 +41,7 @@ SAME = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 LENGTHS = (9, 24, 5)
 # A sliding window shorter than this is crossed by the probe; a longer one costs too much.
 LONGEST_WINDOW = 512
+NEAR = 8  # tokens
 LONGEST_REASON = 200
 LOOKS_AHEAD = (
     "its predictions depend on later tokens: it is not a causal language model, or its "
@@ -77,7 +81,7 @@ def verify(causal: CausalLM, is_any: Callable[[bool], bool] = bool) -> str:
     was_training = causal.model.training
     causal.model.eval()
     try:
-        with rows_apart(causal.inner):
+        with rows_apart(causal.inner), _near_thresholds(causal.inner):
             return _verify(causal, is_any)
     finally:
         causal.model.train(was_training)
@@ -88,18 +92,18 @@ def _verify(causal: CausalLM, is_any: Callable[[bool], bool]) -> str:
     if causal.is_sharded:  # an error here is one of how layers are shared out, named elsewhere
         own, fault = _own_loss(causal, batch), ""
     else:
-        own, fault = _attempted(lambda: _own_loss(causal, batch))
+        own, fault = _attempted(lambda: _own_loss(causal, batch), 0.0)
     if is_any(bool(fault)):
         raise refusal(causal.inner.config, f"{TEXT_ALONE}: {fault or OTHER_RANK}")
     if is_any(causal.precision == "float16" and not np.isfinite(own)):
         raise Float16OverflowError
-    ahead, fault = _attempted(lambda: _looks_ahead(causal, batch))
+    ahead, fault = _attempted(lambda: _looks_ahead(causal, batch), 0.0)
     if is_any(bool(fault) or not Difference(ahead, SAME[causal.precision]).is_small):
         raise refusal(causal.inner.config, LOOKS_AHEAD)
     if not causal.has_fused_layers:
         return _choose_way(causal, batch, own, is_any)
     if not is_any(bool(_fault(causal, batch, own))):
-        return _why_whole(causal)
+        return _why_whole(causal) or _left_to_pytorch(causal)
     with causal.plain_layers():
         reason = _choose_way(causal, batch, own, is_any)
     fault = _fault(causal, batch, own)
@@ -110,23 +114,32 @@ def _verify(causal: CausalLM, is_any: Callable[[bool], bool]) -> str:
     return "; ".join(filter(None, (left, reason)))
 
 
+@contextlib.contextmanager
+def _near_thresholds(model: Any) -> Iterator[None]:
+    """Have short examples cross Llama 4's chunks, and the length at which it scales queries."""
+    config = sizes.text_config(model.config)
+    owners = [(module, "floor_scale") for module in model.modules()]
+    owners.append((config, "attention_chunk_size"))
+    before = [(one, name, value) for one, name in owners if (value := getattr(one, name, None))]
+    try:
+        for owner, name, value in before:
+            setattr(owner, name, min(value, NEAR))
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
 def _choose_way(
     causal: CausalLM, batch: MicroBatch, own: float, is_any: Callable[[bool], bool]
 ) -> str:
     """Leave `causal` on the fastest way that is exact; return why it is none of the faster ones."""
-    reasons = []
+    reasons: list[str] = []
     if causal.packed is not None:
-        fault = _fault(causal, batch, own)
-        if not is_any(bool(fault)):
-            return _left_to_pytorch(causal.packed)
-        kernel, causal.packed.kernel = causal.packed.kernel, None
-        if is_any(kernel is not None):
-            name = kernel.kernel.name if kernel is not None else "the attention kernel"
-            reasons.append(f"{name} is not used: concatenated examples {fault or OTHER_RANK}")
-            fault = _fault(causal, batch, own)
-            if not is_any(bool(fault)):
-                return reasons[0]
-        reasons.append(f"padding is used: concatenated examples {fault or OTHER_RANK}")
+        reasons, fault = _pack(causal, causal.packed, batch, own, is_any)
+        if not fault:
+            return "; ".join(reasons)
+        reasons = [*reasons, f"padding is used: concatenated examples {fault}"]
         causal.pad()
     if not causal.whole_why:
         fault = _fault(causal, batch, own)
@@ -147,9 +160,61 @@ def _choose_way(
     return f"examples are computed one at a time: {why}"
 
 
-def _left_to_pytorch(packed: PackedAttention) -> str:
+def _pack(
+    causal: CausalLM,
+    packed: PackedAttention,
+    batch: MicroBatch,
+    own: float,
+    is_any: Callable[[bool], bool],
+) -> tuple[list[str], str]:
+    """Leave `causal` on the fastest packed way; return notes, and what is wrong with all."""
+    kernel = packed.kernel
+    reasons, fault = _choose_kernel(causal, packed, batch, own, is_any)
+    if not fault:
+        return reasons, ""
+    none: frozenset[str] = frozenset()
+    kinds, _ = _attempted(lambda: _mixers(causal, packed, batch), none)
+    if not is_any(bool(kinds)):
+        return reasons, fault
+    packed.kernel = kernel
+    causal.run_apart(kinds)
+    kept, still = _choose_kernel(causal, packed, batch, own, is_any)
+    if still:
+        return reasons, fault
+    names = ", ".join(sorted(kinds)) or "mixers in another process"
+    return [f"one example at a time: {names}: concatenated examples {fault}", *kept], ""
+
+
+def _choose_kernel(
+    causal: CausalLM,
+    packed: PackedAttention,
+    batch: MicroBatch,
+    own: float,
+    is_any: Callable[[bool], bool],
+) -> tuple[list[str], str]:
+    """Keep the attention kernel if it is exact; return notes, and what is wrong without it."""
+    fault = _fault(causal, batch, own)
+    if not is_any(bool(fault)):
+        return list(filter(None, [_left_to_pytorch(causal)])), ""
+    kernel, packed.kernel = packed.kernel, None
+    if not is_any(kernel is not None):
+        return [], fault or OTHER_RANK
+    name = kernel.kernel.name if kernel is not None else "the attention kernel"
+    reason = f"{name} is not used: concatenated examples {fault or OTHER_RANK}"
+    fault = _fault(causal, batch, own)
+    return [reason], (fault or OTHER_RANK) if is_any(bool(fault)) else ""
+
+
+def _mixers(causal: CausalLM, packed: PackedAttention, batch: MicroBatch) -> frozenset[str]:
+    """Return which modules carry information from one concatenated example to the next."""
+    tolerance = TOLERANCES[causal.precision]
+    return mixers.find(causal.decoder, packed, lambda: _loss(causal, batch), tolerance)
+
+
+def _left_to_pytorch(causal: CausalLM) -> str:
     """Say which layers the attention kernel does not compute; empty where there are none."""
-    if packed.kernel is None or not packed.has_sinks:
+    packed = causal.packed
+    if packed is None or packed.kernel is None or not packed.has_sinks:
         return ""
     name = packed.kernel.kernel.name
     return f"{name} does not support attention sinks: layers with sinks run one example at a time"
@@ -198,7 +263,7 @@ def refusal(config: PretrainedConfig, why: str) -> TrainerError:
 
 def _fault(causal: CausalLM, batch: MicroBatch, own: float) -> str:
     """Say what is wrong with the way that `causal` is on; empty where it is exact."""
-    ours, fault = _attempted(lambda: _loss(causal, batch))
+    ours, fault = _attempted(lambda: _loss(causal, batch), 0.0)
     if fault:
         return f"fail: {fault}"
     difference = Difference(ours - own, TOLERANCES[causal.precision])
@@ -206,11 +271,11 @@ def _fault(causal: CausalLM, batch: MicroBatch, own: float) -> str:
         return f"differ by {difference.value:.1e}"
     if causal.is_sharded:
         return ""
-    _, fault = _attempted(lambda: _train_step(causal, batch))
+    _, fault = _attempted(lambda: _train_step(causal, batch), 0.0)
     return f"fail in training: {fault}" if fault else ""
 
 
-def _attempted(compute: Callable[[], float]) -> tuple[float, str]:
+def _attempted(compute: Callable[[], T], failed: T) -> tuple[T, str]:
     """Return what was computed, or which error was raised; memory that ran out is no fault."""
     try:
         return compute(), ""
@@ -219,7 +284,7 @@ def _attempted(compute: Callable[[], float]) -> tuple[float, str]:
     except Exception as error:  # a model's code raises what it likes
         if is_out_of_memory(error):
             raise
-        return 0.0, first_line(error)
+        return failed, first_line(error)
 
 
 def first_line(error: Exception) -> str:

@@ -88,23 +88,37 @@ def test_a_head_that_does_something_unknown_is_left_to_the_models_own_forward():
     assert causal.score(batch) == pytest.approx(expected, rel=1e-5)
 
 
-def test_packing_that_differs_falls_back_to_padding():
+def verified_with(broken: attention.PackedAttention) -> tuple[CausalLM, str]:
     causal = CausalLM(
         tiny_model("llama"), device="cpu", padding_free=True, chunk=16, precision="float32"
     )
+    attention._register(ALL_ATTENTION_FUNCTIONS, broken)
+    causal.packed = broken
+    return causal, verify(causal)
 
+
+def test_packing_that_differs_falls_back_to_padding():
+    class Doubling(attention.PackedAttention):
+        def __call__(self, *inputs, **arguments):
+            output, _ = super().__call__(*inputs, **arguments)
+            return output * 2, None
+
+    causal, reason = verified_with(Doubling())
+    assert "padding is used" in reason
+    assert causal.packed is None
+
+
+def test_attention_across_examples_is_found_and_given_one_at_a_time():
     class Forgetful(attention.PackedAttention):
         """Attends across the borders of examples."""
 
         def __call__(self, module, query, *others, **arguments):
-            self.lengths = [query.shape[2]]
-            return super().__call__(module, query, *others, **arguments)
+            with self.alone(query.shape[2]):
+                return super().__call__(module, query, *others, **arguments)
 
-    broken = Forgetful()
-    attention._register(ALL_ATTENTION_FUNCTIONS, broken)
-    causal.packed = broken
-    assert "padding is used" in verify(causal)
-    assert causal.packed is None
+    causal, reason = verified_with(Forgetful())
+    assert reason.startswith("one example at a time: LlamaAttention")
+    assert causal.packed is not None
 
 
 def test_the_loss_of_a_step_does_not_depend_on_how_it_is_chunked():

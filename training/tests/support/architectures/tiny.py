@@ -73,6 +73,7 @@ PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type")
 NULLABLE = ("head_dim", "n_routed_experts")
 # Sizes that must fit one another in ways of their own, or that the class leaves open.
 OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {
         "rope_parameters": {
             "sliding_attention": {
@@ -88,7 +89,9 @@ OWN: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4_text": {"no_rope_layers": [1, 0]},
     "mamba2": {"num_heads": 8},
     "nemotron_h": {"mamba_num_heads": 8},
     "qwen4_exp_text": {
@@ -110,6 +113,7 @@ OWN: dict[str, dict[str, Any]] = {
     "zamba2": {"n_mamba_heads": 8, "attention_hidden_size": 64, "attention_head_dim": 16},
     "zaya": {"num_experts_per_tok": 1},
 }
+OWN["llama4"] = {"text_config": OWN["llama4_text"]}
 OWN["qwen4_exp"] = {"text_config": OWN["qwen4_exp_text"]}
 
 
