@@ -82,6 +82,7 @@ class Plan:
     least_memory_bytes: int = 0
     smaller_plans: tuple[str, ...] = ()
     fused: str = ""  # which layers are fused; known once the model is loaded
+    shared_prefix: str = ""  # the tokens that repeat a prefix; empty: too few
     reasons: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

@@ -226,6 +226,9 @@ class TrainingSection(Section):
     padding_free: bool | Auto = Field(
         "auto", description="Concatenate a micro-batch's examples instead of padding them"
     )
+    share_prefix: bool | Auto = Field(
+        "auto", description="On a CPU, compute what a micro-batch's examples begin with alike once"
+    )
     loss_chunk_tokens: Count | Auto = Field(
         "auto",
         description="Supervised positions whose logits are in memory at a time; auto: as many as "
@@ -377,8 +380,9 @@ class Config(Section):
 
 
 LENGTH_KEYS = ("max_steps", "num_train_epochs", "warmup_ratio", "warmup_steps")
+EXECUTION_KEYS = ("nproc", "parallelism", "share_prefix", "offload_param_device", "on_nan")
 NOT_IN_DIGEST = (
-    *(("training", key) for key in LENGTH_KEYS),
+    *(("training", key) for key in (*LENGTH_KEYS, *EXECUTION_KEYS)),
     ("model", "model_name_or_path"),
     ("model", "model_revision"),
     ("lora", "adapter_name_or_path"),
@@ -391,9 +395,5 @@ NOT_IN_DIGEST = (
     ("data", "max_samples"),
     ("data", "dataset_cache_dir"),
     ("data", "preprocessing_num_workers"),
-    ("training", "nproc"),
-    ("training", "parallelism"),
-    ("training", "offload_param_device"),
-    ("training", "on_nan"),
 )
 SECRET_KEYS = frozenset({"hf_token", "webhook_url"})

@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the field's usual name
 from torch import Tensor, nn
 
+from ..data.prefixes import Segment
 from . import sinks
 from .flash import VariableLength
+from .tree_attention import attend_tree
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -38,11 +40,13 @@ class PackedAttention:
     """The attention function of a model whose micro-batch is packed.
 
     `lengths` are the current examples' lengths in tokens. They stay set until the next
-    micro-batch, so that gradient checkpointing's second forward sees the same ones.
+    micro-batch, so that gradient checkpointing's second forward sees the same ones. Where examples
+    share their beginnings, `segments` say which tokens continue which (`data/prefixes.py`).
     """
 
     def __init__(self, kernel: VariableLength | None = None) -> None:
         self.lengths: Sequence[int] = ()
+        self.segments: Sequence[Segment] = ()
         self.kernel = kernel
         self.has_sinks = False  # seen in a call
 
@@ -74,7 +78,8 @@ class PackedAttention:
         Shapes: query, key, value (1, heads, T, D); returns (1, T, heads, D).
 
         Raises:
-            UnsupportedAttentionError: a position bias, or sinks and a soft cap, are asked for.
+            UnsupportedAttentionError: a position bias, sinks and a soft cap, or what a shared
+                prefix is not computed with are asked for.
         """
         del attention_mask
         if others.get("position_bias") is not None:
@@ -100,6 +105,12 @@ class PackedAttention:
         if groups > 1 and not (is_grouped and _shares_heads(query_BHTD, key_BHTD, dropout)):
             key_BHTD = key_BHTD.repeat_interleave(groups, dim=1)
             value_BHTD = value_BHTD.repeat_interleave(groups, dim=1)
+        if self.segments:
+            if s_aux is not None or dropout or len(lengths) > len(self.lengths):
+                raise UnsupportedAttentionError("sinks, dropout or chunks after a shared prefix")
+            return self._attend_tree(
+                query_BHTD, key_BHTD, value_BHTD, scaling, window, softcap
+            ), None
         examples = zip(
             query_BHTD.split(list(lengths), dim=2),
             key_BHTD.split(list(lengths), dim=2),
@@ -108,6 +119,30 @@ class PackedAttention:
         )
         done = [_attend(q, k, v, scaling, dropout, window, softcap, s_aux) for q, k, v in examples]
         return torch.cat([one.transpose(1, 2) for one in done], dim=1), None
+
+    def _attend_tree(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attend in each segment, and from there to the segments that it continues."""
+        is_plain = softcap is None and window is None and query.dtype == key.dtype == value.dtype
+        if is_plain and _has_cpu_kernel(query, key, value):
+            return attend_tree(query, key, value, self.segments, scaling)
+        done = []
+        for one in self.segments:
+            seen = [s for s in self.segments if s.stop <= one.start < s.end]
+            keys, values = (
+                torch.cat([t[:, :, s.start : s.stop] for s in (*seen, one)], dim=2)
+                for t in (key, value)
+            )
+            own = query[:, :, one.start : one.stop]
+            done.append(_attend(own, keys, values, scaling, 0.0, window, softcap, None))
+        return torch.cat([one.transpose(1, 2) for one in done], dim=1)
 
 
 def _spans(module: Any, lengths: Sequence[int]) -> Sequence[int]:
@@ -137,6 +172,14 @@ def _shares_heads(query_BHTD: Tensor, key_BHTD: Tensor, dropout: float) -> bool:
     return int(number) == FLASH
 
 
+def _has_cpu_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return whether PyTorch's attention runs in its flash kernel on a CPU."""
+    if query.device.type != "cpu":
+        return False
+    groups: Any = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    return int(torch._fused_sdp_choice(query, key, value, None, 0.0, True, **groups)) == FLASH
+
+
 def _attend(
     query: Tensor,
     key: Tensor,
@@ -147,20 +190,21 @@ def _attend(
     softcap: float | None,
     sink: Tensor | None,
 ) -> Tensor:
-    tokens = query.shape[2]
-    is_whole = window is None or tokens <= window
+    """Attend causally; keys that are more than the queries come before the first query."""
+    tokens, seen = query.shape[2], key.shape[2]
+    groups: Any = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    is_whole = tokens == seen and (window is None or tokens <= window)
     if sink is not None:
-        is_seen = None if is_whole else _causal_window(tokens, window, query.device)
+        is_seen = None if is_whole else _causal_window(tokens, seen, window, query.device)
         return sinks.attend(query, key, value, sink, scaling, dropout, is_seen)
     if softcap is None and is_whole:
-        groups: Any = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, **groups
         )
-    is_seen = _causal_window(tokens, window, query.device)
+    is_seen = _causal_window(tokens, seen, window, query.device)
     if softcap is None:
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=is_seen, dropout_p=dropout, scale=scaling
+            query, key, value, attn_mask=is_seen, dropout_p=dropout, scale=scaling, **groups
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
@@ -169,10 +213,13 @@ def _attend(
     return F.dropout(weights, p=dropout, training=dropout > 0) @ value
 
 
-def _causal_window(tokens: int, window: int | None, device: torch.device) -> Tensor:
-    """Return which keys a query sees: itself and the `window - 1` before it (all when None)."""
-    index = torch.arange(tokens, device=device)
-    distance = index[:, None] - index[None, :]
+def _causal_window(tokens: int, seen: int, window: int | None, device: torch.device) -> Tensor:
+    """Return which of the `seen` keys each of the last `tokens` sees: itself and those before it.
+
+    With a window itself and `window - 1` of them.
+    """
+    index = torch.arange(seen, device=device)
+    distance = index[seen - tokens :, None] - index[None, :]
     is_seen = distance >= 0
     return is_seen if window is None else is_seen & (distance < window)
 

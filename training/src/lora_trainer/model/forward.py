@@ -22,6 +22,7 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..data import prefixes
 from ..errors import UnavailableError
 from ..memory_estimate import Precision
 from . import attention as packed_attention
@@ -88,6 +89,7 @@ class CausalLM:
         }
         self.native_attention = str(inner.config._attn_implementation)
         self.is_sharded = False
+        self.shares_prefixes = False  # switched on where data and model allow it
         self.packed: PackedAttention | None = None
         self.kinds_apart: frozenset[str] = frozenset()  # classes that run one example at a time
         self._apart = contextlib.ExitStack()
@@ -237,19 +239,28 @@ class CausalLM:
 
     def _packed_hidden(self, packed: PackedAttention, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         lengths = [len(ids) for ids in batch.ids]
-        packed.lengths = lengths
         ids_T = np.concatenate(batch.ids)
-        positions_T = np.concatenate([np.arange(length) for length in lengths])
         is_target_T = np.concatenate(batch.loss_mask)
         is_target_T[np.cumsum([0, *lengths[:-1]])] = False
         (target_N,) = np.nonzero(is_target_T)
-        ids, positions, before_N, labels_N = self._uploaded(
-            ids_T, positions_T, target_N - 1, ids_T[target_N]
-        )
+        shared = None
+        if self.shares_prefixes and packed.kernel is None:
+            shared = prefixes.share(batch.ids)
+        packed.lengths, packed.segments = lengths, () if shared is None else shared.segments
+        if shared is None:
+            positions_T = np.concatenate([np.arange(length) for length in lengths])
+            arrays = ids_T, positions_T, target_N - 1
+        else:
+            arrays = ids_T[shared.source], shared.positions, shared.row[target_N - 1]
+        ids, positions, before_N, labels_N = self._uploaded(*arrays, ids_T[target_N])
         output = self.decoder(
             input_ids=ids[None], position_ids=positions[None], **_no_cache(self.decoder)
         )
-        return output.last_hidden_state[0][before_N], labels_N
+        hidden_TW = output.last_hidden_state[0]
+        if shared is None:
+            return hidden_TW[before_N], labels_N
+        # Positions repeat: the gradient of an embedding adds them up in one order, indexing in any.
+        return F.embedding(before_N, hidden_TW), labels_N
 
     def _padded_hidden(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         ids, mask, rows_N, before_N, labels_N = self._uploaded(*_padded(batch))

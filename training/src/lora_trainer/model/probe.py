@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError, TrainerError
 from ..faults import is_out_of_memory
-from . import mixers, sizes
+from . import mixers, samples, sizes
 from .attention import PackedAttention, switch
 from .forward import CausalLM, MicroBatch, call
 from .quantize import rows_apart
@@ -38,9 +38,6 @@ T = TypeVar("T")
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 # The same tokens before another one: nothing but noise may be between them.
 SAME = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
-LENGTHS = (9, 24, 5)
-# A sliding window shorter than this is crossed by the probe; a longer one costs too much.
-LONGEST_WINDOW = 512
 NEAR = 8  # tokens
 LONGEST_REASON = 200
 LOOKS_AHEAD = (
@@ -87,8 +84,26 @@ def verify(causal: CausalLM, is_any: Callable[[bool], bool] = bool) -> str:
         causal.model.train(was_training)
 
 
+def verify_sharing(causal: CausalLM, is_any: Callable[[bool], bool] = bool) -> str:
+    """Have prefixes shared, if that is exact; else return why it is not.
+
+    `verify` left `causal` on concatenated examples before.
+    """
+    was_training = causal.model.training
+    causal.model.eval()
+    causal.shares_prefixes = True
+    try:
+        with rows_apart(causal.inner), _near_thresholds(causal.inner):
+            batch = samples.examples_that_begin_alike(causal.inner)
+            fault = _fault(causal, batch, _own_loss(causal, batch))
+    finally:
+        causal.model.train(was_training)
+    causal.shares_prefixes = not is_any(bool(fault))
+    return "" if causal.shares_prefixes else f"examples that share them {fault or OTHER_RANK}"
+
+
 def _verify(causal: CausalLM, is_any: Callable[[bool], bool]) -> str:
-    batch = _sample(causal.inner)
+    batch = samples.random_examples(causal.inner)
     if causal.is_sharded:  # an error here is one of how layers are shared out, named elsewhere
         own, fault = _own_loss(causal, batch), ""
     else:
@@ -230,7 +245,7 @@ def _why_whole(causal: CausalLM) -> str:
 def overflows_float16(causal: CausalLM) -> bool:
     """Return whether a model computes in float16 and its own loss is not finite there."""
     return causal.precision == "float16" and not np.isfinite(
-        _own_loss(causal, _sample(causal.inner))
+        _own_loss(causal, samples.random_examples(causal.inner))
     )
 
 
@@ -240,7 +255,7 @@ def check_unloaded(model: Any) -> None:
     Raises:
         ConfigError: its code asks for something else, such as an image.
     """
-    ids_1T = torch.zeros((1, max(LENGTHS)), dtype=torch.long, device="meta")
+    ids_1T = torch.zeros((1, max(samples.LENGTHS)), dtype=torch.long, device="meta")
     try:
         with torch.no_grad(), torch.device("meta"):
             call(model, ids_1T, torch.ones_like(ids_1T))
@@ -322,18 +337,9 @@ def _devices(causal: CausalLM) -> list[int]:
 def exercise(causal: CausalLM) -> None:
     """Run the model forward and backward once, on the examples that `verify` uses."""
     try:
-        causal.loss(_sample(causal.inner)).backward()
+        causal.loss(samples.random_examples(causal.inner)).backward()
     finally:
         causal.model.zero_grad(set_to_none=True)
-
-
-def _sample(model: Any) -> MicroBatch:
-    config = sizes.text_config(model.config)
-    window = getattr(config, "sliding_window", None) or 0
-    extra = (window + 7,) if 0 < window <= LONGEST_WINDOW else ()
-    random = np.random.Generator(np.random.PCG64(0))
-    ids = [random.integers(0, sizes.vocabulary(config), length) for length in (*LENGTHS, *extra)]
-    return MicroBatch(ids, [np.ones(len(one), dtype=bool) for one in ids])
 
 
 @torch.no_grad()

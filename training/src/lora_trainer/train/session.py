@@ -59,6 +59,7 @@ from .initial import Initial, weights_digest
 from .optim import make_optimizer
 from .recorded_run import begun_batch
 from .setup import TrainingSetup
+from .shared_prefix import share_prefixes
 from .smaller_plans import is_tight, with_smaller_plans
 
 if TYPE_CHECKING:
@@ -181,6 +182,8 @@ def _open_model(
 
     plan = smaller(plan) if is_tight(plan) else plan
     plan = replace(plan, reasons=(*plan.reasons, *footprint.faults), fused=causal.fused)
+    sampler = Sampler(plan.rows, plan.step_examples, config.training.seed, rows_of_epoch)
+    plan = share_prefixes(causal, config.training, plan, sampler, splits.train, ranks)
     if plan.gradient_checkpointing:
         enable_checkpointing(causal.inner, lets_go=parallelism == "deepspeed")
     if base_hash is None and ranks.is_first:
@@ -200,7 +203,7 @@ def _open_model(
         tokenizer=tokenizer,
         source=source,
         splits=splits,
-        sampler=Sampler(plan.rows, plan.step_examples, config.training.seed, rows_of_epoch),
+        sampler=sampler,
         optimizer=make_optimizer(parameters, config.training, config.lora.loraplus_lr_ratio),
         parameters=parameters,
         store=CheckpointStore(

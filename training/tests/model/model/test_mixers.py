@@ -10,7 +10,8 @@ from lora_trainer.model import mixers
 from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.compat import MAJOR, enable_checkpointing
 from lora_trainer.model.forward import CausalLM, MicroBatch
-from lora_trainer.model.probe import _sample, verify
+from lora_trainer.model.probe import verify, verify_sharing
+from lora_trainer.model.samples import random_examples
 from support.architectures.tiny import tiny_model
 
 IS_NEW = pytest.mark.skipif(MAJOR < 5, reason="not in transformers 4.50")
@@ -45,7 +46,7 @@ def test_gradients_equal_those_of_one_example_at_a_time(is_checkpointed):
     causal = causal_of("bamba")
     reason = verify(causal)
     assert reason.startswith("one example at a time: BambaMixer: concatenated examples differ by")
-    batch = _sample(causal.inner)
+    batch = random_examples(causal.inner)
     expected = gradients(causal, one_by_one(batch))
     if is_checkpointed:
         enable_checkpointing(causal.inner)
@@ -63,7 +64,7 @@ def test_all_but_the_mixers_compute_the_tokens_of_all_examples_at_once():
             module.register_forward_hook(
                 lambda _, inputs, __, last=last: seen[last].append(inputs[0].shape[1])
             )
-    batch = _sample(causal.inner)
+    batch = random_examples(causal.inner)
     causal.score(batch)
     lengths = [len(ids) for ids in batch.ids]
     assert seen["in_proj"] and seen["in_proj"] == lengths * len(modules(causal, "BambaMixer"))
@@ -77,7 +78,7 @@ def test_generation_takes_mixers_as_they_are():
         expected = model(input_ids=rows).logits
     verify(causal)
     assert causal.kinds_apart
-    causal.score(_sample(causal.inner))  # whose lengths stay set
+    causal.score(random_examples(causal.inner))  # whose lengths stay set
     with causal.generating() as model, torch.no_grad():
         torch.testing.assert_close(model(input_ids=rows).logits, expected)
 
@@ -96,7 +97,7 @@ def test_a_wrong_result_gives_way_to_padding_and_every_module_is_its_own_again(m
 def test_attention_that_convolves_its_queries_runs_alone_though_its_rotation_is_fused():
     causal = causal_of("zaya")
     assert "ZayaAttention" in verify(causal)
-    batch = _sample(causal.inner)
+    batch = random_examples(causal.inner)
     alone = sum(causal.score(one)[0] for one in one_by_one(batch))
     assert causal.score(batch)[0] == pytest.approx(alone, rel=1e-5)
     causal.leave_layers_alone()
@@ -110,6 +111,16 @@ def test_queries_that_are_scaled_from_a_distant_token_on_are_scaled_in_each_exam
     (attention, *_) = modules(causal, "Llama4TextAttention")
     assert attention.floor_scale == 8192
     assert causal.inner.config.attention_chunk_size == 6  # of the tiny model, below the examples
+
+
+@IS_NEW
+@pytest.mark.parametrize("model_type", ["llama4_text", "qwen3_next"])
+def test_prefixes_are_not_shared_where_attention_is_not_ours_alone(model_type):
+    causal = causal_of(model_type)
+    verify(causal)
+    assert causal.packed is not None
+    assert "examples that share them" in verify_sharing(causal)
+    assert not causal.shares_prefixes
 
 
 def test_arguments_are_split_where_they_are_about_tokens():

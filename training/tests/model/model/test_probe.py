@@ -13,7 +13,8 @@ from lora_trainer.errors import ConfigError
 from lora_trainer.model import attention
 from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.forward import CausalLM, MicroBatch
-from lora_trainer.model.probe import _sample, check_unloaded, verify
+from lora_trainer.model.probe import check_unloaded, verify
+from lora_trainer.model.samples import random_examples
 from support.families import tiny_model
 
 SMALL = {
@@ -82,7 +83,7 @@ def test_a_head_of_more_than_one_layer_is_computed_by_the_models_own_forward():
     causal = causal_of(add_adapter(bert(is_decoder=True), LoraSection(lora_r=4), seed=1))
     causal.model.eval()
     assert "logits of every token are computed" in verify(causal)
-    batch = _sample(causal.inner)
+    batch = random_examples(causal.inner)
     alone = sum(causal.score(MicroBatch([i], [m]))[0] for i, m in zip(*vars_of(batch), strict=True))
     assert causal.score(batch)[0] == pytest.approx(alone, rel=1e-5)
     assert float(causal.loss(batch).detach()) == pytest.approx(alone, rel=1e-5)

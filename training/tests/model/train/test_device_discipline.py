@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lora_trainer.config.schema import LoraSection
-from lora_trainer.model import flash, probe
+from lora_trainer.model import flash, samples
 from lora_trainer.model.adapter import add_adapter, trainable_parameters
 from lora_trainer.model.compat import MAJOR, enable_checkpointing
 from lora_trainer.model.forward import CausalLM
@@ -100,14 +100,14 @@ def test_training_with_recomputed_activations_stays_on_one_device(family: str) -
     causal = on_meta(family)
     enable_checkpointing(causal.inner)
     with meta_as_gpu():
-        causal.loss(probe._sample(causal.inner)).backward()
+        causal.loss(samples.random_examples(causal.inner)).backward()
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", ["gemma2", "gpt-neox"])
 def test_each_way_trains_and_scores_on_one_device(family: str, way: str) -> None:
     causal = on_meta(family, way, dropout=0.1)
-    batch = probe._sample(causal.inner)
+    batch = samples.random_examples(causal.inner)
     with meta_as_gpu():
         causal.loss(batch).backward()
         causal.score(batch)
@@ -126,7 +126,7 @@ def test_generating_a_token_stays_on_one_device(family: str) -> None:
 def test_scoring_a_batch_waits_once_for_all_its_figures(way: str) -> None:
     causal = on_meta("llama", way)
     with meta_as_gpu() as watch:
-        causal.score(probe._sample(causal.inner))
+        causal.score(samples.random_examples(causal.inner))
     assert sum(watch.waits.values()) == 1
 
 
