@@ -43,7 +43,8 @@ class Footprint:
     """Counts a process's work for plans of any batch: `footprint(work)` returns bytes.
 
     `build` makes the base model of a configuration on the meta device. `kernel` is the one
-    for variable lengths. `faults` says why a model could not be counted; its works are 0.
+    for variable lengths, `kinds_apart` are the classes of modules that run one example at a time.
+    `faults` says why a model could not be counted; its works are 0.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Footprint:
         attention: str,
         padding_free: bool,
         kernel: VariableLength | None = None,
+        kinds_apart: frozenset[str] = frozenset(),
     ) -> None:
         self._config = config
         self._base_config = base_config
@@ -67,6 +69,7 @@ class Footprint:
         self._precision = precision
         self._attention = attention
         self._padding_free = padding_free
+        self._kinds_apart = kinds_apart
         self._kernel = None if kernel is None else _CountedKernel(kernel, device)
         self._models: dict[tuple[int, int, bool], CausalLM] = {}
         self._counted: dict[Work, int] = {}
@@ -159,7 +162,7 @@ class Footprint:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             model = add_adapter(base, lora, seed=0)
         packed_linear.adapt(model)
-        return CausalLM(
+        causal = CausalLM(
             model,
             device="meta",
             padding_free=self._padding_free,
@@ -167,6 +170,8 @@ class Footprint:
             precision=self._precision,
             kernel=self._kernel,
         )
+        causal.run_apart(self._kinds_apart)
+        return causal
 
 
 class _CountedKernel(VariableLength):

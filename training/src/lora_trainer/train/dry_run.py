@@ -129,7 +129,12 @@ def preview(
 
 
 def footprint_of(
-    config: Config, backend: Backend, base_config: PretrainedConfig, *, is_packed: bool
+    config: Config,
+    backend: Backend,
+    base_config: PretrainedConfig,
+    *,
+    is_packed: bool,
+    kinds_apart: frozenset[str] = frozenset(),
 ) -> Footprint:
     """Return what counts the memory of the plan's steps."""
     return Footprint(
@@ -141,6 +146,7 @@ def footprint_of(
         attention=backend.attention,
         padding_free=is_packed,
         kernel=backend.kernel,
+        kinds_apart=kinds_apart,
     )
 
 

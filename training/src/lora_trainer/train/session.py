@@ -160,7 +160,13 @@ def _open_model(
     weights = [source.weight for source in source_specs(config, config.data.dataset)]
     rows_of_epoch = rows_of_epoch_in(splits, weights, config.training.seed)
     profile = profile_of(splits, rows_to_train(rows_of_epoch))
-    footprint = footprint_of(config, backend, base_config, is_packed=causal.packed is not None)
+    footprint = footprint_of(
+        config,
+        backend,
+        base_config,
+        is_packed=causal.packed is not None,
+        kinds_apart=causal.kinds_apart,
+    )
     plan = make_plan(
         config,
         backend.machine,

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from lora_trainer.config.schema import LoraSection
+from lora_trainer.config.schema import Config, LoraSection
+from lora_trainer.memory_estimate import Work
 from lora_trainer.model import mixers
 from lora_trainer.model.adapter import add_adapter, trainable_parameters
+from lora_trainer.model.backend import native_attention
 from lora_trainer.model.compat import MAJOR, enable_checkpointing
+from lora_trainer.model.footprint import Footprint
 from lora_trainer.model.forward import CausalLM, MicroBatch
 from lora_trainer.model.probe import verify, verify_sharing
 from lora_trainer.model.samples import random_examples
+from lora_trainer.train.dry_run import _unloaded
 from support.architectures.tiny import tiny_model
 
 IS_NEW = pytest.mark.skipif(MAJOR < 5, reason="not in transformers 4.50")
@@ -121,6 +127,25 @@ def test_prefixes_are_not_shared_where_attention_is_not_ours_alone(model_type):
     assert causal.packed is not None
     assert "examples that share them" in verify_sharing(causal)
     assert not causal.shares_prefixes
+
+
+def test_memory_of_mixers_is_counted_for_one_example_at_a_time():
+    _, base_config = tiny_model("mamba2" if MAJOR >= 5 else "bamba")
+    causal = causal_of(base_config.model_type)
+    verify(causal)
+    assert causal.kinds_apart
+    config = Config()
+    work = Work((48, 32, 20, 30, 10, 11, 12), 48)
+    counted = []
+    for kinds in (frozenset(), causal.kinds_apart):
+        footprint = Footprint(
+            config, base_config, partial(_unloaded, config), device="cpu", precision="float32",
+            attention=native_attention(base_config), padding_free=True, kinds_apart=kinds,
+        )  # fmt: skip
+        counted.append(footprint(work))
+        assert not footprint.faults
+    # Each example fills up the chunks of a mixer; all at once may take more work in each chunk.
+    assert counted[1] != counted[0]
 
 
 def test_arguments_are_split_where_they_are_about_tokens():
