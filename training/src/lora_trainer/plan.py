@@ -236,11 +236,13 @@ def learning_rate(
     total_steps: int,
     warmup_steps: int,
     kind: Literal["linear", "cosine", "constant"],
+    least: float = 0.0,
 ) -> float:
     """Return the learning rate of optimizer step `step` (0 is the first).
 
     warmup: peak * step / warmup; then with p the share done of the rest:
-    linear peak * (1 - p), cosine peak * (1 + cos(pi p)) / 2, constant peak.
+    linear peak * (1 - p), cosine peak * (1 + cos(pi p)) / 2, constant peak. With `least` the
+    first two end at that fraction of the peak: f of it becomes least + f (1 - least).
     Source: the schedules of transformers.get_scheduler, compared in a test.
     """
     if step < warmup_steps:
@@ -248,9 +250,8 @@ def learning_rate(
     if kind == "constant":
         return peak
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    if kind == "linear":
-        return peak * max(0.0, 1.0 - done)
-    return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+    fraction = 1.0 - done if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return peak * max(0.0, fraction * (1.0 - least) + least)
 
 
 def _every(steps: int, per_epoch: int, steps_per_epoch: int) -> int:

@@ -24,6 +24,7 @@ ALIASES: dict[str, str] = {
     "eval_batch_size": "per_device_eval_batch_size",
     "num_epochs": "num_train_epochs",
     "lr_scheduler": "lr_scheduler_type",
+    "cosine_min_lr_ratio": "min_lr_rate",
     "peft_init_lora_weights": "init_lora_weights",
     "train_on_inputs": "train_on",
     "dataset_prepared_path": "dataset_cache_dir",
@@ -54,6 +55,7 @@ ALIASES: dict[str, str] = {
     "hf_hub_token": "hf_token",
     "early_stopping_steps": "early_stopping_patience",
     # TRL and Hugging Face
+    "lr_scheduler_kwargs": "min_lr_rate",
     "max_length": "max_seq_length",
     "model_max_length": "max_seq_length",
     "dataset_name": "dataset",
@@ -94,6 +96,7 @@ CONVERTED_ALIASES = frozenset(
     {
         "assistant_only_loss", "attn_implementation", "bfloat16", "completion_only_loss",
         "dataset_text_field", "disable_gradient_checkpointing", "dtype", "excess_length_strategy",
+        "lr_scheduler_kwargs",
         "flash_attn", "float16", "float32", "lora_target_linear",
         "mask_history", "pissa_init", "quantization_bit", "torch_dtype",
         "train_on_inputs", "train_on_prompt",

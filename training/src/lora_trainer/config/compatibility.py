@@ -346,6 +346,20 @@ def _text_column(value: Any) -> Any:
     return {"text": value} if isinstance(value, str) else Refused("it takes a column's name")
 
 
+def _schedule_options(value: Any) -> Any:
+    if not value:
+        return Ignored()
+    if isinstance(value, dict) and set(value) == {"min_lr_rate"}:
+        return value["min_lr_rate"]
+    is_least = isinstance(value, dict) and "min_lr" in value
+    return Refused(
+        "of a schedule's options only min_lr_rate is supported",
+        "write min_lr_rate, which is min_lr divided by learning_rate"
+        if is_least
+        else "remove lr_scheduler_kwargs",
+    )
+
+
 CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "assistant_only_loss": _switch("assistant", "completion"),
     "completion_only_loss": _switch("completion", "all"),
@@ -359,6 +373,7 @@ CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "dtype": _one_of(DTYPES),
     "flash_attn": _one_of(FLASH),
     "lora_target_linear": _switch("all-linear"),
+    "lr_scheduler_kwargs": _schedule_options,
     "mask_history": _switch("last"),
     "pissa_init": _switch("pissa"),
     "quantization_bit": _quantization_bit,

@@ -180,7 +180,7 @@ REFUSED: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
         router_aux_loss_coef moe_aux_loss_coef""", ()),
     ("the loss is cross entropy alone", "loss_type", ("nll", "chunked_nll", "")),
     ("the schedules are linear, cosine and constant, after a linear warmup", """
-        lr_scheduler_kwargs lr_quadratic_warmup cosine_min_lr_ratio cosine_constant_lr_ratio
+        lr_quadratic_warmup cosine_constant_lr_ratio
         lr_div_factor jagged_restart_steps""", ()),
     ("it changes which rows are trained, or their order", """
         disable_shuffling curriculum_sampling sample_packing_sequentially dataset_shard_num

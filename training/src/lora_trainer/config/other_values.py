@@ -16,9 +16,13 @@ OPTIMIZERS = {
     "adamw_bnb_8bit": "adamw_8bit", "adamw_torch_8bit": "adamw_8bit",
     "paged_adamw": "paged_adamw_32bit",
 }  # fmt: skip
-# transformers' schedules by the names of ours: constant has a warmup here too, and without
-# lr_scheduler_kwargs, which are refused, the only restart of the cosine would be at the end.
-SCHEDULES = {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine"}
+# transformers' schedules by the names of ours: constant has a warmup here too, cosine_with_min_lr
+# comes with a min_lr_rate, and without num_cycles, which is refused, the only restart of the cosine
+# would be at the end.
+SCHEDULES = {
+    "constant_with_warmup": "constant", "cosine_with_min_lr": "cosine",
+    "cosine_with_restarts": "cosine",
+}  # fmt: skip
 # Templates of LLaMA-Factory that ship here under the same name; a test compares them.
 SHIPPED = ("chatml", "llama3", "mistral")
 FLASH = {

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from .digest_keys import LATER_KEYS, NOT_IN_DIGEST
 from .types import Auto, Count, CountOrZero, DatasetFormat, Fraction, Init
 
 EMBEDDED_MODEL = "embedded/SmolLM2-135M-Instruct"
@@ -203,6 +204,9 @@ class TrainingSection(Section):
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
         "cosine", description="Learning rate schedule after the warmup"
     )
+    min_lr_rate: float = Field(
+        0.0, ge=0, le=1, description="Fraction of learning_rate at which linear and cosine end"
+    )
     warmup_ratio: Fraction = Field(
         0.03, description="Fraction of steps used for the warmup, which begins at 0"
     )
@@ -372,28 +376,12 @@ class Config(Section):
         kept = self.model_dump(mode="json", exclude={"output", "monitoring"})
         for section, key in NOT_IN_DIGEST:
             kept[section].pop(key)
-        # Runs of versions without this key go on with their batch, which has a part of its own.
-        if kept["training"]["max_tokens_per_micro_batch"] == "auto":
-            kept["training"].pop("max_tokens_per_micro_batch")
+        # Runs of versions without these keys go on; their batch has a part of its own.
+        for key, default in LATER_KEYS.items():
+            if kept["training"][key] == default:
+                kept["training"].pop(key)
         text = json.dumps(kept, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-LENGTH_KEYS = ("max_steps", "num_train_epochs", "warmup_ratio", "warmup_steps")
-EXECUTION_KEYS = ("nproc", "parallelism", "share_prefix", "offload_param_device", "on_nan")
-NOT_IN_DIGEST = (
-    *(("training", key) for key in (*LENGTH_KEYS, *EXECUTION_KEYS)),
-    ("model", "model_name_or_path"),
-    ("model", "model_revision"),
-    ("lora", "adapter_name_or_path"),
-    ("model", "hf_token"),
-    ("model", "model_cache_dir"),
-    ("data", "dataset"),
-    ("data", "eval_dataset"),
-    ("data", "chat_template"),
-    ("data", "datasets_dir"),
-    ("data", "max_samples"),
-    ("data", "dataset_cache_dir"),
-    ("data", "preprocessing_num_workers"),
-)
 SECRET_KEYS = frozenset({"hf_token", "webhook_url"})

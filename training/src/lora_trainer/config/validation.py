@@ -12,7 +12,7 @@ from .compatibility import DATASETS
 from .constraints import choices_of, exceeded_limit, expectation, keys_at, spec_at
 from .dataset_entries import LIST_FORM
 from .layers import Given, did_you_mean, given_text
-from .literal import from_text
+from .literal import accepts, from_text
 from .schema import SECRET_KEYS
 from .sections import leaf_sections, sections
 from .text import Pointer, shown_key
@@ -107,7 +107,9 @@ def _remedy(given: Given, path: Pointer, value: object) -> str:
         if value.lower() in words:
             return f"write {words[value.lower()]}"
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        return f"write {int(value)}"
+        whole = int(value)
+        if path or accepts(given.leaf, whole):
+            return f"write {whole}"
     if given.leaf in DATASETS:
         return LIST_FORM
     default = spec_at(given.leaf).get("default")

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpoint_folder import step_of
-from ..config.schema import LENGTH_KEYS, NOT_IN_DIGEST, Config
+from ..config.digest_keys import LENGTH_KEYS, NOT_IN_DIGEST
+from ..config.schema import Config
 from ..config.sections import sections
 from ..config.settings import Settings
 from ..config.start_adapter import SHAPE_KEYS

@@ -128,6 +128,7 @@ def _step(context: TrainingContext, state: TrainState, fitting: Fitting) -> Trai
         total_steps=plan.total_steps,
         warmup_steps=plan.warmup_steps,
         kind=training.lr_scheduler_type,
+        least=training.min_lr_rate,
     )
     set_learning_rate(context.optimizer, rate)
     scale = (state.loss_scale or LossScale()) if plan.precision == "float16" else None

@@ -62,6 +62,21 @@ def test_the_schedule_is_that_of_transformers(kind, warmup):
         scheduler.step()
 
 
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_a_cosine_that_ends_above_zero_is_that_of_transformers(warmup):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    scheduler = transformers.get_scheduler(
+        "cosine_with_min_lr", optimizer, warmup, 25, {"min_lr_rate": 0.1}
+    )
+    for step in range(25):
+        rate = learning_rate(
+            step, peak=0.3, total_steps=25, warmup_steps=warmup, kind="cosine", least=0.1
+        )
+        assert rate == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
 def test_lora_plus_gives_b_a_multiple_and_vectors_no_decay():
     parameters = {
         "x.lora_A.default.weight": torch.nn.Parameter(torch.zeros(2, 2)),

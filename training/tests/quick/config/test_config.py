@@ -9,10 +9,10 @@ from pydantic import ValidationError
 
 from lora_trainer.config.aliases import ALIASES, COMMA_LISTS, CONVERTED_ALIASES
 from lora_trainer.config.compatibility import CONVERSIONS, NO_MEANING
+from lora_trainer.config.digest_keys import LATER_KEYS, NOT_IN_DIGEST
 from lora_trainer.config.json_schema import json_schema
 from lora_trainer.config.reference import BEGIN, END, help_text, key_table, replace_block
 from lora_trainer.config.schema import (
-    NOT_IN_DIGEST,
     Config,
     DataSection,
     LoraSection,
@@ -78,6 +78,13 @@ def test_digest_overlooks_places_and_secrets():
     )
     assert config.digest() == Config().digest()
     assert all(key in sections()[section].model_fields for section, key in NOT_IN_DIGEST)
+
+
+def test_a_later_key_at_its_default_leaves_the_digest_of_runs_without_it():
+    with_keys = Config().digest()
+    for key, default in LATER_KEYS.items():
+        assert TrainingSection.model_fields[key].default == default
+    assert Config(training=TrainingSection(min_lr_rate=0.1)).digest() != with_keys
 
 
 def test_configuration_is_frozen():

@@ -54,6 +54,18 @@ def test_a_number_out_of_range_names_the_limit_and_no_type(folder, content, what
     assert (problem.what, problem.why) == (what, why)
 
 
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        ({"lora_r": 8.0}, "write 8"),
+        ({"lora_r": 5000.0}, "--lora_r 16 is the default"),
+        ({"learning_rate": 20.0}, "--learning_rate 0.0002 is the default"),
+    ],
+)
+def test_a_whole_number_is_the_remedy_only_where_it_is_valid(folder, content, remedy):
+    assert problem_in(folder, content).remedy == remedy
+
+
 def test_misfits_within_a_list_of_datasets_are_placed(folder):
     content = '{"data": {"dataset": ["a",\n {"path": "", "weigth": 2},\n {"weight": 1}]}}'
     problems = problems_in(folder, content)
