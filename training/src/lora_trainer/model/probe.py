@@ -151,7 +151,7 @@ def _choose_way(
     """Leave `causal` on the fastest way that is exact; return why it is none of the faster ones."""
     reasons: list[str] = []
     if causal.packed is not None:
-        reasons, fault = _pack(causal, causal.packed, batch, own, is_any)
+        reasons, fault = _pack(causal, batch, own, is_any)
         if not fault:
             return "; ".join(reasons)
         reasons = [*reasons, f"padding is used: concatenated examples {fault}"]
@@ -176,15 +176,13 @@ def _choose_way(
 
 
 def _pack(
-    causal: CausalLM,
-    packed: PackedAttention,
-    batch: MicroBatch,
-    own: float,
-    is_any: Callable[[bool], bool],
+    causal: CausalLM, batch: MicroBatch, own: float, is_any: Callable[[bool], bool]
 ) -> tuple[list[str], str]:
     """Leave `causal` on the fastest packed way; return notes, and what is wrong with all."""
+    packed = causal.packed
+    assert packed is not None
     kernel = packed.kernel
-    reasons, fault = _choose_kernel(causal, packed, batch, own, is_any)
+    reasons, fault = _choose_kernel(causal, batch, own, is_any)
     if not fault:
         return reasons, ""
     none: frozenset[str] = frozenset()
@@ -193,7 +191,7 @@ def _pack(
         return reasons, fault
     packed.kernel = kernel
     causal.run_apart(kinds)
-    kept, still = _choose_kernel(causal, packed, batch, own, is_any)
+    kept, still = _choose_kernel(causal, batch, own, is_any)
     if still:
         return reasons, fault
     names = ", ".join(sorted(kinds)) or "mixers in another process"
@@ -201,16 +199,14 @@ def _pack(
 
 
 def _choose_kernel(
-    causal: CausalLM,
-    packed: PackedAttention,
-    batch: MicroBatch,
-    own: float,
-    is_any: Callable[[bool], bool],
+    causal: CausalLM, batch: MicroBatch, own: float, is_any: Callable[[bool], bool]
 ) -> tuple[list[str], str]:
     """Keep the attention kernel if it is exact; return notes, and what is wrong without it."""
     fault = _fault(causal, batch, own)
     if not is_any(bool(fault)):
         return list(filter(None, [_left_to_pytorch(causal)])), ""
+    packed = causal.packed
+    assert packed is not None
     kernel, packed.kernel = packed.kernel, None
     if not is_any(kernel is not None):
         return [], fault or OTHER_RANK
